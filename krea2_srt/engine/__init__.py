@@ -1,0 +1,1 @@
+"""Requests and their life, in pure Python: no torch, no SGLang."""

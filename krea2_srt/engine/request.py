@@ -1,0 +1,108 @@
+"""What a client asks for, and the limits within which it may ask."""
+
+import math
+from dataclasses import dataclass
+
+from krea2_srt.errors import RequestError
+
+SIZE_MULTIPLE = 16
+"""Widths and heights are multiples of this many pixels: the VAE's 8 times the DiT's patch of 2."""
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    """The largest request that is accepted.
+
+    Attributes:
+        max_side: pixels of the longer side.
+        max_pixels: width times height. The model is meant for up to 2048 x 2048.
+        max_steps: denoising steps.
+        max_images: images of one request.
+        max_guidance: guidance scale, Krea's convention (0 is off).
+    """
+
+    max_side: int = 4096
+    max_pixels: int = 2048 * 2048
+    max_steps: int = 200
+    max_images: int = 64
+    max_guidance: float = 100.0
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One request: ``num_images`` sequences with seeds seed, seed + 1, ...
+
+    Attributes:
+        prompt: what to draw.
+        width, height: pixels, multiples of 16.
+        steps: denoising steps.
+        guidance: v = cond + guidance * (cond - uncond); 0 is off.
+        negative_prompt: what guidance steers away from; unused without guidance.
+        seed: of the first image.
+        num_images: sequences to run.
+        mu: timestep shift; None takes the checkpoint's own.
+    """
+
+    prompt: str
+    width: int
+    height: int
+    steps: int
+    guidance: float = 0.0
+    negative_prompt: str = ""
+    seed: int = 0
+    num_images: int = 1
+    mu: float | None = None
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_images)
+
+    def check(self, limits: RequestLimits) -> None:
+        """Check every field before anything is computed.
+
+        Raises:
+            RequestError: naming the first field that is wrong.
+        """
+        for field in ("prompt", "negative_prompt"):
+            if not isinstance(getattr(self, field), str):
+                raise RequestError(field, f"must be text, got {type(getattr(self, field)).__name__}")
+        for field, least, most in (
+            ("width", SIZE_MULTIPLE, limits.max_side),
+            ("height", SIZE_MULTIPLE, limits.max_side),
+            ("steps", 1, limits.max_steps),
+            ("num_images", 1, limits.max_images),
+            ("seed", 0, MAX_SEED - limits.max_images),
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise RequestError(field, f"must be a whole number, got {value!r}")
+            if not least <= value <= most:
+                raise RequestError(field, f"must be between {least} and {most}, got {value}")
+        for field in ("width", "height"):
+            if getattr(self, field) % SIZE_MULTIPLE:
+                raise RequestError(
+                    field, f"must be a multiple of {SIZE_MULTIPLE}, got {getattr(self, field)}"
+                )
+        if self.width * self.height > limits.max_pixels:
+            raise RequestError(
+                "width",
+                f"{self.width}x{self.height} has {self.width * self.height} pixels, "
+                f"the limit is {limits.max_pixels}",
+            )
+        _check_number("guidance", self.guidance, 0.0, limits.max_guidance)
+        if self.mu is not None:
+            _check_number("mu", self.mu, -10.0, 10.0)
+
+
+def _check_number(field: str, value: float, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(field, f"must be a finite number, got {value!r}")
+    if not least <= value <= most:
+        raise RequestError(field, f"must be between {least:g} and {most:g}, got {value:g}")
+
+
+def round_up_size(pixels: int) -> int:
+    """The next multiple of 16."""
+    return -(-pixels // SIZE_MULTIPLE) * SIZE_MULTIPLE

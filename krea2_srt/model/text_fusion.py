@@ -1,0 +1,120 @@
+"""Text fusion: from the encoder's tapped hidden states to context tokens of the DiT.
+
+Independent of the timestep, so it runs once per prompt, not once per step.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from krea2_srt.model.attention import Spans, VarlenAttention, sdpa_attention
+from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU
+from krea2_srt.model.weights import Target
+
+
+class TextFusionBlock(nn.Module):
+    """Pre-norm transformer block without RoPE or time modulation."""
+
+    def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = config.text_hidden_dim
+        self.norm1 = RMSNorm(size, config.norm_eps)
+        self.norm2 = RMSNorm(size, config.norm_eps)
+        self.attn = GatedAttention(
+            size,
+            config.text_num_attention_heads,
+            config.text_num_key_value_heads,
+            config.text_head_dim,
+            config.norm_eps,
+            dtype,
+        )
+        self.ff = SwiGLU(size, config.text_intermediate_size, dtype)
+
+    def across_taps(self, x: Tensor) -> Tensor:
+        """Attend across the taps of each token on its own: [tokens, taps, size], same out."""
+        q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype), rope=None)
+        groups = self.attn.heads // self.attn.kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        out = out.transpose(1, 2).flatten(-2)
+        x = x + self.attn.out(out * torch.sigmoid(gate))
+        return x + self.ff(self.norm2(x).to(x.dtype))
+
+    def across_tokens(
+        self,
+        x: Tensor,
+        attention: VarlenAttention,
+        cu_seqlens: Tensor,
+        spans: Spans,
+        max_seqlen: int,
+    ) -> Tensor:
+        """Attend across the tokens of each prompt of a pack: [tokens, size], same out."""
+        normed = self.norm1(x).to(x.dtype)
+        x = x + self.attn(normed, attention, cu_seqlens, spans, max_seqlen)
+        return x + self.ff(self.norm2(x).to(x.dtype))
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.norm1.targets(f"{prefix}norm1.")
+        yield from self.norm2.targets(f"{prefix}norm2.")
+        yield from self.attn.targets(f"{prefix}attn.")
+        yield from self.ff.targets(f"{prefix}ff.")
+
+
+class TextFusion(nn.Module):
+    """Fuse the taps of each text token, refine across tokens, project to the DiT's width."""
+
+    def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layerwise_blocks = nn.ModuleList(
+            TextFusionBlock(config, dtype) for _ in range(config.num_layerwise_text_blocks)
+        )
+        self.projector = Linear(config.num_text_layers, {"projector": 1}, dtype=dtype)
+        self.refiner_blocks = nn.ModuleList(
+            TextFusionBlock(config, dtype) for _ in range(config.num_refiner_text_blocks)
+        )
+        hidden = config.hidden_size
+        self.norm = RMSNorm(config.text_hidden_dim, config.norm_eps)
+        self.linear_1 = Linear(config.text_hidden_dim, {"linear_1": hidden}, bias=True, dtype=dtype)
+        self.linear_2 = Linear(hidden, {"linear_2": hidden}, bias=True, dtype=dtype)
+
+    def forward(
+        self,
+        taps: Tensor,
+        cu_seqlens: Tensor,
+        spans: Spans,
+        max_seqlen: int,
+        attention: VarlenAttention = sdpa_attention,
+    ) -> Tensor:
+        """Fuse one or several prompts.
+
+        Args:
+            taps: [tokens, num_text_layers, text_hidden_dim], prompts one after another.
+            cu_seqlens: int32 [prompts + 1], offsets of the prompts.
+            spans: the same on the host, (start, end) per prompt.
+            max_seqlen: tokens of the longest prompt.
+            attention: how to attend across the tokens of a prompt.
+
+        Returns:
+            [tokens, hidden_size], the text tokens of the DiT.
+        """
+        x = taps
+        for block in self.layerwise_blocks:
+            x = block.across_taps(x)
+        x = self.projector(x.transpose(1, 2)).squeeze(-1)
+        for block in self.refiner_blocks:
+            x = block.across_tokens(x, attention, cu_seqlens, spans, max_seqlen)
+        x = self.linear_1(self.norm(x).to(x.dtype))
+        return self.linear_2(F.gelu(x, approximate="tanh"))
+
+    def targets(self) -> Iterator[tuple[str, Target]]:
+        for kind in ("layerwise_blocks", "refiner_blocks"):
+            for i, block in enumerate(getattr(self, kind)):
+                yield from block.targets(f"text_fusion.{kind}.{i}.")
+        yield from self.projector.targets("text_fusion.")
+        yield from self.norm.targets("txt_in.norm.")
+        yield from self.linear_1.targets("txt_in.")
+        yield from self.linear_2.targets("txt_in.")

@@ -1,0 +1,155 @@
+"""Filling parameters from safetensors files, one tensor at a time, strictly."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from krea2_srt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where one checkpoint tensor goes.
+
+    Attributes:
+        view: the (slice of a) parameter that receives it, on its final device.
+        shape: shape the checkpoint must have, when it differs from the view's.
+        transform: applied to the stored tensor before it is copied and cast into the view.
+    """
+
+    view: Tensor
+    shape: tuple[int, ...] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.shape is not None else tuple(self.view.shape)
+
+
+def checkpoint_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of one component: a single file, or the shards that an index names.
+
+    Args:
+        folder: component folder, e.g. ``.../transformer``.
+        stem: file name without ending, e.g. ``diffusion_pytorch_model``.
+
+    Raises:
+        CheckpointError: nothing there, a broken index, or a shard that the index names is missing.
+    """
+    index_file = folder / f"{stem}.safetensors.index.json"
+    if index_file.is_file():
+        index = read_json(index_file)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_file}: no weight_map in it")
+        names = {str(name) for name in weight_map.values()}
+        # A shard lies beside its index; anything else is a broken or hostile file.
+        if odd := sorted(name for name in names if Path(name).name != name):
+            raise CheckpointError(f"{index_file}: {odd[0]!r} is not a plain file name")
+        files = [folder / name for name in sorted(names)]
+    else:
+        files = [folder / f"{stem}.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"weight file {file} is missing")
+    return files
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a JSON object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is not a JSON object")
+    return value
+
+
+def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in ``files``, read from the headers alone.
+
+    Raises:
+        CheckpointError: a file is truncated or not safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"weight file {file} is damaged: {error}") from None
+    return shapes
+
+
+def check_weights(
+    targets: Mapping[str, Target],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Path,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Check names and shapes before a byte of weights is read.
+
+    Args:
+        targets: what the model needs, by checkpoint name.
+        shapes: what the checkpoint has.
+        where: for the message.
+        ignore: names that may be there without being needed.
+
+    Raises:
+        CheckpointError: naming the first missing, extra or misshapen tensors, with both shapes.
+    """
+
+    def some(names: list[str]) -> str:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return ", ".join(names[:3]) + more
+
+    if missing := sorted(targets.keys() - shapes.keys()):
+        raise CheckpointError(f"{where}: tensors are missing: {some(missing)}")
+    if extra := sorted(n for n in shapes.keys() - targets.keys() if not ignore(n)):
+        raise CheckpointError(f"{where}: unexpected tensors: {some(extra)}")
+    for name, target in targets.items():
+        if shapes[name] != target.stored_shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(shapes[name])}, "
+                f"config.json says {list(target.stored_shape)}"
+            )
+
+
+def load_weights(
+    files: Iterable[Path],
+    targets: Mapping[str, Target],
+    rename: Callable[[str], str] = lambda name: name,
+) -> None:
+    """Copy tensors from ``files`` into ``targets``; call `check_weights` first.
+
+    Files are opened one after another and tensors copied one after another straight into their
+    place on the device, so host memory peaks at one file above what the targets themselves take.
+
+    Args:
+        files: safetensors files.
+        targets: where each tensor goes; tensors without a target are not read.
+        rename: from the name in the file to the name in ``targets``.
+    """
+    for file in files:
+        with safe_open(file, framework="pt") as tensors, torch.no_grad():
+            for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
+                target = targets.get(rename(stored_name))
+                if target is None:
+                    continue
+                tensor = tensors.get_tensor(stored_name)
+                if target.transform is not None:
+                    tensor = target.transform(tensor)
+                target.view.copy_(tensor.view(target.view.shape))

@@ -1,0 +1,43 @@
+"""The entry point that SGLang calls in every process. The only file that names SGLang's hooks.
+
+Registered under the entry-point group ``sglang.multimodal_gen.plugins``.
+"""
+
+import logging
+import os
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "KREA2_SRT"
+"""Environment variable; ``off`` leaves SGLang's own Krea 2 in place."""
+
+
+def enabled() -> bool:
+    return os.environ.get(SWITCH, "on").strip().lower() not in ("off", "0", "false", "no")
+
+
+def is_krea2(name: str) -> bool:
+    """Whether a model path or pipeline class name is Krea 2's."""
+    return "krea-2" in name.lower() or "krea2" in name.lower()
+
+
+def register() -> None:
+    """Put our pipeline in place of SGLang's for Krea 2 models."""
+    if not enabled():
+        logger.info("%s=%s: SGLang's own Krea 2 serves", SWITCH, os.environ[SWITCH])
+        return
+
+    # Not at module scope: SGLang loads this module before its runtime may be imported.
+    from sglang.multimodal_gen import registry
+    from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
+    from sglang.multimodal_gen.configs.sample.krea2 import Krea2SamplingParams
+
+    from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+
+    registry.register_pipeline(
+        Krea2RunnerPipeline,
+        sampling_param_cls=Krea2SamplingParams,
+        pipeline_config_cls=Krea2PipelineConfig,
+        model_detectors=[is_krea2],
+        overwrite=True,
+    )

@@ -1,0 +1,1 @@
+"""What turns requests into forwards. Imports torch and transformers, never sglang or diffusers."""

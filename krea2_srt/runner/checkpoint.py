@@ -1,0 +1,109 @@
+"""A Krea 2 checkpoint on disk: where its parts lie and which recipe it was made for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.weights import read_json
+from krea2_srt.runner.latents import PATCH
+from krea2_srt.runner.schedule import TURBO_MU, ResolutionShift, Schedule, flow_schedule
+from krea2_srt.runner.text_encoder import DEFAULT_TAPS
+
+CLASS_NAME = "Krea2Pipeline"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint wants to be sampled.
+
+    Attributes:
+        distilled: Turbo (True) or Raw (False).
+        shift: Raw's timestep shift.
+    """
+
+    distilled: bool
+    shift: ResolutionShift = ResolutionShift()
+
+    @property
+    def default_steps(self) -> int:
+        return 8 if self.distilled else 52
+
+    @property
+    def default_guidance(self) -> float:
+        return 0.0 if self.distilled else 3.5
+
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+        """Sigmas for an image; ``mu`` overrides the recipe's own shift."""
+        if mu is None:
+            mu = TURBO_MU if self.distilled else self.shift.mu(image_tokens)
+        return flow_schedule(steps, mu)
+
+
+@dataclass(frozen=True)
+class Krea2Checkpoint:
+    """Paths of all parts, with what ``model_index.json`` says of them.
+
+    Attributes:
+        transformer: ``transformer/`` folder or original single file.
+        text_encoder, tokenizer, vae: folders.
+        taps: text encoder hidden states that the DiT reads.
+        recipe: Turbo's or Raw's.
+    """
+
+    transformer: Path
+    text_encoder: Path
+    tokenizer: Path
+    vae: Path
+    recipe: Recipe
+    taps: tuple[int, ...] = DEFAULT_TAPS
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Krea2Checkpoint":
+        """Read the released (Diffusers) layout.
+
+        Raises:
+            CheckpointError: the folder, a part of it or the right class name is missing.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint folder {folder} does not exist")
+        index_file = folder / "model_index.json"
+        index: dict[str, Any] = read_json(index_file)
+        if index.get("_class_name") != CLASS_NAME:
+            raise CheckpointError(
+                f"{index_file}: _class_name is {index.get('_class_name')!r}, "
+                f"expected {CLASS_NAME!r}"
+            )
+        if index.get("patch_size", PATCH) != PATCH:
+            raise CheckpointError(f"{index_file}: patch_size must be {PATCH}")
+        taps = index.get("text_encoder_select_layers") or DEFAULT_TAPS
+        if not isinstance(taps, (list, tuple)) or not all(
+            isinstance(t, int) and t >= 0 for t in taps
+        ):
+            raise CheckpointError(
+                f"{index_file}: text_encoder_select_layers must be layer numbers, got {taps!r}"
+            )
+        parts = {}
+        for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+            if not (folder / part).is_dir():
+                raise CheckpointError(f"checkpoint folder {folder} has no {part}/")
+            parts[part] = folder / part
+        scheduler = read_json(parts.pop("scheduler") / "scheduler_config.json")
+        return cls(
+            **parts,
+            recipe=Recipe(bool(index.get("is_distilled", False)), _shift(scheduler)),
+            taps=tuple(taps),
+        )
+
+
+def _shift(scheduler: dict[str, Any]) -> ResolutionShift:
+    default = ResolutionShift()
+    try:
+        return ResolutionShift(
+            int(scheduler.get("base_image_seq_len", default.min_tokens)),
+            int(scheduler.get("max_image_seq_len", default.max_tokens)),
+            float(scheduler.get("base_shift", default.min_mu)),
+            float(scheduler.get("max_shift", default.max_mu)),
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"scheduler/scheduler_config.json: {error}") from None

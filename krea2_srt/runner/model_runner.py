@@ -1,0 +1,251 @@
+"""The model runner: from prompts to contexts, from noise to latents, from latents to pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.attention import VarlenAttention
+from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.modulation import Modulation
+from krea2_srt.runner.attention import BACKENDS, default_backend
+from krea2_srt.runner.byte_cache import ByteCache
+from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
+from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
+from krea2_srt.runner.packing import PackCache, SequenceShape
+from krea2_srt.runner.schedule import Schedule
+from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
+from krea2_srt.runner.vae import VAEDecoder, load_vae
+
+CONTEXT_CACHE_BYTES = 512 * 2**20
+MODULATION_CACHE_BYTES = 1024 * 2**20
+
+
+@dataclass
+class DenoisingSequence:
+    """One image on its way from noise to latents.
+
+    Attributes:
+        context: [text tokens, hidden], the fused prompt.
+        negative_context: the same of the negative prompt; None without guidance.
+        guidance: v = cond + guidance * (cond - uncond).
+        rows, columns: image tokens.
+        schedule: its sigmas.
+        modulation: the DiT's modulation, a row per step of the schedule.
+        tokens: float32 [rows * columns, 64], the noisy patches at the current step.
+        step: steps already done.
+    """
+
+    context: Tensor
+    negative_context: Tensor | None
+    guidance: float
+    rows: int
+    columns: int
+    schedule: Schedule
+    modulation: Modulation
+    tokens: Tensor
+    step: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.schedule.steps
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its next forward takes, both lanes under guidance."""
+        return sum(len(context) + self.rows * self.columns for context in self.lanes)
+
+    @property
+    def lanes(self) -> list[Tensor]:
+        """Contexts of its forwards: one, or two under guidance."""
+        if self.negative_context is None:
+            return [self.context]
+        return [self.context, self.negative_context]
+
+
+class Krea2Runner:
+    """Runs the model. Knows tensors, no queues; not thread-safe.
+
+    Args:
+        dit, text_encoder, vae: the loaded parts, on one device.
+        recipe: Turbo's or Raw's sampling.
+        attention: how packs attend.
+        context_cache_bytes: bound of the prompt cache.
+    """
+
+    def __init__(
+        self,
+        dit: Krea2DiT,
+        text_encoder: TextEncoder,
+        vae: VAEDecoder,
+        recipe: Recipe,
+        attention: VarlenAttention,
+        context_cache_bytes: int = CONTEXT_CACHE_BYTES,
+    ) -> None:
+        self.dit = dit
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.recipe = recipe
+        self.attention = attention
+        self.device = dit.img_in.weight.device
+        self.contexts: ByteCache[str, Tensor] = ByteCache(context_cache_bytes)
+        self._modulations: ByteCache[Schedule, Modulation] = ByteCache(MODULATION_CACHE_BYTES)
+        self._packs = PackCache(dit.config, self.device)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Krea2Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        text_dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype | None = None,
+        attention: VarlenAttention | None = None,
+        context_cache_bytes: int = CONTEXT_CACHE_BYTES,
+    ) -> "Krea2Runner":
+        """Load all parts straight onto one device.
+
+        Args:
+            checkpoint: where they lie.
+            device: where they go.
+            dtype: of the DiT, and of the other parts unless given.
+            text_dtype, vae_dtype: of the text encoder and the VAE.
+            attention: overrides the choice by device and dtype.
+            context_cache_bytes: bound of the prompt cache.
+
+        Raises:
+            CheckpointError: something is missing, damaged or does not fit together.
+        """
+        dit = load_dit(checkpoint.transformer, device, dtype)
+        text_encoder = load_text_encoder(
+            checkpoint.text_encoder,
+            checkpoint.tokenizer,
+            checkpoint.taps,
+            device,
+            text_dtype or dtype,
+        )
+        width = text_encoder.model.config.hidden_size
+        needed = (dit.config.num_text_layers, dit.config.text_hidden_dim)
+        if (len(checkpoint.taps), width) != needed:
+            raise CheckpointError(
+                f"{checkpoint.text_encoder}: gives {len(checkpoint.taps)} taps of width {width}, "
+                f"the transformer reads {needed[0]} of width {needed[1]}"
+            )
+        vae = load_vae(checkpoint.vae, device, vae_dtype or dtype)
+        return cls(
+            dit,
+            text_encoder,
+            vae,
+            checkpoint.recipe,
+            attention or BACKENDS[default_backend(device, dtype)],
+            context_cache_bytes,
+        )
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Fused context [text tokens, hidden] of each prompt, from the cache where it is known."""
+        found = {prompt: self.contexts.get(prompt) for prompt in dict.fromkeys(prompts)}
+        new = [prompt for prompt, context in found.items() if context is None]
+        if new:
+            taps = self.text_encoder.encode(new)
+            offsets = [0]
+            for tap in taps:
+                offsets.append(offsets[-1] + len(tap))
+            fused = self.dit.fuse_text(
+                torch.cat(taps),
+                torch.tensor(offsets, dtype=torch.int32, device=self.device),
+                tuple(zip(offsets[:-1], offsets[1:], strict=True)),
+                max(len(tap) for tap in taps),
+                self.attention,
+            )
+            for prompt, start, end in zip(new, offsets[:-1], offsets[1:], strict=True):
+                # A clone, so that a remembered prompt does not keep its whole batch alive.
+                context = fused[start:end].clone()
+                found[prompt] = context
+                self.contexts.put(prompt, context)
+        return [context for prompt in prompts if (context := found[prompt]) is not None]
+
+    def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
+        """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""
+        image_tokens = (width // SIZE_MULTIPLE) * (height // SIZE_MULTIPLE)
+        return self.recipe.schedule(steps, image_tokens, mu)
+
+    @torch.inference_mode()
+    def start(
+        self,
+        context: Tensor,
+        width: int,
+        height: int,
+        seed: int,
+        schedule: Schedule,
+        guidance: float = 0.0,
+        negative_context: Tensor | None = None,
+    ) -> DenoisingSequence:
+        """A sequence before its first step.
+
+        Args:
+            context: of its prompt, from `encode`.
+            width, height: pixels, multiples of 16.
+            seed: of its noise.
+            schedule: its sigmas.
+            guidance: 0 is off.
+            negative_context: of its negative prompt; needed with guidance, unused without.
+        """
+        if guidance > 0 and negative_context is None:
+            raise ValueError("guidance needs a negative_context")
+        noise = initial_noise(width, height, seed, self.device, self.dit.dtype)
+        return DenoisingSequence(
+            context=context,
+            negative_context=negative_context if guidance > 0 else None,
+            guidance=guidance,
+            rows=height // SIZE_MULTIPLE,
+            columns=width // SIZE_MULTIPLE,
+            schedule=schedule,
+            modulation=self._modulation(schedule),
+            tokens=patchify(noise).float(),
+        )
+
+    @torch.inference_mode()
+    def step(self, sequences: Sequence[DenoisingSequence]) -> None:
+        """One Euler step of every sequence, each at its own step, in one packed forward.
+
+        A sequence under guidance takes part twice, with its prompt and its negative prompt.
+        """
+        lanes = [(s, context) for s in sequences for context in s.lanes]
+        pack = self._packs.get(
+            tuple(SequenceShape(len(context), s.rows, s.columns) for s, context in lanes)
+        )
+        velocity = self.dit(
+            torch.cat([s.tokens for s, _ in lanes]),
+            torch.cat([context for _, context in lanes]),
+            pack,
+            Modulation.stack([s.modulation.row(s.step) for s, _ in lanes]),
+            self.attention,
+        ).float()
+        start = 0
+        for s in sequences:
+            size = s.rows * s.columns
+            v = velocity[start : start + size]
+            start += size
+            if s.negative_context is not None:
+                v = v + s.guidance * (v - velocity[start : start + size])
+                start += size
+            s.tokens = s.tokens + (s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step]) * v
+            s.step += 1
+
+    @torch.inference_mode()
+    def decode(self, sequence: DenoisingSequence) -> Tensor:
+        """Pixels of a finished sequence: float32 [3, height, width] in [0, 1]."""
+        latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
+        return self.vae.decode(latents[None])[0]
+
+    def _modulation(self, schedule: Schedule) -> Modulation:
+        modulation = self._modulations.get(schedule)
+        if modulation is None:
+            modulation = self.dit.modulation(torch.tensor(schedule.timesteps))
+            self._modulations.put(schedule, modulation)
+        return modulation

@@ -1,0 +1,153 @@
+"""Prompt to tapped hidden states: Qwen3-VL, text only, cut after the last layer that is tapped."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.weights import (
+    Target,
+    check_weights,
+    checkpoint_files,
+    load_weights,
+    read_json,
+    tensor_shapes,
+)
+
+# The template, and how much of it is cut away, as the released pipeline has it.
+PREFIX = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n"
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+PREFIX_TOKENS = 34
+SUFFIX_TOKENS = 5
+MAX_TEXT_TOKENS = 512
+"""Prompt and suffix together; a longer prompt is cut."""
+
+DEFAULT_TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+
+
+class TextEncoder:
+    """Tapped hidden states of prompts.
+
+    Args:
+        model: a ``Qwen3VLTextModel`` with just the layers the taps need and no final norm.
+        tokenizer: the checkpoint's tokenizer.
+        taps: indices into the encoder's hidden states; 0 is the embedding output.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, taps: Sequence[int]) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.taps = tuple(taps)
+        self._suffix_ids = self._ids(SUFFIX)
+        if len(self._ids(PREFIX)) != PREFIX_TOKENS or len(self._suffix_ids) != SUFFIX_TOKENS:
+            raise CheckpointError(
+                f"tokenizer splits the prompt template into {len(self._ids(PREFIX))} + "
+                f"{len(self._suffix_ids)} tokens, Krea 2 needs {PREFIX_TOKENS} + {SUFFIX_TOKENS}: "
+                "not the Qwen tokenizer?"
+            )
+
+    def tokenize(self, prompt: str) -> tuple[list[int], bool]:
+        """Token ids of template and prompt, and whether the prompt had to be cut."""
+        ids = self._ids(PREFIX + prompt)
+        limit = PREFIX_TOKENS + MAX_TEXT_TOKENS - SUFFIX_TOKENS
+        return ids[:limit] + self._suffix_ids, len(ids) > limit
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Tapped hidden states of each prompt, suffix included, template prefix dropped.
+
+        Returns:
+            One [tokens, taps, hidden] per prompt. A prompt's states do not depend on the others:
+            prompts are padded on the right, which causal attention never looks at, and
+            positions count real tokens only.
+        """
+        ids = [self.tokenize(prompt)[0] for prompt in prompts]
+        longest = max(len(x) for x in ids)
+        padded = torch.tensor([x + [0] * (longest - len(x)) for x in ids])
+        states = self.model(
+            input_ids=padded.to(self.model.embed_tokens.weight.device),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        tapped = torch.stack([states[i] for i in self.taps], dim=2)
+        return [tapped[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text)["input_ids"])
+
+
+def load_text_encoder(
+    folder: Path,
+    tokenizer_folder: Path,
+    taps: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TextEncoder:
+    """Load the part of a Qwen3-VL checkpoint that the taps need.
+
+    Args:
+        folder: a Qwen3-VL checkpoint: its ``config.json`` and ``model*.safetensors``.
+        tokenizer_folder: the tokenizer's files.
+        taps: hidden states to return.
+        device: where the weights go.
+        dtype: of the weights.
+
+    Raises:
+        CheckpointError: missing or damaged files, another architecture, too few layers.
+    """
+    from transformers import AutoTokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
+
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "qwen3_vl":
+        raise CheckpointError(
+            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, "
+            "expected 'qwen3_vl'"
+        )
+    text_config = config.get("text_config")
+    if not isinstance(text_config, dict):
+        raise CheckpointError(f"{folder / 'config.json'}: no text_config in it")
+    layers, needed = text_config.get("num_hidden_layers", 0), max(taps)
+    if layers < needed:
+        raise CheckpointError(f"{folder}: has {layers} layers, tap {needed} needs {needed}")
+    try:
+        # States beyond the last tap are never read, so their layers are never loaded.
+        model_config = Qwen3VLTextConfig(**{**text_config, "num_hidden_layers": needed})
+        model_config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = Qwen3VLTextModel(model_config).to(dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    # The last tap is the plain output of its layer; the released model norms only the layer after.
+    model.norm = nn.Identity()
+
+    files = checkpoint_files(folder, "model")
+    shapes = tensor_shapes(files)
+    root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
+    check_weights(_targets(model, root), shapes, folder, ignore=lambda name: True)
+    model = model.to_empty(device=device)
+    # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
+    model.rotary_emb = type(model.rotary_emb)(config=model_config).to(device)
+    load_weights(files, _targets(model, root))
+    model.requires_grad_(False).eval()
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"tokenizer in {tokenizer_folder} cannot be read: {reason}") from None
+    return TextEncoder(model, tokenizer, taps)
+
+
+# Where the text model sits in a Qwen3VLModel and in a Qwen3VLForConditionalGeneration checkpoint.
+_ROOTS = ("language_model.", "model.language_model.")
+
+
+def _targets(model: nn.Module, root: str) -> dict[str, Target]:
+    return {f"{root}{name}": Target(p.data) for name, p in model.named_parameters()}

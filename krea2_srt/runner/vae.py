@@ -1,0 +1,340 @@
+"""Latents to pixels: the decoder of AutoencoderKLQwenImage, reduced to two dimensions.
+
+The released VAE is a causal video VAE. For one frame every causal 3-D convolution sees its own
+frame in the last temporal slice of the kernel and zeros before it, so it equals the 2-D
+convolution with that slice; the temporal upsamplers are not run at all.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.layers import parameter
+from krea2_srt.model.weights import (
+    Target,
+    check_weights,
+    checkpoint_files,
+    load_weights,
+    read_json,
+    tensor_shapes,
+)
+
+CLASS_NAME = "AutoencoderKLQwenImage"
+DEFAULT_TILE = 512
+"""Pixels a side of the tiles in which the full-resolution stage runs."""
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the decoder; fields are those of the released ``vae/config.json``."""
+
+    base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
+        """Read a released config.
+
+        Raises:
+            CheckpointError: another class, or not the f8, 16-channel layout that Krea 2 needs.
+        """
+        if config.get("_class_name") != CLASS_NAME:
+            raise CheckpointError(
+                f"_class_name is {config.get('_class_name')!r}, expected {CLASS_NAME!r}"
+            )
+        try:
+            parsed = cls(
+                base_dim=config["base_dim"],
+                z_dim=config["z_dim"],
+                dim_mult=tuple(config["dim_mult"]),
+                num_res_blocks=config["num_res_blocks"],
+                temporal_downsample=tuple(config["temperal_downsample"]),
+                latents_mean=tuple(config["latents_mean"]),
+                latents_std=tuple(config["latents_std"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{error} is missing or of the wrong type") from None
+        if config.get("attn_scales"):
+            raise CheckpointError(f"attn_scales={config['attn_scales']} is not supported")
+        if len(parsed.temporal_downsample) != 3 or len(parsed.dim_mult) != 4:
+            raise CheckpointError("dim_mult and temperal_downsample do not make an f8 VAE")
+        if not parsed.z_dim == len(parsed.latents_mean) == len(parsed.latents_std) == 16:
+            raise CheckpointError(f"z_dim={parsed.z_dim}, Krea 2 needs 16 latent channels")
+        return parsed
+
+
+class Conv(nn.Module):
+    """2-D convolution, stride 1, "same" zero padding.
+
+    Args:
+        inputs, outputs: channels.
+        kernel: 1 or 3.
+        causal_3d: whether the checkpoint holds a causal 3-D kernel, of which only the last
+            temporal slice is kept.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, dtype: torch.dtype, causal_3d: bool = True
+    ) -> None:
+        super().__init__()
+        self.padding = kernel // 2
+        self.causal_3d = causal_3d
+        self.weight = parameter(outputs, inputs, kernel, kernel, dtype=dtype)
+        self.bias = parameter(outputs, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        weight = self.weight
+        if self.causal_3d:
+            outputs, inputs, height, width = weight.shape
+            stored = (outputs, inputs, height, height, width)
+            yield f"{prefix}weight", Target(weight, stored, lambda w: w[:, :, -1].contiguous())
+        else:
+            yield f"{prefix}weight", Target(weight)
+        yield f"{prefix}bias", Target(self.bias)
+
+
+class ChannelNorm(nn.Module):
+    """RMSNorm over the channels of each pixel, in float32."""
+
+    def __init__(self, channels: int, dims: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored_shape = (channels, *[1] * dims)
+        self.gamma = parameter(channels, 1, 1, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = x.float().square().sum(dim=1, keepdim=True).sqrt_().clamp_min_(1e-12)
+        scale = self.gamma.float() * x.shape[1] ** 0.5
+        return (x / norm * scale).to(x.dtype)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield f"{prefix}gamma", Target(self.gamma, self.stored_shape)
+
+
+class ResidualBlock(nn.Module):
+    """norm, silu, conv, twice, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = ChannelNorm(inputs, 3, dtype)
+        self.conv1 = Conv(inputs, outputs, 3, dtype)
+        self.norm2 = ChannelNorm(outputs, 3, dtype)
+        self.conv2 = Conv(outputs, outputs, 3, dtype)
+        self.conv_shortcut = Conv(inputs, outputs, 1, dtype) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        x = self.conv1(F.silu(self.norm1(x), inplace=True))
+        x = self.conv2(F.silu(self.norm2(x), inplace=True))
+        return x.add_(shortcut)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        for name in ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"):
+            module = getattr(self, name)
+            if module is not None:
+                yield from module.targets(f"{prefix}{name}.")
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all pixels."""
+
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels, 2, dtype)
+        self.to_qkv = Conv(channels, channels * 3, 1, dtype, causal_3d=False)
+        self.proj = Conv(channels, channels, 1, dtype, causal_3d=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
+        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.proj(out)
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        for name in ("norm", "to_qkv", "proj"):
+            yield from getattr(self, name).targets(f"{prefix}{name}.")
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbour, then a convolution that halves channels."""
+
+    def __init__(self, channels: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.conv = Conv(channels, channels // 2, 3, dtype, causal_3d=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        yield from self.conv.targets(f"{prefix}resample.1.")
+
+
+class VAEDecoder(nn.Module):
+    """Decoder of the Qwen-Image VAE for single frames.
+
+    `decode` runs everything up to a quarter of the full resolution at once and the last stage,
+    whose activations are 16 times larger, in tiles. A tile carries a margin as wide as the
+    stage's receptive field, so tiled and untiled decoding give the same pixels: no seams.
+
+    Args:
+        config: sizes.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, config: VAEConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        dims = [config.base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        self.post_quant_conv = Conv(config.z_dim, config.z_dim, 1, dtype)
+        self.conv_in = Conv(config.z_dim, dims[0], 3, dtype)
+        self.mid_resnets = nn.ModuleList(ResidualBlock(dims[0], dims[0], dtype) for _ in range(2))
+        self.mid_attention = AttentionBlock(dims[0], dtype)
+        self.up_resnets = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
+        last = len(dims) - 2
+        for i in range(last + 1):
+            inputs, outputs = dims[i] // 2 if i else dims[i], dims[i + 1]
+            widths = [inputs] + [outputs] * (config.num_res_blocks + 1)
+            self.up_resnets.append(
+                nn.ModuleList(
+                    ResidualBlock(a, b, dtype) for a, b in zip(widths, widths[1:], strict=False)
+                )
+            )
+            if i < last:
+                self.upsamplers.append(Upsample(outputs, dtype))
+        self.norm_out = ChannelNorm(dims[-1], 3, dtype)
+        self.conv_out = Conv(dims[-1], 3, 3, dtype)
+        # Receptive field of the last stage in its own pixels: the upsampler's convolution, two
+        # per residual block, and the output convolution.
+        self._margin = 1 + 2 * (config.num_res_blocks + 1) + 1
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, tile: int = DEFAULT_TILE) -> Tensor:
+        """Decode images of one size.
+
+        Args:
+            latents: [n, 16, h, w], as the DiT produces them (normalised), any dtype.
+            tile: pixels a side of the tiles of the last stage; 0 never tiles.
+
+        Returns:
+            float32 [n, 3, 8 * h, 8 * w] in [0, 1].
+        """
+        return torch.stack([self._decode_one(image[None], tile)[0] for image in latents])
+
+    def _decode_one(self, latents: Tensor, tile: int) -> Tensor:
+        x = latents.to(self.dtype)
+        x = x * self._constant(self.config.latents_std, x) + self._constant(
+            self.config.latents_mean, x
+        )
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = self.conv_in(self.post_quant_conv(x))
+        x = self.mid_resnets[0](x)
+        x = self.mid_resnets[1](self.mid_attention(x))
+        for i, upsample in enumerate(self.upsamplers):
+            for resnet in self.up_resnets[i]:
+                x = resnet(x)
+            if i < len(self.upsamplers) - 1:
+                x = upsample(x)
+        pixels = torch.empty(
+            (1, 3, 2 * x.shape[2], 2 * x.shape[3]), dtype=torch.float32, device=x.device
+        )
+        for rows in _tiles(pixels.shape[2], tile, self._margin):
+            for columns in _tiles(pixels.shape[3], tile, self._margin):
+                decoded = self._last_stage(x[:, :, rows.source, columns.source])
+                pixels[:, :, rows.target, columns.target] = decoded[:, :, rows.keep, columns.keep]
+        return pixels.clamp_(-1, 1).mul_(0.5).add_(0.5)
+
+    def _last_stage(self, x: Tensor) -> Tensor:
+        x = self.upsamplers[-1](x)
+        for resnet in self.up_resnets[-1]:
+            x = resnet(x)
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+
+    @staticmethod
+    def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, device=like.device).view(1, -1, 1, 1).to(like.dtype)
+
+    def targets(self) -> dict[str, Target]:
+        """Where each tensor of a released checkpoint goes; encoder and time convs have no place."""
+        found = dict(self.post_quant_conv.targets("post_quant_conv."))
+        found |= dict(self.conv_in.targets("decoder.conv_in."))
+        for i, resnet in enumerate(self.mid_resnets):
+            found |= dict(resnet.targets(f"decoder.mid_block.resnets.{i}."))
+        found |= dict(self.mid_attention.targets("decoder.mid_block.attentions.0."))
+        for i, resnets in enumerate(self.up_resnets):
+            for j, resnet in enumerate(resnets):
+                found |= dict(resnet.targets(f"decoder.up_blocks.{i}.resnets.{j}."))
+            if i < len(self.upsamplers):
+                found |= dict(
+                    self.upsamplers[i].targets(f"decoder.up_blocks.{i}.upsamplers.0.")
+                )
+        found |= dict(self.norm_out.targets("decoder.norm_out."))
+        found |= dict(self.conv_out.targets("decoder.conv_out."))
+        return found
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """One tile along one axis: input to read, its part to keep, and where that goes."""
+
+    source: slice
+    keep: slice
+    target: slice
+
+
+def _tiles(size: int, tile: int, margin: int) -> list[_Tile]:
+    """Cut ``size`` output pixels into tiles; the input has half as many."""
+    if tile <= 0 or size <= tile:
+        return [_Tile(slice(None), slice(None), slice(None))]
+    tiles = []
+    for start in range(0, size, tile):
+        stop = min(start + tile, size)
+        first = max(0, start - margin) // 2
+        last = min(size, stop + margin + 1) // 2
+        tiles.append(
+            _Tile(slice(first, last), slice(start - 2 * first, stop - 2 * first), slice(start, stop))
+        )
+    return tiles
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder:
+    """Load the decoder half of a released VAE.
+
+    Raises:
+        CheckpointError: missing or damaged files, another architecture.
+    """
+    raw = read_json(folder / "config.json")
+    try:
+        config = VAEConfig.from_dict(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    files = checkpoint_files(folder, "diffusion_pytorch_model")
+    with torch.device("meta"):
+        needed = VAEDecoder(config, dtype).targets()
+    check_weights(needed, tensor_shapes(files), folder, ignore=_not_needed)
+    with torch.device(device):
+        vae = VAEDecoder(config, dtype).eval()
+    load_weights(files, vae.targets())
+    # Convolutions run faster on both kinds of device with channels innermost.
+    return vae.to(memory_format=torch.channels_last)
+
+
+def _not_needed(name: str) -> bool:
+    return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name
+
+
+DecodeFn = Callable[[Tensor], Tensor]

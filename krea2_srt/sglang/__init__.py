@@ -1,0 +1,1 @@
+"""Adapters between SGLang and the runner: no model maths, no policy."""

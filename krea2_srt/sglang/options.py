@@ -1,0 +1,91 @@
+"""Which of SGLang's options our runner honours. All others are left to SGLang's own Krea 2.
+
+A list of what is known to work, not of what is known not to: an option that SGLang adds tomorrow
+is then handed to SGLang instead of being ignored.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from typing import Any
+
+# Options of the process, the channel and the output, which SGLang handles around any pipeline.
+_AROUND_THE_PIPELINE = """
+    base_gpu_id backend batching_config batching_delay_ms batching_max_size batching_mode config
+    conditioning_cache_max_size_mb disable_conditioning_cache dist_timeout dp_size
+    enable_batching_metrics enable_cache_report enable_metrics enable_trace gpu_ids host
+    http_graceful_shutdown_timeout input_save_path log_level log_requests log_requests_format
+    log_requests_level log_requests_target master_port model model_id model_path model_type
+    nccl_port numa_node otlp_service_name otlp_traces_endpoint output_path perf_dump_path
+    pipeline_config pin_cpu_memory port prompt_file_path request_id revision scheduler_port
+    scheduler_ports scheduler_rpc_timeout served_model_name sleep_on_idle strict_ports
+    text_encoder_configs uvicorn_access_log_exclude_prefixes warmup warmup_mode
+    warmup_num_frames warmup_resolutions warmup_steps warmup_sampling_params webui webui_port
+    async_output_save output_file_path subcommand
+"""
+
+# Options that the runner itself reads.
+_READ_BY_THE_RUNNER = """
+    dit_precision vae_precision vae_decode_precision text_encoder_precisions vae_tiling
+"""
+
+# Request fields that `sglang generate` takes on its command line.
+_REQUEST_FIELDS = """
+    debug fps guidance_scale height image_path negative_prompt no_override_protected_fields
+    num_frames num_inference_steps num_outputs_per_prompt num_profiled_timesteps output_compression
+    output_file_name output_quality profile profile_all_stages prompt prompt_path quality
+    return_file_paths_only return_frames save_output seed suppress_logs width
+    enable_upscaling upscaling_model_path upscaling_scale
+"""
+
+HONOURED = frozenset((_AROUND_THE_PIPELINE + _READ_BY_THE_RUNNER + _REQUEST_FIELDS).split())
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "num_gpus": (1,),
+    "nnodes": (1,),
+    "node_rank": (0,),
+    "tp_size": (None, 1),
+    "sp_degree": (None, 1),
+    "ulysses_degree": (None, 1),
+    "ring_degree": (None, 1),
+    "cfg_parallel_degree": (None, 1),
+    "performance_mode": ("auto", "speed", "manual"),
+}
+
+
+def unsupported_options(server_args: Any) -> list[str]:
+    """Names of the options given to SGLang that our runner would have to ignore.
+
+    Args:
+        server_args: SGLang's diffusion ``ServerArgs``.
+
+    Returns:
+        Sorted flag names, ``--like-this``, and environment variables; empty when we can serve.
+    """
+    found = {f"--{name.replace('_', '-')}" for name in _explicit_and_not_neutral(server_args)}
+    # One process per GPU is all we do: more GPUs than replicas means that a model is split.
+    if server_args.num_gpus > (server_args.dp_size or 1):
+        found.add("--num-gpus")
+    if getattr(server_args.disagg_role, "value", "monolithic") != "monolithic":
+        found.add("--disagg-role")
+    if server_args.comfyui_mode:
+        found.add("--comfyui-mode")
+    if os.environ.get("SGLANG_CACHE_DIT_ENABLED", "").lower() in ("1", "true", "yes"):
+        found.add("SGLANG_CACHE_DIT_ENABLED")
+    return sorted(found)
+
+
+def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:
+    defaults = {
+        f.name: f.default if f.default is not dataclasses.MISSING else None
+        for f in dataclasses.fields(server_args)
+    }
+    for name in server_args._explicit_arg_names - HONOURED:
+        if name == "num_gpus" and server_args.num_gpus == (server_args.dp_size or 1):
+            continue
+        value = getattr(server_args, name, None)
+        neutral = _NEUTRAL.get(name, (defaults.get(name), False, None))
+        # An unknown name has no value here (a request field, say): it was given, so it counts.
+        if hasattr(server_args, name) and value in neutral:
+            continue
+        yield name

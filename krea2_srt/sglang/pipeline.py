@@ -1,0 +1,83 @@
+"""SGLang's Krea 2 pipeline, served by our runner."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
+from sglang.multimodal_gen.runtime.pipelines.krea2 import Krea2Pipeline
+from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import (
+    ComposedPipelineBase,
+)
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
+
+from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.sglang.attention import select_attention
+from krea2_srt.sglang.options import unsupported_options
+from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
+
+logger = init_logger(__name__)
+
+
+class Krea2RunnerPipeline(ComposedPipelineBase):
+    """Encode, denoise and decode on `Krea2Runner`.
+
+    Constructed with an option that the runner would have to ignore, it is SGLang's own pipeline
+    instead: SGLang constructs whatever class is registered, and this is the first place that sees
+    both the class and the options.
+    """
+
+    pipeline_name = "Krea2Pipeline"
+    _required_config_modules = ["text_encoder", "tokenizer", "vae", "transformer", "scheduler"]
+
+    runner: Krea2Runner
+
+    def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
+        if options := unsupported_options(server_args):
+            logger.warning(
+                "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
+                ", ".join(options),
+            )
+            return Krea2Pipeline(model_path, server_args, *args, **kwargs)
+        return super().__new__(cls)
+
+    def load_modules(
+        self, server_args: ServerArgs, loaded_modules: dict[str, torch.nn.Module] | None = None
+    ) -> dict[str, Any]:
+        """Load the checkpoint into the runner; downloads it first where the path is a repo id."""
+        del loaded_modules
+        self._load_config()
+        config = server_args.pipeline_config
+        device = get_local_torch_device()
+        dtype = PRECISION_TO_TYPE[config.dit_precision]
+        attention_name, attention = select_attention(device, dtype)
+        self.runner = Krea2Runner.load(
+            Krea2Checkpoint.from_folder(Path(self.model_path)),
+            device,
+            dtype,
+            text_dtype=PRECISION_TO_TYPE[config.text_encoder_precisions[0]],
+            vae_dtype=PRECISION_TO_TYPE[config.vae_decode_precision or config.vae_precision],
+            attention=attention,
+        )
+        logger.info(
+            "krea2-srt: our runner serves %s (%s, %s, %s, attention %s)",
+            self.model_path,
+            "Turbo" if self.runner.recipe.distilled else "Raw",
+            device,
+            dtype,
+            attention_name,
+        )
+        return {
+            "transformer": self.runner.dit,
+            "text_encoder": self.runner.text_encoder.model,
+            "tokenizer": self.runner.text_encoder.tokenizer,
+            "vae": self.runner.vae,
+        }
+
+    def create_pipeline_stages(self, server_args: ServerArgs) -> None:
+        self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")
+        self.add_stage(DenoiseStage(self.runner), "krea2_denoise_stage")
+        self.add_stage(DecodeStage(self.runner), "krea2_decode_stage")

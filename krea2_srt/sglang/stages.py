@@ -1,0 +1,118 @@
+"""The three stages of SGLang's pipeline, on our runner."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
+from sglang.multimodal_gen.runtime.pipelines_core.stages.base import PipelineStage
+from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
+
+from krea2_srt.engine.request import RequestLimits
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.pixels import to_uint8
+from krea2_srt.sglang.requests import image_requests
+
+logger = init_logger(__name__)
+
+_SEQUENCES = "krea2_sequences"
+
+PACK_TOKENS = 32768
+"""Most tokens in one forward; two 2048 x 2048 images."""
+
+
+def sequences_of(batch: Req) -> list[DenoisingSequence]:
+    """The sequences that the encode stage made of a request."""
+    return batch.extra[_SEQUENCES]
+
+
+class EncodeStage(PipelineStage):
+    """Check the request, encode its prompts, draw its noise."""
+
+    def __init__(self, runner: Krea2Runner, limits: RequestLimits | None = None) -> None:
+        super().__init__()
+        self.runner = runner
+        self.limits = limits or RequestLimits()
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> Req:
+        requests = image_requests(batch, self.limits)
+        prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guidance]
+        contexts = dict(zip(prompts, self.runner.encode(prompts), strict=True))
+        batch.extra[_SEQUENCES] = [
+            self.runner.start(
+                contexts[request.prompt],
+                request.width,
+                request.height,
+                request.seed,
+                self.runner.schedule(request.steps, request.width, request.height),
+                request.guidance,
+                contexts.get(request.negative_prompt),
+            )
+            for request in requests
+        ]
+        return batch
+
+
+class DenoiseStage(PipelineStage):
+    """Step all sequences of a request, or of a group of requests, in packs."""
+
+    def __init__(self, runner: Krea2Runner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    @property
+    def role_affinity(self) -> RoleType:
+        return RoleType.DENOISER
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> Req:
+        with self.progress_bar(total=batch.num_inference_steps, batch=batch) as progress:
+            while pending := [s for s in sequences_of(batch) if not s.done]:
+                with StageProfiler(
+                    f"denoising_step_{pending[0].step}",
+                    logger=logger,
+                    metrics=batch.metrics,
+                    perf_dump_path_provided=batch.perf_dump_path is not None,
+                    record_as_step=True,
+                ):
+                    for pack in packs(pending, PACK_TOKENS):
+                        self.runner.step(pack)
+                progress.update()
+        return batch
+
+
+class DecodeStage(PipelineStage):
+    """Latents to pixels."""
+
+    def __init__(self, runner: Krea2Runner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    @property
+    def role_affinity(self) -> RoleType:
+        return RoleType.DECODER
+
+    def forward(self, batch: Req, server_args: ServerArgs) -> OutputBatch:
+        # 8-bit here, rounded: SGLang would truncate, which darkens every picture by half a level.
+        images: list[np.ndarray] = [
+            to_uint8(self.runner.decode(sequence)) for sequence in batch.extra.pop(_SEQUENCES)
+        ]
+        return OutputBatch(output=images, metrics=batch.metrics, usage=batch.usage)
+
+
+def packs(
+    sequences: list[DenoisingSequence], max_tokens: int
+) -> Iterator[list[DenoisingSequence]]:
+    """Cut sequences into packs of at most ``max_tokens``; a larger sequence goes alone."""
+    pack: list[DenoisingSequence] = []
+    total = 0
+    for sequence in sequences:
+        if pack and total + sequence.num_tokens > max_tokens:
+            yield pack
+            pack, total = [], 0
+        pack.append(sequence)
+        total += sequence.num_tokens
+    if pack:
+        yield pack
+
