@@ -20,3 +20,8 @@ class RequestError(Krea2Error):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.message = message
+
+    def renamed(self, field: str) -> "RequestError":
+        """The same error under the name that the caller's interface has for the field."""
+        return RequestError(field, self.message)

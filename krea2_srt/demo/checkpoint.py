@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from krea2_srt.demo.tokenizer import write_tokenizer
-from krea2_srt.model.checkpoint import config_dict, stored_shapes
+from krea2_srt.model.checkpoint import config_dict, original_name, stored_shapes
 from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.checkpoint import CLASS_NAME as PIPELINE_CLASS
@@ -99,6 +99,21 @@ def write_demo_checkpoint(folder: Path, seed: int = 0, distilled: bool = True) -
         if folder.exists():
             folder.rmdir()
         shutil.move(work, folder)
+
+
+def write_original_file(transformer: Path, file: Path) -> None:
+    """Write a transformer in Diffusers layout as one file with the original release's names.
+
+    Args:
+        transformer: folder with one safetensors file.
+        file: to write.
+    """
+    tensors = load_file(transformer / "diffusion_pytorch_model.safetensors")
+    originals = {}
+    for name, tensor in tensors.items():
+        flat = name.startswith("transformer_blocks.") and name.endswith("scale_shift_table")
+        originals[original_name(name)] = tensor.flatten() if flat else tensor
+    _save(originals, file)
 
 
 def _write_index(folder: Path, distilled: bool) -> None:
@@ -203,6 +218,8 @@ def _dit_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     block = name.startswith("transformer_blocks.")
     if name == "final_layer.linear.weight":
         return _final_weight(name, shape, seed)
+    if name == "time_embed.linear_1.weight":
+        return _time_weight(name, shape, seed)
     if "scale_shift_table" in name:
         return _normal(name, shape, seed, 0.3)
     if block and "attn.norm" in name:
@@ -219,6 +236,18 @@ def _dit_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return _normal(name, shape, seed, 0.1)
     gain = 3.0 if block and ("to_v" in name or "to_out" in name) else 1.0
     return _normal(name, shape, seed, gain * _fan_in(shape) ** -0.5)
+
+
+def _time_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Smooth in time, as a trained network is: fast sinusoids count less. Without it the rounding
+    of the timestep to bf16, which Diffusers does and SGLang does not, would give other pictures.
+    """
+    half = shape[1] // 2
+    radians_per_unit_time = 1e3 * torch.exp(-math.log(1e4) * torch.arange(half) / half)
+    share = (20.0 / radians_per_unit_time).clamp(max=1.0).repeat(2)
+    share /= share.square().mean().sqrt()
+    weight = _normal(name, shape, seed, _fan_in(shape) ** -0.5).float() * share
+    return weight.to(torch.bfloat16)
 
 
 def _final_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

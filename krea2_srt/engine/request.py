@@ -10,6 +10,9 @@ SIZE_MULTIPLE = 16
 
 MAX_SEED = 2**63 - 1
 
+MU_RANGE = (-10.0, 10.0)
+"""Timestep shifts beyond this are typing errors: exp(mu) leaves float32's useful range."""
+
 
 @dataclass(frozen=True)
 class RequestLimits:
@@ -59,6 +62,11 @@ class ImageRequest:
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_images)
 
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of one sequence."""
+        return (self.width // SIZE_MULTIPLE) * (self.height // SIZE_MULTIPLE)
+
     def check(self, limits: RequestLimits) -> None:
         """Check every field before anything is computed.
 
@@ -67,7 +75,9 @@ class ImageRequest:
         """
         for field in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, field), str):
-                raise RequestError(field, f"must be text, got {type(getattr(self, field)).__name__}")
+                raise RequestError(
+                    field, f"must be text, got {type(getattr(self, field)).__name__}"
+                )
         for field, least, most in (
             ("width", SIZE_MULTIPLE, limits.max_side),
             ("height", SIZE_MULTIPLE, limits.max_side),
@@ -91,12 +101,17 @@ class ImageRequest:
                 f"{self.width}x{self.height} has {self.width * self.height} pixels, "
                 f"the limit is {limits.max_pixels}",
             )
-        _check_number("guidance", self.guidance, 0.0, limits.max_guidance)
+        check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
-            _check_number("mu", self.mu, -10.0, 10.0)
+            check_number("mu", self.mu, *MU_RANGE)
 
 
-def _check_number(field: str, value: float, least: float, most: float) -> None:
+def check_number(field: str, value: float, least: float, most: float) -> None:
+    """Check that a request's number is finite and in range.
+
+    Raises:
+        RequestError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RequestError(field, f"must be a finite number, got {value!r}")
     if not least <= value <= most:

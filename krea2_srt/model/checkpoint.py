@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -24,36 +23,66 @@ from krea2_srt.model.weights import (
 
 _STEM = "diffusion_pytorch_model"
 
-# Original name -> Diffusers name, applied in order.
-_ORIGINAL_NAMES: tuple[tuple[str, str], ...] = (
-    (r"^first\.", "img_in."),
-    (r"^blocks\.", "transformer_blocks."),
-    (r"^txtfusion\.", "text_fusion."),
-    (r"^tmlp\.0\.", "time_embed.linear_1."),
-    (r"^tmlp\.2\.", "time_embed.linear_2."),
-    (r"^tproj\.1\.", "time_mod_proj."),
-    (r"^txtmlp\.0\.", "txt_in.norm."),
-    (r"^txtmlp\.1\.", "txt_in.linear_1."),
-    (r"^txtmlp\.3\.", "txt_in.linear_2."),
-    (r"^last\.modulation\.lin$", "final_layer.scale_shift_table"),
-    (r"^last\.", "final_layer."),
-    (r"\.mod\.lin$", ".scale_shift_table"),
-    (r"\.prenorm\.", ".norm1."),
-    (r"\.postnorm\.", ".norm2."),
-    (r"\.attn\.w([qkv])\.", r".attn.to_\1."),
-    (r"\.attn\.wo\.", ".attn.to_out.0."),
-    (r"\.attn\.gate\.", ".attn.to_gate."),
-    (r"\.qknorm\.([qk])norm\.", r".norm_\1."),
-    (r"\.mlp\.", ".ff."),
-    (r"\.scale$", ".weight"),
+# Fragments of tensor names, original | Diffusers. Each maps one name to one name both ways.
+_NAMES: tuple[tuple[str, str], ...] = (
+    ("first.", "img_in."),
+    ("blocks.", "transformer_blocks."),
+    ("txtfusion.", "text_fusion."),
+    ("tmlp.0.", "time_embed.linear_1."),
+    ("tmlp.2.", "time_embed.linear_2."),
+    ("tproj.1.", "time_mod_proj."),
+    ("txtmlp.0.", "txt_in.norm."),
+    ("txtmlp.1.", "txt_in.linear_1."),
+    ("txtmlp.3.", "txt_in.linear_2."),
+    ("last.modulation.lin", "final_layer.scale_shift_table"),
+    ("last.", "final_layer."),
+)
+_INNER_NAMES: tuple[tuple[str, str], ...] = (
+    (".mod.lin", ".scale_shift_table"),
+    (".prenorm.", ".norm1."),
+    (".postnorm.", ".norm2."),
+    (".attn.wq.", ".attn.to_q."),
+    (".attn.wk.", ".attn.to_k."),
+    (".attn.wv.", ".attn.to_v."),
+    (".attn.wo.", ".attn.to_out.0."),
+    (".attn.gate.", ".attn.to_gate."),
+    (".qknorm.qnorm.", ".norm_q."),
+    (".qknorm.knorm.", ".norm_k."),
+    (".mlp.", ".ff."),
 )
 
 
 def diffusers_name(original: str) -> str:
     """The Diffusers name of a tensor of the original single-file checkpoint."""
     name = original
-    for pattern, replacement in _ORIGINAL_NAMES:
-        name = re.sub(pattern, replacement, name)
+    if name.endswith(".scale"):
+        name = name.removesuffix(".scale") + ".weight"
+    return _translate(name, _NAMES, _INNER_NAMES)
+
+
+def original_name(diffusers: str) -> str:
+    """The original name of a tensor of a Diffusers-layout checkpoint."""
+    name = _translate(
+        diffusers,
+        tuple((theirs, ours) for ours, theirs in _NAMES),
+        tuple((theirs, ours) for ours, theirs in _INNER_NAMES),
+    )
+    # Norms call their weight "scale"; matrices do not.
+    owner = name.removesuffix(".weight")
+    if owner != name and (owner.endswith("norm") or owner == "txtmlp.0"):
+        return f"{owner}.scale"
+    return name
+
+
+def _translate(
+    name: str, prefixes: tuple[tuple[str, str], ...], inner: tuple[tuple[str, str], ...]
+) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in inner:
+        name = name.replace(old, new)
     return name
 
 
@@ -68,7 +97,9 @@ def load_dit(path: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
     Raises:
         CheckpointError: missing or damaged files, or tensors that do not fit the config.
     """
-    return _load_original(path, device, dtype) if path.is_file() else _load_folder(path, device, dtype)
+    return (
+        _load_original(path, device, dtype) if path.is_file() else _load_folder(path, device, dtype)
+    )
 
 
 def read_config(folder: Path) -> Krea2Config:
@@ -140,6 +171,7 @@ __all__ = [
     "config_dict",
     "diffusers_name",
     "load_dit",
+    "original_name",
     "read_config",
     "stored_shapes",
 ]

@@ -97,7 +97,9 @@ class Krea2Config:
         """
 
         def count(prefix: str) -> int:
-            return len({name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)})
+            return len(
+                {name[len(prefix) :].split(".")[0] for name in shapes if name.startswith(prefix)}
+            )
 
         try:
             hidden, in_channels = shapes["img_in.weight"]

@@ -88,7 +88,7 @@ class GatedAttention(nn.Module):
         self.out = Linear(width, {"to_out.0": size}, dtype=dtype)
 
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[..., size] -> q [..., heads, hd], k and v [..., kv_heads, hd], gate [..., heads * hd]."""
+        """[..., size] -> q [..., heads, hd], k, v [..., kv_heads, hd], gate [..., heads * hd]."""
         q, k, v, gate = self.qkvg(x).split(self.widths, dim=-1)
         q = self.norm_q(q.unflatten(-1, (self.heads, self.head_dim)))
         k = self.norm_k(k.unflatten(-1, (self.kv_heads, self.head_dim)))

@@ -3,6 +3,8 @@
 SGLang's FlashAttention-3/4 kernels are added by `krea2_srt.sglang`, which may import SGLang.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,13 @@ def torch_varlen_attention(
 
     del spans
     groups = q.shape[1] // k.shape[1]
-    if groups == 1:
-        return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    if _VARLEN_HAS_GQA:
-        return varlen.varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, enable_gqa=True
-        )
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = {}
+    if groups > 1 and _VARLEN_HAS_GQA:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    return cast(Tensor, out)
 
 
 # enable_gqa came with torch 2.14; before it the key/value heads are expanded.

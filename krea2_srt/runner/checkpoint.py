@@ -1,6 +1,6 @@
 """A Krea 2 checkpoint on disk: where its parts lie and which recipe it was made for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Recipe:
     """
 
     distilled: bool
-    shift: ResolutionShift = ResolutionShift()
+    shift: ResolutionShift = field(default_factory=ResolutionShift)
 
     @property
     def default_steps(self) -> int:
@@ -32,6 +32,17 @@ class Recipe:
     @property
     def default_guidance(self) -> float:
         return 0.0 if self.distilled else 3.5
+
+    def with_shift(self, min_mu: float | None, max_mu: float | None) -> "Recipe":
+        """The same with other end points of Raw's shift, where given."""
+        return replace(
+            self,
+            shift=replace(
+                self.shift,
+                min_mu=self.shift.min_mu if min_mu is None else min_mu,
+                max_mu=self.shift.max_mu if max_mu is None else max_mu,
+            ),
+        )
 
     def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
         """Sigmas for an image; ``mu`` overrides the recipe's own shift."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -148,26 +149,34 @@ class Krea2Runner:
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Fused context [text tokens, hidden] of each prompt, from the cache where it is known."""
-        found = {prompt: self.contexts.get(prompt) for prompt in dict.fromkeys(prompts)}
-        new = [prompt for prompt, context in found.items() if context is None]
-        if new:
-            taps = self.text_encoder.encode(new)
-            offsets = [0]
-            for tap in taps:
-                offsets.append(offsets[-1] + len(tap))
-            fused = self.dit.fuse_text(
-                torch.cat(taps),
-                torch.tensor(offsets, dtype=torch.int32, device=self.device),
-                tuple(zip(offsets[:-1], offsets[1:], strict=True)),
-                max(len(tap) for tap in taps),
-                self.attention,
-            )
-            for prompt, start, end in zip(new, offsets[:-1], offsets[1:], strict=True):
-                # A clone, so that a remembered prompt does not keep its whole batch alive.
-                context = fused[start:end].clone()
-                found[prompt] = context
-                self.contexts.put(prompt, context)
-        return [context for prompt in prompts if (context := found[prompt]) is not None]
+        found: dict[str, Tensor] = {}
+        new = []
+        for prompt in dict.fromkeys(prompts):
+            known = self.contexts.get(prompt)
+            if known is None:
+                new.append(prompt)
+            else:
+                found[prompt] = known
+        for prompt, context in zip(new, self._encode_new(new), strict=True):
+            found[prompt] = context
+            self.contexts.put(prompt, context)
+        return [found[prompt] for prompt in prompts]
+
+    def _encode_new(self, prompts: list[str]) -> list[Tensor]:
+        if not prompts:
+            return []
+        taps = self.text_encoder.encode(prompts)
+        offsets = [0, *accumulate(len(tap) for tap in taps)]
+        spans = tuple(pairwise(offsets))
+        fused = self.dit.fuse_text(
+            torch.cat(taps),
+            torch.tensor(offsets, dtype=torch.int32, device=self.device),
+            spans,
+            max(len(tap) for tap in taps),
+            self.attention,
+        )
+        # Clones, so that a remembered prompt does not keep its whole batch alive.
+        return [fused[start:end].clone() for start, end in spans]
 
     def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
         """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""

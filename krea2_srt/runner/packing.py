@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def build_pack(shapes: Sequence[SequenceShape], config: Krea2Config, device: tor
     rotations = [_rotations(shape, config, device) for shape in shapes]
     return Pack(
         cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
-        spans=tuple(zip(offsets[:-1], offsets[1:], strict=True)),
+        spans=tuple(pairwise(offsets)),
         text_spans=tuple(text_spans),
         image_spans=tuple(image_spans),
         max_seqlen=max(shape.tokens for shape in shapes),

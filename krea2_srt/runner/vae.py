@@ -5,8 +5,9 @@ frame in the last temporal slice of the kernel and zeros before it, so it equals
 convolution with that slice; the temporal upsamplers are not run at all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,7 @@ class VAEDecoder(nn.Module):
             inputs, outputs = dims[i] // 2 if i else dims[i], dims[i + 1]
             widths = [inputs] + [outputs] * (config.num_res_blocks + 1)
             self.up_resnets.append(
-                nn.ModuleList(
-                    ResidualBlock(a, b, dtype) for a, b in zip(widths, widths[1:], strict=False)
-                )
+                nn.ModuleList(ResidualBlock(a, b, dtype) for a, b in pairwise(widths))
             )
             if i < last:
                 self.upsamplers.append(Upsample(outputs, dtype))
@@ -279,9 +278,7 @@ class VAEDecoder(nn.Module):
             for j, resnet in enumerate(resnets):
                 found |= dict(resnet.targets(f"decoder.up_blocks.{i}.resnets.{j}."))
             if i < len(self.upsamplers):
-                found |= dict(
-                    self.upsamplers[i].targets(f"decoder.up_blocks.{i}.upsamplers.0.")
-                )
+                found |= dict(self.upsamplers[i].targets(f"decoder.up_blocks.{i}.upsamplers.0."))
         found |= dict(self.norm_out.targets("decoder.norm_out."))
         found |= dict(self.conv_out.targets("decoder.conv_out."))
         return found
@@ -306,7 +303,9 @@ def _tiles(size: int, tile: int, margin: int) -> list[_Tile]:
         first = max(0, start - margin) // 2
         last = min(size, stop + margin + 1) // 2
         tiles.append(
-            _Tile(slice(first, last), slice(start - 2 * first, stop - 2 * first), slice(start, stop))
+            _Tile(
+                slice(first, last), slice(start - 2 * first, stop - 2 * first), slice(start, stop)
+            )
         )
     return tiles
 
@@ -335,6 +334,3 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecod
 
 def _not_needed(name: str) -> bool:
     return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name
-
-
-DecodeFn = Callable[[Tensor], Tensor]

@@ -1,7 +1,7 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
@@ -31,7 +31,13 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     """
 
     pipeline_name = "Krea2Pipeline"
-    _required_config_modules = ["text_encoder", "tokenizer", "vae", "transformer", "scheduler"]
+    _required_config_modules: ClassVar[list[str]] = [
+        "text_encoder",
+        "tokenizer",
+        "vae",
+        "transformer",
+        "scheduler",
+    ]
 
     runner: Krea2Runner
 

@@ -19,12 +19,29 @@ _SGLANG_FIELDS = {
 
 # Request fields that change the picture or the answer in ways that our runner does not implement.
 # They are refused, because a request cannot choose the implementation.
-_UNSUPPORTED = """
-    attention_backend_override cache_dit_params cfg_gate_step cfg_normalization diffusers_kwargs
-    enable_cache_dit enable_spectrum enable_teacache flow_shift generator_device guidance_rescale
-    image_path max_sequence_length progressive_mode return_trajectory_decoded
-    return_trajectory_latents rollout skip_softmax_params spectrum_params true_cfg_scale video_path
-""".split()
+_UNSUPPORTED = (
+    "attention_backend_override",
+    "cache_dit_params",
+    "cfg_gate_step",
+    "cfg_normalization",
+    "diffusers_kwargs",
+    "enable_cache_dit",
+    "enable_spectrum",
+    "enable_teacache",
+    "flow_shift",
+    "generator_device",
+    "guidance_rescale",
+    "image_path",
+    "max_sequence_length",
+    "progressive_mode",
+    "return_trajectory_decoded",
+    "return_trajectory_latents",
+    "rollout",
+    "skip_softmax_params",
+    "spectrum_params",
+    "true_cfg_scale",
+    "video_path",
+)
 
 
 def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
@@ -54,8 +71,7 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
             try:
                 request.check(limits)
             except RequestError as error:
-                field = _SGLANG_FIELDS.get(error.field, error.field)
-                raise RequestError(field, str(error).removeprefix(f"{error.field}: ")) from None
+                raise error.renamed(_SGLANG_FIELDS.get(error.field, error.field)) from None
             found.append(request)
     return found
 

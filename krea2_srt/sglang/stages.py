@@ -101,9 +101,7 @@ class DecodeStage(PipelineStage):
         return OutputBatch(output=images, metrics=batch.metrics, usage=batch.usage)
 
 
-def packs(
-    sequences: list[DenoisingSequence], max_tokens: int
-) -> Iterator[list[DenoisingSequence]]:
+def packs(sequences: list[DenoisingSequence], max_tokens: int) -> Iterator[list[DenoisingSequence]]:
     """Cut sequences into packs of at most ``max_tokens``; a larger sequence goes alone."""
     pack: list[DenoisingSequence] = []
     total = 0
@@ -115,4 +113,3 @@ def packs(
         total += sequence.num_tokens
     if pack:
         yield pack
-

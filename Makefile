@@ -1,0 +1,64 @@
+# Every target does its own set-up: a fresh machine needs only Python 3.11 or 3.12, pip and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# What `make generate` draws, and with which checkpoint (a folder or a repo id).
+MODEL  ?=
+DEMO   := demo-model/krea-2-demo
+PROMPT ?= a red fox sitting in fresh snow, golden hour, photorealistic
+WIDTH  ?= 512
+HEIGHT ?= 512
+STEPS  ?= 8
+OUTPUT ?= outputs
+
+.PHONY: install generate test test-slow lint lock bench clean
+
+install: $(STAMP)
+
+# --require-hashes: what is installed is what was locked, whatever index serves it.
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "krea2-srt needs Python 3.11 or 3.12, this is %d.%d; try make PYTHON=python3.12" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(DEMO): | $(STAMP)
+	$(BIN)/krea2-demo-model $@
+
+ifeq ($(strip $(MODEL)),)
+generate: $(STAMP) $(DEMO)
+	$(BIN)/sglang generate --model-path $(DEMO) --prompt "$(PROMPT)" --num-inference-steps $(STEPS) \
+	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path $(OUTPUT)
+else
+generate: $(STAMP)
+	$(BIN)/sglang generate --model-path $(MODEL) --prompt "$(PROMPT)" --num-inference-steps $(STEPS) \
+	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path $(OUTPUT)
+endif
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The table in benchmarks/results/; about ten minutes on two cores.
+bench: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
+
+# Needs $(BIN)/uv. The lock names versions and hashes, never the index they came from.
+lock: $(STAMP)
+	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+	  --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) demo-model outputs

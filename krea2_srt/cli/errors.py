@@ -1,0 +1,22 @@
+"""One line and exit code 2 for what the user can mend."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from krea2_srt.errors import Krea2Error
+
+USAGE_ERROR = 2
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turn our errors and the file system's into a line on stderr and exit code 2."""
+    try:
+        yield
+    except (Krea2Error, OSError) as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,190 @@
+"""krea2-generate: the original code's command line, on our runner, without a server."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from krea2_srt.cli.errors import one_line_errors
+from krea2_srt.engine.request import (
+    MU_RANGE,
+    ImageRequest,
+    RequestLimits,
+    check_number,
+    round_up_size,
+)
+from krea2_srt.errors import RequestError
+
+COMMAND = "krea2-generate"
+DTYPES = ("bfloat16", "float32")
+
+# Where a request's field has another name on the command line than --like-this.
+_FLAGS = {"prompt": "prompt", "guidance": "--cfg"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND,
+        allow_abbrev=False,
+        description="Draw images with Krea 2.",
+        epilog="Steps, guidance and timestep shift default to the checkpoint's own: Turbo 8 steps, "
+        "no guidance, mu 1.15; Raw 52 steps, guidance 3.5, mu by size.",
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", help="what to draw")
+    add("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file instead")
+    add(
+        "--checkpoint",
+        default=os.environ.get("K2_CHECKPOINT") or "oss_turbo",
+        metavar="NAME",
+        help="oss_turbo, oss_raw, a folder, an original .safetensors file or a repo id "
+        "(default $K2_CHECKPOINT or oss_turbo)",
+    )
+    add("--steps", type=int, help="number of denoising steps")
+    add("--cfg", type=float, help="classifier-free guidance scale; 0 is off")
+    add("--negative-prompt", default="", help="what guidance steers away from")
+    add("--mu", type=float, help="timestep shift, whatever the size")
+    add("--y1", type=float, help="timestep shift at 256 image tokens")
+    add("--y2", type=float, help="timestep shift at 6400 image tokens")
+    add("--width", type=int, default=1024, help="pixels (default 1024)")
+    add("--height", type=int, default=1024, help="pixels (default 1024)")
+    add("--num-images", type=int, default=1, help="images to draw (default 1)")
+    add("--seed", type=int, default=0, help="image i uses seed + i (default 0)")
+    add(
+        "--output",
+        default="sample",
+        metavar="PREFIX",
+        help="images are saved as PREFIX_0.png, PREFIX_1.png, ... (default sample)",
+    )
+    add(
+        "--recipe",
+        choices=("turbo", "raw"),
+        help="sampling defaults, where the checkpoint does not say which it is",
+    )
+    add("--text-encoder", metavar="DIR", help="Qwen3-VL-4B, to go with an original file")
+    add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with an original file")
+    add("--device", default="auto", help="cuda, cpu or auto (default)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="compute precision (default bfloat16)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors(COMMAND):
+        try:
+            args.prompt = _prompt(args)
+            args.width = _rounded("width", args.width)
+            args.height = _rounded("height", args.height)
+            # Everything that needs no checkpoint is checked before the slow imports: unset values
+            # are filled with ones that always pass.
+            _request(args, steps=1, guidance=0.0).check(RequestLimits())
+            check_number("y1", args.y1 or 0.0, *MU_RANGE)
+            check_number("y2", args.y2 or 0.0, *MU_RANGE)
+            _check_output(args.output)
+            _run(args)
+        except RequestError as error:
+            flag = _FLAGS.get(error.field, f"--{error.field.replace('_', '-')}")
+            raise error.renamed(flag) from None
+
+
+def _run(args: argparse.Namespace) -> None:
+    from krea2_srt.runner.sources import find_checkpoint
+
+    distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
+    checkpoint = find_checkpoint(
+        args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
+    )
+    recipe = checkpoint.recipe.with_shift(min_mu=args.y1, max_mu=args.y2)
+    request = _request(args, recipe.default_steps, recipe.default_guidance)
+    request.check(RequestLimits())
+
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from krea2_srt.runner.model_runner import Krea2Runner
+    from krea2_srt.runner.pixels import to_uint8
+
+    runner = Krea2Runner.load(checkpoint, _device(args.device), getattr(torch, args.dtype))
+    context, negative = runner.encode([request.prompt, request.negative_prompt])
+    schedule = recipe.schedule(request.steps, request.image_tokens, request.mu)
+    with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
+        for i, seed in enumerate(request.seeds):
+            sequence = runner.start(
+                context, request.width, request.height, seed, schedule, request.guidance, negative
+            )
+            while not sequence.done:
+                runner.step([sequence])
+                progress.update()
+            _save(Image.fromarray(to_uint8(runner.decode(sequence))), f"{args.output}_{i}.png")
+
+
+def _request(args: argparse.Namespace, steps: int, guidance: float) -> ImageRequest:
+    return ImageRequest(
+        prompt=args.prompt,
+        width=args.width,
+        height=args.height,
+        steps=steps if args.steps is None else args.steps,
+        guidance=guidance if args.cfg is None else args.cfg,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        num_images=args.num_images,
+        mu=args.mu,
+    )
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise RequestError("prompt", "give either a prompt or --prompt-file")
+    if args.prompt is not None:
+        return str(args.prompt)
+    try:
+        return str(args.prompt_file.read_text(encoding="utf-8").strip())
+    except UnicodeDecodeError:
+        raise RequestError("prompt_file", f"{args.prompt_file} is not UTF-8 text") from None
+
+
+def _rounded(field: str, pixels: int) -> int:
+    rounded = round_up_size(pixels)
+    if rounded != pixels and pixels > 0:
+        print(f"{COMMAND}: {field} {pixels} is rounded up to {rounded}", file=sys.stderr)
+    return rounded if pixels > 0 else pixels
+
+
+def _check_output(prefix: str) -> None:
+    folder = Path(prefix).parent
+    if not folder.is_dir():
+        raise RequestError("output", f"folder {folder} does not exist")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError("output", f"folder {folder} is not writable")
+
+
+def _device(name: str):  # type: ignore[no-untyped-def]
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError("device", f"unknown device {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device", "this machine has no CUDA GPU")
+    return device
+
+
+def _save(image, path: str) -> None:  # type: ignore[no-untyped-def]
+    """Write an image under its name only once it is whole."""
+    partial = Path(f"{path}.partial")
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

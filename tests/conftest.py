@@ -1,0 +1,89 @@
+"""Shared by all tests: one demo checkpoint, one runner and one Diffusers pipeline per run."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+# Nothing in the tests may reach for the network, whatever a library would like to look up.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
+from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.model_runner import Krea2Runner
+
+CPU = torch.device("cpu")
+PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, Turbo. Its name holds "krea-2", which SGLang goes by."""
+    folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
+    write_demo_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw_demo_model(demo_model: Path) -> Path:
+    """The same weights marked as Raw."""
+    folder = demo_model.parent / "krea-2-raw-demo"
+    clone_checkpoint(demo_model, folder, is_distilled=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original_file(demo_model: Path) -> Path:
+    """The transformer as a single file with the original names."""
+    file = demo_model.parent / "turbo.safetensors"
+    write_original_file(demo_model / "transformer", file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def runner(demo_model: Path) -> Krea2Runner:
+    return Krea2Runner.load(Krea2Checkpoint.from_folder(demo_model), CPU, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def load_diffusers() -> Callable:
+    """Load `diffusers.Krea2Pipeline` from a folder, in a dtype."""
+
+    def load(folder: Path, dtype: torch.dtype):
+        from diffusers import Krea2Pipeline
+
+        pipeline = Krea2Pipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipeline(demo_model: Path, load_diffusers: Callable):
+    return load_diffusers(demo_model, torch.float32)
+
+
+def clone_checkpoint(source: Path, target: Path, **index: object) -> None:
+    """A checkpoint whose parts are links to another's, with changes to its model_index.json."""
+    target.mkdir()
+    for part in source.iterdir():
+        if part.is_dir():
+            (target / part.name).symlink_to(part)
+    values = json.loads((source / "model_index.json").read_text()) | index
+    (target / "model_index.json").write_text(json.dumps(values))
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected| in the 2-norm, in float64."""
+    difference = torch.linalg.vector_norm(got.double() - expected.double())
+    return (difference / torch.linalg.vector_norm(expected.double())).item()
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
+    assert a.shape == b.shape
+    return -10 * torch.log10((a.double() - b.double()).square().mean()).item()
