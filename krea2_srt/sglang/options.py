@@ -60,7 +60,8 @@ def unsupported_options(server_args: Any) -> list[str]:
         server_args: SGLang's diffusion ``ServerArgs``.
 
     Returns:
-        Sorted flag names, ``--like-this``, and environment variables; empty when we can serve.
+        Sorted flag names, ``--like-this``, environment variables, and where SGLang decided it by
+        itself the decision in words; empty when we can serve.
     """
     found = {f"--{name.replace('_', '-')}" for name in _explicit_and_not_neutral(server_args)}
     # One process per GPU is all we do: more GPUs than replicas means that a model is split.
@@ -70,6 +71,9 @@ def unsupported_options(server_args: Any) -> list[str]:
         found.add("--disagg-role")
     if server_args.comfyui_mode:
         found.add("--comfyui-mode")
+    # SGLang pages the DiT in and out by itself where it does not fit; our runner keeps it resident.
+    if (mode := server_args.residency_mode("transformer")) != "resident":
+        found.add(f"transformer {mode}")
     if os.environ.get("SGLANG_CACHE_DIT_ENABLED", "").lower() in ("1", "true", "yes"):
         found.add("SGLANG_CACHE_DIT_ENABLED")
     return sorted(found)

@@ -29,7 +29,6 @@ _UNSUPPORTED = (
     "enable_spectrum",
     "enable_teacache",
     "flow_shift",
-    "generator_device",
     "guidance_rescale",
     "image_path",
     "max_sequence_length",

@@ -1,0 +1,293 @@
+"""What the benchmark measures, each in child processes that end with the measurement."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
+from krea2_srt.plugin import SWITCH
+
+SIZE = f"{SIDE}x{SIDE}"
+WARM_UPS = 2
+LIMIT_S = 900.0
+"""Longest wait for an answer, or for a command."""
+
+GRACE_S = 20.0
+"""Time to end for a child that is no longer needed."""
+
+# What SGLang calls the stages of our pipeline (on) and of its own (off).
+_ENCODE = {"on": "EncodeStage", "off": "Krea2BeforeDenoisingStage"}
+_DENOISE = {"on": "DenoiseStage", "off": "DenoisingStage"}
+_DECODE = {"on": "DecodeStage", "off": "DecodingStage"}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of one quantity, ours and theirs taken in turn.
+
+    Attributes:
+        quantity, detail: what was measured.
+        unit: of all samples.
+        ours: one a round.
+        theirs: the same of the other implementation; empty where there is none.
+    """
+
+    quantity: str
+    detail: str
+    unit: str
+    ours: list[float]
+    theirs: list[float] = field(default_factory=list)
+
+
+class ChildError(Exception):
+    """A child failed; the message says which one and ends with its log."""
+
+
+class Child:
+    """A process that ends, with all that it started, when its context is left.
+
+    Args:
+        command: its command line.
+        log: file for its stderr and, unless it answers, its stdout.
+        switch: on or off, whether SGLang takes our runner.
+        answers: whether its stdout is for `answer`.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, switch: str = "on", answers: bool = False
+    ) -> None:
+        self.log = log
+        with log.open("wb") as file:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if answers else file,
+                stderr=file,
+                cwd=Path(__file__).parents[1],
+                env=_environment(log.parent) | {SWITCH: switch},
+                text=True,
+                # A group of its own: Ctrl-C reaches us alone, and all of it can be ended at once.
+                start_new_session=True,
+            )
+
+    @classmethod
+    def worker(
+        cls, job: str, model: Path, scratch: Path, settings: Message, switch: str = "on"
+    ) -> Self:
+        """A child that runs a job of `benchmarks.workers`."""
+        command = [sys.executable, "-m", "benchmarks.workers", job, str(model)]
+        log = scratch / f"{job}_{switch}.log"
+        return cls([*command, json.dumps(settings)], log, switch, answers=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        if error is None:
+            self._wait(GRACE_S)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+            self._wait(GRACE_S)
+
+    def finish(self) -> None:
+        """Wait until it has ended by itself.
+
+        Raises:
+            ChildError: it failed, or took longer than ``LIMIT_S``.
+        """
+        self._wait(LIMIT_S)
+        if self._process.returncode != 0:
+            raise self.error()
+
+    def ask(self, question: Message) -> Message:
+        """Send a line of JSON and wait for the answer; raises like `answer`."""
+        with suppress(BrokenPipeError):
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> Message:
+        """Wait for its next line of JSON.
+
+        Raises:
+            ChildError: it ended without one, or took longer than ``LIMIT_S``.
+        """
+        assert self._process.stdout is not None
+        deadline = threading.Timer(LIMIT_S, self._process.kill)
+        deadline.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            deadline.cancel()
+        if not line:
+            raise self.error()
+        return dict(json.loads(line))
+
+    def error(self) -> ChildError:
+        """To raise when it has failed."""
+        end = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        return ChildError(f"{self.log.stem} failed; the end of its log:\n{end}")
+
+    def _wait(self, seconds: float) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+
+def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
+    """Stages, requests and memory of two SGLang engines: with our runner, and without."""
+    with ExitStack() as stack:
+        engines = {
+            switch: stack.enter_context(
+                Child.worker("serve_engine", model, scratch, _engine_settings(scratch), switch)
+            )
+            for switch in ("on", "off")
+        }
+        pids = {switch: engine.answer()["worker_pid"] for switch, engine in engines.items()}
+        answers: dict[str, list[Message]] = {switch: [] for switch in engines}
+        for i in range(WARM_UPS + rounds):
+            progress(f"engines: picture {i + 1} of {WARM_UPS + rounds}")
+            for switch, engine in engines.items():
+                # A new prompt each time, so that no cache of prompts helps.
+                answer = engine.ask({"prompt": f"{PROMPT}, number {i}", "seed": i})
+                answers[switch].append(answer)
+        peaks = [[peak_memory_mib(pid)] for pid in pids.values()]
+    warm = {switch: found[WARM_UPS:] for switch, found in answers.items()}
+    requests = [[answer["request"] for answer in found] for found in warm.values()]
+    size = f"{SIZE}, {STEPS} steps, vs SGLang"
+    return [
+        Samples("denoise", size, "ms", *_stage_times(warm, _DENOISE)),
+        Samples("encode + denoise", size, "ms", *_stage_times(warm, _ENCODE, _DENOISE)),
+        Samples("decode in the engine", f"{SIZE}, vs SGLang", "ms", *_stage_times(warm, _DECODE)),
+        Samples("whole request", size, "ms", *requests),
+        Samples("peak memory", "SGLang worker, vs SGLang", "MiB", *peaks),
+    ]
+
+
+def measure_decoders(
+    model: Path, rounds: int, scratch: Path
+) -> tuple[list[Samples], dict[str, float]]:
+    """VAE decoding alone, and the largest difference of the pixels, by dtype and size."""
+    progress("VAE decoders")
+    found = _answer("decode", model, scratch, {"rounds": rounds})
+    samples = [
+        Samples("VAE decode", f"{name}, vs Diffusers", "ms", answer["ours"], answer["theirs"])
+        for name, answer in found.items()
+    ]
+    return samples, {name: answer["difference"] for name, answer in found.items()}
+
+
+def measure_memory(model: Path, starts: int, scratch: Path) -> list[Samples]:
+    """Peak memory of plain processes that load the model and draw one picture."""
+    peaks: dict[str, list[float]] = {"draw_ours": [], "draw_diffusers": []}
+    for i in range(starts):
+        progress(f"memory: start {i + 1} of {starts}")
+        for job, found in peaks.items():
+            found.append(_answer(job, model, scratch)["peak"])
+    return [Samples("peak memory", "one picture, vs Diffusers", "MiB", *peaks.values())]
+
+
+def measure_prompts(model: Path, scratch: Path) -> list[Samples]:
+    """Our encoder on a prompt in the cache, and on new ones."""
+    progress("prompt cache")
+    found = _answer("encode", model, scratch)
+    return [
+        Samples("cached prompt", "encode", "ms", found["cached"]),
+        Samples("new prompt", "encode", "ms", found["new"]),
+    ]
+
+
+def measure_starts(model: Path, starts: int, scratch: Path) -> list[Samples]:
+    """Whole commands that draw one picture; the first start of each, which fills caches, is extra.
+
+    The time is that until the command has ended.
+    """
+    seconds: list[list[float]] = [[], []]
+    for i in range(1 + starts):
+        progress(f"start to picture: {i} of {starts}" if i else "start to picture: warm-up")
+        for side, found in enumerate(seconds):
+            folder = scratch / f"start_{i}_{side}"
+            folder.mkdir()
+            found.append(_seconds_to_picture(_commands(model, folder)[side], folder))
+    warm = [found[1:] for found in seconds]
+    return [Samples("start to picture", f"{SIZE}, {STEPS} steps, vs SGLang", "s", *warm)]
+
+
+def progress(line: str) -> None:
+    """Say on stderr what goes on."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _stage_times(answers: dict[str, list[Message]], *stages: dict[str, str]) -> list[list[float]]:
+    """Sum of some stages of each request, in ms: ours, theirs."""
+    try:
+        return [
+            [sum(answer["stages"][stage[switch]] for stage in stages) for answer in found]
+            for switch, found in answers.items()
+        ]
+    except KeyError as stage:
+        raise ChildError(f"an engine ran no stage {stage}: another pipeline serves") from None
+
+
+def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """The command lines, ours and SGLang's, that draw one picture into a folder."""
+    scripts = Path(sys.executable).parent
+    size = ["--height", str(SIDE), "--width", str(SIDE)]
+    ours = [str(scripts / "krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
+    theirs = [str(scripts / "sglang"), "generate", "--model-path", str(model), *size]
+    return (
+        [*ours, "--steps", str(STEPS), "--output", str(folder / "picture")],
+        [
+            *theirs,
+            *("--prompt", PROMPT, "--num-inference-steps", str(STEPS)),
+            *("--save-output", "--output-path", str(folder)),
+        ],
+    )
+
+
+def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
+    start = time.perf_counter()
+    with Child(command, folder.with_suffix(".log"), switch="off") as child:
+        child.finish()
+        seconds = time.perf_counter() - start
+        # SGLang's command ends well even where it could not draw.
+        if not any(folder.iterdir()):
+            raise child.error()
+    return round(seconds, 3)
+
+
+def _answer(job: str, model: Path, scratch: Path, settings: Message | None = None) -> Message:
+    """The answer of a job that has only one."""
+    with Child.worker(job, model, scratch, settings or {}) as child:
+        return child.answer()
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    """What all children share: byte code is kept, as on any machine that has run both before, and
+    nobody waits for a model hub, which nothing here needs.
+    """
+    shared = {"PYTHONPYCACHEPREFIX": str(scratch / "pycache"), "HF_HUB_OFFLINE": "1"}
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | shared
+
+
+def _engine_settings(scratch: Path) -> Message:
+    """Where an engine saves its pictures, and free ports under the names that it has for them."""
+    settings: Message = {"output_path": str(scratch)}
+    with ExitStack() as stack:
+        for name in ("port", "scheduler_port", "master_port"):
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            settings[name] = probe.getsockname()[1]
+    return settings

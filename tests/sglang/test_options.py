@@ -1,0 +1,177 @@
+"""Every option that our runner does not honour is left to SGLang's own implementation."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# SGLang resolves some options by what else is set; each test starts from a clean slate.
+UNSUPPORTED = {
+    "--lora-path some/lora": "--lora-path",
+    "--lora-scale 0.5": "--lora-scale",
+    "--num-gpus 2": "--num-gpus",
+    "--num-gpus 2 --tp-size 2": "--tp-size",
+    "--num-gpus 2 --sp-degree 2": "--sp-degree",
+    "--num-gpus 2 --ulysses-degree 2": "--ulysses-degree",
+    "--num-gpus 2 --ring-degree 2": "--ring-degree",
+    "--num-gpus 2 --enable-cfg-parallel": "--enable-cfg-parallel",
+    "--num-gpus 4 --dp-size 2": "--num-gpus",
+    "--use-fsdp-inference": "--use-fsdp-inference",
+    "--cache-dit-config cache.yaml": "--cache-dit-config",
+    "--enable-cache-dit": "--enable-cache-dit",
+    "--enable-teacache": "--enable-teacache",
+    "--dit-layerwise-offload": "--dit-layerwise-offload",
+    "--layerwise-offload-components dit": "--layerwise-offload-components",
+    "--dit-cpu-offload": "--dit-cpu-offload",
+    "--text-encoder-cpu-offload": "--text-encoder-cpu-offload",
+    "--vae-cpu-offload": "--vae-cpu-offload",
+    "--cpu-offload-components dit": "--cpu-offload-components",
+    "--component-residency dit=resident": "--component-residency",
+    "--performance-mode memory": "--performance-mode",
+    "--disagg-role encoder": "--disagg-role",
+    "--quantization fp8": "--quantization",
+    "--transformer-path {model}/transformer": "--component-paths",
+    "--enable-torch-compile": "--enable-torch-compile",
+    "--enable-breakable-cuda-graph": "--enable-breakable-cuda-graph",
+    "--attention-backend torch_sdpa": "--attention-backend",
+    "--return-trajectory-latents": "--return-trajectory-latents",
+}
+
+SUPPORTED = [
+    "",
+    "--num-gpus 1 --tp-size 1 --sp-degree 1",
+    "--num-gpus 2 --dp-size 2",
+    "--dit-layerwise-offload false",
+    "--performance-mode speed",
+    "--height 512 --width 512 --num-inference-steps 8 --seed 3 --num-outputs-per-prompt 2",
+    "--guidance-scale 2 --negative-prompt y --save-output --output-path o --output-file-name a.png",
+    "--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32 --vae-tiling",
+    "--host 127.0.0.1 --port 31000 --log-level info --warmup-mode server --enable-metrics",
+    "--batching-max-size 4 --batching-delay-ms 5",
+]
+
+
+@pytest.fixture(scope="module")
+def parse(demo_model: Path):
+    """SGLang's own parser of `sglang generate`: flags -> ServerArgs."""
+    from sglang.multimodal_gen.runtime.entrypoints.cli.generate import (
+        add_multimodal_gen_generate_args,
+    )
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+    from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
+
+    def parse(flags: str):
+        argv = ["--model-path", str(demo_model), "--prompt", "x"]
+        argv += flags.format(model=demo_model).split()
+        parser = add_multimodal_gen_generate_args(FlexibleArgumentParser())
+        args, unknown = parser.parse_known_args(argv)
+        return ServerArgs.from_cli_args(args, unknown, argv=argv)
+
+    return parse
+
+
+class FromSGLang(SimpleNamespace):
+    """Stands in for SGLang's own pipeline, which would load the model."""
+
+
+@pytest.fixture
+def construct(parse, demo_model, monkeypatch):
+    """Construct the registered pipeline; returns it and the warnings it logged."""
+    from krea2_srt.sglang import pipeline
+
+    warnings: list[str] = []
+    monkeypatch.setattr(pipeline, "Krea2Pipeline", lambda *args: FromSGLang(args=args))
+    monkeypatch.setattr(pipeline.Krea2RunnerPipeline, "__init__", lambda *args: None)
+    monkeypatch.setattr(
+        pipeline.logger, "warning", lambda text, *values: warnings.append(text % values)
+    )
+
+    def construct(flags: str):
+        return pipeline.Krea2RunnerPipeline(str(demo_model), parse(flags)), warnings
+
+    return construct
+
+
+@pytest.mark.parametrize("flags", UNSUPPORTED)
+def test_sglangs_own_serves_and_one_warning_names_the_flag(construct, flags):
+    built, warnings = construct(flags)
+    assert isinstance(built, FromSGLang)
+    assert len(warnings) == 1
+    assert UNSUPPORTED[flags] in warnings[0]
+    assert "SGLang's own Krea 2 implementation serves" in warnings[0]
+
+
+@pytest.mark.parametrize("flags", SUPPORTED)
+def test_our_runner_serves_with_options_that_it_honours(construct, flags):
+    from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+
+    built, warnings = construct(flags)
+    assert isinstance(built, Krea2RunnerPipeline)
+    assert not warnings
+
+
+def test_cache_dit_by_environment(construct, monkeypatch):
+    monkeypatch.setenv("SGLANG_CACHE_DIT_ENABLED", "true")
+    built, warnings = construct("")
+    assert isinstance(built, FromSGLang)
+    assert "SGLANG_CACHE_DIT_ENABLED" in warnings[0]
+
+
+def test_offload_that_sglang_chose_by_itself(parse, monkeypatch):
+    from krea2_srt.sglang.options import unsupported_options
+
+    args = parse("")
+    monkeypatch.setattr(args, "residency_mode", lambda name: "layerwise-offload", raising=False)
+    assert unsupported_options(args) == ["transformer layerwise-offload"]
+
+
+def test_an_option_nobody_has_thought_of_is_not_ignored(parse):
+    from krea2_srt.sglang.options import unsupported_options
+
+    args = parse("")
+    args._explicit_arg_names.add("brand_new_feature")
+    assert unsupported_options(args) == ["--brand-new-feature"]
+
+
+@pytest.mark.parametrize("value", ["off", "OFF", "0", "false"])
+def test_the_switch(monkeypatch, value):
+    from krea2_srt import plugin
+
+    monkeypatch.setenv("KREA2_SRT", value)
+    assert not plugin.enabled()
+    plugin.register()  # returns before it would touch SGLang's registry
+    monkeypatch.delenv("KREA2_SRT")
+    assert plugin.enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("krea/Krea-2-Turbo", True),
+        ("/models/krea-2-raw/", True),
+        ("krea2pipeline", True),
+        ("black-forest-labs/FLUX.1-Krea-dev", False),
+        ("Qwen/Qwen-Image", False),
+    ],
+)
+def test_which_models_are_krea2(name, ours):
+    from krea2_srt.plugin import is_krea2
+
+    assert is_krea2(name) is ours
+
+
+def test_the_registered_pipeline_is_ours_for_any_folder_name(demo_model, tmp_path, monkeypatch):
+    """By the class name in model_index.json too, not only by the path."""
+    from sglang.multimodal_gen import registry
+
+    from krea2_srt import plugin
+    from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+
+    monkeypatch.delenv("KREA2_SRT", raising=False)
+    plugin.register()
+    elsewhere = tmp_path / "model"
+    elsewhere.symlink_to(demo_model)
+    for path in (demo_model, elsewhere):
+        info = registry.get_model_info(str(path))
+        assert info.pipeline_cls is Krea2RunnerPipeline
+        assert info.pipeline_config_cls.__name__ == "Krea2PipelineConfig"
