@@ -17,6 +17,12 @@ def one_line_errors(command: str) -> Iterator[None]:
     except (Krea2Error, OSError) as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, by name: torch may not be imported, and must not be for this.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"{command}: error: out of GPU memory; try a smaller size", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -154,7 +154,7 @@ def _rounded(field: str, pixels: int) -> int:
 
 
 def _check_output(prefix: str) -> None:
-    folder = Path(prefix).parent
+    folder = Path(os.path.dirname(prefix) or ".")  # Path("new/").parent would be "."
     if not folder.is_dir():
         raise RequestError("output", f"folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -76,12 +76,10 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             dtype,
             attention_name,
         )
-        return {
-            "transformer": self.runner.dit,
-            "text_encoder": self.runner.text_encoder.model,
-            "tokenizer": self.runner.text_encoder.tokenizer,
-            "vae": self.runner.vae,
-        }
+        # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its
+        # weight updates, which would fill our fused matrices by SGLang's own names, refuse.
+        parts = (self.runner.dit, self.runner.text_encoder.model, self.runner.vae)
+        return {"krea2_runner": torch.nn.ModuleList(parts)}
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")

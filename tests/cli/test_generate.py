@@ -80,6 +80,7 @@ BAD = [
     (["--seed", "-1"], "--seed: must be between"),
     (["--num-images", "0"], "--num-images: must be between"),
     (["--output", "no/such/folder/x"], "--output: folder no/such/folder does not exist"),
+    (["--output", "new/"], "--output: folder new does not exist"),
     (["--prompt-file", "x.txt"], "prompt: give either a prompt or --prompt-file"),
     (["--checkpoint", "no/such/place"], "checkpoint no/such/place does not exist"),
     (["--device", "toaster"], "--device: unknown device 'toaster'"),
