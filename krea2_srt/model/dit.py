@@ -1,6 +1,6 @@
 """The Krea 2 DiT: one stream of text and image tokens, for a pack of sequences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,41 +10,41 @@ from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, parameter
 from krea2_srt.model.modulation import Modulation, timestep_embedding
-from krea2_srt.model.pack import Pack
+from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.text_fusion import TextFusion
 from krea2_srt.model.weights import Target
 
 
-def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, pack: Pack, eps: float) -> Tensor:
-    """RMSNorm, scale and shift, with one row of scale and shift per sequence.
+def norm_scale_shift(
+    x: Tensor, scale: Tensor, shift: Tensor, spans: Sequence[Span], eps: float
+) -> Tensor:
+    """RMSNorm, scale and shift of some spans of tokens, each with its row of scale and shift.
 
     Args:
         x: [T, hidden].
-        scale, shift: float32 [S, hidden].
-        pack: whose tokens ``x`` are.
+        scale, shift: float32 [spans, hidden].
+        spans: (start, end) in T; other tokens are left out of the result.
         eps: of the norm.
 
     Returns:
-        [T, hidden] in x's dtype; computed in float32.
+        [sum of spans, hidden] in x's dtype; computed in float32.
     """
-    if len(pack.spans) == 1:
-        return F.rms_norm(x.float(), scale.shape[1:], scale[0], eps).add_(shift[0]).to(x.dtype)
-    out = torch.empty_like(x)
-    for row, (start, end) in enumerate(pack.spans):
-        normed = F.rms_norm(x[start:end].float(), scale.shape[1:], scale[row], eps)
-        out[start:end] = normed.add_(shift[row])
-    return out
+    pieces = [
+        F.rms_norm(x[start:end].float(), scale.shape[1:], scale[row], eps).add_(shift[row])
+        for row, (start, end) in enumerate(spans)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(x.dtype)
 
 
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor, pack: Pack) -> Tensor:
-    """``x + gate * branch`` in place, with one row of gate per sequence.
+def add_gated(x: Tensor, gate: Tensor, branch: Tensor, spans: Sequence[Span]) -> Tensor:
+    """``x + gate * branch`` in place, each span with its row of gate.
 
     Args:
         x, branch: [T, hidden].
-        gate: [S, hidden].
-        pack: whose tokens ``x`` are.
+        gate: [spans, hidden].
+        spans: (start, end) in T.
     """
-    for row, (start, end) in enumerate(pack.spans):
+    for row, (start, end) in enumerate(spans):
         x[start:end].addcmul_(gate[row], branch[start:end])
     return x
 
@@ -87,11 +87,11 @@ class DiTBlock(nn.Module):
             pack: whose tokens ``x`` are.
             attention: how to attend.
         """
-        h = norm_scale_shift(x, scale[0], shift[0], pack, self.eps)
-        h = self.attn(h, attention, pack.cu_seqlens, pack.spans, pack.max_seqlen, pack.rope)
-        x = add_gated(x, gate[0], h, pack)
-        h = norm_scale_shift(x, scale[1], shift[1], pack, self.eps)
-        return add_gated(x, gate[1], self.ff(h), pack)
+        spans = pack.segments.spans
+        h = norm_scale_shift(x, scale[0], shift[0], spans, self.eps)
+        x = add_gated(x, gate[0], self.attn(h, attention, pack.segments, pack.rope), spans)
+        h = norm_scale_shift(x, scale[1], shift[1], spans, self.eps)
+        return add_gated(x, gate[1], self.ff(h), spans)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield f"{prefix}scale_shift_table", Target(self.scale_shift_table)
@@ -133,8 +133,8 @@ class Krea2DiT(nn.Module):
         """Modulation of all blocks for the timesteps of one schedule.
 
         Args:
-            timesteps: [n] in [0, 1]. They are rounded to the compute dtype first, because the
-                released samplers feed them in it.
+            timesteps: [n] in [0, 1]. They are rounded to the compute dtype first, as the original
+                sampler and Diffusers do.
 
         Returns:
             `Modulation` with n rows, on the model's device.
@@ -164,13 +164,11 @@ class Krea2DiT(nn.Module):
     def fuse_text(
         self,
         taps: Tensor,
-        cu_seqlens: Tensor,
-        spans: tuple[tuple[int, int], ...],
-        max_seqlen: int,
+        prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
     ) -> Tensor:
         """Context tokens of one or several prompts; see `TextFusion.forward`."""
-        return self.text_fusion(taps.to(self.dtype), cu_seqlens, spans, max_seqlen, attention)
+        return self.text_fusion(taps.to(self.dtype), prompts, attention)
 
     def embed(self, image_tokens: Tensor, context: Tensor, pack: Pack) -> Tensor:
         """Lay text and image tokens out as the pack says.
@@ -218,12 +216,10 @@ class Krea2DiT(nn.Module):
 
     def finish(self, x: Tensor, pack: Pack, modulation: Modulation) -> Tensor:
         """Velocity of the image tokens: [T, hidden] -> [sum of image tokens, in_channels]."""
-        pieces = []
-        for row, (start, end) in enumerate(pack.image_spans):
-            scale, shift = modulation.final_scale[row], modulation.final_shift[row]
-            normed = F.rms_norm(x[start:end].float(), scale.shape, scale, self.config.norm_eps)
-            pieces.append(normed.add_(shift).to(self.dtype))
-        return self.final_linear(torch.cat(pieces) if len(pieces) > 1 else pieces[0])
+        scale, shift = modulation.final_scale, modulation.final_shift
+        return self.final_linear(
+            norm_scale_shift(x, scale, shift, pack.image_spans, self.config.norm_eps)
+        )
 
     def forward(
         self,

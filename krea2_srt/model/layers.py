@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krea2_srt.model.attention import Spans, VarlenAttention
+from krea2_srt.model.attention import VarlenAttention
+from krea2_srt.model.pack import Segments
 from krea2_srt.model.rope import apply_rope
 from krea2_srt.model.weights import Target
 
@@ -101,14 +102,12 @@ class GatedAttention(nn.Module):
         self,
         x: Tensor,
         attention: VarlenAttention,
-        cu_seqlens: Tensor,
-        spans: Spans,
-        max_seqlen: int,
+        segments: Segments,
         rope: Tensor | None = None,
     ) -> Tensor:
-        """Attend within each sequence of a pack: x [T, size] -> [T, size]."""
+        """Attend within each segment: x [T, size] -> [T, size]."""
         q, k, v, gate = self.project(x, rope)
-        out = attention(q, k, v, cu_seqlens, spans, max_seqlen)
+        out = attention(q, k, v, segments)
         return self.out(out.flatten(-2) * torch.sigmoid(gate))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:

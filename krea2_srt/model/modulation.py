@@ -34,11 +34,8 @@ class Modulation:
     final_shift: Tensor
 
     @property
-    def num_rows(self) -> int:
-        return self.final_scale.shape[0]
-
-    @property
     def nbytes(self) -> int:
+        """Bytes of its tensors."""
         tensors = (self.scales, self.shifts, self.gates, self.final_scale, self.final_shift)
         return sum(t.nbytes for t in tensors)
 

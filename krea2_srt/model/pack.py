@@ -1,8 +1,38 @@
 """The pack: several sequences' tokens in one forward, without padding."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
+import torch
 from torch import Tensor
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which consecutive tokens belong together: what attention has to know.
+
+    Attributes:
+        cu_seqlens: int32 [S + 1], token offsets of S segments, on the model's device.
+        spans: the same offsets on the host, (start, end) per segment.
+        max_seqlen: tokens of the longest segment.
+    """
+
+    cu_seqlens: Tensor
+    spans: tuple[Span, ...]
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, lengths: Iterable[int], device: torch.device) -> "Segments":
+        """Segments of these lengths, one after another; at least one."""
+        lengths = list(lengths)
+        if not lengths:
+            raise ValueError("at least one segment is needed")
+        offsets = [0, *accumulate(lengths)]
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        return cls(cu_seqlens, tuple(pairwise(offsets)), max(lengths))
 
 
 @dataclass(frozen=True)
@@ -13,21 +43,18 @@ class Pack:
     each other in order. ``T`` is the total of tokens, ``S`` the number of sequences.
 
     Attributes:
-        cu_seqlens: int32 [S + 1], token offsets of the sequences, on the model's device.
-        spans: the same offsets on the host, as (start, end) per sequence.
+        segments: the S sequences.
         text_spans: (start, end) of each sequence's text tokens.
         image_spans: (start, end) of each sequence's image tokens.
-        max_seqlen: tokens of the longest sequence.
         rope: complex64 [T, head_dim / 2], the rotation of each token's query and key pairs.
     """
 
-    cu_seqlens: Tensor
-    spans: tuple[tuple[int, int], ...]
-    text_spans: tuple[tuple[int, int], ...]
-    image_spans: tuple[tuple[int, int], ...]
-    max_seqlen: int
+    segments: Segments
+    text_spans: tuple[Span, ...]
+    image_spans: tuple[Span, ...]
     rope: Tensor
 
     @property
-    def num_tokens(self) -> int:
-        return self.spans[-1][1]
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.rope.nbytes + self.segments.cu_seqlens.nbytes

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krea2_srt.model.attention import Spans, VarlenAttention, sdpa_attention
+from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU
+from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import Target
 
 
@@ -36,10 +37,10 @@ class TextFusionBlock(nn.Module):
     def across_taps(self, x: Tensor) -> Tensor:
         """Attend across the taps of each token on its own: [tokens, taps, size], same out."""
         q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype), rope=None)
-        groups = self.attn.heads // self.attn.kv_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        grouped = self.attn.heads != self.attn.kv_heads
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=grouped
+        )
         out = out.transpose(1, 2).flatten(-2)
         x = x + self.attn.out(out * torch.sigmoid(gate))
         return x + self.ff(self.norm2(x).to(x.dtype))
@@ -48,13 +49,10 @@ class TextFusionBlock(nn.Module):
         self,
         x: Tensor,
         attention: VarlenAttention,
-        cu_seqlens: Tensor,
-        spans: Spans,
-        max_seqlen: int,
+        prompts: Segments,
     ) -> Tensor:
-        """Attend across the tokens of each prompt of a pack: [tokens, size], same out."""
-        normed = self.norm1(x).to(x.dtype)
-        x = x + self.attn(normed, attention, cu_seqlens, spans, max_seqlen)
+        """Attend across the tokens of each prompt: [tokens, size], same out."""
+        x = x + self.attn(self.norm1(x).to(x.dtype), attention, prompts)
         return x + self.ff(self.norm2(x).to(x.dtype))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -84,18 +82,14 @@ class TextFusion(nn.Module):
     def forward(
         self,
         taps: Tensor,
-        cu_seqlens: Tensor,
-        spans: Spans,
-        max_seqlen: int,
+        prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
     ) -> Tensor:
         """Fuse one or several prompts.
 
         Args:
             taps: [tokens, num_text_layers, text_hidden_dim], prompts one after another.
-            cu_seqlens: int32 [prompts + 1], offsets of the prompts.
-            spans: the same on the host, (start, end) per prompt.
-            max_seqlen: tokens of the longest prompt.
+            prompts: which tokens are one prompt's.
             attention: how to attend across the tokens of a prompt.
 
         Returns:
@@ -106,7 +100,7 @@ class TextFusion(nn.Module):
             x = block.across_taps(x)
         x = self.projector(x.transpose(1, 2)).squeeze(-1)
         for block in self.refiner_blocks:
-            x = block.across_tokens(x, attention, cu_seqlens, spans, max_seqlen)
+            x = block.across_tokens(x, attention, prompts)
         x = self.linear_1(self.norm(x).to(x.dtype))
         return self.linear_2(F.gelu(x, approximate="tanh"))
 

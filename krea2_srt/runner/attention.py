@@ -3,33 +3,30 @@
 SGLang's FlashAttention-3/4 kernels are added by `krea2_srt.sglang`, which may import SGLang.
 """
 
+import inspect
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from krea2_srt.model.attention import Spans, VarlenAttention, sdpa_attention
+from krea2_srt.model.attention import VarlenAttention, sdpa_attention
+from krea2_srt.model.pack import Segments
 
 
-def torch_varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spans: Spans, max_seqlen: int
-) -> Tensor:
+def torch_varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`VarlenAttention` on torch's own FlashAttention, one call for the whole pack. CUDA only."""
-    from torch.nn.attention import varlen
+    from torch.nn.attention.varlen import varlen_attn
 
-    del spans
     groups = q.shape[1] // k.shape[1]
     options = {}
-    if groups > 1 and _VARLEN_HAS_GQA:
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:
+        # Before torch 2.14 the key/value heads have to be expanded.
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-    return cast(Tensor, out)
+    offsets, longest = segments.cu_seqlens, segments.max_seqlen
+    return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest, **options))
 
-
-# enable_gqa came with torch 2.14; before it the key/value heads are expanded.
-_VARLEN_HAS_GQA = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 14)
 
 BACKENDS: dict[str, VarlenAttention] = {
     "sdpa": sdpa_attention,

@@ -1,7 +1,7 @@
 """A cache bounded in bytes, least recently used out first."""
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, Protocol, TypeVar
 
 
@@ -40,6 +40,19 @@ class ByteCache(Generic[K, V]):
         self.hits += 1
         self._values.move_to_end(key)
         return value
+
+    def get_or(self, key: K, make: Callable[[], V]) -> V:
+        """The value of a key; made and remembered where it is not known."""
+        value = self.get(key)
+        if value is None:
+            value = make()
+            self.put(key, value)
+        return value
+
+    def clear(self) -> None:
+        """Forget all values."""
+        self._values.clear()
+        self.num_bytes = 0
 
     def put(self, key: K, value: V) -> None:
         """Remember a value that owns its memory; one larger than the whole cache is not kept."""

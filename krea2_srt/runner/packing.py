@@ -1,16 +1,15 @@
-"""Packing: where the tokens of each sequence of a pack lie, and their RoPE coordinates."""
+"""Packing: which sequences go together, where their tokens lie, and their RoPE coordinates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.pack import Pack
+from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.rope import rope_rotations
+from krea2_srt.runner.byte_cache import ByteCache
 
 
 @dataclass(frozen=True)
@@ -30,50 +29,92 @@ class SequenceShape:
         return self.text_tokens + self.image_tokens
 
 
-def build_pack(shapes: Sequence[SequenceShape], config: Krea2Config, device: torch.device) -> Pack:
+def build_pack(
+    shapes: Sequence[SequenceShape],
+    config: Krea2Config,
+    device: torch.device,
+    rotations: Callable[[int, int], Tensor] | None = None,
+) -> Pack:
     """Lay sequences out one after another, text before image, without padding.
 
     Args:
         shapes: one per sequence, in pack order; at least one.
         config: gives the RoPE axes.
         device: where the pack's tensors live.
+        rotations: where to get the rotations of a grid of image tokens from, by rows and columns;
+            by default they are computed.
     """
-    if not shapes:
-        raise ValueError("a pack needs at least one sequence")
-    offsets = [0]
-    text_spans, image_spans = [], []
-    for shape in shapes:
-        start = offsets[-1]
-        text_spans.append((start, start + shape.text_tokens))
-        image_spans.append((start + shape.text_tokens, start + shape.tokens))
-        offsets.append(start + shape.tokens)
-    rotations = [_rotations(shape, config, device) for shape in shapes]
-    return Pack(
-        cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
-        spans=tuple(pairwise(offsets)),
-        text_spans=tuple(text_spans),
-        image_spans=tuple(image_spans),
-        max_seqlen=max(shape.tokens for shape in shapes),
-        rope=torch.cat(rotations),
+    segments = Segments.of((shape.tokens for shape in shapes), device)
+    starts = [start for start, _ in segments.spans]
+    text = [(at, at + shape.text_tokens) for at, shape in zip(starts, shapes, strict=True)]
+    image = [(text_end, end) for (_, text_end), (_, end) in zip(text, segments.spans, strict=True)]
+    rope = torch.ones(
+        (segments.spans[-1][1], config.attention_head_dim // 2),
+        dtype=torch.complex64,  # 1: text tokens sit at the origin, where nothing is rotated
+        device=device,
     )
+    for (start, end), shape in zip(image, shapes, strict=True):
+        rope[start:end] = (
+            rotations(shape.rows, shape.columns)
+            if rotations is not None
+            else image_rotations(shape.rows, shape.columns, config, device)
+        )
+    return Pack(segments, tuple(text), tuple(image), rope)
 
 
-@lru_cache(maxsize=64)
-def _rotations(shape: SequenceShape, config: Krea2Config, device: torch.device) -> Tensor:
-    coordinates = torch.zeros(shape.tokens, 3, dtype=torch.float64, device=device)
-    image = coordinates[shape.text_tokens :].view(shape.rows, shape.columns, 3)
-    image[..., 1] = torch.arange(shape.rows, dtype=torch.float64, device=device)[:, None]
-    image[..., 2] = torch.arange(shape.columns, dtype=torch.float64, device=device)
-    return rope_rotations(coordinates, config.axes_dims_rope, config.rope_theta)
+def image_rotations(rows: int, columns: int, config: Krea2Config, device: torch.device) -> Tensor:
+    """Rotations of a grid of image tokens at (0, row, column): complex64 [tokens, head_dim / 2]."""
+    grid = torch.zeros(rows, columns, 3, dtype=torch.float64, device=device)
+    grid[..., 1] = torch.arange(rows, dtype=torch.float64, device=device)[:, None]
+    grid[..., 2] = torch.arange(columns, dtype=torch.float64, device=device)
+    return rope_rotations(grid.view(-1, 3), config.axes_dims_rope, config.rope_theta)
 
 
 class PackCache:
-    """Packs by their shapes: a pack's layout is the same at every step of the same sequences."""
+    """Packs by their shapes: a pack's layout is the same at every step of the same sequences.
 
-    def __init__(self, config: Krea2Config, device: torch.device, size: int = 32) -> None:
-        self._build = lru_cache(maxsize=size)(
-            lambda shapes: build_pack(shapes, config, device),
-        )
+    Args:
+        config: gives the RoPE axes.
+        device: where packs live.
+        max_bytes: of the packs, and again of the rotations by image size that they are built from.
+            A token takes 512 bytes in each at the released head size.
+    """
+
+    def __init__(self, config: Krea2Config, device: torch.device, max_bytes: int) -> None:
+        self._config = config
+        self._device = device
+        self._packs: ByteCache[tuple[SequenceShape, ...], Pack] = ByteCache(max_bytes)
+        self._rotations: ByteCache[tuple[int, int], Tensor] = ByteCache(max_bytes)
 
     def get(self, shapes: tuple[SequenceShape, ...]) -> Pack:
-        return self._build(shapes)
+        """The pack of these sequences, in this order."""
+        return self._packs.get_or(
+            shapes, lambda: build_pack(shapes, self._config, self._device, self._image_rotations)
+        )
+
+    def _image_rotations(self, rows: int, columns: int) -> Tensor:
+        return self._rotations.get_or(
+            (rows, columns), lambda: image_rotations(rows, columns, self._config, self._device)
+        )
+
+
+def split_by_tokens(tokens: Sequence[int], max_tokens: int) -> list[range]:
+    """Cut a list of sequences into packs of at most ``max_tokens``, in order.
+
+    Args:
+        tokens: of each sequence.
+        max_tokens: of a pack; a sequence with more goes alone.
+
+    Returns:
+        Ranges of indices into ``tokens``, none empty.
+    """
+    found: list[range] = []
+    start, total = 0, 0
+    for index, size in enumerate(tokens):
+        if index > start and total + size > max_tokens:
+            found.append(range(start, index))
+            start, total = index, 0
+        total += size
+    if start < len(tokens):
+        found.append(range(start, len(tokens)))
+    return found

@@ -117,9 +117,8 @@ class ChannelNorm(nn.Module):
         self.gamma = parameter(channels, 1, 1, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = x.float().square().sum(dim=1, keepdim=True).sqrt_().clamp_min_(1e-12)
         scale = self.gamma.float() * x.shape[1] ** 0.5
-        return (x / norm * scale).to(x.dtype)
+        return F.normalize(x.float(), dim=1).mul_(scale).to(x.dtype)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield f"{prefix}gamma", Target(self.gamma, self.stored_shape)
@@ -186,9 +185,9 @@ class Upsample(nn.Module):
 class VAEDecoder(nn.Module):
     """Decoder of the Qwen-Image VAE for single frames.
 
-    `decode` runs everything up to a quarter of the full resolution at once and the last stage,
-    whose activations are 16 times larger, in tiles. A tile carries a margin as wide as the
-    stage's receptive field, so tiled and untiled decoding give the same pixels: no seams.
+    `decode` runs everything up to half the image's width and height at once, and the last stage,
+    at full size, in tiles. A tile carries a margin as wide as the stage's receptive field, so
+    tiled and untiled decoding give the same pixels: no seams.
 
     Args:
         config: sizes.

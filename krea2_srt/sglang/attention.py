@@ -4,7 +4,8 @@ import torch
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor
 
-from krea2_srt.model.attention import Spans, VarlenAttention, sdpa_attention
+from krea2_srt.model.attention import VarlenAttention, sdpa_attention
+from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention import BACKENDS, default_backend
 
 logger = init_logger(__name__)
@@ -17,18 +18,15 @@ def flash_attention(version: int) -> VarlenAttention:
     """`VarlenAttention` on SGLang's FlashAttention kernel of a version (3 or 4)."""
     from sglang.kernels.ops.attention.flash_attention import flash_attn_varlen_func
 
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, spans: Spans, max_seqlen: int
-    ) -> Tensor:
-        del spans
+    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         out = flash_attn_varlen_func(
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
+            cu_seqlens_q=segments.cu_seqlens,
+            cu_seqlens_k=segments.cu_seqlens,
+            max_seqlen_q=segments.max_seqlen,
+            max_seqlen_k=segments.max_seqlen,
             causal=False,
             ver=version,
         )
@@ -47,7 +45,7 @@ def select_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Var
         Its name and the function.
     """
     fallback = default_backend(device, dtype)
-    if fallback == "sdpa":
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return fallback, BACKENDS[fallback]
     major, _ = torch.cuda.get_device_capability(device)
     version = {9: 3, 10: 4}.get(major)
@@ -64,13 +62,12 @@ def select_attention(device: torch.device, dtype: torch.dtype) -> tuple[str, Var
 
 def _check(attention: VarlenAttention, device: torch.device, dtype: torch.dtype) -> None:
     generator = torch.Generator(device).manual_seed(0)
-    spans = ((0, 5), (5, 133))
-    cu_seqlens = torch.tensor([0, 5, 133], dtype=torch.int32, device=device)
+    segments = Segments.of((5, 128), device)
     q, k, v = (
         torch.randn(133, heads, 128, generator=generator, device=device, dtype=dtype)
         for heads in (8, 2, 2)
     )
-    expected = sdpa_attention(q, k, v, cu_seqlens, spans, 128)
-    difference = (attention(q, k, v, cu_seqlens, spans, 128) - expected).abs().max().item()
+    expected = sdpa_attention(q, k, v, segments)
+    difference = (attention(q, k, v, segments) - expected).abs().max().item()
     if not difference <= _TOLERANCE:
         raise RuntimeError(f"differs from SDPA by {difference:.3g}")

@@ -7,6 +7,7 @@ import torch
 
 from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.modulation import Modulation
+from krea2_srt.model.pack import Segments
 from krea2_srt.runner.packing import SequenceShape, build_pack
 from tests.conftest import CPU, relative_error
 
@@ -47,8 +48,7 @@ def theirs(pipeline, shape, image, taps):
 
 
 def fused(dit, taps):
-    n = len(taps)
-    return dit.fuse_text(taps, torch.tensor([0, n], dtype=torch.int32), ((0, n),), n)
+    return dit.fuse_text(taps, Segments.of([len(taps)], CPU))
 
 
 @torch.inference_mode()
