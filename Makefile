@@ -20,7 +20,7 @@ install: $(STAMP)
 # --require-hashes: what is installed is what was locked, whatever index serves it.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else "krea2-srt needs Python 3.11 or 3.12, this is %d.%d; try make PYTHON=python3.12" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
@@ -29,15 +29,15 @@ $(STAMP): requirements.lock pyproject.toml
 $(DEMO): | $(STAMP)
 	$(BIN)/krea2-demo-model $@
 
+# Passed through the environment, so that no quote or dollar sign in them reaches the shell's parser.
+export MODEL PROMPT OUTPUT
 ifeq ($(strip $(MODEL)),)
-generate: $(STAMP) $(DEMO)
-	$(BIN)/sglang generate --model-path $(DEMO) --prompt "$(PROMPT)" --num-inference-steps $(STEPS) \
-	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path $(OUTPUT)
-else
-generate: $(STAMP)
-	$(BIN)/sglang generate --model-path $(MODEL) --prompt "$(PROMPT)" --num-inference-steps $(STEPS) \
-	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path $(OUTPUT)
+generate: export MODEL := $(DEMO)
+generate: $(DEMO)
 endif
+generate: $(STAMP)
+	$(BIN)/sglang generate --model-path "$$MODEL" --prompt "$$PROMPT" --num-inference-steps $(STEPS) \
+	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path "$$OUTPUT"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

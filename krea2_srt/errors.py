@@ -5,8 +5,18 @@ class Krea2Error(Exception):
     """Base class: the message alone tells the user what to change."""
 
 
+def first_line(error: BaseException) -> str:
+    """A foreign error in one line, with its type where its text alone says too little."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 class CheckpointError(Krea2Error):
     """A checkpoint is missing, partial or not what its config says."""
+
+
+class ModelError(Krea2Error):
+    """The model computed something that is no picture."""
 
 
 class RequestError(Krea2Error):

@@ -17,8 +17,17 @@ def enabled() -> bool:
 
 
 def is_krea2(name: str) -> bool:
-    """Whether a model path or pipeline class name is Krea 2's."""
-    return "krea-2" in name.lower() or "krea2" in name.lower()
+    """Whether a model path or a pipeline's class name, as SGLang probes both, is Krea 2's.
+
+    Of a path only the last part counts, or the hub cache's: a folder above may be called anything
+    ("krea2-srt/models/my-flux"). A checkpoint in a folder of any name is known by its class name.
+    """
+    name = name.lower().rstrip("/")
+    return (
+        name == "krea2pipeline"
+        or "krea-2" in name.rsplit("/", 1)[-1]
+        or "models--krea--krea-2" in name
+    )
 
 
 def register() -> None:
@@ -27,7 +36,8 @@ def register() -> None:
         logger.info("%s=%s: SGLang's own Krea 2 serves", SWITCH, os.environ[SWITCH])
         return
 
-    # Not at module scope: SGLang loads this module before its runtime may be imported.
+    # Not at module scope: with the switch off, and in every process that only looks for entry
+    # points, these imports would cost seconds for nothing.
     from sglang.multimodal_gen import registry
     from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
     from sglang.multimodal_gen.configs.sample.krea2 import Krea2SamplingParams

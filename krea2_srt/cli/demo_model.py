@@ -4,14 +4,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from krea2_srt.cli.errors import one_line_errors
+from krea2_srt.cli.errors import OneLineParser, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="krea2-demo-model",
         allow_abbrev=False,
-        description="Write a complete, tiny Krea 2 checkpoint with random weights (about 45 MB) in "
+        description="Write a complete, tiny Krea 2 checkpoint with random weights (about 50 MB) in "
         "the released layout. It loads in krea2-srt, in SGLang and in Diffusers and draws "
         "patterns, not things: it shows that everything works without a GPU.",
     )
@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors("krea2-demo-model"):
         if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
             raise FileExistsError(f"{args.folder} exists already and is not an empty folder")
+        if args.original_file is not None:
+            if args.original_file.exists():
+                raise FileExistsError(f"{args.original_file} exists already")
+            if not args.original_file.parent.is_dir():
+                raise FileNotFoundError(f"folder {args.original_file.parent} does not exist")
         # Heavy imports only once the arguments are known to be good.
         from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
 

@@ -1,12 +1,21 @@
 """One line and exit code 2 for what the user can mend."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from krea2_srt.errors import Krea2Error
 
 USAGE_ERROR = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 @contextmanager

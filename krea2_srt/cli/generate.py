@@ -3,10 +3,12 @@
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from krea2_srt.cli.errors import one_line_errors
+from krea2_srt.cli.errors import OneLineParser, one_line_errors
 from krea2_srt.engine.request import (
     MU_RANGE,
     ImageRequest,
@@ -16,6 +18,10 @@ from krea2_srt.engine.request import (
 )
 from krea2_srt.errors import RequestError
 
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
 COMMAND = "krea2-generate"
 DTYPES = ("bfloat16", "float32")
 
@@ -24,7 +30,7 @@ _FLAGS = {"prompt": "prompt", "guidance": "--cfg"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=COMMAND,
         allow_abbrev=False,
         description="Draw images with Krea 2.",
@@ -60,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--recipe",
         choices=("turbo", "raw"),
-        help="sampling defaults, where the checkpoint does not say which it is",
+        help="sample as Turbo or as Raw, whatever the checkpoint says of itself",
     )
     add("--text-encoder", metavar="DIR", help="Qwen3-VL-4B, to go with an original file")
     add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with an original file")
@@ -82,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _request(args, steps=1, guidance=0.0).check(RequestLimits())
             check_number("y1", args.y1 or 0.0, *MU_RANGE)
             check_number("y2", args.y2 or 0.0, *MU_RANGE)
-            _check_output(args.output)
+            _check_output(args.output, args.num_images)
             _run(args)
         except RequestError as error:
             flag = _FLAGS.get(error.field, f"--{error.field.replace('_', '-')}")
@@ -92,10 +98,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(args: argparse.Namespace) -> None:
     from krea2_srt.runner.sources import find_checkpoint
 
+    device = _device(args.device)
     distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
     checkpoint = find_checkpoint(
         args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
     )
+    _refuse_shift_without_effect(args, checkpoint.recipe.distilled)
     recipe = checkpoint.recipe.with_shift(min_mu=args.y1, max_mu=args.y2)
     request = _request(args, recipe.default_steps, recipe.default_guidance)
     request.check(RequestLimits())
@@ -107,8 +115,11 @@ def _run(args: argparse.Namespace) -> None:
     from krea2_srt.runner.model_runner import Krea2Runner
     from krea2_srt.runner.pixels import to_uint8
 
-    runner = Krea2Runner.load(checkpoint, _device(args.device), getattr(torch, args.dtype))
-    context, negative = runner.encode([request.prompt, request.negative_prompt])
+    runner = Krea2Runner.load(checkpoint, device, getattr(torch, args.dtype))
+    if runner.text_encoder.tokenize(request.prompt)[1]:
+        print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
+    (context,) = runner.encode([request.prompt])
+    negative = runner.encode([request.negative_prompt])[0] if request.guidance else None
     schedule = recipe.schedule(request.steps, request.image_tokens, request.mu)
     with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
         for i, seed in enumerate(request.seeds):
@@ -119,6 +130,16 @@ def _run(args: argparse.Namespace) -> None:
                 runner.step([sequence])
                 progress.update()
             _save(Image.fromarray(to_uint8(runner.decode(sequence))), f"{args.output}_{i}.png")
+
+
+def _refuse_shift_without_effect(args: argparse.Namespace, distilled: bool) -> None:
+    for field in ("y1", "y2"):
+        if getattr(args, field) is None:
+            continue
+        if args.mu is not None:
+            raise RequestError(field, "has no effect together with --mu")
+        if distilled:
+            raise RequestError(field, "has no effect on Turbo, whose shift is fixed; see --mu")
 
 
 def _request(args: argparse.Namespace, steps: int, guidance: float) -> ImageRequest:
@@ -153,36 +174,37 @@ def _rounded(field: str, pixels: int) -> int:
     return rounded if pixels > 0 else pixels
 
 
-def _check_output(prefix: str) -> None:
+def _check_output(prefix: str, num_images: int) -> None:
     folder = Path(os.path.dirname(prefix) or ".")  # Path("new/").parent would be "."
     if not folder.is_dir():
         raise RequestError("output", f"folder {folder} does not exist")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RequestError("output", f"folder {folder} is not writable")
+    for i in range(num_images):
+        if os.path.isdir(f"{prefix}_{i}.png"):
+            raise RequestError("output", f"{prefix}_{i}.png is a folder")
 
 
-def _device(name: str):  # type: ignore[no-untyped-def]
+def _device(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError("device", f"unknown device {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device", "this machine has no CUDA GPU")
-    return device
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise RequestError("device", f"unknown device {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise RequestError("device", f"this machine has {torch.cuda.device_count()} CUDA GPUs")
+    return torch.device(name)
 
 
-def _save(image, path: str) -> None:  # type: ignore[no-untyped-def]
+def _save(image: "Image", path: str) -> None:
     """Write an image under its name only once it is whole."""
-    partial = Path(f"{path}.partial")
-    try:
+    file = Path(path)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name[:64]}.") as scratch:
+        partial = Path(scratch) / "image.png"
         image.save(partial, format="PNG")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        partial.replace(file)
     print(path)
 
 

@@ -86,6 +86,7 @@ def write_demo_checkpoint(folder: Path, seed: int = 0, distilled: bool = True) -
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is not an empty folder")
+    folder = folder.resolve()  # "." and links to folders are renamed into place by their own names
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         work = Path(scratch) / "checkpoint"
@@ -211,7 +212,7 @@ def _fan_in(shape: tuple[int, ...]) -> int:
 
 
 # The scales below make a random network show what tests must see: prompt, seed and number of steps
-# each change the picture, which has structure and contrast (tests/test_demo_model.py).
+# each change the picture, which has structure and contrast (tests/cli/test_demo_model.py).
 
 
 def _dit_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

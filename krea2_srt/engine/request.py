@@ -9,9 +9,10 @@ SIZE_MULTIPLE = 16
 """Widths and heights are multiples of this many pixels: the VAE's 8 times the DiT's patch of 2."""
 
 MAX_SEED = 2**63 - 1
+"""Largest seed of a request; its further images count on from there."""
 
 MU_RANGE = (-10.0, 10.0)
-"""Timestep shifts beyond this are typing errors: exp(mu) leaves float32's useful range."""
+"""Timestep shifts beyond this are typing errors: at 10 all steps but the last do nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,14 @@ class ImageRequest:
         Raises:
             RequestError: naming the first field that is wrong.
         """
-        for field in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, field), str):
-                raise RequestError(
-                    field, f"must be text, got {type(getattr(self, field)).__name__}"
-                )
+        _check_text("prompt", self.prompt)
+        _check_text("negative_prompt", self.negative_prompt)
         for field, least, most in (
             ("width", SIZE_MULTIPLE, limits.max_side),
             ("height", SIZE_MULTIPLE, limits.max_side),
             ("steps", 1, limits.max_steps),
             ("num_images", 1, limits.max_images),
-            ("seed", 0, MAX_SEED - limits.max_images),
+            ("seed", 0, MAX_SEED + limits.max_images),
         ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -104,6 +102,15 @@ class ImageRequest:
         check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
             check_number("mu", self.mu, *MU_RANGE)
+
+
+def _check_text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(field, f"must be text, got {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(field, f"is not valid Unicode text: {error.reason}") from None
 
 
 def check_number(field: str, value: float, least: float, most: float) -> None:

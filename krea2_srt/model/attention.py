@@ -27,11 +27,14 @@ class VarlenAttention(Protocol):
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`VarlenAttention` as one scaled-dot-product call per segment, on any device."""
-    grouped = q.shape[1] != k.shape[1]
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        # Not enable_gqa: of torch's CUDA kernels only flash takes it, so float32 and older GPUs
+        # would get the kernel that writes the whole score matrix.
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     out = torch.empty_like(q)
     for start, end in segments.spans:
-        segment = F.scaled_dot_product_attention(
-            *(x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)), enable_gqa=grouped
-        )
+        q_, k_, v_ = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        segment = F.scaled_dot_product_attention(q_, k_, v_)
         out[start:end] = segment.squeeze(0).transpose(0, 1)
     return out

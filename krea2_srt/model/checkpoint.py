@@ -13,7 +13,6 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.weights import (
-    Target,
     check_weights,
     checkpoint_files,
     load_weights,
@@ -104,11 +103,11 @@ def load_dit(path: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
 
 def read_config(folder: Path) -> Krea2Config:
     """Read ``transformer/config.json``."""
+    values = read_json(folder / "config.json")
     try:
-        return Krea2Config.from_dict(read_json(folder / "config.json"))
+        return Krea2Config.from_dict(values)
     except CheckpointError as error:
-        prefix = "" if str(folder) in str(error) else f"{folder / 'config.json'}: "
-        raise CheckpointError(f"{prefix}{error}") from None
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
@@ -164,14 +163,3 @@ def config_dict(config: Krea2Config) -> dict[str, object]:
     return {
         k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
     }
-
-
-__all__ = [
-    "Target",
-    "config_dict",
-    "diffusers_name",
-    "load_dit",
-    "original_name",
-    "read_config",
-    "stored_shapes",
-]

@@ -1,6 +1,7 @@
 """Sizes of a Krea 2 DiT, as its checkpoint states them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,16 @@ class Krea2Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "axes_dims_rope":
-                if len(value) != 3 or any(d <= 0 or d % 2 for d in value):
+                fits = isinstance(value, tuple) and len(value) == 3
+                if not fits or not all(_is_count(d) and d % 2 == 0 for d in value):
                     raise CheckpointError(
-                        f"axes_dims_rope must be three positive even numbers, got {value}"
+                        f"axes_dims_rope must be three positive even numbers, got {value!r}"
                     )
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-                raise CheckpointError(f"{field.name} must be a positive number, got {value!r}")
+            elif field.type is float:
+                if not _is_number(value) or not 0 < value < math.inf:
+                    raise CheckpointError(f"{field.name} must be a positive number, got {value!r}")
+            elif not _is_count(value):
+                raise CheckpointError(f"{field.name} must be a positive integer, got {value!r}")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise CheckpointError(
                 f"axes_dims_rope={self.axes_dims_rope} must add up to "
@@ -84,7 +89,7 @@ class Krea2Config:
             raise CheckpointError(f"_class_name is {class_name!r}, expected {CLASS_NAME!r}")
         known = {f.name for f in dataclasses.fields(cls)}
         values = {k: v for k, v in config.items() if k in known}
-        if "axes_dims_rope" in values:
+        if isinstance(values.get("axes_dims_rope"), list):
             values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
         return cls(**values)
 
@@ -92,8 +97,13 @@ class Krea2Config:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Krea2Config":
         """Derive the sizes from a checkpoint that has no config (the original single file).
 
+        rope_theta and norm_eps leave no trace in the weights; they are the released model's.
+
         Args:
             shapes: tensor shapes by *Diffusers* name.
+
+        Raises:
+            CheckpointError: these are not the tensors of a Krea 2 DiT.
         """
 
         def count(prefix: str) -> int:
@@ -130,5 +140,13 @@ class Krea2Config:
             )
         except KeyError as missing:
             raise CheckpointError(f"not a Krea 2 checkpoint: tensor {missing} is missing") from None
-        except (IndexError, ValueError) as error:
+        except (IndexError, ValueError, ZeroDivisionError) as error:
             raise CheckpointError(f"not a Krea 2 checkpoint: {error}") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

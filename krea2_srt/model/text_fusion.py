@@ -37,10 +37,11 @@ class TextFusionBlock(nn.Module):
     def across_taps(self, x: Tensor) -> Tensor:
         """Attend across the taps of each token on its own: [tokens, taps, size], same out."""
         q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype), rope=None)
-        grouped = self.attn.heads != self.attn.kv_heads
-        out = F.scaled_dot_product_attention(
-            *(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=grouped
-        )
+        groups = self.attn.heads // self.attn.kv_heads
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).flatten(-2)
         x = x + self.attn.out(out * torch.sigmoid(gate))
         return x + self.ff(self.norm2(x).to(x.dtype))

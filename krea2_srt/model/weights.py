@@ -11,6 +11,9 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 
+_DTYPES = ("BF16", "F16", "F32")
+"""Stored as numbers that mean themselves; quantised ones need scales that nobody here applies."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -70,7 +73,7 @@ def read_json(file: Path) -> dict[str, object]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")
@@ -81,14 +84,20 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors in ``files``, read from the headers alone.
 
     Raises:
-        CheckpointError: a file is truncated or not safetensors.
+        CheckpointError: a file is truncated or not safetensors, or its weights are quantised.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+                    stored = tensors.get_slice(name)
+                    if stored.get_dtype() not in _DTYPES:
+                        raise CheckpointError(
+                            f"weight file {file}: {name} is {stored.get_dtype()}; "
+                            f"weights must be one of {', '.join(_DTYPES)}"
+                        )
+                    shapes[name] = tuple(stored.get_shape())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"weight file {file} is damaged: {error}") from None
     return shapes
@@ -124,7 +133,7 @@ def check_weights(
         if shapes[name] != target.stored_shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(shapes[name])}, "
-                f"config.json says {list(target.stored_shape)}"
+                f"expected {list(target.stored_shape)}"
             )
 
 

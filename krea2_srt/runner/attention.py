@@ -22,7 +22,7 @@ def torch_varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) 
     if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
         options["enable_gqa"] = True
     elif groups > 1:
-        # Before torch 2.14 the key/value heads have to be expanded.
+        # Older torch: the key/value heads have to be expanded.
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     offsets, longest = segments.cu_seqlens, segments.max_seqlen
     return cast(Tensor, varlen_attn(q, k, v, offsets, offsets, longest, longest, **options))
@@ -36,7 +36,9 @@ BACKENDS: dict[str, VarlenAttention] = {
 
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
     """Name of the best backend that this torch has for a device and dtype."""
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    half = dtype in (torch.float16, torch.bfloat16)
+    # FlashAttention needs Ampere or newer.
+    if device.type == "cuda" and half and torch.cuda.get_device_capability(device)[0] >= 8:
         try:
             from torch.nn.attention import varlen  # noqa: F401
         except ImportError:

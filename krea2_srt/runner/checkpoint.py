@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from krea2_srt.engine.request import MU_RANGE
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.weights import read_json
 from krea2_srt.runner.latents import PATCH
@@ -11,6 +12,7 @@ from krea2_srt.runner.schedule import TURBO_MU, ResolutionShift, Schedule, flow_
 from krea2_srt.runner.text_encoder import DEFAULT_TAPS
 
 CLASS_NAME = "Krea2Pipeline"
+_SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,7 @@ class Krea2Checkpoint:
         if index.get("patch_size", PATCH) != PATCH:
             raise CheckpointError(f"{index_file}: patch_size must be {PATCH}")
         taps = index.get("text_encoder_select_layers") or DEFAULT_TAPS
-        if not isinstance(taps, (list, tuple)) or not all(
-            isinstance(t, int) and t >= 0 for t in taps
-        ):
+        if not isinstance(taps, (list, tuple)) or not all(type(t) is int and t >= 0 for t in taps):
             raise CheckpointError(
                 f"{index_file}: text_encoder_select_layers must be layer numbers, got {taps!r}"
             )
@@ -108,13 +108,19 @@ class Krea2Checkpoint:
 
 
 def _shift(scheduler: dict[str, Any]) -> ResolutionShift:
+    for name, expected in (("use_dynamic_shifting", True), ("time_shift_type", "exponential")):
+        if scheduler.get(name, expected) != expected:
+            raise CheckpointError(
+                f"{_SCHEDULER}: {name} is {scheduler[name]!r}, Krea 2 needs {expected!r}"
+            )
     default = ResolutionShift()
-    try:
-        return ResolutionShift(
-            int(scheduler.get("base_image_seq_len", default.min_tokens)),
-            int(scheduler.get("max_image_seq_len", default.max_tokens)),
-            float(scheduler.get("base_shift", default.min_mu)),
-            float(scheduler.get("max_shift", default.max_mu)),
-        )
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"scheduler/scheduler_config.json: {error}") from None
+    values = [
+        scheduler.get("base_image_seq_len", default.min_tokens),
+        scheduler.get("max_image_seq_len", default.max_tokens),
+        scheduler.get("base_shift", default.min_mu),
+        scheduler.get("max_shift", default.max_mu),
+    ]
+    numbers = all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
+    if not numbers or not 0 <= values[0] < values[1] or max(map(abs, values[2:])) > MU_RANGE[1]:
+        raise CheckpointError(f"{_SCHEDULER}: impossible timestep shift {values}")
+    return ResolutionShift(int(values[0]), int(values[1]), float(values[2]), float(values[3]))

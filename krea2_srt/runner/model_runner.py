@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krea2_srt.errors import CheckpointError
+from krea2_srt.errors import CheckpointError, ModelError
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.dit import Krea2DiT
@@ -19,7 +19,7 @@ from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unp
 from krea2_srt.runner.packing import PackCache, SequenceShape
 from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
-from krea2_srt.runner.vae import VAEDecoder, load_vae
+from krea2_srt.runner.vae import DEFAULT_TILE, VAEDecoder, load_vae
 
 # Bounds of what is remembered on the device, in bytes. Of the released model in bf16 they hold
 # about 80 prompts of 512 tokens, 37 schedules of 8 steps, and packs of 260,000 tokens.
@@ -243,10 +243,21 @@ class Krea2Runner:
             s.step += 1
 
     @torch.inference_mode()
-    def decode(self, sequence: DenoisingSequence) -> Tensor:
-        """Pixels of a finished sequence: float32 [3, height, width] in [0, 1]."""
+    def decode(self, sequence: DenoisingSequence, tile: int = DEFAULT_TILE) -> Tensor:
+        """Pixels of a finished sequence: float32 [3, height, width] in [0, 1].
+
+        Args:
+            sequence: after its last step.
+            tile: see `VAEDecoder.decode`; changes memory, not pixels.
+
+        Raises:
+            ModelError: there are NaNs or infinities in it.
+        """
         latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
-        return self.vae.decode(latents[None])[0]
+        pixels = self.vae.decode(latents[None], tile)[0]
+        if not torch.isfinite(pixels).all():
+            raise ModelError("the picture holds values that are not finite; damaged weights?")
+        return pixels
 
     def _modulation(self, schedule: Schedule) -> Modulation:
         return self._modulations.get_or(

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from krea2_srt.errors import CheckpointError
+from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 
 RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
@@ -46,7 +46,7 @@ def find_checkpoint(
     alias = name if name in RELEASES else None
     if alias is not None:
         name = os.environ.get(alias.upper()) or RELEASES[alias]
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return _single_file(path, alias, distilled, text_encoder, vae)
     for option, value in (("text encoder", text_encoder), ("VAE", vae)):
@@ -87,7 +87,7 @@ def _single_file(
 
 
 def _component(name: str, patterns: list[str]) -> Path:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return path if path.is_dir() else _download(name, patterns)
 
 
@@ -95,7 +95,7 @@ def _download(repo: str, patterns: list[str]) -> Path:
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise CheckpointError(f"checkpoint {repo} does not exist")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
@@ -106,6 +106,5 @@ def _download(repo: str, patterns: list[str]) -> Path:
             f"{repo} is neither a folder here nor in the local model cache, "
             "and the model hub cannot be reached"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        # Gated, private or unknown repos; the hub's own text says which.
-        raise CheckpointError(f"{repo}: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # a gated or unknown repo, or any way in which networks fail
+        raise CheckpointError(f"{repo}: {first_line(error)}") from None

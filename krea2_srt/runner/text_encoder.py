@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from krea2_srt.errors import CheckpointError
+from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.weights import (
     Target,
     check_weights,
@@ -113,18 +113,23 @@ def load_text_encoder(
     text_config = config.get("text_config")
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{folder / 'config.json'}: no text_config in it")
-    layers, needed = text_config.get("num_hidden_layers", 0), max(taps)
-    if layers < needed:
-        raise CheckpointError(f"{folder}: has {layers} layers, tap {needed} needs {needed}")
+    layers, needed = text_config.get("num_hidden_layers"), max(taps)
+    # The state after the last layer is normed, unlike all before it; no Krea 2 reads it.
+    if not isinstance(layers, int) or layers <= needed:
+        raise CheckpointError(f"{folder}: has {layers} layers, tap {needed} needs more")
     try:
         # States beyond the last tap are never read, so their layers are never loaded.
-        model_config = Qwen3VLTextConfig(**{**text_config, "num_hidden_layers": needed})
+        values = {**text_config, "num_hidden_layers": needed}
+        if isinstance(values.get("layer_types"), list):
+            values["layer_types"] = values["layer_types"][:needed]
+        model_config = Qwen3VLTextConfig(**values)
         model_config._attn_implementation = "sdpa"
         with torch.device("meta"):
             model = Qwen3VLTextModel(model_config).to(dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
-    # The last tap is the plain output of its layer; the released model norms only the layer after.
+        rotary = type(model.rotary_emb)(config=model_config)
+    except Exception as error:  # whatever transformers makes of a strange config
+        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
+    # The last tap is the plain output of its layer.
     model.norm = nn.Identity()
 
     files = checkpoint_files(folder, "model")
@@ -133,16 +138,18 @@ def load_text_encoder(
     check_weights(_targets(model, root), shapes, folder, ignore=lambda name: True)
     model = model.to_empty(device=device)
     # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
-    model.rotary_emb = type(model.rotary_emb)(config=model_config).to(device)
+    model.rotary_emb = rotary.to(device)
     load_weights(files, _targets(model, root))
     model.requires_grad_(False).eval()
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        return TextEncoder(model, tokenizer, taps)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of strange files
+        reason = first_line(error)
         raise CheckpointError(f"tokenizer in {tokenizer_folder} cannot be read: {reason}") from None
-    return TextEncoder(model, tokenizer, taps)
 
 
 # Where the text model sits in a Qwen3VLModel and in a Qwen3VLForConditionalGeneration checkpoint.

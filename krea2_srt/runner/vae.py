@@ -5,6 +5,7 @@ frame in the last temporal slice of the kernel and zeros before it, so it equals
 convolution with that slice; the temporal upsamplers are not run at all.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -61,11 +62,18 @@ class VAEConfig:
                 dim_mult=tuple(config["dim_mult"]),
                 num_res_blocks=config["num_res_blocks"],
                 temporal_downsample=tuple(config["temperal_downsample"]),
-                latents_mean=tuple(config["latents_mean"]),
-                latents_std=tuple(config["latents_std"]),
+                latents_mean=tuple(map(float, config["latents_mean"])),
+                latents_std=tuple(map(float, config["latents_std"])),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{error} is missing or of the wrong type") from None
+        counts = (parsed.base_dim, parsed.z_dim, parsed.num_res_blocks, *parsed.dim_mult)
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise CheckpointError(f"sizes must be positive integers, got {counts}")
+        if not all(map(math.isfinite, parsed.latents_mean + parsed.latents_std)):
+            raise CheckpointError("latents_mean and latents_std must be finite")
+        if config.get("is_residual"):
+            raise CheckpointError("is_residual is not supported")
         if config.get("attn_scales"):
             raise CheckpointError(f"attn_scales={config['attn_scales']} is not supported")
         if len(parsed.temporal_downsample) != 3 or len(parsed.dim_mult) != 4:

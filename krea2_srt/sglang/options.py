@@ -5,40 +5,47 @@ is then handed to SGLang instead of being ignored.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from typing import Any
+
+from sglang.multimodal_gen import envs
 
 # Options of the process, the channel and the output, which SGLang handles around any pipeline.
 _AROUND_THE_PIPELINE = """
     base_gpu_id backend batching_config batching_delay_ms batching_max_size batching_mode config
-    conditioning_cache_max_size_mb disable_conditioning_cache dist_timeout dp_size
+    dist_timeout dp_size
     enable_batching_metrics enable_cache_report enable_metrics enable_trace gpu_ids host
     http_graceful_shutdown_timeout input_save_path log_level log_requests log_requests_format
-    log_requests_level log_requests_target master_port model model_id model_path model_type
+    log_requests_level log_requests_target master_port model_id model_path
     nccl_port numa_node otlp_service_name otlp_traces_endpoint output_path perf_dump_path
-    pipeline_config pin_cpu_memory port prompt_file_path request_id revision scheduler_port
+    pin_cpu_memory port prompt_file_path revision scheduler_port
     scheduler_ports scheduler_rpc_timeout served_model_name sleep_on_idle strict_ports
-    text_encoder_configs uvicorn_access_log_exclude_prefixes warmup warmup_mode
+    text_encoder_configs uvicorn_access_log_exclude_prefixes warmup_mode
     warmup_num_frames warmup_resolutions warmup_steps warmup_sampling_params webui webui_port
-    async_output_save output_file_path subcommand
+    async_output_save output_file_path
 """
 
 # Options that the runner itself reads.
 _READ_BY_THE_RUNNER = """
-    dit_precision vae_precision vae_decode_precision text_encoder_precisions vae_tiling
+    conditioning_cache_max_size_mb disable_conditioning_cache dit_precision
+    text_encoder_precisions vae_decode_precision vae_precision vae_tiling
 """
 
-# Request fields that `sglang generate` takes on its command line.
+# Request fields, which `sglang generate` takes on its command line too. Quality chooses how much
+# SGLang may approximate: ours never does.
 _REQUEST_FIELDS = """
-    debug fps guidance_scale height image_path negative_prompt no_override_protected_fields
-    num_frames num_inference_steps num_outputs_per_prompt num_profiled_timesteps output_compression
-    output_file_name output_quality profile profile_all_stages prompt prompt_path quality
-    return_file_paths_only return_frames save_output seed suppress_logs width
-    enable_upscaling upscaling_model_path upscaling_scale
+    debug enable_upscaling guidance_scale height negative_prompt no_override_protected_fields
+    num_inference_steps num_outputs_per_prompt num_profiled_timesteps output_compression
+    output_file_name output_path output_quality perf_dump_path profile profile_all_stages prompt
+    prompt_path quality return_file_paths_only return_frames return_image_bytes save_output seed
+    suppress_logs upscaling_model_path upscaling_scale width
 """
 
-HONOURED = frozenset((_AROUND_THE_PIPELINE + _READ_BY_THE_RUNNER + _REQUEST_FIELDS).split())
+HONOURED_FIELDS = frozenset(_REQUEST_FIELDS.split())
+HONOURED = HONOURED_FIELDS | frozenset((_AROUND_THE_PIPELINE + _READ_BY_THE_RUNNER).split())
+
+_ENVIRONMENT = {"SGLANG_CACHE_DIT_ENABLED": False, "SGLANG_DIFFUSION_CFG_GATE_STEP": 1.0}
+"""Environment variables that change what SGLang's own denoising stage computes, when not this."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_gpus": (1,),
@@ -74,8 +81,9 @@ def unsupported_options(server_args: Any) -> list[str]:
     # SGLang pages the DiT in and out by itself where it does not fit; our runner keeps it resident.
     if (mode := server_args.residency_mode("transformer")) != "resident":
         found.add(f"transformer {mode}")
-    if os.environ.get("SGLANG_CACHE_DIT_ENABLED", "").lower() in ("1", "true", "yes"):
-        found.add("SGLANG_CACHE_DIT_ENABLED")
+    found |= {
+        name for name, off in _ENVIRONMENT.items() if getattr(envs, name, None) not in (None, off)
+    }
     return sorted(found)
 
 

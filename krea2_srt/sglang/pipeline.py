@@ -15,6 +15,7 @@ from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYP
 
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.vae import DEFAULT_TILE
 from krea2_srt.sglang.attention import select_attention
 from krea2_srt.sglang.options import unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
@@ -67,6 +68,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             text_dtype=PRECISION_TO_TYPE[config.text_encoder_precisions[0]],
             vae_dtype=PRECISION_TO_TYPE[config.vae_decode_precision or config.vae_precision],
             attention=attention,
+            context_cache_bytes=_context_cache_bytes(server_args),
         )
         logger.info(
             "krea2-srt: our runner serves %s (%s, %s, %s, attention %s)",
@@ -84,4 +86,16 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")
         self.add_stage(DenoiseStage(self.runner), "krea2_denoise_stage")
-        self.add_stage(DecodeStage(self.runner), "krea2_decode_stage")
+        # SGLang's default is off, which for its own VAE means slow or out of memory; for ours tiles
+        # cost nothing and change nothing, so only an explicit "false" switches them off.
+        explicit = server_args.is_arg_explicitly_set("vae_tiling")
+        tiled = server_args.pipeline_config.vae_tiling or not explicit
+        tile = DEFAULT_TILE if tiled else 0
+        self.add_stage(DecodeStage(self.runner, tile), "krea2_decode_stage")
+
+
+def _context_cache_bytes(server_args: ServerArgs) -> int:
+    """SGLang's own options bound our prompt cache too."""
+    if server_args.disable_conditioning_cache:
+        return 0
+    return int(server_args.conditioning_cache_max_size_mb * 2**20)

@@ -1,14 +1,18 @@
 """From SGLang's requests to ours: fields, units and checks."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize_output_seeds
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
-from krea2_srt.engine.request import ImageRequest, RequestLimits
+from krea2_srt.engine.request import MAX_SEED, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
+from krea2_srt.runner.text_encoder import MAX_TEXT_TOKENS
+from krea2_srt.sglang.options import HONOURED_FIELDS
 
 # Where our field has another name than SGLang's.
 _SGLANG_FIELDS = {
@@ -17,30 +21,31 @@ _SGLANG_FIELDS = {
     "num_images": "num_outputs_per_prompt",
 }
 
-# Request fields that change the picture or the answer in ways that our runner does not implement.
-# They are refused, because a request cannot choose the implementation.
-_UNSUPPORTED = (
-    "attention_backend_override",
-    "cache_dit_params",
-    "cfg_gate_step",
-    "cfg_normalization",
-    "diffusers_kwargs",
-    "enable_cache_dit",
-    "enable_spectrum",
-    "enable_teacache",
-    "flow_shift",
-    "guidance_rescale",
-    "image_path",
-    "max_sequence_length",
-    "progressive_mode",
-    "return_trajectory_decoded",
-    "return_trajectory_latents",
-    "rollout",
-    "skip_softmax_params",
-    "spectrum_params",
-    "true_cfg_scale",
-    "video_path",
+# Fields that SGLang fills in by itself, whatever the client asked, or that its own Krea 2 never
+# reads; neither changes our picture.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "adjust_frames",
+        "boundary_ratio",
+        "condition_inputs",
+        "data_type",
+        "enable_sequence_shard",
+        "fps",
+        "generator_device",
+        "guidance_scale_2",
+        "num_frames",
+        "num_frames_round_down",
+        "request_id",
+        "supported_resolutions",
+        "task_type",
+        "teacache_params",
+        "x264_preset",
+    ]
 )
+
+
+# What leaves the picture alone, where it is not the field's default.
+_NEUTRAL = {"cfg_gate_step": 1.0, "max_sequence_length": MAX_TEXT_TOKENS}
 
 
 def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
@@ -52,60 +57,75 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
         RequestError: naming SGLang's field.
     """
     _refuse_unsupported(batch)
+    scale = batch.guidance_scale
     found = []
     for prompt, seeds in _prompts_and_seeds(batch):
-        scale = batch.guidance_scale
-        # Not "scale > 1": a NaN has to reach the check below, not switch guidance off.
-        guidance = 0.0 if scale is None or scale <= 1 else scale - 1.0
-        for seed in seeds:
-            request = ImageRequest(
-                prompt=prompt,
-                width=batch.width,
-                height=batch.height,
-                steps=batch.num_inference_steps,
-                guidance=guidance,
-                negative_prompt=batch.negative_prompt or "",
-                seed=seed,
-            )
-            try:
-                request.check(limits)
-            except RequestError as error:
-                raise error.renamed(_SGLANG_FIELDS.get(error.field, error.field)) from None
-            found.append(request)
+        request = ImageRequest(
+            prompt=prompt,
+            width=batch.width,
+            height=batch.height,
+            steps=batch.num_inference_steps,
+            # Not "scale > 1": a NaN has to reach the check below, not switch guidance off.
+            guidance=0.0 if scale is None or scale <= 1 else scale - 1.0,
+            negative_prompt=batch.negative_prompt or "",
+            num_images=batch.num_outputs_per_prompt,
+        )
+        try:
+            request.check(limits)
+            images = [replace(request, seed=seed, num_images=1) for seed in seeds()]
+            for image in images:
+                image.check(limits)
+        except RequestError as error:
+            raise error.renamed(_SGLANG_FIELDS.get(error.field, error.field)) from None
+        found += images
     return found
 
 
-def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, list[int]]]:
-    count = batch.num_outputs_per_prompt
-    if not isinstance(count, int) or count < 1:
-        raise RequestError("num_outputs_per_prompt", f"must be at least 1, got {count!r}")
+def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, Callable[[], list[int]]]]:
+    """Each prompt with what computes its seeds: not before the number of images is checked."""
     prompts = batch.prompt if isinstance(batch.prompt, list) else [batch.prompt]
     # A merged request carries each request's own seed; without it all would share the first's.
     merged = batch.extra.get("dynamic_batch_seeds") if batch.extra else None
     for index, prompt in enumerate(prompts):
-        seed = merged[index] if merged is not None else batch.seed
-        try:
-            yield (
-                prompt,
-                normalize_output_seeds(
-                    0 if seed is None else seed,
-                    num_outputs_per_prompt=count,
-                    num_prompts=1 if merged is not None else len(prompts),
-                    prompt_index=0 if merged is not None else index,
-                ),
-            )
-        except (TypeError, ValueError) as error:
-            raise RequestError("seed", str(error)) from None
+        seed = batch.seed if merged is None else merged[index]
+        place = (len(prompts), index) if merged is None else (1, 0)
+        if merged is not None:
+            # SGLang fails all requests that it has merged when one fails, and prompt and seed are
+            # all they may differ in: mend what would be refused in a request of its own.
+            prompt = prompt.encode(errors="replace").decode()
+            seed = [s % MAX_SEED for s in seed] if isinstance(seed, list) else seed % MAX_SEED
+        yield prompt, partial(_seeds, 0 if seed is None else seed, batch, *place)
+
+
+def _seeds(seed: int | list[int], batch: Req, num_prompts: int, prompt_index: int) -> list[int]:
+    try:
+        return normalize_output_seeds(
+            seed,
+            num_outputs_per_prompt=batch.num_outputs_per_prompt,
+            num_prompts=num_prompts,
+            prompt_index=prompt_index,
+        )
+    except (TypeError, ValueError) as error:
+        raise RequestError("seed", str(error)) from None
 
 
 def _refuse_unsupported(batch: Req) -> None:
+    """Refuse every field that is set and that we do not know: a request cannot choose another
+    implementation, and an answer must not pretend.
+    """
     params: Any = batch.sampling_params
-    defaults = {f.name: f.default for f in dataclasses.fields(params)}
-    for name in _UNSUPPORTED:
-        value = getattr(params, name, None)
-        if value not in (None, False, defaults.get(name)):
-            raise RequestError(
-                name,
-                f"{value!r} is not supported by krea2-srt; start SGLang with KREA2_SRT=off to use "
-                "its own Krea 2 implementation",
-            )
+    for field in dataclasses.fields(params):
+        if field.name in HONOURED_FIELDS or field.name in _WITHOUT_EFFECT:
+            continue
+        value = getattr(params, field.name, None)
+        neutral = _NEUTRAL.get(field.name, field.default)
+        # By type too: 0 is not the False that a field may default to.
+        if value is None or value is False or value in ("", [], {}):
+            continue
+        if type(value) is type(neutral) and value == neutral:
+            continue
+        raise RequestError(
+            field.name,
+            f"{value!r} is not supported by krea2-srt; start SGLang with KREA2_SRT=off to use "
+            "its own Krea 2 implementation",
+        )

@@ -1,7 +1,5 @@
 """The three stages of SGLang's pipeline, on our runner."""
 
-from collections.abc import Iterator
-
 import numpy as np
 from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch, Req
@@ -9,9 +7,11 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.base import PipelineSta
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
+from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.packing import split_by_tokens
 from krea2_srt.runner.pixels import to_uint8
 from krea2_srt.sglang.requests import image_requests
 
@@ -19,8 +19,8 @@ logger = init_logger(__name__)
 
 _SEQUENCES = "krea2_sequences"
 
-PACK_TOKENS = 32768
-"""Most tokens in one forward; two 2048 x 2048 images."""
+PACK_TOKENS = 2 * (2048 // 16) ** 2 + 2 * 512
+"""Most tokens in one forward: two 2048 x 2048 images with the longest prompts."""
 
 
 def sequences_of(batch: Req) -> list[DenoisingSequence]:
@@ -31,10 +31,10 @@ def sequences_of(batch: Req) -> list[DenoisingSequence]:
 class EncodeStage(PipelineStage):
     """Check the request, encode its prompts, draw its noise."""
 
-    def __init__(self, runner: Krea2Runner, limits: RequestLimits | None = None) -> None:
+    def __init__(self, runner: Krea2Runner) -> None:
         super().__init__()
         self.runner = runner
-        self.limits = limits or RequestLimits()
+        self.limits = RequestLimits()
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         requests = image_requests(batch, self.limits)
@@ -64,6 +64,7 @@ class DenoiseStage(PipelineStage):
 
     @property
     def role_affinity(self) -> RoleType:
+        # SGLang counts request progress and step times in stages of this role.
         return RoleType.DENOISER
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
@@ -76,40 +77,27 @@ class DenoiseStage(PipelineStage):
                     perf_dump_path_provided=batch.perf_dump_path is not None,
                     record_as_step=True,
                 ):
-                    for pack in packs(pending, PACK_TOKENS):
-                        self.runner.step(pack)
+                    tokens = [sequence.num_tokens for sequence in pending]
+                    for pack in split_by_tokens(tokens, PACK_TOKENS):
+                        self.runner.step([pending[i] for i in pack])
                 progress.update()
+                if profiler := SGLDiffusionProfiler.get_instance():
+                    profiler.step_denoising_step()
         return batch
 
 
 class DecodeStage(PipelineStage):
-    """Latents to pixels."""
+    """Latents to pixels, in tiles of ``tile`` pixels a side (0: never)."""
 
-    def __init__(self, runner: Krea2Runner) -> None:
+    def __init__(self, runner: Krea2Runner, tile: int) -> None:
         super().__init__()
         self.runner = runner
-
-    @property
-    def role_affinity(self) -> RoleType:
-        return RoleType.DECODER
+        self.tile = tile
 
     def forward(self, batch: Req, server_args: ServerArgs) -> OutputBatch:
         # 8-bit here, rounded: SGLang would truncate, which darkens every picture by half a level.
         images: list[np.ndarray] = [
-            to_uint8(self.runner.decode(sequence)) for sequence in batch.extra.pop(_SEQUENCES)
+            to_uint8(self.runner.decode(sequence, self.tile))
+            for sequence in batch.extra.pop(_SEQUENCES)
         ]
         return OutputBatch(output=images, metrics=batch.metrics, usage=batch.usage)
-
-
-def packs(sequences: list[DenoisingSequence], max_tokens: int) -> Iterator[list[DenoisingSequence]]:
-    """Cut sequences into packs of at most ``max_tokens``; a larger sequence goes alone."""
-    pack: list[DenoisingSequence] = []
-    total = 0
-    for sequence in sequences:
-        if pack and total + sequence.num_tokens > max_tokens:
-            yield pack
-            pack, total = [], 0
-        pack.append(sequence)
-        total += sequence.num_tokens
-    if pack:
-        yield pack

@@ -84,6 +84,8 @@ BAD = [
     (["--prompt-file", "x.txt"], "prompt: give either a prompt or --prompt-file"),
     (["--checkpoint", "no/such/place"], "checkpoint no/such/place does not exist"),
     (["--device", "toaster"], "--device: unknown device 'toaster'"),
+    (["--y1", "0.4"], "--y1: has no effect on Turbo"),
+    (["--y2", "0.4", "--mu", "1"], "--y2: has no effect together with --mu"),
     (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     (["--step", "8"], "unrecognized arguments: --step"),
 ]
@@ -96,12 +98,22 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, demo_model, capsys, argum
     assert exit_.value.code == 2
     shown = capsys.readouterr()
     assert message in shown.err
-    assert [line for line in shown.err.splitlines() if "error:" in line][-1].startswith(
-        "krea2-generate: error: "
-    )
-    assert "Traceback" not in shown.err
+    assert shown.err.startswith("krea2-generate: error: ")
+    assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert not list(folder.iterdir())
+
+
+def test_the_device_is_checked_before_anything_is_downloaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr("krea2_srt.runner.sources._download", lambda *a: pytest.fail("download"))
+    with pytest.raises(SystemExit):
+        main(["x", "--checkpoint", "krea/Krea-2-Turbo", "--device", "toaster"])
+    assert "--device" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_cut_says_so(folder, demo_model, capsys):
+    main(["word " * 600, "--checkpoint", str(demo_model), "--width", "16", "--height", "16"])
+    assert "its end is not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])

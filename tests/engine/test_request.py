@@ -17,6 +17,7 @@ GOOD = {"prompt": "x", "width": 1024, "height": 512, "steps": 8}
     [
         ("prompt", 5),
         ("prompt", None),
+        ("prompt", "\ud800"),
         ("negative_prompt", None),
         ("width", 0),
         ("width", -16),
@@ -29,7 +30,7 @@ GOOD = {"prompt": "x", "width": 1024, "height": 512, "steps": 8}
         ("steps", 10**8),
         ("steps", None),
         ("seed", -1),
-        ("seed", 2**63),
+        ("seed", 2**64),
         ("num_images", 0),
         ("num_images", 999),
         ("guidance", math.nan),

@@ -63,6 +63,13 @@ def test_names_of_the_original_file_translate_both_ways():
         ({"axes_dims_rope": [32, 48, 47]}, "axes_dims_rope"),
         ({"axes_dims_rope": [32, 48, 46]}, "axes_dims_rope"),
         ({"axes_dims_rope": [128]}, "axes_dims_rope"),
+        ({"axes_dims_rope": 128}, "axes_dims_rope"),
+        ({"axes_dims_rope": ["a", "b", "c"]}, "axes_dims_rope"),
+        ({"num_layers": 28.5}, "num_layers"),
+        ({"num_layers": True}, "num_layers"),
+        ({"num_attention_heads": 48.0}, "num_attention_heads"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"num_layers": None}, "num_layers"),
     ],
 )
 def test_an_impossible_config_names_its_field(tmp_path, change, named):

@@ -79,9 +79,10 @@ def test_taps_that_are_no_layers(checkpoint, taps):
         Krea2Checkpoint.from_folder(checkpoint)
 
 
-def test_a_tap_beyond_the_last_layer(checkpoint):
-    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=[*range(11), 40])
-    with pytest.raises(CheckpointError, match="36 layers, tap 40"):
+@pytest.mark.parametrize("tap", [36, 40])
+def test_a_tap_that_is_normed_or_beyond(checkpoint, tap):
+    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=[*range(11), tap])
+    with pytest.raises(CheckpointError, match=f"36 layers, tap {tap}"):
         Krea2Runner.load(Krea2Checkpoint.from_folder(checkpoint), CPU, torch.float32)
 
 

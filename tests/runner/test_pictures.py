@@ -82,6 +82,14 @@ def test_pictures_of_a_mixed_pack_equal_each_alone(runner):
         assert relative_error(picture, alone) <= 1e-5, case
 
 
+def test_a_mixed_pack_in_bf16(demo_model):
+    runner = Krea2Runner.load(Krea2Checkpoint.from_folder(demo_model), CPU, torch.bfloat16)
+    together = finish(runner, [start(runner, *case) for case in MIXED])
+    for case, picture in zip(MIXED, together, strict=True):
+        (alone,) = finish(runner, [start(runner, *case)])
+        assert psnr(picture, alone) >= 40, case
+
+
 def test_sequences_at_different_steps_share_a_pack(runner):
     late, early = start(runner, *MIXED[0]), start(runner, *MIXED[1])
     for _ in range(5):

@@ -59,9 +59,16 @@ def test_the_same_text_is_encoded_once(runner, monkeypatch):
     assert torch.equal(second[0], first[1])
 
 
-def test_a_context_does_not_depend_on_its_batch(runner):
+def test_a_context_does_not_depend_on_its_batch(runner, monkeypatch):
     prompts = ["a blue house", "two cats on a very long sofa in the evening light"]
+    batches = []
+    encode = runner.text_encoder.encode
+    monkeypatch.setattr(
+        runner.text_encoder, "encode", lambda texts: batches.append(len(texts)) or encode(texts)
+    )
+    runner.contexts.clear()
     together = runner.encode(prompts)
+    runner.contexts.clear()
     for prompt, context in zip(prompts, together, strict=True):
-        runner.contexts.__init__(runner.contexts.max_bytes)
         assert relative_error(context, runner.encode([prompt])[0]) <= 1e-5
+    assert batches == [2, 1, 1]

@@ -97,6 +97,26 @@ def test_a_bad_request_names_its_field_and_hurts_nobody(server, runner, fields, 
     assert_same(picture, alone(runner, "x", 2))
 
 
+def test_a_bad_request_does_not_fail_what_it_was_merged_with(server, runner):
+    cases = [("x", 1), ("\ud800", 2), ("y", 2**70), ("z", 4)]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        answers = list(
+            pool.map(
+                lambda case: server.post(
+                    prompt=case[0],
+                    seed=case[1],
+                    output_format="png",
+                    response_format="b64_json",
+                    **SMALL,
+                ),
+                cases,
+            )
+        )
+    assert answers[0][0] == answers[3][0] == 200
+    (picture,) = server.draw(prompt="x", seed=1, **SMALL)
+    assert_same(picture, alone(runner, "x", 1))
+
+
 README_FLAGS = ("--prompt", PROMPT, "--seed", "5")
 
 
@@ -113,6 +133,7 @@ def test_the_readmes_command_draws_what_unmodified_sglang_draws(sglang_generate,
     assert psnr(floats(ours.pictures[0]), floats(sglangs_own.pictures[0])) >= 40
 
 
+@pytest.mark.slow
 def test_an_unsupported_flag_leaves_sglangs_own_in_place(sglang_generate, sglangs_own):
     fallback = sglang_generate(*README_FLAGS, "--attention-backend", "torch_sdpa")
     warnings = [line for line in fallback.log.splitlines() if "not supported yet" in line]

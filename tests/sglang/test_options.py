@@ -1,5 +1,6 @@
 """Every option that our runner does not honour is left to SGLang's own implementation."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ UNSUPPORTED = {
     "--enable-breakable-cuda-graph": "--enable-breakable-cuda-graph",
     "--attention-backend torch_sdpa": "--attention-backend",
     "--return-trajectory-latents": "--return-trajectory-latents",
+    "--num-frames 9": "--num-frames",
 }
 
 SUPPORTED = [
@@ -48,6 +50,7 @@ SUPPORTED = [
     "--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32 --vae-tiling",
     "--host 127.0.0.1 --port 31000 --log-level info --warmup-mode server --enable-metrics",
     "--batching-max-size 4 --batching-delay-ms 5",
+    "--disable-conditioning-cache --vae-tiling false --quality exact",
 ]
 
 
@@ -110,11 +113,19 @@ def test_our_runner_serves_with_options_that_it_honours(construct, flags):
     assert not warnings
 
 
-def test_cache_dit_by_environment(construct, monkeypatch):
-    monkeypatch.setenv("SGLANG_CACHE_DIT_ENABLED", "true")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SGLANG_CACHE_DIT_ENABLED", "true"),
+        ("SGLANG_CACHE_DIT_ENABLED", "on"),
+        ("SGLANG_DIFFUSION_CFG_GATE_STEP", "0.5"),
+    ],
+)
+def test_environment_variables_count_too(construct, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
     built, warnings = construct("")
     assert isinstance(built, FromSGLang)
-    assert "SGLANG_CACHE_DIT_ENABLED" in warnings[0]
+    assert name in warnings[0]
 
 
 def test_offload_that_sglang_chose_by_itself(parse, monkeypatch):
@@ -135,13 +146,18 @@ def test_an_option_nobody_has_thought_of_is_not_ignored(parse):
 
 @pytest.mark.parametrize("value", ["off", "OFF", "0", "false"])
 def test_the_switch(monkeypatch, value):
+    from sglang.multimodal_gen import registry
+
     from krea2_srt import plugin
 
+    registered: list[type] = []
+    monkeypatch.setattr(registry, "register_pipeline", lambda cls, **_: registered.append(cls))
     monkeypatch.setenv("KREA2_SRT", value)
-    assert not plugin.enabled()
-    plugin.register()  # returns before it would touch SGLang's registry
+    plugin.register()
+    assert not registered
     monkeypatch.delenv("KREA2_SRT")
-    assert plugin.enabled()
+    plugin.register()
+    assert [cls.__name__ for cls in registered] == ["Krea2RunnerPipeline"]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +165,12 @@ def test_the_switch(monkeypatch, value):
     [
         ("krea/Krea-2-Turbo", True),
         ("/models/krea-2-raw/", True),
+        ("/cache/models--krea--krea-2-turbo/snapshots/0123", True),
         ("krea2pipeline", True),
         ("black-forest-labs/FLUX.1-Krea-dev", False),
+        ("/home/me/krea2-srt/models/my-flux", False),
+        ("/home/me/krea-2/models/my-flux", False),
+        ("fluxpipeline", False),
         ("Qwen/Qwen-Image", False),
     ],
 )
@@ -160,18 +180,39 @@ def test_which_models_are_krea2(name, ours):
     assert is_krea2(name) is ours
 
 
-def test_the_registered_pipeline_is_ours_for_any_folder_name(demo_model, tmp_path, monkeypatch):
-    """By the class name in model_index.json too, not only by the path."""
+@pytest.fixture
+def registry(monkeypatch):
+    """SGLang's registry with our plugin in it, until the test ends."""
     from sglang.multimodal_gen import registry
 
     from krea2_srt import plugin
-    from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 
     monkeypatch.delenv("KREA2_SRT", raising=False)
+    for name in ("_PIPELINE_REGISTRY", "_PIPELINE_CONFIG_REGISTRY", "_CONFIG_REGISTRY"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
+    monkeypatch.setattr(registry, "_MODEL_NAME_DETECTORS", list(registry._MODEL_NAME_DETECTORS))
     plugin.register()
+    yield registry
+    registry._get_config_info.cache_clear()
+    registry.get_model_info.cache_clear()
+
+
+def test_the_registered_pipeline_is_ours_for_any_folder_name(registry, demo_model, tmp_path):
+    """By the class name in model_index.json too, not only by the path."""
     elsewhere = tmp_path / "model"
     elsewhere.symlink_to(demo_model)
     for path in (demo_model, elsewhere):
         info = registry.get_model_info(str(path))
-        assert info.pipeline_cls is Krea2RunnerPipeline
+        assert info.pipeline_cls.__name__ == "Krea2RunnerPipeline"
         assert info.pipeline_config_cls.__name__ == "Krea2PipelineConfig"
+
+
+def test_other_models_keep_their_own_config(registry, tmp_path):
+    """Also below a folder whose name has Krea 2's in it."""
+    folder = tmp_path / "krea2-srt" / "my-flux"
+    for part in ("transformer", "vae"):
+        (folder / part).mkdir(parents=True)
+    index = {"_class_name": "FluxPipeline", "_diffusers_version": "0.42.1"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    info = registry.get_model_info(str(folder))
+    assert "Krea2" not in f"{info.pipeline_cls}{info.pipeline_config_cls}{info.sampling_param_cls}"
