@@ -75,7 +75,9 @@ class Figure:
     def cells(self) -> list[str]:
         """Its row of the table."""
         samples, ratios = self.samples, self.ratios
-        spread = [f"{f(ratios or samples.ours):.2f}" for f in (min, max)]
+        spread = [_rounded(f(samples.ours)) for f in (min, max)]
+        if ratios:
+            spread = [f"{f(ratios):.2f}" for f in (min, max)]
         return [
             f"{samples.quantity}, {samples.detail} ({samples.unit})",
             _rounded(median(samples.ours)),
@@ -104,7 +106,7 @@ class Report:
     """One run.
 
     Attributes:
-        run: how it was made: command, date, versions and so on, for JSON.
+        run: how it was made: command, date, versions, the load (1 min) before it, and so on.
         figures: the rows of the table.
         differences: largest difference of the VAE decoders' pixels, by size and dtype.
     """
@@ -120,7 +122,8 @@ class Report:
         differences = ", ".join(f"{name} {d:.1e}" for name, d in self.differences.items())
         return f"""# CPU baseline
 
-`{self.run["command"]}` on {self.run["cpu_count"]} CPUs, {self.run["date"]}; {versions}.
+`{self.run["command"]}` on {self.run["cpu_count"]} CPUs (load average {self.run["load_average"]:.1f}
+at the start), {self.run["date"]}; {versions}.
 
 {table}
 
@@ -148,6 +151,7 @@ def measure(model: Path, rounds: int, starts: int, command: str) -> Report:
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu_count": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "platform": platform.platform(),
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},

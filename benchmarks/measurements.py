@@ -19,8 +19,8 @@ from krea2_srt.plugin import SWITCH
 
 SIZE = f"{SIDE}x{SIDE}"
 WARM_UPS = 2
-LIMIT_S = 900.0
-"""Longest wait for an answer, or for a command."""
+LIMIT_S = 600.0
+"""Longest wait for an answer, or for a command; decoders have it for each round."""
 
 GRACE_S = 20.0
 """Time to end for a child that is no longer needed."""
@@ -119,14 +119,14 @@ class Child:
             print(json.dumps(question), file=self._process.stdin, flush=True)
         return self.answer()
 
-    def answer(self) -> Message:
+    def answer(self, limit_s: float = LIMIT_S) -> Message:
         """Wait for its next line of JSON.
 
         Raises:
-            ChildError: it ended without one, or took longer than ``LIMIT_S``.
+            ChildError: it ended without one, or took longer than ``limit_s``.
         """
         assert self._process.stdout is not None
-        deadline = threading.Timer(LIMIT_S, self._process.kill)
+        deadline = threading.Timer(limit_s, self._process.kill)
         deadline.start()
         try:
             line = self._process.stdout.readline()
@@ -151,7 +151,13 @@ def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
     with ExitStack() as stack:
         engines = {
             switch: stack.enter_context(
-                Child.worker("serve_engine", model, scratch, _engine_settings(scratch), switch)
+                Child.worker(
+                    "serve_engine",
+                    model,
+                    scratch,
+                    {"output_path": str(scratch), **_free_ports()},
+                    switch,
+                )
             )
             for switch in ("on", "off")
         }
@@ -181,7 +187,8 @@ def measure_decoders(
 ) -> tuple[list[Samples], dict[str, float]]:
     """VAE decoding alone, and the largest difference of the pixels, by dtype and size."""
     progress("VAE decoders")
-    found = _answer("decode", model, scratch, {"rounds": rounds})
+    with Child.worker("decode", model, scratch, {"rounds": rounds}) as child:
+        found = child.answer(rounds * LIMIT_S)
     samples = [
         Samples("VAE decode", f"{name}, vs Diffusers", "ms", answer["ours"], answer["theirs"])
         for name, answer in found.items()
@@ -247,6 +254,8 @@ def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
     size = ["--height", str(SIDE), "--width", str(SIDE)]
     ours = [str(scripts / "krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
     theirs = [str(scripts / "sglang"), "generate", "--model-path", str(model), *size]
+    for name, port in _free_ports().items():
+        theirs += [f"--{name.replace('_', '-')}", str(port)]
     return (
         [*ours, "--steps", str(STEPS), "--output", str(folder / "picture")],
         [
@@ -268,9 +277,9 @@ def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
     return round(seconds, 3)
 
 
-def _answer(job: str, model: Path, scratch: Path, settings: Message | None = None) -> Message:
-    """The answer of a job that has only one."""
-    with Child.worker(job, model, scratch, settings or {}) as child:
+def _answer(job: str, model: Path, scratch: Path) -> Message:
+    """The answer of a job that has only one and needs no settings."""
+    with Child.worker(job, model, scratch, {}) as child:
         return child.answer()
 
 
@@ -282,12 +291,14 @@ def _environment(scratch: Path) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | shared
 
 
-def _engine_settings(scratch: Path) -> Message:
-    """Where an engine saves its pictures, and free ports under the names that it has for them."""
-    settings: Message = {"output_path": str(scratch)}
+def _free_ports() -> dict[str, int]:
+    """Ports for one engine, under SGLang's names. It looks for its own at the start but binds them
+    half a minute later, when another SGLang may have taken them.
+    """
     with ExitStack() as stack:
+        ports = {}
         for name in ("port", "scheduler_port", "master_port"):
             probe = stack.enter_context(socket.socket())
             probe.bind(("127.0.0.1", 0))
-            settings[name] = probe.getsockname()[1]
-    return settings
+            ports[name] = probe.getsockname()[1]
+        return ports
