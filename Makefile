@@ -57,7 +57,7 @@ bench: $(STAMP) $(DEMO)
 # Needs $(BIN)/uv. The lock names versions and hashes, never the index they came from.
 lock: $(STAMP)
 	$(BIN)/uv pip compile pyproject.toml --quiet --extra dev --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+	  --generate-hashes --no-header --no-annotate \
 	  --output-file requirements.lock
 
 clean:

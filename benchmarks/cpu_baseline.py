@@ -20,8 +20,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.child import ChildError
 from benchmarks.measurements import (
-    ChildError,
     Samples,
     measure_decoders,
     measure_engines,

@@ -1,30 +1,18 @@
 """What the benchmark measures, each in child processes that end with the measurement."""
 
-import json
-import os
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
+from benchmarks.child import LIMIT_S, Child, ChildError
 from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
-from krea2_srt.plugin import SWITCH
 
 SIZE = f"{SIDE}x{SIDE}"
 WARM_UPS = 2
-LIMIT_S = 600.0
-"""Longest wait for an answer, or for a command; decoders have it for each round."""
-
-GRACE_S = 20.0
-"""Time to end for a child that is no longer needed."""
-
 # What SGLang calls the stages of our pipeline (on) and of its own (off).
 _ENCODE = {"on": "EncodeStage", "off": "Krea2BeforeDenoisingStage"}
 _DENOISE = {"on": "DenoiseStage", "off": "DenoisingStage"}
@@ -47,103 +35,6 @@ class Samples:
     unit: str
     ours: list[float]
     theirs: list[float] = field(default_factory=list)
-
-
-class ChildError(Exception):
-    """A child failed; the message says which one and ends with its log."""
-
-
-class Child:
-    """A process that ends, with all that it started, when its context is left.
-
-    Args:
-        command: its command line.
-        log: file for its stderr and, unless it answers, its stdout.
-        switch: on or off, whether SGLang takes our runner.
-        answers: whether its stdout is for `answer`.
-    """
-
-    def __init__(
-        self, command: Sequence[str], log: Path, switch: str = "on", answers: bool = False
-    ) -> None:
-        self.log = log
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE if answers else file,
-                stderr=file,
-                cwd=Path(__file__).parents[1],
-                env=_environment(log.parent) | {SWITCH: switch},
-                text=True,
-                # A group of its own: Ctrl-C reaches us alone, and all of it can be ended at once.
-                start_new_session=True,
-            )
-
-    @classmethod
-    def worker(
-        cls, job: str, model: Path, scratch: Path, settings: Message, switch: str = "on"
-    ) -> Self:
-        """A child that runs a job of `benchmarks.workers`."""
-        command = [sys.executable, "-m", "benchmarks.workers", job, str(model)]
-        log = scratch / f"{job}_{switch}.log"
-        return cls([*command, json.dumps(settings)], log, switch, answers=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        if error is None:
-            self._wait(GRACE_S)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
-            self._wait(GRACE_S)
-
-    def finish(self) -> None:
-        """Wait until it has ended by itself.
-
-        Raises:
-            ChildError: it failed, or took longer than ``LIMIT_S``.
-        """
-        self._wait(LIMIT_S)
-        if self._process.returncode != 0:
-            raise self.error()
-
-    def ask(self, question: Message) -> Message:
-        """Send a line of JSON and wait for the answer; raises like `answer`."""
-        with suppress(BrokenPipeError):
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self, limit_s: float = LIMIT_S) -> Message:
-        """Wait for its next line of JSON.
-
-        Raises:
-            ChildError: it ended without one, or took longer than ``limit_s``.
-        """
-        assert self._process.stdout is not None
-        deadline = threading.Timer(limit_s, self._process.kill)
-        deadline.start()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            deadline.cancel()
-        if not line:
-            raise self.error()
-        return dict(json.loads(line))
-
-    def error(self) -> ChildError:
-        """To raise when it has failed."""
-        end = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        return ChildError(f"{self.log.stem} failed; the end of its log:\n{end}")
-
-    def _wait(self, seconds: float) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
 
 
 def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
@@ -281,14 +172,6 @@ def _answer(job: str, model: Path, scratch: Path) -> Message:
     """The answer of a job that has only one and needs no settings."""
     with Child.worker(job, model, scratch, {}) as child:
         return child.answer()
-
-
-def _environment(scratch: Path) -> dict[str, str]:
-    """What all children share: byte code is kept, as on any machine that has run both before, and
-    nobody waits for a model hub, which nothing here needs.
-    """
-    shared = {"PYTHONPYCACHEPREFIX": str(scratch / "pycache"), "HF_HUB_OFFLINE": "1"}
-    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | shared
 
 
 def _free_ports() -> dict[str, int]:

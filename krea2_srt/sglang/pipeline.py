@@ -86,8 +86,8 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")
         self.add_stage(DenoiseStage(self.runner), "krea2_denoise_stage")
-        # SGLang's default is off, which for its own VAE means slow or out of memory; for ours tiles
-        # cost nothing and change nothing, so only an explicit "false" switches them off.
+        # SGLang's default is off. Our tiles bound memory and leave the pixels alone, so only an
+        # explicit "false" switches them off.
         explicit = server_args.is_arg_explicitly_set("vae_tiling")
         tiled = server_args.pipeline_config.vae_tiling or not explicit
         tile = DEFAULT_TILE if tiled else 0

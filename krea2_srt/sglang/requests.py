@@ -43,7 +43,6 @@ _WITHOUT_EFFECT = frozenset(
     ]
 )
 
-
 # What leaves the picture alone, where it is not the field's default.
 _NEUTRAL = {"cfg_gate_step": 1.0, "max_sequence_length": MAX_TEXT_TOKENS}
 
@@ -93,7 +92,8 @@ def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, Callable[[], list[int]
             # SGLang fails all requests that it has merged when one fails, and prompt and seed are
             # all they may differ in: mend what would be refused in a request of its own.
             prompt = prompt.encode(errors="replace").decode()
-            seed = [s % MAX_SEED for s in seed] if isinstance(seed, list) else seed % MAX_SEED
+            seeds = MAX_SEED + 1
+            seed = [s % seeds for s in seed] if isinstance(seed, list) else seed % seeds
         yield prompt, partial(_seeds, 0 if seed is None else seed, batch, *place)
 
 

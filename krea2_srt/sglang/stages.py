@@ -56,7 +56,7 @@ class EncodeStage(PipelineStage):
 
 
 class DenoiseStage(PipelineStage):
-    """Step all sequences of a request, or of a group of requests, in packs."""
+    """Step all sequences of a request, which SGLang may have merged from several, in packs."""
 
     def __init__(self, runner: Krea2Runner) -> None:
         super().__init__()

@@ -124,6 +124,7 @@ def test_a_bad_prompt_or_seed_does_not_fail_what_it_was_merged_with(make):
     found = images(batch)
     assert [image.prompt for image in found] == ["good", "?", "good"]
     assert found[0].seed == 1
+    assert found[2].seed == 2**63 - 1, "a good seed is left alone"
 
 
 def test_a_field_nobody_has_thought_of_is_refused(make):
