@@ -13,10 +13,11 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.weights import (
+    Target,
     check_weights,
     checkpoint_files,
     load_weights,
-    read_json,
+    parse_json,
     tensor_shapes,
 )
 
@@ -103,18 +104,13 @@ def load_dit(path: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
 
 def read_config(folder: Path) -> Krea2Config:
     """Read ``transformer/config.json``."""
-    values = read_json(folder / "config.json")
-    try:
-        return Krea2Config.from_dict(values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    return parse_json(folder / "config.json", Krea2Config.from_dict)
 
 
 def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
     config = read_config(folder)
     files = checkpoint_files(folder, _STEM)
-    shapes = tensor_shapes(files)
-    _check(config, dtype, shapes, folder)
+    check_weights(_meta_targets(config, dtype), tensor_shapes(files), folder)
     dit = _empty(config, device, dtype)
     load_weights(files, dit.targets())
     return dit
@@ -127,7 +123,7 @@ def _load_original(file: Path, device: torch.device, dtype: torch.dtype) -> Krea
         config = Krea2Config.from_shapes(shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    _check(config, dtype, shapes, file)
+    check_weights(_meta_targets(config, dtype), shapes, file)
     dit = _empty(config, device, dtype)
     load_weights([file], dit.targets(), rename=diffusers_name)
     return dit
@@ -140,11 +136,9 @@ def _table_shape(original: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _check(
-    config: Krea2Config, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]], where: Path
-) -> None:
-    # On the meta device, so that a wrong config is reported before memory is taken for it.
-    check_weights(_empty(config, torch.device("meta"), dtype).targets(), shapes, where)
+def _meta_targets(config: Krea2Config, dtype: torch.dtype) -> dict[str, Target]:
+    """What a DiT of this config needs, found without taking memory for it."""
+    return _empty(config, torch.device("meta"), dtype).targets()
 
 
 def _empty(config: Krea2Config, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
@@ -154,8 +148,8 @@ def _empty(config: Krea2Config, device: torch.device, dtype: torch.dtype) -> Kre
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a Diffusers-layout checkpoint with this config."""
-    meta = _empty(config, torch.device("meta"), torch.bfloat16)
-    return {name: target.stored_shape for name, target in meta.targets().items()}
+    needed = _meta_targets(config, torch.bfloat16)
+    return {name: target.stored_shape for name, target in needed.items()}
 
 
 def config_dict(config: Krea2Config) -> dict[str, object]:

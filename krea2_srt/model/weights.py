@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
+
+T = TypeVar("T")
 
 _DTYPES = ("BF16", "F16", "F32")
 """Stored as numbers that mean themselves; quantised ones need scales that nobody here applies."""
@@ -78,6 +81,19 @@ def read_json(file: Path) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return value
+
+
+def parse_json(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    """Read a JSON object and parse it; what is wrong with it names the file.
+
+    Raises:
+        CheckpointError: see `read_json`, or raised by ``parse``.
+    """
+    values = read_json(file)
+    try:
+        return parse(values)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:

@@ -174,10 +174,10 @@ class Krea2Runner:
         # Clones, so that a remembered prompt does not keep its whole batch alive.
         return [fused[start:end].clone() for start, end in segments.spans]
 
-    def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
-        """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""
+    def schedule(self, steps: int, width: int, height: int) -> Schedule:
+        """The checkpoint's own schedule for an image size in pixels."""
         image_tokens = (width // SIZE_MULTIPLE) * (height // SIZE_MULTIPLE)
-        return self.recipe.schedule(steps, image_tokens, mu)
+        return self.recipe.schedule(steps, image_tokens)
 
     @torch.inference_mode()
     def start(

@@ -23,7 +23,7 @@ from krea2_srt.model.weights import (
     check_weights,
     checkpoint_files,
     load_weights,
-    read_json,
+    parse_json,
     tensor_shapes,
 )
 
@@ -323,11 +323,7 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecod
     Raises:
         CheckpointError: missing or damaged files, another architecture.
     """
-    raw = read_json(folder / "config.json")
-    try:
-        config = VAEConfig.from_dict(raw)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
+    config = parse_json(folder / "config.json", VAEConfig.from_dict)
     files = checkpoint_files(folder, "diffusion_pytorch_model")
     with torch.device("meta"):
         needed = VAEDecoder(config, dtype).targets()

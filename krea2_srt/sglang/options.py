@@ -17,7 +17,7 @@ _AROUND_THE_PIPELINE = """
     enable_batching_metrics enable_cache_report enable_metrics enable_trace gpu_ids host
     http_graceful_shutdown_timeout input_save_path log_level log_requests log_requests_format
     log_requests_level log_requests_target master_port model_id model_path
-    nccl_port numa_node otlp_service_name otlp_traces_endpoint output_path perf_dump_path
+    nccl_port num_gpus numa_node otlp_service_name otlp_traces_endpoint output_path perf_dump_path
     pin_cpu_memory port prompt_file_path revision scheduler_port
     scheduler_ports scheduler_rpc_timeout served_model_name sleep_on_idle strict_ports
     text_encoder_configs uvicorn_access_log_exclude_prefixes warmup_mode
@@ -48,7 +48,6 @@ _ENVIRONMENT = {"SGLANG_CACHE_DIT_ENABLED": False, "SGLANG_DIFFUSION_CFG_GATE_ST
 """Environment variables that change what SGLang's own denoising stage computes, when not this."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "num_gpus": (1,),
     "nnodes": (1,),
     "node_rank": (0,),
     "tp_size": (None, 1),
@@ -72,7 +71,7 @@ def unsupported_options(server_args: Any) -> list[str]:
     """
     found = {f"--{name.replace('_', '-')}" for name in _explicit_and_not_neutral(server_args)}
     # One process per GPU is all we do: more GPUs than replicas means that a model is split.
-    if server_args.num_gpus > (server_args.dp_size or 1):
+    if server_args.num_gpus not in (1, server_args.dp_size or 1):
         found.add("--num-gpus")
     if getattr(server_args.disagg_role, "value", "monolithic") != "monolithic":
         found.add("--disagg-role")
@@ -93,8 +92,6 @@ def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:
         for f in dataclasses.fields(server_args)
     }
     for name in server_args._explicit_arg_names - HONOURED:
-        if name == "num_gpus" and server_args.num_gpus == (server_args.dp_size or 1):
-            continue
         value = getattr(server_args, name, None)
         neutral = _NEUTRAL.get(name, (defaults.get(name), False, None))
         # An unknown name has no value here (a request field, say): it was given, so it counts.
