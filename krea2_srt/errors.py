@@ -35,3 +35,32 @@ class RequestError(Krea2Error):
     def renamed(self, field: str) -> "RequestError":
         """The same error under the name that the caller's interface has for the field."""
         return RequestError(field, self.message)
+
+
+class ConfigError(Krea2Error):
+    """A setting of the engine is unknown or has a value that it cannot have."""
+
+
+class OutOfMemoryError(ModelError):
+    """The device's memory ran out for one request."""
+
+
+class QueueFullError(Krea2Error):
+    """There is too much work in the engine.
+
+    Args:
+        message: what is queued, and the limit.
+        retry_after_s: when the request would be taken, if nothing else came.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(Krea2Error):
+    """The engine finishes what is in it and takes nothing new."""
+
+
+class DeadlineError(Krea2Error):
+    """A request's deadline passed before it was done."""

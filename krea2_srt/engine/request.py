@@ -1,12 +1,18 @@
 """What a client asks for, and the limits within which it may ask."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from krea2_srt.errors import RequestError
 
 SIZE_MULTIPLE = 16
 """Widths and heights are multiples of this many pixels: the VAE's 8 times the DiT's patch of 2."""
+
+MAX_TEXT_TOKENS = 512
+"""Tokens of the longest context, the template's suffix included; longer prompts are cut."""
+
+SUFFIX_TOKENS = 5
+"""Tokens that the prompt template adds to the context."""
 
 MAX_SEED = 2**63 - 1
 """Largest seed of a request; its further images count on from there."""
@@ -60,8 +66,18 @@ class ImageRequest:
     mu: float | None = None
 
     @property
+    def estimated_tokens(self) -> tuple[int, ...]:
+        """Tokens of each of its lanes, before the prompts are tokenized."""
+        prompts = [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
+        return tuple(_estimated_text_tokens(prompt) + self.image_tokens for prompt in prompts)
+
+    @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_images)
+
+    def singles(self) -> "list[ImageRequest]":
+        """A request for one image for each of its images."""
+        return [replace(self, seed=seed, num_images=1) for seed in self.seeds]
 
     @property
     def image_tokens(self) -> int:
@@ -102,6 +118,11 @@ class ImageRequest:
         check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
             check_number("mu", self.mu, *MU_RANGE)
+
+
+def _estimated_text_tokens(prompt: str) -> int:
+    # Four bytes to a token, within a third, in most languages.
+    return min(MAX_TEXT_TOKENS, SUFFIX_TOKENS + len(prompt.encode(errors="replace")) // 4)
 
 
 def _check_text(field: str, value: object) -> None:

@@ -1,0 +1,187 @@
+"""The cost model: milliseconds of a unit of work, from counts of tokens and pixels.
+
+    step = max(floor, launch + per_token * sum(t) + per_square * sum(t^2))
+
+over the lanes t of a pack: linear layers cost by tokens, attention by their squares, and a small
+pack takes as long as reading the weights. The prior is the roofline of the released model on an
+H200 (790 TFLOP/s, 4.3 TB/s); a machine's own figures come from timing a few packs.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+FLOPS_PER_TOKEN = 24.3e9
+FLOPS_PER_SQUARED_TOKEN = 0.688e6
+WEIGHT_BYTES = 24.3e9
+"""Of the released DiT: per step, and of its weights in bf16."""
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Estimates of time, all in milliseconds.
+
+    Attributes:
+        floor: the least time of one forward.
+        launch: added to every forward.
+        per_token: of a forward.
+        per_square: per squared token of a lane.
+        blocks: transformer blocks that a forward can be cut into.
+        encode_launch, encode_per_token: of encoding prompts.
+        decode_launch, decode_per_pixel: of one image's VAE decode.
+    """
+
+    floor: float
+    launch: float
+    per_token: float
+    per_square: float
+    blocks: int = 28
+    encode_launch: float = 0.0
+    encode_per_token: float = 0.0
+    decode_launch: float = 0.0
+    decode_per_pixel: float = 0.0
+
+    def step(self, lanes: Iterable[int]) -> float:
+        """One step of a pack whose lanes have these many tokens."""
+        tokens = squares = 0
+        for lane in lanes:
+            tokens += lane
+            squares += lane * lane
+        return self.forward(tokens, squares)
+
+    def forward(self, tokens: int, squares: int) -> float:
+        """The same from the sums of tokens and of their squares."""
+        return max(self.floor, self.launch + self.per_token * tokens + self.per_square * squares)
+
+    def encode(self, text_tokens: int) -> float:
+        """Encoding prompts with this many tokens in all."""
+        return self.encode_launch + self.encode_per_token * text_tokens
+
+    def decode(self, pixels: int) -> float:
+        """Decoding one image."""
+        return self.decode_launch + self.decode_per_pixel * pixels
+
+    def blocks_per_slice(self, step_ms: float, max_turn_ms: float) -> int:
+        """How many blocks of a step fit into a turn; at least one, at most all."""
+        if step_ms <= max_turn_ms:
+            return self.blocks
+        return max(1, int(self.blocks * max_turn_ms / step_ms))
+
+
+def roofline(
+    flops_per_second: float = 790e12,
+    bytes_per_second: float = 4.3e12,
+    *,
+    flops_per_token: float = FLOPS_PER_TOKEN,
+    flops_per_squared_token: float = FLOPS_PER_SQUARED_TOKEN,
+    weight_bytes: float = WEIGHT_BYTES,
+    blocks: int = 28,
+) -> CostModel:
+    """What the hardware's limits allow: the prior.
+
+    The text encoder (4 B parameters, bf16) and the VAE decoder (about 3.5 MFLOP a pixel, which
+    convolutions run at a quarter of the matmul rate) are rough; both are small beside the steps.
+    """
+    return CostModel(
+        floor=weight_bytes / bytes_per_second * 1e3,
+        launch=0.0,
+        per_token=flops_per_token / flops_per_second * 1e3,
+        per_square=flops_per_squared_token / flops_per_second * 1e3,
+        blocks=blocks,
+        encode_launch=8e9 / bytes_per_second * 1e3,
+        encode_per_token=8e9 / flops_per_second * 1e3,
+        decode_launch=1.0,
+        decode_per_pixel=4 * 3.5e6 / flops_per_second * 1e3,
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A timed forward: the tokens of its lanes, and milliseconds."""
+
+    lanes: tuple[int, ...]
+    ms: float
+
+
+def fit(samples: Sequence[Sample], prior: CostModel) -> CostModel:
+    """Fit launch, per_token and per_square to timed forwards.
+
+    Least squares of relative errors, with no coefficient below 0. Where the samples say nothing
+    about a coefficient (fewer than three different packs), the prior's proportions hold.
+
+    Raises:
+        ValueError: there is no sample, or one took no time.
+    """
+    if not samples or any(not sample.ms > 0 for sample in samples):
+        raise ValueError("samples must have taken time")
+    rows = [
+        [
+            1 / s.ms,
+            sum(s.lanes) / s.ms,
+            sum(lane * lane for lane in s.lanes) / s.ms,
+        ]
+        for s in samples
+    ]
+    if len({s.lanes for s in samples}) < 3:
+        ratio = sum(s.ms for s in samples) / sum(prior.step(s.lanes) for s in samples)
+        return replace(
+            prior,
+            floor=prior.floor * ratio,
+            launch=prior.launch * ratio,
+            per_token=prior.per_token * ratio,
+            per_square=prior.per_square * ratio,
+        )
+    launch, per_token, per_square = _nonnegative_least_squares(rows)
+    # What was measured holds the time of reading the weights already.
+    return replace(prior, floor=0.0, launch=launch, per_token=per_token, per_square=per_square)
+
+
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Offset and slope, neither below 0, of (x, ms) points; by relative errors.
+
+    Raises:
+        ValueError: fewer than two points, or one took no time.
+    """
+    if len(points) < 2 or any(not ms > 0 for _, ms in points):
+        raise ValueError("at least two points that took time are needed")
+    offset, slope = _nonnegative_least_squares([[1 / ms, x / ms] for x, ms in points])
+    return offset, slope
+
+
+def _nonnegative_least_squares(rows: list[list[float]]) -> list[float]:
+    """x >= 0 that minimises |rows x - 1|: the best over all sets of coefficients kept at 0."""
+    size = len(rows[0])
+    scales = [math.sqrt(sum(row[i] ** 2 for row in rows)) or 1.0 for i in range(size)]
+    scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
+    best, best_error = [0.0] * size, math.inf
+    for mask in range(1, 2**size):
+        kept = [i for i in range(size) if mask >> i & 1]
+        solution = _least_squares([[row[i] for i in kept] for row in scaled])
+        if solution is None or min(solution) < 0:
+            continue
+        x = [0.0] * size
+        for i, value in zip(kept, solution, strict=True):
+            x[i] = value
+        error = sum((sum(a * b for a, b in zip(row, x, strict=True)) - 1) ** 2 for row in scaled)
+        if error < best_error:
+            best, best_error = x, error
+    return [value / scale for value, scale in zip(best, scales, strict=True)]
+
+
+def _least_squares(rows: list[list[float]]) -> list[float] | None:
+    """Solve the normal equations of rows x = 1; None where they are singular."""
+    size = len(rows[0])
+    matrix = [
+        [sum(row[i] * row[j] for row in rows) for j in range(size)] + [sum(row[i] for row in rows)]
+        for i in range(size)
+    ]
+    for i in range(size):
+        pivot = max(range(i, size), key=lambda r: abs(matrix[r][i]))
+        if abs(matrix[pivot][i]) < 1e-12:
+            return None
+        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
+        for r in range(size):
+            if r != i:
+                factor = matrix[r][i] / matrix[i][i]
+                matrix[r] = [a - factor * b for a, b in zip(matrix[r], matrix[i], strict=True)]
+    return [matrix[i][size] / matrix[i][i] for i in range(size)]

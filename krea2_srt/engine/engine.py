@@ -1,0 +1,398 @@
+"""The engine: takes requests in, and runs one unit of work per turn."""
+
+import heapq
+import logging
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from typing import Any
+
+from krea2_srt.engine.admission import Admission
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import CostModel
+from krea2_srt.engine.events import Ended, Event, Progress
+from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.engine.lifecycle import Sequence as ImageSequence
+from krea2_srt.engine.policy import POLICIES
+from krea2_srt.engine.request import ImageRequest, check_number
+from krea2_srt.engine.statistics import Counters
+from krea2_srt.engine.step_scheduler import StepScheduler
+from krea2_srt.engine.work import Decode, Encode, Executor, PackStep, Work
+from krea2_srt.errors import (
+    DeadlineError,
+    Krea2Error,
+    ModelError,
+    OutOfMemoryError,
+    RequestError,
+    first_line,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_PRIORITY = 10
+MAX_DEADLINE_S = 24 * 3600.0
+
+
+class Engine:
+    """Requests in, pictures out, a turn at a time. Not thread-safe.
+
+    Args:
+        executor: runs the work.
+        cost: estimates of its time.
+        config: limits and policy.
+        clock: seconds; only differences count.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        cost: CostModel,
+        config: EngineConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.cost = cost
+        self.counters = Counters()
+        self.requests: dict[str, Request] = {}
+        self.outstanding_ms = 0.0
+        self._executor = executor
+        self._clock = clock
+        self._policy = POLICIES[self.config.policy]
+        self._admission = Admission(self.config.max_queue_s)
+        self._scheduler = StepScheduler(self.config, cost, executor.decodes_aside)
+        self._decoding: dict[ImageSequence, None] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._arrivals = count()
+
+    # What the outside asks for.
+
+    def submit(
+        self,
+        request_id: str,
+        images: Sequence[ImageRequest],
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> Request:
+        """Take a request in.
+
+        Args:
+            request_id: not that of a request in the engine.
+            images: one or more; a request for n images counts as n of them.
+            priority: see `policy`.
+            deadline_s: seconds from now after which it fails.
+
+        Raises:
+            RequestError: it is not possible; names the field.
+            QueueFullError: there is too much work in the engine.
+            DrainingError: nothing is taken any more.
+        """
+        try:
+            return self._submit(request_id, images, priority, deadline_s)
+        except Krea2Error:
+            self.counters.refused += 1
+            raise
+
+    def cancel(self, request_id: str) -> list[Event]:
+        """End a request before its next unit of work; one that is not here is no error."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return []
+        return [self._end(request, State.CANCELLED)]
+
+    def drain(self) -> None:
+        """Take no more requests; those in the engine finish."""
+        self._admission.draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self._admission.draining
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in the engine."""
+        return not self.requests
+
+    @property
+    def decoding_aside(self) -> bool:
+        """Whether decodes run that the next turn should look after."""
+        return bool(self._decoding)
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters, and what is in the engine now."""
+        scheduler = self._scheduler
+        return {
+            **self.counters.as_dict(),
+            "policy": self.config.policy,
+            "draining": self.draining,
+            "requests": len(self.requests),
+            "waiting": scheduler.num_waiting,
+            "active_sequences": scheduler.num_active_sequences,
+            "held_steps": len(scheduler.held),
+            "pack_tokens_budget": scheduler.budget.tokens,
+            "outstanding_s": self.outstanding_ms / 1e3,
+        }
+
+    # The turn.
+
+    def turn(self) -> list[Event] | None:
+        """Pick a unit of work, run it, and draw the consequences.
+
+        Returns:
+            What happened, or None if there was nothing to do.
+        """
+        events = self._expire()
+        if self._decoding:
+            events += self._collect_decodes()
+        work = self._scheduler.pick()
+        if work is None:
+            return events or None
+        start = self._clock()
+        events += self._run(work)
+        self._count_turn((self._clock() - start) * 1e3)
+        return events
+
+    def next_work(self) -> Work | None:
+        """What the next turn would run, if nothing happens until then."""
+        return self._scheduler.pick()
+
+    def _run(self, work: Work) -> list[Event]:
+        match work:
+            case Encode():
+                return self._encode(work)
+            case PackStep():
+                return self._step(work)
+            case Decode():
+                return self._decode(work.sequence)
+
+    def _encode(self, work: Encode) -> list[Event]:
+        for request in work.requests:
+            if request.state is State.WAITING:
+                self._scheduler.activate(request)
+                request.state = State.ENCODING
+                for sequence in request.sequences:
+                    sequence.move(State.ENCODING)
+        try:
+            self._executor.encode(work.requests)
+        except Exception as error:
+            self._log_failure("encode", error)
+            if len(work.requests) > 1:
+                return []  # they are still encoding: each is tried alone in turns to come
+            return [self._end(work.requests[0], State.FAILED, _as_ours(error))]
+        for request in work.requests:
+            request.state = State.DENOISING
+            for sequence in request.sequences:
+                sequence.move(State.DENOISING)
+            self._update(request)
+        self._scheduler.budget.succeeded()
+        return []
+
+    def _step(self, step: PackStep) -> list[Event]:
+        blocks = step.next_blocks
+        held = self._scheduler.held
+        try:
+            broken = self._executor.step(step, blocks)
+        except Exception as error:
+            return self._step_failed(step, error)
+        step.blocks_done = blocks.stop
+        if not step.done:
+            if step not in held:
+                held.append(step)
+            return []
+        if step in held:
+            held.remove(step)
+        self._scheduler.budget.succeeded()
+        self.counters.packs += 1
+        self.counters.tokens += step.tokens
+        events: list[Event] = []
+        for sequence in step.sequences:
+            sequence.alone = False
+            sequence.step += 1
+            self.counters.steps += 1
+            events.append(Progress(sequence))
+            if sequence.step == sequence.image.steps:
+                sequence.move(State.DECODING)
+                if self._executor.decodes_aside:
+                    self._decoding[sequence] = None
+            self._update(sequence.request)
+        for sequence in broken:
+            if not sequence.request.ended:
+                reason = ModelError("the latents are no longer finite; damaged weights?")
+                events.append(self._end(sequence.request, State.FAILED, reason))
+        return events
+
+    def _step_failed(self, step: PackStep, error: Exception) -> list[Event]:
+        self._log_failure("step", error)
+        self._drop(step)
+        if isinstance(error, OutOfMemoryError):
+            self._scheduler.budget.out_of_memory(step.tokens)
+            if self._drop_held():
+                return []
+        if len(step.sequences) > 1:
+            self.counters.retried += len(step.sequences)
+            for sequence in step.sequences:
+                sequence.alone = True
+            return []
+        return [self._end(step.sequences[0].request, State.FAILED, _as_ours(error))]
+
+    def _decode(self, sequence: ImageSequence) -> list[Event]:
+        try:
+            finished = self._executor.decode(sequence)
+        except Exception as error:
+            self._log_failure("decode", error)
+            if isinstance(error, OutOfMemoryError) and self._drop_held():
+                return []  # it is tried again in the memory that they held
+            return [self._end(sequence.request, State.FAILED, _as_ours(error))]
+        if not finished:
+            return []
+        self._decoding.pop(sequence, None)
+        sequence.move(State.DONE)
+        self.counters.sequences_done += 1
+        request = sequence.request
+        self._update(request)
+        if all(s.state is State.DONE for s in request.sequences):
+            return [self._end(request, State.DONE)]
+        return []
+
+    def _collect_decodes(self) -> list[Event]:
+        events: list[Event] = []
+        for sequence in list(self._decoding):
+            if sequence in self._decoding:  # a sibling's failure may have ended it just now
+                events += self._decode(sequence)
+        return events
+
+    # Bookkeeping.
+
+    def _submit(
+        self,
+        request_id: str,
+        images: Sequence[ImageRequest],
+        priority: int,
+        deadline_s: float | None,
+    ) -> Request:
+        if request_id in self.requests:
+            raise RequestError("request_id", f"{request_id!r} is in the engine already")
+        limits = self.config.limits
+        num_images = sum(image.num_images for image in images)
+        if not 1 <= num_images <= limits.max_images:
+            raise RequestError(
+                "num_images", f"must be between 1 and {limits.max_images}, got {num_images}"
+            )
+        for image in images:
+            image.check(limits)
+        _check_urgency(priority, deadline_s)
+        now = self._clock()
+        request = Request(
+            request_id,
+            tuple(single for image in images for single in image.singles()),
+            priority,
+            now,
+            None if deadline_s is None else now + deadline_s,
+        )
+        request.remaining_ms = self._remaining_ms(request)
+        self._admission.check(request, self.outstanding_ms)
+        request.key = self._policy(request)
+        self.requests[request_id] = request
+        self.outstanding_ms += request.remaining_ms
+        self.counters.accepted += 1
+        self._scheduler.add(request)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
+        return request
+
+    def _expire(self) -> list[Event]:
+        events: list[Event] = []
+        now = self._clock() if self._deadlines else 0.0
+        while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now):
+            deadline, _, request = heapq.heappop(self._deadlines)
+            if not request.ended:
+                late = DeadlineError(
+                    f"its deadline, {deadline - request.arrival:.3g} s after its arrival, passed"
+                )
+                events.append(self._end(request, State.FAILED, late))
+        return events
+
+    def _end(self, request: Request, state: State, error: Krea2Error | None = None) -> Ended:
+        request.state, request.error = state, error
+        del self.requests[request.id]
+        for step in self._scheduler.remove(request):
+            self._executor.drop_step(step)
+        for sequence in request.sequences:
+            if not sequence.state.ended:
+                sequence.move(State.FAILED if state is State.FAILED else State.CANCELLED)
+            self._decoding.pop(sequence, None)
+            self._executor.release(sequence)
+        self.outstanding_ms -= request.remaining_ms
+        request.remaining_ms = 0.0
+        if self.idle:
+            self.outstanding_ms = 0.0  # where rounding errors would add up
+        match state:
+            case State.DONE:
+                self.counters.done += 1
+            case State.FAILED:
+                self.counters.failed += 1
+            case _:
+                self.counters.cancelled += 1
+        return Ended(request)
+
+    def _drop(self, step: PackStep) -> None:
+        """Begin a step anew: what its slices have done is forgotten."""
+        if step in self._scheduler.held:
+            self._scheduler.held.remove(step)
+        self._executor.drop_step(step)
+
+    def _drop_held(self) -> bool:
+        """Give back the memory of steps between slices; returns whether there were any."""
+        held = list(self._scheduler.held)
+        for step in held:
+            self._drop(step)
+        return bool(held)
+
+    def _update(self, request: Request) -> None:
+        """Refresh what is derived from a request's progress."""
+        remaining = self._remaining_ms(request)
+        self.outstanding_ms += remaining - request.remaining_ms
+        request.remaining_ms = remaining
+        request.key = self._policy(request)
+
+    def _remaining_ms(self, request: Request) -> float:
+        """Estimated work of a request, alone."""
+        cost = self.cost
+        total = 0.0
+        if request.state in (State.WAITING, State.ENCODING):
+            text = sum(
+                lane - s.image.image_tokens for s in request.sequences[:1] for lane in s.tokens
+            )
+            total += cost.encode(text)
+        for sequence in request.sequences:
+            if not sequence.state.ended:
+                image = sequence.image
+                steps = image.steps - sequence.step
+                total += steps * cost.step(sequence.tokens) if steps else 0.0
+                total += cost.decode(image.width * image.height)
+        return total
+
+    def _count_turn(self, ms: float) -> None:
+        self.counters.turns += 1
+        self.counters.busy_s += ms / 1e3
+        self.counters.longest_turn_ms = max(self.counters.longest_turn_ms, ms)
+
+    def _log_failure(self, what: str, error: Exception) -> None:
+        if isinstance(error, OutOfMemoryError):
+            self.counters.out_of_memory += 1
+        known = isinstance(error, Krea2Error)
+        logger.warning("krea2-srt: %s failed: %s", what, first_line(error), exc_info=not known)
+
+
+def _check_urgency(priority: int, deadline_s: float | None) -> None:
+    if not isinstance(priority, int) or isinstance(priority, bool):
+        raise RequestError("priority", f"must be a whole number, got {priority!r}")
+    check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+    if deadline_s is not None:
+        check_number("deadline_s", deadline_s, 0.0, MAX_DEADLINE_S)
+
+
+def _as_ours(error: Exception) -> Krea2Error:
+    """An error that a client may see: a foreign one's text may hold anything."""
+    if isinstance(error, Krea2Error):
+        return error
+    return ModelError(f"the model failed: {type(error).__name__}")

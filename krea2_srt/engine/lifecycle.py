@@ -1,0 +1,130 @@
+"""A request and its sequences on their way through the engine."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from krea2_srt.engine.request import ImageRequest
+from krea2_srt.errors import Krea2Error
+
+
+class State(Enum):
+    WAITING = "waiting"
+    ENCODING = "encoding"
+    DENOISING = "denoising"
+    DECODING = "decoding"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+
+ENDED = frozenset({State.DONE, State.FAILED, State.CANCELLED})
+
+_BROKEN_OFF = frozenset({State.FAILED, State.CANCELLED})
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAITING: _BROKEN_OFF | {State.ENCODING},
+    State.ENCODING: _BROKEN_OFF | {State.DENOISING},
+    State.DENOISING: _BROKEN_OFF | {State.DECODING},
+    State.DECODING: _BROKEN_OFF | {State.DONE},
+    State.DONE: frozenset(),
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+}
+
+
+class IllegalTransition(Exception):
+    """A bug in the engine: a sequence was to go where its state does not lead."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One image of a request.
+
+    Attributes:
+        request: which it belongs to.
+        index: its place in the request.
+        image: what to draw; a request for exactly one image.
+        tokens: of each of its lanes (one, or two under guidance). An estimate until its prompt is
+            encoded.
+        state: where it is.
+        step: steps done.
+        alone: whether it shares no forward; set after a failure in company.
+    """
+
+    request: "Request"
+    index: int
+    image: ImageRequest
+    tokens: tuple[int, ...]
+    state: State = State.WAITING
+    step: int = 0
+    alone: bool = False
+
+    def move(self, state: State) -> None:
+        """Change the state.
+
+        Raises:
+            IllegalTransition: it is not a legal one.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransition(
+                f"sequence {self.index} of request {self.request.id}: "
+                f"{self.state.value} -> {state.value}"
+            )
+        self.state = state
+
+
+@dataclass(eq=False)
+class Request:
+    """What a client sent: sequences that end together.
+
+    Attributes:
+        id: unique in the engine while the request is in it.
+        images: each for exactly one image.
+        priority: see `policy`.
+        arrival: clock time in seconds.
+        deadline: clock time in seconds at which nobody waits for it any more; None is never.
+        remaining_ms: estimated work that is left, alone.
+        key: its place in the policy's order; smaller runs first.
+        error: why it failed.
+    """
+
+    id: str
+    images: tuple[ImageRequest, ...]
+    priority: int
+    arrival: float
+    deadline: float | None
+    sequences: tuple[Sequence, ...] = field(init=False)
+    state: State = State.WAITING
+    remaining_ms: float = 0.0
+    key: float = 0.0
+    error: Krea2Error | None = None
+
+    def __post_init__(self) -> None:
+        self.sequences = tuple(
+            Sequence(self, index, image, image.estimated_tokens)
+            for index, image in enumerate(self.images)
+        )
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def prompts(self) -> list[str]:
+        """What has to be encoded, each once; under guidance the negative prompts too."""
+        return prompts_of(self.images)
+
+
+def prompts_of(images: Iterable[ImageRequest]) -> list[str]:
+    """The prompts of images, and the negative ones that guidance needs, each once."""
+    found: dict[str, None] = {}
+    for image in images:
+        found[image.prompt] = None
+        if image.guidance:
+            found[image.negative_prompt] = None
+    return list(found)
