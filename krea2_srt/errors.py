@@ -19,6 +19,11 @@ class ModelError(Krea2Error):
     """The model computed something that is no picture."""
 
 
+def not_finite(what: str) -> ModelError:
+    """The error for NaNs and infinities in something that the model computed."""
+    return ModelError(f"{what} holds values that are not finite; damaged weights?")
+
+
 class RequestError(Krea2Error):
     """A request asks for something impossible.
 

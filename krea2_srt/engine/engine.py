@@ -25,6 +25,7 @@ from krea2_srt.errors import (
     OutOfMemoryError,
     RequestError,
     first_line,
+    not_finite,
 )
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,7 @@ class Engine:
             self._update(sequence.request)
         for sequence in broken:
             if not sequence.request.ended:
-                reason = ModelError("the latents are no longer finite; damaged weights?")
+                reason = not_finite("the picture on its way")
                 events.append(self._end(sequence.request, State.FAILED, reason))
         return events
 

@@ -1,12 +1,13 @@
 """The model runner: from prompts to contexts, from noise to latents, from latents to pixels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from krea2_srt.errors import CheckpointError, ModelError
+from krea2_srt.errors import CheckpointError, not_finite
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.dit import Krea2DiT
@@ -16,16 +17,20 @@ from krea2_srt.runner.attention import BACKENDS, default_backend
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
-from krea2_srt.runner.packing import PackCache, SequenceShape
+from krea2_srt.runner.pack_forward import PackForward
+from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
-from krea2_srt.runner.vae import DEFAULT_TILE, VAEDecoder, load_vae
+from krea2_srt.runner.vae import VAEDecoder, load_vae
 
 # Bounds of what is remembered on the device, in bytes. Of the released model in bf16 they hold
 # about 80 prompts of 512 tokens, 37 schedules of 8 steps, and packs of 260,000 tokens.
 CONTEXT_CACHE_BYTES = 512 * 2**20
 MODULATION_CACHE_BYTES = 1024 * 2**20
 PACK_CACHE_BYTES = 128 * 2**20
+
+PREVIEW_LATENTS = 32
+"""Longest side of a preview's latents; its pixels are 8 times as many."""
 
 
 @dataclass
@@ -41,6 +46,8 @@ class DenoisingSequence:
         modulation: the DiT's modulation, a row per step of the schedule.
         tokens: float32 [rows * columns, 64], the noisy patches at the current step.
         step: steps already done.
+        keep_velocity: whether `velocity` is kept, for previews.
+        velocity: of the last step, like tokens.
     """
 
     context: Tensor
@@ -52,6 +59,8 @@ class DenoisingSequence:
     modulation: Modulation
     tokens: Tensor
     step: int = 0
+    keep_velocity: bool = False
+    velocity: Tensor | None = None
 
     @property
     def done(self) -> bool:
@@ -174,10 +183,10 @@ class Krea2Runner:
         # Clones, so that a remembered prompt does not keep its whole batch alive.
         return [fused[start:end].clone() for start, end in segments.spans]
 
-    def schedule(self, steps: int, width: int, height: int) -> Schedule:
-        """The checkpoint's own schedule for an image size in pixels."""
+    def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
+        """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""
         image_tokens = (width // SIZE_MULTIPLE) * (height // SIZE_MULTIPLE)
-        return self.recipe.schedule(steps, image_tokens)
+        return self.recipe.schedule(steps, image_tokens, mu)
 
     @torch.inference_mode()
     def start(
@@ -220,30 +229,21 @@ class Krea2Runner:
 
         A sequence under guidance takes part twice, with its prompt and its negative prompt.
         """
-        lanes = [(s, context) for s in sequences for context in s.lanes]
-        pack = self._packs.get(
-            tuple(SequenceShape(len(context), s.rows, s.columns) for s, context in lanes)
-        )
-        velocity = self.dit(
-            torch.cat([s.tokens for s, _ in lanes]),
-            torch.cat([context for _, context in lanes]),
-            pack,
-            Modulation.stack([s.modulation.row(s.step) for s, _ in lanes]),
-            self.attention,
-        ).float()
-        start = 0
-        for s in sequences:
-            size = s.rows * s.columns
-            v = velocity[start : start + size]
-            start += size
-            if s.negative_context is not None:
-                v = v + s.guidance * (v - velocity[start : start + size])
-                start += size
-            s.tokens = s.tokens + (s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step]) * v
-            s.step += 1
+        forward = self.begin_step(sequences)
+        forward.run(range(self.num_blocks))
+        forward.finish()
+
+    def begin_step(self, sequences: Sequence[DenoisingSequence]) -> PackForward:
+        """The same, to be run in slices of blocks under `torch.inference_mode`."""
+        return PackForward(self.dit, self.attention, self._packs, sequences)
+
+    @property
+    def num_blocks(self) -> int:
+        """Transformer blocks of a step."""
+        return len(self.dit.blocks)
 
     @torch.inference_mode()
-    def decode(self, sequence: DenoisingSequence, tile: int = DEFAULT_TILE) -> Tensor:
+    def decode(self, sequence: DenoisingSequence, tile: int | None = None) -> Tensor:
         """Pixels of a finished sequence: float32 [3, height, width] in [0, 1].
 
         Args:
@@ -253,11 +253,41 @@ class Krea2Runner:
         Raises:
             ModelError: there are NaNs or infinities in it.
         """
-        latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
-        pixels = self.vae.decode(latents[None], tile)[0]
+        *_, pixels = self.decode_slices(sequence, tile)
+        assert pixels is not None
         if not torch.isfinite(pixels).all():
-            raise ModelError("the picture holds values that are not finite; damaged weights?")
+            raise not_finite("the picture")
         return pixels
+
+    @torch.inference_mode()
+    def decode_slices(
+        self, sequence: DenoisingSequence, tile: int | None = None
+    ) -> Iterator[Tensor | None]:
+        """The same in slices, and unchecked: yields None after each but the last, then pixels."""
+        latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
+        return self.vae.decode_slices(latents, tile)
+
+    @torch.inference_mode()
+    def preview(self, sequence: DenoisingSequence) -> Tensor:
+        """What the picture will be as far as its last step can tell, small.
+
+        The predicted clean latents x0 = x - sigma * velocity, averaged down to at most 32 x 32.
+
+        Args:
+            sequence: after at least one step with `keep_velocity`.
+
+        Returns:
+            float32 [3, height, width] in [0, 1], at most 256 x 256.
+        """
+        if sequence.velocity is None:
+            raise ValueError("a preview needs a step with keep_velocity")
+        sigma = sequence.schedule.sigmas[sequence.step]
+        clean = sequence.tokens - sigma * sequence.velocity
+        latents = unpatchify(clean, sequence.rows, sequence.columns)
+        height, width = latents.shape[1:]
+        shrink = max(1.0, max(height, width) / PREVIEW_LATENTS)
+        size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
+        return self.vae.decode(F.adaptive_avg_pool2d(latents[None], size))[0]
 
     def _modulation(self, schedule: Schedule) -> Modulation:
         return self._modulations.get_or(

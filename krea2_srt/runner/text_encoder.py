@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.weights import (
     Target,
@@ -25,9 +26,6 @@ PREFIX = (
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_TOKENS = 34
-SUFFIX_TOKENS = 5
-MAX_TEXT_TOKENS = 512
-"""Prompt and suffix together; a longer prompt is cut."""
 
 DEFAULT_TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 

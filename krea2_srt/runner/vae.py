@@ -28,8 +28,16 @@ from krea2_srt.model.weights import (
 )
 
 CLASS_NAME = "AutoencoderKLQwenImage"
-DEFAULT_TILE = 512
-"""Pixels a side of the tiles in which the full-resolution stage runs."""
+_SCORES_PER_SLICE = 2**25
+"""Attention scores computed at a time: 40 ms on two CPU cores."""
+
+
+def default_tile(device: torch.device) -> int:
+    """Pixels a side of the tiles in which the full-resolution stage runs.
+
+    Smaller on a CPU, whose caches then hold a tile: measured 1.6 times faster.
+    """
+    return 256 if device.type == "cpu" else 512
 
 
 @dataclass(frozen=True)
@@ -165,11 +173,20 @@ class AttentionBlock(nn.Module):
         self.to_qkv = Conv(channels, channels * 3, 1, dtype, causal_3d=False)
         self.proj = Conv(channels, channels, 1, dtype, causal_3d=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def slices(self, x: Tensor) -> Iterator[Tensor | None]:
+        """Attend, some pixels at a time: yields None after each but the last, then the result.
+
+        At 2048 x 2048 every one of 65,536 pixels looks at all others.
+        """
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
-        out = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        out = out.squeeze(1).transpose(1, 2).reshape(x.shape)
-        return x + self.proj(out)
+        q, k, v = qkv.chunk(3, dim=-1)
+        pieces: list[Tensor] = []
+        for some in q.split(max(1, _SCORES_PER_SLICE // k.shape[2]), dim=2):
+            if pieces:
+                yield None
+            pieces.append(F.scaled_dot_product_attention(some, k, v))
+        out = torch.cat(pieces, dim=2).squeeze(1).transpose(1, 2).reshape(x.shape)
+        yield x + self.proj(out)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         for name in ("norm", "to_qkv", "proj"):
@@ -229,29 +246,51 @@ class VAEDecoder(nn.Module):
         self._margin = 1 + 2 * (config.num_res_blocks + 1) + 1
 
     @torch.inference_mode()
-    def decode(self, latents: Tensor, tile: int = DEFAULT_TILE) -> Tensor:
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Decode images of one size.
 
         Args:
             latents: [n, 16, h, w], as the DiT produces them (normalised), any dtype.
-            tile: pixels a side of the tiles of the last stage; 0 never tiles.
+            tile: pixels a side of the tiles of the last stage; 0 never tiles, None is
+                `default_tile`.
 
         Returns:
             float32 [n, 3, 8 * h, 8 * w] in [0, 1].
         """
-        return torch.stack([self._decode_one(image[None], tile)[0] for image in latents])
+        return torch.stack([self._decode_one(image, tile) for image in latents])
 
-    def _decode_one(self, latents: Tensor, tile: int) -> Tensor:
-        x = latents.to(self.dtype)
+    def _decode_one(self, latents: Tensor, tile: int | None) -> Tensor:
+        *_, pixels = self.decode_slices(latents, tile)
+        assert pixels is not None
+        return pixels
+
+    @torch.inference_mode()
+    def decode_slices(self, latents: Tensor, tile: int | None = None) -> Iterator[Tensor | None]:
+        """Decode one image in slices of work, between which other work may run.
+
+        Args:
+            latents: [16, h, w].
+            tile: see `decode`.
+
+        Yields:
+            None after every slice but the last, then float32 [3, 8 * h, 8 * w] in [0, 1].
+        """
+        tile = default_tile(latents.device) if tile is None else tile
+        x = latents[None].to(self.dtype)
         x = x * self._constant(self.config.latents_std, x) + self._constant(
             self.config.latents_mean, x
         )
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv_in(self.post_quant_conv(x))
-        x = self.mid_resnets[0](x)
-        x = self.mid_resnets[1](self.mid_attention(x))
+        x = self.mid_resnets[0](self.conv_in(self.post_quant_conv(x)))
+        yield None
+        for attended in self.mid_attention.slices(x):
+            if attended is not None:
+                x = attended
+            yield None
+        x = self.mid_resnets[1](x)
         for i, upsample in enumerate(self.upsamplers):
             for resnet in self.up_resnets[i]:
+                yield None
                 x = resnet(x)
             if i < len(self.upsamplers) - 1:
                 x = upsample(x)
@@ -260,9 +299,10 @@ class VAEDecoder(nn.Module):
         )
         for rows in _tiles(pixels.shape[2], tile, self._margin):
             for columns in _tiles(pixels.shape[3], tile, self._margin):
+                yield None
                 decoded = self._last_stage(x[:, :, rows.source, columns.source])
                 pixels[:, :, rows.target, columns.target] = decoded[:, :, rows.keep, columns.keep]
-        return pixels.clamp_(-1, 1).mul_(0.5).add_(0.5)
+        yield pixels.clamp_(-1, 1).mul_(0.5).add_(0.5)[0]
 
     def _last_stage(self, x: Tensor) -> Tensor:
         x = self.upsamplers[-1](x)

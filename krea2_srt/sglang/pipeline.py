@@ -15,7 +15,7 @@ from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYP
 
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.vae import DEFAULT_TILE
+from krea2_srt.runner.vae import default_tile
 from krea2_srt.sglang.attention import select_attention
 from krea2_srt.sglang.options import unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
@@ -41,6 +41,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     ]
 
     runner: Krea2Runner
+    tile: int
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         if options := unsupported_options(server_args):
@@ -90,8 +91,8 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         # explicit "false" switches them off.
         explicit = server_args.is_arg_explicitly_set("vae_tiling")
         tiled = server_args.pipeline_config.vae_tiling or not explicit
-        tile = DEFAULT_TILE if tiled else 0
-        self.add_stage(DecodeStage(self.runner, tile), "krea2_decode_stage")
+        self.tile = default_tile(self.runner.device) if tiled else 0
+        self.add_stage(DecodeStage(self.runner, self.tile), "krea2_decode_stage")
 
 
 def _context_cache_bytes(server_args: ServerArgs) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize_output_seeds
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
-from krea2_srt.engine.request import MAX_SEED, ImageRequest, RequestLimits
+from krea2_srt.engine.request import MAX_SEED, MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
-from krea2_srt.runner.text_encoder import MAX_TEXT_TOKENS
 from krea2_srt.sglang.options import HONOURED_FIELDS
 
 # Where our field has another name than SGLang's.

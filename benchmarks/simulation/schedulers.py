@@ -1,0 +1,89 @@
+"""What is compared: a policy of the engine with its settings, and a router before the replicas."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from krea2_srt.engine import policy, step_scheduler
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.lifecycle import Request
+
+SLO_FACTOR = 3.0
+"""A request is in time within this many times its time alone on an idle replica."""
+
+NEVER = 1e9
+"""Seconds, or milliseconds, that no simulation reaches."""
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A way to serve.
+
+    Attributes:
+        name: in tables.
+        router: one of `cluster.ROUTERS`.
+        config: of every engine.
+        deadlines: whether requests carry the SLO as their deadline; the engine gives up those
+            that reach it.
+        stretch, min_gain: in place of the engine's constants `STRETCH` and `MIN_GAIN`.
+        weights: (a, b) of a key arrival + a * total + b * remaining seconds of work, in place of
+            the policy's.
+    """
+
+    name: str
+    router: str
+    config: EngineConfig
+    deadlines: bool = False
+    stretch: float = policy.STRETCH
+    min_gain: float = step_scheduler.MIN_GAIN
+    weights: tuple[float, float] | None = None
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The engine's modules with these settings, for as long as this lasts."""
+        name = self.config.policy
+        before = policy.POLICIES[name], policy.STRETCH, step_scheduler.MIN_GAIN
+        policy.STRETCH, step_scheduler.MIN_GAIN = self.stretch, self.min_gain
+        if self.weights is not None:
+            policy.POLICIES[name] = weighted_key(*self.weights)
+        try:
+            yield
+        finally:
+            policy.POLICIES[name], policy.STRETCH, step_scheduler.MIN_GAIN = before
+
+
+def weighted_key(a: float, b: float) -> Callable[[Request], float]:
+    """A policy: arrival + a * total + b * remaining work, in seconds.
+
+    (0, `STRETCH`) is srpt; (3, 0) is earliest due date first, were requests due at 3 times their
+    time alone.
+    """
+
+    def key(request: Request) -> float:
+        # The first key is asked for when nothing is done yet.
+        total_ms = vars(request).setdefault("total_ms", request.remaining_ms)
+        return request.arrival + (a * total_ms + b * request.remaining_ms) / 1e3
+
+    return key
+
+
+def request_at_a_time(router: str) -> Scheduler:
+    """The baseline, what unmodified SGLang does: each request from start to end, in order.
+
+    With one active sequence at most, no request's prompt is encoded before its turn; a request
+    for more images is taken by an empty engine, which runs them one after the other.
+    """
+    config = EngineConfig(
+        policy="fcfs",
+        max_pack_sequences=1,
+        max_active_sequences=1,
+        max_turn_ms=NEVER,
+        max_queue_s=NEVER,
+    )
+    return Scheduler(f"baseline, {router}", router, config)
+
+
+def ours(name: str, router: str = "least-work") -> Scheduler:
+    """A policy of the engine by its name, with the SLO as deadline under edf; takes everything."""
+    config = replace(EngineConfig(), policy=name, max_queue_s=NEVER)
+    return Scheduler(name, router, config, deadlines=name == "edf")

@@ -1,0 +1,153 @@
+"""Calibrates the engine's cost model: times a few packs, prompts and decodes on this machine.
+
+The result is remembered in a file per device, model and setting, so that only the first start
+pays for it (a few seconds).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from krea2_srt.engine.cost import CostModel, Sample, fit, fit_line, roofline
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+
+logger = logging.getLogger(__name__)
+
+# Sides in pixels of the packs that are timed, and how many images each holds; up to what takes
+# about a tenth of a second on the device.
+PACKS = ((64, 1), (256, 1), (256, 4), (512, 1), (512, 2), (768, 1), (1024, 1))
+DECODE_SIDES = (256, 512)
+PROMPTS = ("a cat", "a red fox sitting in fresh snow at golden hour, photorealistic " * 12)
+REPEATS = 3
+ENOUGH_MS = 300.0
+"""Larger packs are not timed once one has taken this long."""
+
+FORMAT = 1
+
+
+def calibrate(runner: Krea2Runner) -> CostModel:
+    """Time the runner; its prompt cache is empty afterwards."""
+    samples: list[Sample] = []
+    (context,) = runner.encode(PROMPTS[:1])
+    schedule = runner.schedule(1, 256, 256)
+    decode_points: list[tuple[float, float]] = []
+    for side, count in PACKS:
+        pack = [runner.start(context, side, side, seed, schedule) for seed in range(count)]
+        ms = _fastest_ms(partial(_forward, runner, pack), runner.device)
+        samples.append(Sample(tuple(s.num_tokens for s in pack), ms))
+        if count == 1 and side in DECODE_SIDES:
+            decode_ms = _fastest_ms(partial(runner.decode, pack[0]), runner.device)
+            decode_points.append((side * side, decode_ms))
+        if ms > ENOUGH_MS:
+            break
+    while len(decode_points) < 2:  # a machine too slow for the second: proportional to pixels
+        side, ms = DECODE_SIDES[1], decode_points[0][1]
+        decode_points.append((side * side, ms * (side / DECODE_SIDES[0]) ** 2))
+    encode_points = [
+        (float(tokens), ms) for tokens, ms in (_encode_ms(runner, prompt) for prompt in PROMPTS)
+    ]
+    runner.contexts.clear()
+    encode_launch, encode_per_token = fit_line(encode_points)
+    decode_launch, decode_per_pixel = fit_line(decode_points)
+    return replace(
+        fit(samples, roofline()),
+        blocks=runner.num_blocks,
+        encode_launch=encode_launch,
+        encode_per_token=encode_per_token,
+        decode_launch=decode_launch,
+        decode_per_pixel=decode_per_pixel,
+    )
+
+
+def cached_calibration(runner: Krea2Runner, name: str, folder: Path | None = None) -> CostModel:
+    """The same, from the file of an earlier start where there is one.
+
+    Args:
+        runner: to time.
+        name: of the model and all settings that change its speed.
+        folder: of the files; the user's cache folder by default.
+    """
+    file = (folder or default_folder()) / f"cost-{_digest(runner, name)}.json"
+    try:
+        stored = json.loads(file.read_text())
+        if stored.pop("format") == FORMAT:
+            return CostModel(**stored)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # none yet, or not ours: it is made anew
+    start = time.perf_counter()
+    cost = calibrate(runner)
+    logger.info("krea2-srt: cost model calibrated in %.1f s", time.perf_counter() - start)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps({"format": FORMAT, **asdict(cost)}, indent=1))
+        scratch.replace(file)
+    except OSError as error:
+        logger.info("krea2-srt: the cost model is not remembered: %s", error)
+    return cost
+
+
+def default_folder() -> Path:
+    """``krea2-srt`` in the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "krea2-srt"
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or the number of threads on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} with {torch.get_num_threads()} threads of {os.cpu_count()}"
+
+
+def _digest(runner: Krea2Runner, name: str) -> str:
+    parts = (
+        name,
+        device_name(runner.device),
+        str(runner.dit.config),
+        str(runner.dit.dtype),
+        str(runner.vae.dtype),
+        torch.__version__,
+        str(PACKS),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _forward(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
+    # Never finished, so that the sequences stay before their only step.
+    runner.begin_step(pack).run(range(runner.num_blocks))
+
+
+def _encode_ms(runner: Krea2Runner, prompt: str) -> tuple[int, float]:
+    numbers = iter(range(1_000_000))
+    tokens = 0
+
+    def encode() -> None:
+        nonlocal tokens
+        # A new prompt every time, or the cache would answer.
+        tokens = len(runner.encode([f"{next(numbers)} {prompt}"])[0])
+
+    return tokens, _fastest_ms(encode, runner.device)
+
+
+@torch.inference_mode()
+def _fastest_ms(function: Callable[[], object], device: torch.device) -> float:
+    """The fastest of some runs after a first one: other work on the machine only adds."""
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+        if times[-1] > ENOUGH_MS:
+            break
+    return min(times[1:] or times)

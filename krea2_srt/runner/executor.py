@@ -1,0 +1,187 @@
+"""The engine's executor on the model runner: keeps the tensors of the sequences in the engine."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krea2_srt.engine.lifecycle import Request, Sequence
+from krea2_srt.engine.work import PackStep
+from krea2_srt.errors import OutOfMemoryError, first_line, not_finite
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.pack_forward import PackForward
+from krea2_srt.runner.pixels import quantize, to_uint8
+from krea2_srt.runner.side_stream import SideJob, SideStream
+
+MAX_DECODES_ASIDE = 2
+"""Decodes on the side stream at a time; a 2048 x 2048 one takes gigabytes of activations."""
+
+
+class RunnerExecutor:
+    """See `krea2_srt.engine.work.Executor`.
+
+    Args:
+        runner: runs the model.
+        tile: see `VAEDecoder.decode`.
+        side_stream: where decodes run beside the steps; None runs them in slices between them.
+    """
+
+    def __init__(
+        self, runner: Krea2Runner, tile: int | None = None, side_stream: SideStream | None = None
+    ) -> None:
+        self._runner = runner
+        self._tile = tile
+        self._side_stream = side_stream
+        self._sequences: dict[Sequence, DenoisingSequence] = {}
+        self._steps: dict[PackStep, PackForward] = {}
+        self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
+        self._aside: dict[Sequence, SideJob] = {}
+        self._pixels: dict[Sequence, np.ndarray] = {}
+
+    @property
+    def decodes_aside(self) -> bool:
+        return self._side_stream is not None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds nothing of any sequence."""
+        held = (self._sequences, self._steps, self._decodes, self._aside, self._pixels)
+        return not any(held)
+
+    @torch.inference_mode()
+    def encode(self, requests: Collection[Request]) -> None:
+        with _memory_errors():
+            prompts = list(dict.fromkeys(p for request in requests for p in request.prompts))
+            contexts = dict(zip(prompts, self._runner.encode(prompts), strict=True))
+            started = {s: self._start(s, contexts) for r in requests for s in r.sequences}
+        self._sequences |= started
+        for sequence, denoising in started.items():
+            sequence.tokens = tuple(
+                len(context) + sequence.image.image_tokens for context in denoising.lanes
+            )
+
+    @torch.inference_mode()
+    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+        with _memory_errors():
+            forward = self._steps.get(step)
+            if forward is None:
+                forward = self._runner.begin_step([self._sequences[s] for s in step.sequences])
+            forward.run(blocks)
+            if blocks.stop < step.total_blocks:
+                self._steps[step] = forward
+                self._wait()
+                return ()
+            broken = forward.finish()
+        self._steps.pop(step, None)
+        # By identity: sequences hold tensors, which do not compare to one truth value.
+        bad = {id(denoising) for denoising in broken}
+        return [s for s in step.sequences if id(self._sequences[s]) in bad]
+
+    def drop_step(self, step: PackStep) -> None:
+        self._steps.pop(step, None)
+
+    def decode(self, sequence: Sequence) -> bool:
+        if self._side_stream is not None:
+            return self._decode_aside(sequence, self._side_stream)
+        slices = self._decodes.get(sequence)
+        if slices is None:
+            slices = self._runner.decode_slices(self._sequences[sequence], self._tile)
+            self._decodes[sequence] = slices
+        try:
+            with _memory_errors():
+                pixels = next(slices)
+                if pixels is None:
+                    self._wait()
+                    return False
+                if not torch.isfinite(pixels).all():
+                    raise not_finite("the picture")
+                self._pixels[sequence] = to_uint8(pixels)
+        except Exception:
+            del self._decodes[sequence]  # the next try begins anew
+            raise
+        return True
+
+    def release(self, sequence: Sequence) -> None:
+        for held in (self._sequences, self._decodes, self._aside):
+            held.pop(sequence, None)
+
+    def take_pixels(self, sequence: Sequence) -> np.ndarray:
+        """uint8 [height, width, 3] of a sequence that is done; it is forgotten here."""
+        return self._pixels.pop(sequence)
+
+    def forget_pixels(self, sequence: Sequence) -> None:
+        """Nobody will take them."""
+        self._pixels.pop(sequence, None)
+
+    def watch(self, sequence: Sequence) -> None:
+        """Keep, from its next step on, what `preview` needs."""
+        if (denoising := self._sequences.get(sequence)) is not None:
+            denoising.keep_velocity = True
+
+    def preview(self, sequence: Sequence) -> np.ndarray | None:
+        """uint8 [height, width, 3], at most 256 x 256; None before a watched step."""
+        denoising = self._sequences.get(sequence)
+        if denoising is None or denoising.velocity is None:
+            return None
+        with _memory_errors():
+            return to_uint8(self._runner.preview(denoising))
+
+    def _start(self, sequence: Sequence, contexts: dict[str, Tensor]) -> DenoisingSequence:
+        image = sequence.image
+        return self._runner.start(
+            contexts[image.prompt],
+            image.width,
+            image.height,
+            image.seed,
+            self._runner.schedule(image.steps, image.width, image.height, image.mu),
+            image.guidance,
+            contexts[image.negative_prompt] if image.guidance else None,
+        )
+
+    def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:
+        job = self._aside.get(sequence)
+        if job is None:
+            if len(self._aside) < MAX_DECODES_ASIDE:
+                denoising = self._sequences[sequence]
+                with _memory_errors():
+                    self._aside[sequence] = stream.start(
+                        lambda: self._decode_at_once(denoising), (denoising.tokens,)
+                    )
+            return False
+        found = job.result()
+        if found is None:
+            return False
+        del self._aside[sequence]
+        pixels, finite = found
+        if not finite:
+            raise not_finite("the picture")
+        self._pixels[sequence] = pixels.numpy()
+        return True
+
+    def _decode_at_once(self, denoising: DenoisingSequence) -> tuple[Tensor, ...]:
+        *_, pixels = self._runner.decode_slices(denoising, self._tile)
+        assert pixels is not None
+        return quantize(pixels), torch.isfinite(pixels).all()
+
+    def _wait(self) -> None:
+        """Wait for the device, so that a slice's time is its own."""
+        if self._runner.device.type == "cuda":
+            torch.cuda.synchronize(self._runner.device)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Raise our error where memory runs out, with what can be given back given back."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
+    except RuntimeError as error:
+        # What torch raises for the host's memory.
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
