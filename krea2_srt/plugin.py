@@ -31,7 +31,7 @@ def is_krea2(name: str) -> bool:
 
 
 def register() -> None:
-    """Put our pipeline in place of SGLang's for Krea 2 models."""
+    """Put our pipeline and scheduler in place of SGLang's for Krea 2 models."""
     if not enabled():
         logger.info("%s=%s: SGLang's own Krea 2 serves", SWITCH, os.environ[SWITCH])
         return
@@ -41,8 +41,10 @@ def register() -> None:
     from sglang.multimodal_gen import registry
     from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
     from sglang.multimodal_gen.configs.sample.krea2 import Krea2SamplingParams
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+    from krea2_srt.sglang.scheduler import Krea2Scheduler
 
     registry.register_pipeline(
         Krea2RunnerPipeline,
@@ -50,4 +52,9 @@ def register() -> None:
         pipeline_config_cls=Krea2PipelineConfig,
         model_detectors=[is_krea2],
         overwrite=True,
+    )
+    HookRegistry.register(
+        "sglang.multimodal_gen.runtime.managers.scheduler.Scheduler",
+        Krea2Scheduler,
+        HookType.REPLACE,
     )

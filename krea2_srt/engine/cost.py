@@ -9,7 +9,7 @@ H200 (790 TFLOP/s, 4.3 TB/s); a machine's own figures come from timing a few pac
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 FLOPS_PER_TOKEN = 24.3e9
 FLOPS_PER_SQUARED_TOKEN = 0.688e6
@@ -60,6 +60,11 @@ class CostModel:
     def decode(self, pixels: int) -> float:
         """Decoding one image."""
         return self.decode_launch + self.decode_per_pixel * pixels
+
+    def scaled(self, factor: float) -> "CostModel":
+        """The model of a machine that takes this many times as long."""
+        times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name != "blocks"}
+        return CostModel(**times, blocks=self.blocks)
 
     def blocks_per_slice(self, step_ms: float, max_turn_ms: float) -> int:
         """How many blocks of a step fit into a turn; at least one, at most all."""

@@ -10,9 +10,10 @@ from typing import Any
 from krea2_srt.engine.admission import Admission
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
-from krea2_srt.engine.events import Ended, Event, Progress
+from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.lifecycle import Sequence as ImageSequence
+from krea2_srt.engine.pace import Pace
 from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.request import ImageRequest, check_number
 from krea2_srt.engine.statistics import Counters
@@ -61,6 +62,7 @@ class Engine:
         self._policy = POLICIES[self.config.policy]
         self._admission = Admission(self.config.max_queue_s)
         self._scheduler = StepScheduler(self.config, cost, executor.decodes_aside)
+        self._pace = Pace()
         self._decoding: dict[ImageSequence, None] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
         self._arrivals = count()
@@ -166,34 +168,35 @@ class Engine:
                 return self._decode(work.sequence)
 
     def _encode(self, work: Encode) -> list[Event]:
+        events: list[Event] = []
         for request in work.requests:
             if request.state is State.WAITING:
                 self._scheduler.activate(request)
-                request.state = State.ENCODING
-                for sequence in request.sequences:
-                    sequence.move(State.ENCODING)
+                self._move(request, State.ENCODING)
+                events.append(Started(request))
         try:
             self._executor.encode(work.requests)
         except Exception as error:
             self._log_failure("encode", error)
-            if len(work.requests) > 1:
-                return []  # they are still encoding: each is tried alone in turns to come
-            return [self._end(work.requests[0], State.FAILED, _as_ours(error))]
+            if len(work.requests) == 1:
+                events.append(self._end(work.requests[0], State.FAILED, _as_ours(error)))
+            # Several are still encoding: each is tried alone in turns to come.
+            return events
         for request in work.requests:
-            request.state = State.DENOISING
-            for sequence in request.sequences:
-                sequence.move(State.DENOISING)
+            self._move(request, State.DENOISING)
             self._update(request)
         self._scheduler.budget.succeeded()
-        return []
+        return events
 
     def _step(self, step: PackStep) -> list[Event]:
         blocks = step.next_blocks
         held = self._scheduler.held
+        start = self._clock()
         try:
             broken = self._executor.step(step, blocks)
         except Exception as error:
             return self._step_failed(step, error)
+        self._keep_pace(step, blocks, (self._clock() - start) * 1e3)
         step.blocks_done = blocks.stop
         if not step.done:
             if step not in held:
@@ -212,6 +215,7 @@ class Engine:
             events.append(Progress(sequence))
             if sequence.step == sequence.image.steps:
                 sequence.move(State.DECODING)
+                sequence.request.reached[State.DECODING] = self._clock()
                 if self._executor.decodes_aside:
                     self._decoding[sequence] = None
             self._update(sequence.request)
@@ -314,6 +318,7 @@ class Engine:
 
     def _end(self, request: Request, state: State, error: Krea2Error | None = None) -> Ended:
         request.state, request.error = state, error
+        request.reached[state] = self._clock()
         del self.requests[request.id]
         for step in self._scheduler.remove(request):
             self._executor.drop_step(step)
@@ -335,6 +340,19 @@ class Engine:
                 self.counters.cancelled += 1
         return Ended(request)
 
+    def _keep_pace(self, step: PackStep, blocks: range, measured_ms: float) -> None:
+        """Correct all estimates when the machine proves faster or slower."""
+        lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
+        estimated_ms = self.cost.step(lanes) * len(blocks) / step.total_blocks
+        factor = self._pace.observe(measured_ms, estimated_ms)
+        if factor is None:
+            return
+        logger.info("krea2-srt: steps take %.2f times as long as estimated; corrected", factor)
+        self.cost = self.cost.scaled(factor)
+        for request in self.requests.values():
+            self._update(request)
+        self._scheduler.reorder(self.cost)
+
     def _drop(self, step: PackStep) -> None:
         """Begin a step anew: what its slices have done is forgotten."""
         if step in self._scheduler.held:
@@ -347,6 +365,13 @@ class Engine:
         for step in held:
             self._drop(step)
         return bool(held)
+
+    def _move(self, request: Request, state: State) -> None:
+        """Move a request and all its sequences."""
+        request.state = state
+        request.reached[state] = self._clock()
+        for sequence in request.sequences:
+            sequence.move(state)
 
     def _update(self, request: Request) -> None:
         """Refresh what is derived from a request's progress."""

@@ -6,6 +6,13 @@ from krea2_srt.engine.lifecycle import Request, Sequence
 
 
 @dataclass(frozen=True)
+class Started:
+    """A request waits no longer: its prompts are about to be encoded."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
 class Progress:
     """A sequence has done another step."""
 
@@ -27,4 +34,4 @@ class Ended:
     request: Request
 
 
-Event = Progress | Ended
+Event = Started | Progress | Ended

@@ -91,6 +91,8 @@ class Request:
         remaining_ms: estimated work that is left, alone.
         key: its place in the policy's order; smaller runs first.
         error: why it failed.
+        reached: clock time at which it came to each state; with the last of its sequences, where
+            they do so one by one.
     """
 
     id: str
@@ -103,8 +105,10 @@ class Request:
     remaining_ms: float = 0.0
     key: float = 0.0
     error: Krea2Error | None = None
+    reached: dict[State, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.reached[State.WAITING] = self.arrival
         self.sequences = tuple(
             Sequence(self, index, image, image.estimated_tokens)
             for index, image in enumerate(self.images)

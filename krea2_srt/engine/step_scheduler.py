@@ -51,6 +51,12 @@ class StepScheduler:
         heapq.heappush(self._waiting, (request.key, next(self._arrivals), request))
         self.num_waiting += 1
 
+    def reorder(self, cost: CostModel) -> None:
+        """Go by other estimates; the keys of the requests have changed."""
+        self.cost = cost
+        self._waiting = [(r.key, n, r) for _, n, r in self._waiting if not r.ended]
+        heapq.heapify(self._waiting)
+
     def activate(self, request: Request) -> None:
         """Its prompts are about to be encoded."""
         self.num_waiting -= 1

@@ -39,6 +39,7 @@ class RunnerExecutor:
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
         self._aside: dict[Sequence, SideJob] = {}
         self._pixels: dict[Sequence, np.ndarray] = {}
+        self._watched: set[Sequence] = set()
 
     @property
     def decodes_aside(self) -> bool:
@@ -48,7 +49,7 @@ class RunnerExecutor:
     def empty(self) -> bool:
         """Whether it holds nothing of any sequence."""
         held = (self._sequences, self._steps, self._decodes, self._aside, self._pixels)
-        return not any(held)
+        return not any(held) and not self._watched
 
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
@@ -106,17 +107,15 @@ class RunnerExecutor:
     def release(self, sequence: Sequence) -> None:
         for held in (self._sequences, self._decodes, self._aside):
             held.pop(sequence, None)
+        self._watched.discard(sequence)
 
-    def take_pixels(self, sequence: Sequence) -> np.ndarray:
-        """uint8 [height, width, 3] of a sequence that is done; it is forgotten here."""
-        return self._pixels.pop(sequence)
-
-    def forget_pixels(self, sequence: Sequence) -> None:
-        """Nobody will take them."""
-        self._pixels.pop(sequence, None)
+    def take_pixels(self, sequence: Sequence) -> np.ndarray | None:
+        """uint8 [height, width, 3] of a decoded sequence, forgotten here; None of any other."""
+        return self._pixels.pop(sequence, None)
 
     def watch(self, sequence: Sequence) -> None:
         """Keep, from its next step on, what `preview` needs."""
+        self._watched.add(sequence)
         if (denoising := self._sequences.get(sequence)) is not None:
             denoising.keep_velocity = True
 
@@ -130,7 +129,7 @@ class RunnerExecutor:
 
     def _start(self, sequence: Sequence, contexts: dict[str, Tensor]) -> DenoisingSequence:
         image = sequence.image
-        return self._runner.start(
+        denoising = self._runner.start(
             contexts[image.prompt],
             image.width,
             image.height,
@@ -139,6 +138,8 @@ class RunnerExecutor:
             image.guidance,
             contexts[image.negative_prompt] if image.guidance else None,
         )
+        denoising.keep_velocity = sequence in self._watched
+        return denoising
 
     def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:
         job = self._aside.get(sequence)

@@ -42,6 +42,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
 
     runner: Krea2Runner
     tile: int
+    attention: str
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         if options := unsupported_options(server_args):
@@ -61,7 +62,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         config = server_args.pipeline_config
         device = get_local_torch_device()
         dtype = PRECISION_TO_TYPE[config.dit_precision]
-        attention_name, attention = select_attention(device, dtype)
+        self.attention, attention = select_attention(device, dtype)
         self.runner = Krea2Runner.load(
             Krea2Checkpoint.from_folder(Path(self.model_path)),
             device,
@@ -77,7 +78,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             "Turbo" if self.runner.recipe.distilled else "Raw",
             device,
             dtype,
-            attention_name,
+            self.attention,
         )
         # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its
         # weight updates, which would fill our fused matrices by SGLang's own names, refuse.

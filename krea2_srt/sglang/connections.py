@@ -1,0 +1,65 @@
+"""Which of the channel's clients are still there."""
+
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+
+class WatchedRouter:
+    """A ROUTER socket that also knows when a client's connection has closed.
+
+    ZeroMQ hides connections, but tells two things that together do: the file descriptor that a
+    message came from, and, on a monitor socket, those that were accepted and closed. A client
+    that hangs up, is killed or closes its socket is so noticed without a message.
+
+    Everything that is not here is the wrapped socket's.
+
+    Args:
+        socket: bound; read by nobody else.
+    """
+
+    def __init__(self, socket: zmq.Socket) -> None:  # type: ignore[type-arg]
+        self._socket = socket
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        self._closed: set[int] = set()
+        self._identities: dict[int, set[bytes]] = {}
+        self._lost: set[bytes] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
+
+    def recv_multipart(self, flags: int = 0) -> list[bytes]:
+        """As the socket's own; notes where the message came from."""
+        frames = self._socket.recv_multipart(flags, copy=False)
+        descriptor = frames[0].get(zmq.SRCFD)
+        # The events that made this descriptor the client's are older than its message: read
+        # them first, or its predecessor's end would count as its own.
+        self._read_events()
+        identity = frames[0].bytes
+        if descriptor in self._closed:
+            self._lost.add(identity)
+        else:
+            self._identities.setdefault(descriptor, set()).add(identity)
+        return [frame.bytes for frame in frames]
+
+    def take_lost(self) -> set[bytes]:
+        """Identities whose connections have closed since the last call."""
+        self._read_events()
+        lost, self._lost = self._lost, set()
+        return lost
+
+    def close(self, linger: int | None = None) -> None:
+        """Close both sockets."""
+        self._socket.disable_monitor()
+        self._socket.close(linger)
+
+    def _read_events(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            descriptor = event["value"]
+            if event["event"] == zmq.EVENT_ACCEPTED:
+                self._closed.discard(descriptor)
+            else:
+                self._closed.add(descriptor)
+                self._lost |= self._identities.pop(descriptor, set())

@@ -1,0 +1,200 @@
+"""Routing among data-parallel replicas: to the one with the least outstanding work.
+
+SGLang takes them in turn: small requests queue behind a big one while another replica idles, and
+one dead replica ends them all.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from krea2_srt.engine.cost import roofline
+from krea2_srt.engine.request import ImageRequest
+
+logger = logging.getLogger(__name__)
+
+_COST = roofline()
+_NONE_LEFT = "all replicas have exited; restart the server"
+
+
+class ReplicaExited(RuntimeError):
+    """The replica that a request was on, or had to go to, is no longer there."""
+
+
+class Replicas:
+    """The replicas of one client: which live, and what each has still to do.
+
+    Attributes:
+        outstanding: estimated milliseconds of the forwards on each replica. Whole, so that what is
+            added and taken away leaves exactly 0.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.outstanding = [0] * count
+        self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
+        self._dead: set[int] = set()
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self.outstanding)
+
+    @property
+    def live(self) -> list[int]:
+        return [index for index in range(len(self)) if index not in self._dead]
+
+    def choose(self) -> int:
+        """The live replica with the least outstanding work; equal ones take turns.
+
+        Raises:
+            ReplicaExited: none is left.
+        """
+        if not self.live:
+            raise ReplicaExited(_NONE_LEFT)
+        index = min(self.live, key=lambda i: (self.outstanding[i], (i - self._turn) % len(self)))
+        self._turn = index + 1
+        return index
+
+    @contextmanager
+    def forward(self, work: int, index: int | None = None) -> Iterator[int]:
+        """Count a forward of the current task as outstanding for as long as it lasts.
+
+        Args:
+            work: estimated milliseconds.
+            index: the replica that must do it; by default the best one.
+
+        Raises:
+            ReplicaExited: the replica is dead, or dies meanwhile.
+        """
+        index = self.choose() if index is None else index
+        exited = ReplicaExited(f"replica {index} has exited; send the request again")
+        if index in self._dead:
+            raise exited
+        task = asyncio.current_task()
+        assert task is not None
+        cancels = task.cancelling()
+        self._forwards[index].add(task)
+        self.outstanding[index] += work
+        try:
+            yield index
+        except asyncio.CancelledError:
+            # Dead now, alive above: mark_dead has cancelled us. If others have too, theirs wins.
+            if index in self._dead and task.uncancel() <= cancels:
+                raise exited from None
+            raise
+        finally:
+            self.outstanding[index] -= work
+            self._forwards[index].discard(task)
+
+    def mark_dead(self, index: int) -> None:
+        """Fail what is on this replica at once, and send it nothing more."""
+        if index not in self._dead:
+            self._dead.add(index)
+            for task in self._forwards[index]:
+                task.cancel()
+
+
+def estimated_ms(batch: Any) -> int:
+    """Work of a message to a scheduler: a ``Req``, a list of them, or another, which is quick.
+
+    Impossible fields do no harm here; refusing them is the engine's affair.
+    """
+    if isinstance(batch, list):
+        return sum(estimated_ms(request) for request in batch)
+    if not hasattr(batch, "num_inference_steps"):
+        return 1
+    prompt, scale = getattr(batch, "prompt", None), getattr(batch, "guidance_scale", None)
+    request = ImageRequest(
+        prompt=prompt if isinstance(prompt, str) else "",
+        width=_whole(batch, "width", 1024, most=8192),
+        height=_whole(batch, "height", 1024, most=8192),
+        steps=_whole(batch, "num_inference_steps", 8, most=1000),
+        # Switches the second lane on. SGLang's scale is Krea's plus 1.
+        guidance=1.0 if isinstance(scale, (int, float)) and scale > 1 else 0.0,
+    )
+    images = _whole(batch, "num_outputs_per_prompt", 1, most=1000)
+    images *= len(prompt) if isinstance(prompt, list) else 1
+    steps = request.steps * _COST.step(request.estimated_tokens * images)
+    return 1 + int(steps + images * _COST.decode(request.width * request.height))
+
+
+def _whole(batch: Any, field: str, default: int, *, most: int) -> int:
+    value = getattr(batch, field, None)
+    if not isinstance(value, (int, float)) or value != value:
+        return default
+    return int(max(1, min(value, most)))
+
+
+_replicas: WeakKeyDictionary[Any, Replicas] = WeakKeyDictionary()
+
+
+def replicas_of(client: Any, count: int) -> Replicas:
+    """The replicas of one of SGLang's clients."""
+    found = _replicas.get(client)
+    if found is None or len(found) != count:
+        _replicas[client] = found = Replicas(count)
+    return found
+
+
+async def forward(
+    original: Callable[..., Awaitable[Any]], client: Any, batch: Any, timeout_ms: int | None = None
+) -> Any:
+    """AROUND hook of ``AsyncSchedulerClient.forward``."""
+    endpoints = [] if client.context is None else client.server_args.scheduler_endpoints
+    if len(endpoints) < 2:
+        return await original(client, batch, timeout_ms)
+    from sglang.multimodal_gen.runtime import scheduler_client as sglang_client
+
+    replicas = replicas_of(client, len(endpoints))
+
+    async def forward_one(work: int, index: int | None = None) -> Any:
+        with replicas.forward(work, index) as index:
+            return await client._forward_one(endpoints[index], batch, timeout_ms)
+
+    async def forward_to_all() -> Any:
+        results = []
+        for index in replicas.live:
+            with suppress(ReplicaExited):
+                results.append(await forward_one(1, index))
+        if not results:
+            raise ReplicaExited(_NONE_LEFT)
+        return sglang_client._merge_fanout_results(results)
+
+    client.request_logger.log_received_request(batch)
+    if isinstance(batch, sglang_client._CONTROL_REQ_TYPES):
+        # To its end, even if the client hangs up: half of the replicas with new weights would draw
+        # other pictures than the other half.
+        output = await asyncio.shield(forward_to_all())
+    elif sglang_client._session_key(batch) is not None:
+        index = sglang_client._select_replica(batch, len(endpoints), client._replica_counter)
+        output = await forward_one(estimated_ms(batch), index)
+    else:
+        output = await forward_one(estimated_ms(batch))
+    client.request_logger.log_finished_request(batch, output)
+    return output
+
+
+def backend_failure(original: Callable[[Any], str | None], app: Any) -> str | None:
+    """AROUND hook of the HTTP server's ``_backend_failure``: a dead replica is no failure while
+    another lives. What counts as dead, and every other failure, is SGLang's to say.
+    """
+    state, workers = app.state, app.state.worker_processes
+    # A replica of several processes (tensor parallel, say) cannot lose one; there SGLang is right.
+    if len(workers) < 2 or len(workers) != state.server_args.dp_size:
+        return original(app)
+    from sglang.multimodal_gen.runtime.scheduler_client import async_scheduler_client
+
+    def failure(workers: list[Any], broker: Any = None, disagg: Any = None) -> str | None:
+        parts = {"worker_processes": workers, "broker_task": broker, "disagg_server": disagg}
+        return original(SimpleNamespace(state=SimpleNamespace(**parts)))
+
+    replicas = replicas_of(async_scheduler_client, len(workers))
+    for index in replicas.live:
+        if failure([workers[index]]):
+            replicas.mark_dead(index)
+            left = len(replicas.live)
+            logger.warning("replica %d has exited; %d of %d left", index, left, len(workers))
+    return failure([] if replicas.live else workers, state.broker_task, state.disagg_server)

@@ -1,0 +1,176 @@
+"""From an ended request to SGLang's reply."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from sglang.multimodal_gen.runtime.managers.gpu_worker import GPUWorker
+from sglang.multimodal_gen.runtime.managers.request_gc import request_gc
+from sglang.multimodal_gen.runtime.pipelines_core import Req
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+
+from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.errors import (
+    DeadlineError,
+    DrainingError,
+    OutOfMemoryError,
+    QueueFullError,
+    RequestError,
+)
+from krea2_srt.sglang.messages import EngineError
+
+logger = init_logger(__name__)
+
+THREADS = 4
+
+_CODES: dict[type[Exception], str] = {
+    RequestError: "invalid_request",
+    ValueError: "invalid_request",
+    QueueFullError: "queue_full",
+    DrainingError: "draining",
+    DeadlineError: "deadline",
+    OutOfMemoryError: "out_of_memory",
+}
+
+# What a request's time is spent on: the states that begin and end each stage.
+_STAGES = (
+    ("queue", State.WAITING, State.ENCODING),
+    ("encode", State.ENCODING, State.DENOISING),
+    ("denoise", State.DENOISING, State.DECODING),
+    ("decode", State.DECODING, State.DONE),
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What came over the channel, to be answered once.
+
+    Attributes:
+        identity: of the client's socket.
+        payload: what it sent.
+        reqs: SGLang's requests in it; several are images of one request, saved together.
+        arrival: clock time in seconds.
+    """
+
+    identity: bytes
+    payload: Any
+    reqs: tuple[Req, ...] = ()
+    arrival: float = field(default_factory=time.monotonic)
+
+    @property
+    def request_id(self) -> str:
+        return (self.reqs[0].request_id if self.reqs else None) or "unnamed"
+
+    def summary(self, request: Request) -> str:
+        """Of a request that is done, for the log."""
+        image = request.images[0]
+        stages = ", ".join(f"{name} {ms:.0f}" for name, ms in stage_ms(request).items())
+        total = (request.reached[State.DONE] - request.arrival) * 1e3
+        what = f"{len(request.images)} x {image.width}x{image.height}, {image.steps} steps"
+        return f"done in {total:.0f} ms ({stages}); {what}"
+
+
+def stage_ms(request: Request) -> dict[str, float]:
+    """Milliseconds that a request that is done has spent in each stage."""
+    at = request.reached
+    return {name: (at[end] - at[start]) * 1e3 for name, start, end in _STAGES}
+
+
+def finished(item: Item, request: Request, pixels: Sequence[np.ndarray | None]) -> OutputBatch:
+    """The output of a request that is done, its pictures not yet encoded.
+
+    Args:
+        pixels: uint8 [height, width, 3] of each of its images.
+    """
+    outputs, start = [], 0
+    for req in item.reqs:
+        if req.metrics is not None:
+            for name, ms in stage_ms(request).items():
+                req.metrics.record_stage(name, ms / 1e3)
+            req.metrics.total_duration_ms = (request.reached[State.DONE] - request.arrival) * 1e3
+        count = len(pixels) // len(item.reqs)
+        images = list(pixels[start : start + count])
+        start += count
+        outputs.append(OutputBatch(output=images, metrics=req.metrics))
+    if len(outputs) == 1:
+        return outputs[0]
+    return GPUWorker._merge_expanded_output_batches(outputs)
+
+
+def failed(item: Item, reason: Request | Exception) -> OutputBatch:
+    """The output of a request that was refused, failed or cancelled."""
+    error = engine_error(reason)
+    output = OutputBatch(error=error.message)
+    if item.reqs:
+        output.metrics = item.reqs[0].metrics
+    # Not a field of SGLang's; it is pickled all the same, and SGLang's own clients ignore it.
+    output.engine_error = error
+    return output
+
+
+def engine_error(reason: Request | Exception) -> EngineError:
+    """Why a request was refused, failed or was cancelled."""
+    if isinstance(reason, Request):
+        if reason.error is None:
+            return EngineError("cancelled", "the request was cancelled")
+        reason = reason.error
+    return EngineError(
+        _CODES.get(type(reason), "failed"),
+        str(reason),
+        getattr(reason, "field", None),
+        getattr(reason, "retry_after_s", None),
+    )
+
+
+class ReplyThreads:
+    """Encodes and saves pictures off the loop, the way SGLang's worker does, and replies.
+
+    Args:
+        worker: SGLang's.
+        reply: sends an output for an (identity, payload); takes the socket's lock.
+    """
+
+    def __init__(
+        self, worker: GPUWorker, reply: Callable[[tuple[bytes, Any], OutputBatch], None]
+    ) -> None:
+        self._worker = worker
+        self._reply = reply
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="krea2-reply")
+
+    def start(self, item: Item, output: OutputBatch) -> "Future[None]":
+        """Reply with a finished output as soon as its pictures are encoded."""
+        return self._pool.submit(self._run, item, output)
+
+    def finish(self) -> None:
+        """Wait for all replies."""
+        self._pool.shutdown(wait=True)
+
+    @request_gc.defer()
+    def _run(self, item: Item, output: OutputBatch) -> None:
+        try:
+            self._worker._finalize_output_batch(
+                output_batch=output,
+                req=item.reqs[0],
+                save_output_paths=partial(self._save, item),
+                output_metrics=self._worker._iter_output_metrics(output),
+                deferred=True,
+            )
+        except Exception as error:
+            # A full disk, a path that cannot be written.
+            logger.error("krea2-srt: request %s: %s", item.request_id, error, exc_info=True)
+            output = OutputBatch(error=f"the picture could not be saved: {error}")
+        try:
+            self._reply((item.identity, item.payload), output)
+        except Exception as error:
+            logger.error("krea2-srt: request %s: no reply: %s", item.request_id, error)
+
+    def _save(self, item: Item, output: OutputBatch) -> None:
+        if len(item.reqs) == 1:
+            self._worker._save_output_paths(item.reqs[0], output)
+        else:
+            self._worker._save_group_output_paths(list(item.reqs), output)

@@ -1,0 +1,255 @@
+"""SGLang's diffusion scheduler with our engine in its loop.
+
+Everything around the loop is SGLang's: the channel, control requests, how results are saved and
+sent, metrics. For a model that our pipeline does not serve, the loop is SGLang's too.
+"""
+
+import gc
+import logging
+import signal
+from collections import deque
+from concurrent.futures import Future
+from itertools import count
+from typing import Any
+
+from sglang.multimodal_gen.runtime.entrypoints.control_requests import ShutdownReq
+from sglang.multimodal_gen.runtime.managers.scheduler import Scheduler
+from sglang.multimodal_gen.runtime.pipelines_core import Req
+from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.engine import Engine
+from krea2_srt.engine.events import Ended, Event, Progress, Started
+from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.errors import Krea2Error
+from krea2_srt.runner.calibration import cached_calibration
+from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.side_stream import CudaSideStream
+from krea2_srt.sglang.connections import WatchedRouter
+from krea2_srt.sglang.messages import (
+    VERSION,
+    Cancel,
+    GetStatistics,
+    RequestOptions,
+    Subscribe,
+)
+from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
+from krea2_srt.sglang.replies import Item, ReplyThreads, engine_error, failed, finished
+from krea2_srt.sglang.requests import image_requests
+
+logger = init_logger(__name__)
+
+_IDLE_WAIT_S = 1.0
+_DECODE_POLL_S = 0.001
+
+
+class Krea2Scheduler(Scheduler):
+    """Takes its class's place in SGLang's worker processes; see `krea2_srt.plugin`."""
+
+    receiver: Any
+    _inflight_finalizes: "deque[Future[None]]"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        pipeline = self.worker.pipeline
+        self._steps = isinstance(pipeline, Krea2RunnerPipeline) and self.receiver is not None
+        if not self._steps:
+            return
+        if self.server_args.is_arg_explicitly_set("batching_max_size"):
+            logger.info("krea2-srt: --batching-max-size has no effect: packs are made step by step")
+        runner = pipeline.runner
+        cuda = runner.device.type == "cuda"
+        self._executor = RunnerExecutor(
+            runner, pipeline.tile, CudaSideStream(runner.device) if cuda else None
+        )
+        config = EngineConfig.from_environment()
+        cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.attention}")
+        self._engine = Engine(self._executor, cost, config)
+        logger.info(
+            "krea2-srt: step scheduler, policy %s; one step takes about %.3g ms at 256x256, "
+            "%.3g ms at 1024x1024",
+            config.policy,
+            cost.step([300]),
+            cost.step([4160]),
+        )
+        self._limits = config.limits
+        self.receiver = WatchedRouter(self.receiver)
+        self._items: dict[Request, Item] = {}
+        self._subscriptions = Subscriptions(self._executor, self._send)
+        self._numbers = count()
+        self._replies = ReplyThreads(self.worker, self._return_item_result)
+        self.request_handlers |= {
+            ShutdownReq: self._drain,
+            Cancel: self._cancel,
+            GetStatistics: self._statistics,
+        }
+
+    def event_loop(self) -> None:
+        """Receive, take a turn, reply; until shut down and empty."""
+        if not self._steps:
+            super().event_loop()
+            return
+        signal.signal(signal.SIGTERM, lambda *_: self._engine.drain())
+        self.worker.defer_cache_release = True
+        # What the start left will stay: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        try:
+            while not self._finished():
+                self._receive()
+                self._cancel_lost()
+                # Asleep, the weights are away: what is in the engine waits for them.
+                events = None if self.worker.is_sleeping() else self._engine.turn()
+                if events is None:
+                    self._rest()
+                else:
+                    self._handle(events)
+        finally:
+            self._stop()
+
+    def _finished(self) -> bool:
+        # Nobody wakes an engine that shuts down.
+        return self._engine.draining and (self._engine.idle or self.worker.is_sleeping())
+
+    # Receiving.
+
+    def _receive(self) -> None:
+        received = self.process_received_reqs_with_req_based_warmup(self.recv_reqs())
+        for identity, payload in received:
+            try:
+                self._accept(identity, payload)
+            except Exception as error:
+                # Nothing that a client sends may end the loop.
+                logger.error("krea2-srt: a message failed: %s", error, exc_info=True)
+                self._reply(Item(identity, payload), OutputBatch(error=str(error)))
+
+    def _accept(self, identity: bytes, payload: Any) -> None:
+        reqs = payload if isinstance(payload, list) else [payload]
+        if reqs and all(isinstance(req, Req) for req in reqs):
+            item = Item(identity, payload, tuple(reqs))
+            if self.metrics is not None:
+                self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=item.arrival)
+            if any(req.profile for req in reqs):
+                # SGLang's profiler covers a request from end to end: it has the engine to itself.
+                self._reply(item, self._dispatch_single_request(payload))
+            else:
+                self._submit(item)
+            return
+        if getattr(payload, "version", VERSION) != VERSION:
+            text = f"{type(payload).__name__}: version {payload.version}, this is {VERSION}"
+            self._reply(Item(identity, payload), OutputBatch(error=text))
+        elif isinstance(payload, Subscribe):
+            self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
+        else:
+            self._reply(Item(identity, payload), self._dispatch_single_request(payload))
+
+    def _submit(self, item: Item) -> None:
+        if self.worker.is_sleeping():
+            error = "Server is sleeping. Call resume_memory_occupation first."
+            self._reply(item, OutputBatch(error=error))
+            return
+        try:
+            options = item.reqs[0].extra.get("krea2", RequestOptions())
+            images = [image for req in item.reqs for image in image_requests(req, self._limits)]
+            self.worker._validate_group_forward_reqs(list(item.reqs))
+            request = self._engine.submit(
+                f"{item.request_id}#{next(self._numbers)}",
+                images,
+                options.priority,
+                options.deadline_s,
+            )
+        except (Krea2Error, ValueError) as error:
+            logger.warning("krea2-srt: request %s refused: %s", item.request_id, error)
+            self._reply(item, failed(item, error))
+            return
+        for req in item.reqs:
+            req.log(server_args=self.server_args)
+        self._items[request] = item
+
+    def _requests_of(self, request_id: str) -> list[Request]:
+        return [r for r, item in self._items.items() if item.request_id == request_id]
+
+    # Turning events into replies.
+
+    def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case Started(request):
+                    if self.metrics is not None:
+                        self.metrics.dispatch(id(self._items[request].payload))
+                case Progress(sequence):
+                    item = self._items[sequence.request]
+                    report_to_sglang(item, event)
+                    self._subscriptions.step(event)
+                case Ended(request):
+                    self._end(request, self._items.pop(request))
+
+    def _end(self, request: Request, item: Item) -> None:
+        self._subscriptions.end(request, item.request_id)
+        pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
+        if request.state is State.DONE:
+            logger.info("krea2-srt: request %s %s", item.request_id, item.summary(request))
+            self._submit_reply(item, finished(item, request, pixels))
+        else:
+            level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
+            reason = engine_error(request).message
+            logger.log(level, "krea2-srt: request %s: %s", item.request_id, reason)
+            self._reply(item, failed(item, request))
+
+    def _submit_reply(self, item: Item, output: OutputBatch) -> None:
+        """Encode and save the pictures in a thread, and reply from there."""
+        self._inflight_finalizes.append(self._replies.start(item, output))
+
+    def _reply(self, item: Item, output: OutputBatch) -> None:
+        self._return_item_result((item.identity, item.payload), output)
+
+    def _send(self, identity: bytes, payload: bytes) -> None:
+        with self._socket_lock:
+            self.receiver.send_multipart([identity, b"", payload])
+
+    # Control.
+
+    def _drain(self, _reqs: list[Any]) -> OutputBatch:
+        self._engine.drain()
+        return OutputBatch()
+
+    def _cancel(self, reqs: list[Any]) -> OutputBatch:
+        requests = self._requests_of(reqs[0].request_id)
+        for request in requests:
+            self._handle(self._engine.cancel(request.id))
+        return OutputBatch(output={"cancelled": len(requests)})
+
+    def _statistics(self, _reqs: list[Any]) -> OutputBatch:
+        return OutputBatch(output=self._engine.statistics())
+
+    def _cancel_lost(self) -> None:
+        lost = self.receiver.take_lost()
+        if not lost:
+            return
+        self._subscriptions.drop(lost)
+        for request in [r for r, item in self._items.items() if item.identity in lost]:
+            self._handle(self._engine.cancel(request.id))
+
+    # Waiting and ending.
+
+    def _rest(self) -> None:
+        self._reap_finalizes()
+        if self._engine.decoding_aside:
+            self._wait_idle(_DECODE_POLL_S)
+            return
+        due_s = None if self._inflight_finalizes else self.worker.release_cache_if_idle()
+        self._wait_idle(_IDLE_WAIT_S if due_s is None else min(due_s, _IDLE_WAIT_S))
+
+    def _reap_finalizes(self) -> None:
+        self._inflight_finalizes = deque(f for f in self._inflight_finalizes if not f.done())
+
+    def _stop(self) -> None:
+        for request in list(self._items):
+            # Only if the loop was broken off: a drained engine is empty.
+            self._handle(self._engine.cancel(request.id))
+        self._replies.finish()
+        logger.info("krea2-srt: the engine has stopped: %s", self._engine.statistics())
+        self.receiver.close()
+        self.context.destroy(linger=1000)
