@@ -46,7 +46,7 @@ def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
                     "serve_engine",
                     model,
                     scratch,
-                    {"output_path": str(scratch), **_free_ports()},
+                    {"output_path": str(scratch), **free_ports()},
                     switch,
                 )
             )
@@ -145,7 +145,7 @@ def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
     size = ["--height", str(SIDE), "--width", str(SIDE)]
     ours = [str(scripts / "krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
     theirs = [str(scripts / "sglang"), "generate", "--model-path", str(model), *size]
-    for name, port in _free_ports().items():
+    for name, port in free_ports().items():
         theirs += [f"--{name.replace('_', '-')}", str(port)]
     return (
         [*ours, "--steps", str(STEPS), "--output", str(folder / "picture")],
@@ -174,7 +174,7 @@ def _answer(job: str, model: Path, scratch: Path) -> Message:
         return child.answer()
 
 
-def _free_ports() -> dict[str, int]:
+def free_ports() -> dict[str, int]:
     """Ports for one engine, under SGLang's names. It looks for its own at the start but binds them
     half a minute later, when another SGLang may have taken them.
     """

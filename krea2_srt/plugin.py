@@ -4,12 +4,17 @@ Registered under the entry-point group ``sglang.multimodal_gen.plugins``.
 """
 
 import logging
+import multiprocessing
 import os
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "KREA2_SRT"
 """Environment variable; ``off`` leaves SGLang's own Krea 2 in place."""
+
+_RUNTIME = "sglang.multimodal_gen.runtime"
+_WORKER = "sglang-diffusionWorker"
+"""How SGLang's scheduler processes are called."""
 
 
 def enabled() -> bool:
@@ -54,7 +59,22 @@ def register() -> None:
         overwrite=True,
     )
     HookRegistry.register(
-        "sglang.multimodal_gen.runtime.managers.scheduler.Scheduler",
-        Krea2Scheduler,
-        HookType.REPLACE,
+        f"{_RUNTIME}.managers.scheduler.Scheduler", Krea2Scheduler, HookType.REPLACE
     )
+    if not multiprocessing.current_process().name.startswith(_WORKER):
+        _register_http_hooks()
+
+
+def _register_http_hooks() -> None:
+    """For the process that clients talk to. A worker would import an HTTP server for them."""
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
+
+    from krea2_srt.sglang import disconnects, replicas, shutdown
+
+    for target, hook in (
+        ("entrypoints.http_server.create_app", disconnects.add_to_app),
+        ("entrypoints.http_server._backend_failure", replicas.backend_failure),
+        ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm),
+        ("scheduler_client.AsyncSchedulerClient.forward", replicas.forward),
+    ):
+        HookRegistry.register(f"{_RUNTIME}.{target}", hook, HookType.AROUND)

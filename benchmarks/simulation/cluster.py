@@ -8,10 +8,12 @@ from itertools import count
 import numpy as np
 
 from benchmarks.simulation.replica import Replica
+from benchmarks.simulation.routers import ROUTERS, Offer
 from benchmarks.simulation.schedulers import SLO_FACTOR, Scheduler, request_at_a_time
 from benchmarks.simulation.traces import Arrival, Job
 from krea2_srt.engine.cost import CostModel, roofline
-from krea2_srt.engine.lifecycle import State
+from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.statistics import Counters
 
 
@@ -45,23 +47,6 @@ def _alone_s(cost: CostModel, host_ms: float, job: Job) -> float:
     replica.submit("alone", job, 0.0)
     (_,) = replica.advance(float("inf"))
     return replica.clock.now
-
-
-Router = Callable[[Sequence[Replica], float, int], Replica]
-"""From the replicas, the time and the number of an arrival to the replica that gets it."""
-
-
-def round_robin(replicas: Sequence[Replica], time_s: float, number: int) -> Replica:
-    """One after the other: SGLang's."""
-    return replicas[number % len(replicas)]
-
-
-def least_work(replicas: Sequence[Replica], time_s: float, number: int) -> Replica:
-    """The replica with the least estimated work in it."""
-    return min(replicas, key=lambda replica: replica.backlog_ms(time_s))
-
-
-ROUTERS: dict[str, Router] = {"round-robin": round_robin, "least-work": least_work}
 
 
 @dataclass(frozen=True)
@@ -109,9 +94,13 @@ class Cluster:
         """Let time pass until an arrival, and send it to a replica."""
         self._advance(arrival.time_s)
         number, job = next(self._numbers), arrival.job
-        limit_s = SLO_FACTOR * self.hardware.alone_s(job) if self.scheduler.deadlines else None
-        replica = self._router(self.replicas, arrival.time_s, number)
-        replica.submit(str(number), job, arrival.time_s, limit_s)
+        alone_s = self.hardware.alone_s(job)
+        limit_s = SLO_FACTOR * alone_s if self.scheduler.deadlines else None
+        deadline = None if limit_s is None else arrival.time_s + limit_s
+        probe = Request("probe", (job.request,), 0, arrival.time_s, deadline)
+        probe.remaining_ms = alone_s * 1e3
+        offer = Offer(number, arrival.time_s, POLICIES[self.scheduler.config.policy](probe))
+        self._router(self.replicas, offer).submit(str(number), job, arrival.time_s, limit_s)
 
     def drain(self) -> None:
         """Let time pass until nothing is left."""

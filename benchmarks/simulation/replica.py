@@ -72,6 +72,19 @@ class CostExecutor:
         self.clock.now += (ms + self.host_ms) / 1e3
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A request as it was when a replica took it.
+
+    Attributes:
+        key: its place in the policy's order.
+        total_ms: estimated work.
+    """
+
+    key: float
+    total_ms: float
+
+
 class Replica:
     """One engine. What arrives while a turn runs is taken in when the turn is over.
 
@@ -85,6 +98,8 @@ class Replica:
         self.clock = VirtualClock()
         executor = CostExecutor(self.clock, cost, host_ms, config.max_turn_ms)
         self.engine = Engine(executor, cost, config, self.clock)
+        self.taken: dict[str, Taken] = {}
+        """What is in it, by id."""
 
     def submit(
         self, request_id: str, job: Job, time_s: float, limit_s: float | None = None
@@ -101,7 +116,8 @@ class Replica:
         clock.now = max(clock.now, time_s)
         if limit_s is not None:
             limit_s = max(0.0, limit_s - (clock.now - time_s))
-        self.engine.submit(request_id, [job.request], deadline_s=limit_s)
+        request = self.engine.submit(request_id, [job.request], deadline_s=limit_s)
+        self.taken[request_id] = Taken(request.key, request.remaining_ms)
 
     def advance(self, time_s: float) -> Iterator[Request]:
         """Begin all turns that begin before a time; yields requests as they end."""
@@ -111,8 +127,9 @@ class Replica:
                 raise RuntimeError("the engine holds requests but finds no work")
             for event in events:
                 if isinstance(event, Ended):
+                    del self.taken[event.request.id]
                     yield event.request
 
-    def backlog_ms(self, time_s: float) -> float:
-        """Work in it at a time up to which it has been advanced: estimated, and of its turn."""
-        return self.engine.outstanding_ms + max(0.0, self.clock.now - time_s) * 1e3
+    def turn_ms(self, time_s: float) -> float:
+        """What is left of its turn at a time up to which it has been advanced."""
+        return max(0.0, self.clock.now - time_s) * 1e3

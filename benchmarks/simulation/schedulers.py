@@ -21,7 +21,7 @@ class Scheduler:
 
     Attributes:
         name: in tables.
-        router: one of `cluster.ROUTERS`.
+        router: one of `routers.ROUTERS`.
         config: of every engine.
         deadlines: whether requests carry the SLO as their deadline; the engine gives up those
             that reach it.
@@ -83,7 +83,12 @@ def request_at_a_time(router: str) -> Scheduler:
     return Scheduler(f"baseline, {router}", router, config)
 
 
-def ours(name: str, router: str = "least-work") -> Scheduler:
-    """A policy of the engine by its name, with the SLO as deadline under edf; takes everything."""
-    config = replace(EngineConfig(), policy=name, max_queue_s=NEVER)
-    return Scheduler(name, router, config, deadlines=name == "edf")
+def ours(policy_name: str, router: str) -> Scheduler:
+    """A policy of the engine, which takes everything; under edf the SLO is the deadline."""
+    config = replace(EngineConfig(), policy=policy_name, max_queue_s=NEVER)
+    return Scheduler(f"{policy_name}, {router}", router, config, deadlines=policy_name == "edf")
+
+
+def due(router: str) -> Scheduler:
+    """Earliest due date first, were each request due when its SLO says; gives nothing up."""
+    return replace(ours("srpt", router), name=f"due, {router}", weights=(SLO_FACTOR, 0.0))

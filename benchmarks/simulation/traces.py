@@ -55,9 +55,7 @@ class Job:
     def request(self) -> ImageRequest:
         # The engine's estimate takes four bytes to a token.
         prompt = "word" * self.text_tokens
-        return ImageRequest(
-            prompt, self.width, self.height, self.steps, num_images=self.num_images
-        )
+        return ImageRequest(prompt, self.width, self.height, self.steps, num_images=self.num_images)
 
 
 @dataclass(frozen=True)

@@ -123,9 +123,7 @@ def estimated_ms(batch: Any) -> int:
 
 def _whole(batch: Any, field: str, default: int, *, most: int) -> int:
     value = getattr(batch, field, None)
-    if not isinstance(value, (int, float)) or value != value:
-        return default
-    return int(max(1, min(value, most)))
+    return int(max(1, min(value, most))) if isinstance(value, (int, float)) else default
 
 
 _replicas: WeakKeyDictionary[Any, Replicas] = WeakKeyDictionary()

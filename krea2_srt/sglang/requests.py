@@ -11,6 +11,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
 from krea2_srt.engine.request import MAX_SEED, MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
+from krea2_srt.sglang.messages import VERSION, RequestOptions
 from krea2_srt.sglang.options import HONOURED_FIELDS
 
 # Where our field has another name than SGLang's.
@@ -77,6 +78,20 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
             raise error.renamed(_SGLANG_FIELDS.get(error.field, error.field)) from None
         found += images
     return found
+
+
+def request_options(req: Req) -> RequestOptions:
+    """What a request carries for our scheduler.
+
+    Raises:
+        RequestError: it is not a `RequestOptions` of our version.
+    """
+    options = (req.extra or {}).get("krea2", RequestOptions())
+    if not isinstance(options, RequestOptions):
+        raise RequestError("krea2", f"must be RequestOptions, got {type(options).__name__}")
+    if options.version != VERSION:
+        raise RequestError("krea2", f"version must be {VERSION}, got {options.version}")
+    return options
 
 
 def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, Callable[[], list[int]]]]:

@@ -6,6 +6,7 @@ sent, metrics. For a model that our pipeline does not serve, the loop is SGLang'
 
 import gc
 import logging
+import os
 import signal
 from collections import deque
 from concurrent.futures import Future
@@ -31,13 +32,12 @@ from krea2_srt.sglang.messages import (
     VERSION,
     Cancel,
     GetStatistics,
-    RequestOptions,
     Subscribe,
 )
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
 from krea2_srt.sglang.replies import Item, ReplyThreads, engine_error, failed, finished
-from krea2_srt.sglang.requests import image_requests
+from krea2_srt.sglang.requests import image_requests, request_options
 
 logger = init_logger(__name__)
 
@@ -151,7 +151,7 @@ class Krea2Scheduler(Scheduler):
             self._reply(item, OutputBatch(error=error))
             return
         try:
-            options = item.reqs[0].extra.get("krea2", RequestOptions())
+            options = request_options(item.reqs[0])
             images = [image for req in item.reqs for image in image_requests(req, self._limits)]
             self.worker._validate_group_forward_reqs(list(item.reqs))
             request = self._engine.submit(
@@ -222,7 +222,8 @@ class Krea2Scheduler(Scheduler):
         return OutputBatch(output={"cancelled": len(requests)})
 
     def _statistics(self, _reqs: list[Any]) -> OutputBatch:
-        return OutputBatch(output=self._engine.statistics())
+        where = {"replica": self.dp_replica, "pid": os.getpid()}
+        return OutputBatch(output=where | self._engine.statistics())
 
     def _cancel_lost(self) -> None:
         lost = self.receiver.take_lost()

@@ -40,12 +40,13 @@ class Server:
 
     port: int
     log_file: Path
+    process: "subprocess.Popen[bytes]"
 
     @property
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
-    def post(self, **fields: object) -> tuple[int, dict | str]:
+    def post(self, timeout: float = 300, **fields: object) -> tuple[int, dict | str]:
         """POST /v1/images/generations; returns the status and the (JSON) body."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/images/generations",
@@ -53,7 +54,7 @@ class Server:
             {"content-type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -68,24 +69,21 @@ class Server:
         ]
 
 
-@pytest.fixture(scope="session")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """`sglang serve` with our runner in float32, merging up to four compatible requests."""
-    folder = tmp_path_factory.mktemp("serve")
-    running = Server(free_port(), folder / "log")
-    flags = ["--model-path", str(demo_model), "--host", "127.0.0.1", "--port", str(running.port)]
-    flags += ["--batching-max-size", "4", "--batching-delay-ms", "500", "--dit-precision", "fp32"]
-    flags += ["--vae-precision", "fp32", "--text-encoder-precisions", "fp32"]
+@contextlib.contextmanager
+def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """`sglang serve` with our runner in float32. It must end with exit code 0."""
+    port = free_port()
+    command = [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dit-precision", "fp32", "--vae-precision", "fp32"]
+    command += ["--text-encoder-precisions", "fp32", *flags]
+    log_file = folder / "log"
     with (
-        running.log_file.open("wb") as log,
+        log_file.open("wb") as log,
         subprocess.Popen(
-            [SGLANG, "serve", *flags],
-            cwd=folder,
-            env=environment("on"),
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            command, cwd=folder, env=environment("on"), stdout=log, stderr=subprocess.STDOUT
         ) as process,
     ):
+        running = Server(port, log_file, process)
         try:
             _wait_until_ready(running, process)
             yield running
@@ -95,6 +93,15 @@ def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+                raise
+    assert process.returncode == 0, running.log[-3000:]
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share."""
+    with serve(demo_model, tmp_path_factory.mktemp("serve")) as running:
+        yield running
 
 
 def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
@@ -108,6 +115,24 @@ def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
                     return
         time.sleep(0.5)
     raise TimeoutError(f"sglang serve is not ready:\n{server.log[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def make_req(demo_model: Path):
+    """Build a request the way SGLang's entry points do."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+    server_args = ServerArgs.from_kwargs(model_path=str(demo_model))
+
+    def make(**fields):
+        params = SamplingParams.from_user_sampling_params_args(
+            str(demo_model), server_args=server_args, **{"prompt": "x", **fields}
+        )
+        return prepare_request(server_args=server_args, sampling_params=params)
+
+    return make
 
 
 @dataclass

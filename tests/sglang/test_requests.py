@@ -1,30 +1,11 @@
 """From SGLang's requests to ours, on SGLang's real request objects."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import RequestError
-
-
-@pytest.fixture(scope="module")
-def make(demo_model: Path):
-    """Build a request the way SGLang's entry points do."""
-    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
-    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
-    from sglang.multimodal_gen.runtime.server_args import ServerArgs
-
-    server_args = ServerArgs.from_kwargs(model_path=str(demo_model))
-
-    def make(**fields):
-        params = SamplingParams.from_user_sampling_params_args(
-            str(demo_model), server_args=server_args, **{"prompt": "x", **fields}
-        )
-        return prepare_request(server_args=server_args, sampling_params=params)
-
-    return make
 
 
 def images(batch):
@@ -33,23 +14,23 @@ def images(batch):
     return image_requests(batch, RequestLimits())
 
 
-def test_fields_and_defaults(make):
-    (image,) = images(make())
+def test_fields_and_defaults(make_req):
+    (image,) = images(make_req())
     assert (image.width, image.height, image.steps, image.guidance) == (1024, 1024, 8, 0.0)
     fields = {"width": 512, "height": 256, "num_inference_steps": 4, "seed": 9}
-    (image,) = images(make(**fields, guidance_scale=4.5, negative_prompt="rain"))
+    (image,) = images(make_req(**fields, guidance_scale=4.5, negative_prompt="rain"))
     assert (image.width, image.height, image.steps, image.seed) == (512, 256, 4, 9)
     assert (image.guidance, image.negative_prompt) == (3.5, "rain")
 
 
-def test_n_images_are_n_requests_with_consecutive_seeds(make):
-    assert [image.seed for image in images(make(num_outputs_per_prompt=3, seed=5))] == [5, 6, 7]
-    listed = make(num_outputs_per_prompt=2, seed=[40, 2])
+def test_n_images_are_n_requests_with_consecutive_seeds(make_req):
+    assert [image.seed for image in images(make_req(num_outputs_per_prompt=3, seed=5))] == [5, 6, 7]
+    listed = make_req(num_outputs_per_prompt=2, seed=[40, 2])
     assert [image.seed for image in images(listed)] == [40, 2]
 
 
-def test_a_merged_request_keeps_each_ones_seeds(make):
-    batch = make(num_outputs_per_prompt=2, seed=1)
+def test_a_merged_request_keeps_each_ones_seeds(make_req):
+    batch = make_req(num_outputs_per_prompt=2, seed=1)
     batch.prompt = ["a", "b"]
     batch.extra["dynamic_batch_seeds"] = [10, 90]
     assert [(i.prompt, i.seed) for i in images(batch)] == [
@@ -73,8 +54,8 @@ def test_a_merged_request_keeps_each_ones_seeds(make):
         ("prompt", "\ud800"),
     ],
 )
-def test_a_bad_value_names_sglangs_field(make, field, value):
-    batch = make()
+def test_a_bad_value_names_sglangs_field(make_req, field, value):
+    batch = make_req()
     setattr(batch, field, value)
     with pytest.raises(RequestError) as error:
         images(batch)
@@ -101,24 +82,24 @@ def test_a_bad_value_names_sglangs_field(make, field, value):
         ("diffusers_kwargs", {"a": 1}),
     ],
 )
-def test_a_field_that_the_runner_does_not_implement_is_refused(make, field, value):
-    batch = make()
+def test_a_field_that_the_runner_does_not_implement_is_refused(make_req, field, value):
+    batch = make_req()
     setattr(batch.sampling_params, field, value)
     with pytest.raises(RequestError, match="KREA2_SRT=off") as error:
         images(batch)
     assert error.value.field == field
 
 
-def test_neutral_values_pass(make):
-    batch = make()
+def test_neutral_values_pass(make_req):
+    batch = make_req()
     batch.sampling_params.cfg_gate_step = 1.0
     batch.sampling_params.max_sequence_length = 512
     batch.sampling_params.diffusers_kwargs = {}
     assert images(batch)
 
 
-def test_a_bad_prompt_or_seed_does_not_fail_what_it_was_merged_with(make):
-    batch = make()
+def test_a_bad_prompt_or_seed_does_not_fail_what_it_was_merged_with(make_req):
+    batch = make_req()
     batch.prompt = ["good", "\ud800", "good"]
     batch.extra["dynamic_batch_seeds"] = [1, 2**70, 2**63 - 1]
     found = images(batch)
@@ -127,8 +108,8 @@ def test_a_bad_prompt_or_seed_does_not_fail_what_it_was_merged_with(make):
     assert found[2].seed == 2**63 - 1, "a good seed is left alone"
 
 
-def test_a_field_nobody_has_thought_of_is_refused(make):
-    batch = make()
+def test_a_field_nobody_has_thought_of_is_refused(make_req):
+    batch = make_req()
     params = batch.sampling_params
     extended = dataclasses.make_dataclass(
         "Extended", [("brand_new", int, 0)], bases=(type(params),)
@@ -142,7 +123,7 @@ def test_a_field_nobody_has_thought_of_is_refused(make):
 
 
 @pytest.mark.parametrize("quality", ["lossless", "high", "exact"])
-def test_our_quality_is_at_least_what_is_asked(make, quality):
-    batch = make()
+def test_our_quality_is_at_least_what_is_asked(make_req, quality):
+    batch = make_req()
     batch.sampling_params.quality = quality
     assert images(batch)

@@ -1,0 +1,99 @@
+"""The lab: runs simulations of one workload, each only once."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.simulation.cluster import Hardware, Result, simulate
+from benchmarks.simulation.schedulers import Scheduler
+from benchmarks.simulation.summary import Summary, summarise
+from benchmarks.simulation.traces import Arrival, Share, draw_trace
+
+TARGET = 0.95
+"""Part of the requests of every size class that must be in time."""
+
+STEP = 0.05
+GRID = tuple(round(STEP * i, 2) for i in range(1, 23))
+"""Loads at which the highest bearable one is looked for: up to 1.1."""
+
+
+@dataclass
+class Lab:
+    """A workload on some hardware.
+
+    Attributes:
+        hardware: the cluster.
+        mix: of jobs.
+        requests: of every simulation.
+        process: of arrivals; one of `traces.PROCESSES`.
+        simulations: run so far.
+    """
+
+    hardware: Hardware
+    mix: Sequence[Share]
+    requests: int
+    process: str = "poisson"
+    simulations: int = 0
+    _summaries: dict[tuple[object, ...], Summary] = field(default_factory=dict)
+    _last: tuple[tuple[object, ...], list[Arrival]] | None = None
+
+    def trace(self, load: float, seed: int, process: str | None = None) -> list[Arrival]:
+        """What arrives at a load: offered work / capacity."""
+        chosen = (load, seed, process or self.process)
+        if self._last is None or self._last[0] != chosen:
+
+            def rate(jobs: Sequence[object]) -> float:
+                return self.hardware.rate(jobs, load)  # type: ignore[arg-type]
+
+            trace = draw_trace(process or self.process, self.mix, self.requests, rate, seed)
+            self._last = chosen, trace
+        return self._last[1]
+
+    def result(
+        self, scheduler: Scheduler, load: float, seed: int, process: str | None = None
+    ) -> Result:
+        """Simulate, even if it has been done."""
+        self.simulations += 1
+        print(
+            f"simulation {self.simulations}: {scheduler.name}, load {load:.2f}, seed {seed}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return simulate(self.hardware, scheduler, self.trace(load, seed, process))
+
+    def run(
+        self, scheduler: Scheduler, load: float, seed: int, process: str | None = None
+    ) -> Summary:
+        """Simulate, or remember."""
+        config = tuple(vars(scheduler.config).values())
+        rest = {key: value for key, value in vars(scheduler).items() if key != "config"}
+        wanted = (*rest.values(), config, load, seed, process)
+        if wanted not in self._summaries:
+            self._summaries[wanted] = summarise(self.result(scheduler, load, seed, process))
+        return self._summaries[wanted]
+
+    def bears(self, scheduler: Scheduler, load: float, seed: int) -> bool:
+        """Whether every size class meets the target."""
+        return self.run(scheduler, load, seed).worst_attainment >= TARGET
+
+    def capacity(self, scheduler: Scheduler, seed: int, guess: float | None = None) -> float:
+        """The highest load of `GRID` that a scheduler bears, by bisection; 0 where none is.
+
+        Args:
+            scheduler: must bear less the higher the load.
+            seed: of the trace.
+            guess: near which to look first.
+        """
+        low, high = -1, len(GRID)
+        at = GRID.index(guess) if guess in GRID else None
+        while high - low > 1:
+            middle = (low + high) // 2 if at is None else at
+            if self.bears(scheduler, GRID[middle], seed):
+                low = middle
+            else:
+                high = middle
+            # Step away from the guess until it is passed; bisect from there on.
+            at = None if at is None else (low + 1 if low == middle else high - 1)
+            if at is not None and not low < at < high:
+                at = None
+        return GRID[low] if low >= 0 else 0.0

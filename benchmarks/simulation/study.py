@@ -1,0 +1,235 @@
+"""The study: which simulations answer what, and their answers as plain data."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.simulation.cluster import simulate
+from benchmarks.simulation.lab import TARGET, Lab
+from benchmarks.simulation.schedulers import (
+    SLO_FACTOR,
+    Scheduler,
+    due,
+    ours,
+    request_at_a_time,
+)
+from benchmarks.simulation.summary import WARM_UP, Summary, percentile, summarise
+from benchmarks.simulation.traces import PROCESSES, Arrival
+
+BASELINES = (request_at_a_time("round-robin"), request_at_a_time("least-work"))
+TODAY = ours("srpt", "total-work")
+PROPOSED = replace(ours("srpt", "work-ahead"), name="srpt (stretch 16), work-ahead", stretch=16.0)
+MAIN = (
+    *BASELINES,
+    ours("fcfs", "least-work"),
+    TODAY,
+    ours("srpt", "least-work"),
+    ours("edf", "least-work"),
+    PROPOSED,
+)
+"""These have curves over the load."""
+
+OTHERS = (
+    ours("srpt", "round-robin"),
+    due("least-work"),
+    due("work-ahead"),
+    ours("edf", "work-ahead"),
+    replace(ours("srpt", "total-ahead"), name="srpt (stretch 16), total-ahead", stretch=16.0),
+)
+HIGH = 0.95
+"""A load that shows what a scheduler does at its limit, beside the study's own."""
+
+MAX_LOSS = 0.1
+"""Of throughput, against the best, that a default policy may cost."""
+
+MIN_CAPACITY_RATIO = 1.8
+MAX_MISS_RATIO = 0.25
+"""Targets against request-at-a-time."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much to simulate.
+
+    Attributes:
+        load: at which policies are compared.
+        loads: of the curves.
+        seeds: of the traces in tables.
+        sensitivities: whether to vary parameters too, and how requests arrive.
+    """
+
+    load: float = 0.8
+    loads: Sequence[float] = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+    seeds: Sequence[int] = (0, 1, 2)
+    sensitivities: bool = True
+
+
+def study(lab: Lab, plan: Plan) -> dict[str, Any]:
+    """Run all of it."""
+    curves = {s.name: _curve(lab, s, plan) for s in MAIN}
+    capacity = {s.name: _capacities(lab, s, plan.seeds) for s in MAIN}
+    capacity |= {s.name: _capacities(lab, s, plan.seeds[:1]) for s in OTHERS}
+    table = {s.name: [lab.run(s, plan.load, seed) for seed in plan.seeds] for s in (*MAIN, *OTHERS)}
+    return {
+        "alone_s": _alone(table),
+        "curves": curves,
+        "capacity": capacity,
+        "table": {name: [s.as_dict() for s in found] for name, found in table.items()},
+        "claims": _claims(capacity, table),
+        "default": _default(table),
+        "latencies": {
+            s.name: _latencies(lab, s, plan) for s in (BASELINES[0], BASELINES[1], TODAY, PROPOSED)
+        },
+        "sensitivity": _sensitivity(lab, plan) if plan.sensitivities else [],
+        "arrivals": _arrivals(lab, plan) if plan.sensitivities else {},
+    }
+
+
+def replay(lab: Lab, trace: Sequence[Arrival]) -> dict[str, Any]:
+    """All schedulers on one given trace."""
+    found = {s.name: [summarise(simulate(lab.hardware, s, trace))] for s in (*MAIN, *OTHERS)}
+    return {
+        "alone_s": _alone(found),
+        "table": {name: [s.as_dict() for s in summaries] for name, summaries in found.items()},
+        "default": _default(found),
+    }
+
+
+def _curve(lab: Lab, scheduler: Scheduler, plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {"load": load, **lab.run(scheduler, load, plan.seeds[0]).as_dict()} for load in plan.loads
+    ]
+
+
+def _capacities(lab: Lab, scheduler: Scheduler, seeds: Sequence[int]) -> list[float]:
+    found: list[float] = []
+    for seed in seeds:
+        found.append(lab.capacity(scheduler, seed, found[0] if found else None))
+    return found
+
+
+def _alone(table: dict[str, list[Summary]]) -> dict[str, float]:
+    """Mean time alone by size class."""
+    summary = next(iter(table.values()))[0]
+    return {name: round(size.alone_s, 4) for name, size in summary.sizes.items()}
+
+
+def _claims(
+    capacity: dict[str, list[float]], table: dict[str, list[Summary]]
+) -> list[dict[str, Any]]:
+    """Every scheduler of ours against both baselines."""
+    claims = []
+    for name in capacity:
+        for base in (baseline.name for baseline in BASELINES):
+            if name in (baseline.name for baseline in BASELINES):
+                continue
+            pairs = zip(capacity[name], capacity[base], strict=False)
+            ratios = [ours / max(theirs, 0.01) for ours, theirs in pairs]
+            misses = [
+                ours.misses / max(theirs.misses, 1e-9)
+                for ours, theirs in zip(table[name], table[base], strict=True)
+            ]
+            claims.append(
+                {
+                    "scheduler": name,
+                    "baseline": base,
+                    "capacity_ratio": round(mean(ratios), 3),
+                    "capacity_met": mean(ratios) >= MIN_CAPACITY_RATIO,
+                    "miss_ratio": round(mean(misses), 4),
+                    "misses_met": mean(misses) <= MAX_MISS_RATIO,
+                }
+            )
+    return claims
+
+
+def _default(table: dict[str, list[Summary]]) -> str:
+    """The best goodput of those that lose little throughput."""
+
+    def of(name: str, figure: Callable[[Summary], float]) -> float:
+        return mean(figure(summary) for summary in table[name])
+
+    most = max(of(name, lambda s: s.images_per_s) for name in table)
+    good = [n for n in table if of(n, lambda s: s.images_per_s) >= (1 - MAX_LOSS) * most]
+    return max(good, key=lambda name: of(name, lambda s: s.goodput_per_s))
+
+
+def _latencies(lab: Lab, scheduler: Scheduler, plan: Plan) -> dict[str, list[float]]:
+    """By size class, the latencies that 1, 2, ... 99 percent do not exceed, in s."""
+    result = lab.result(scheduler, plan.load, plan.seeds[0])
+    first = int(WARM_UP * len(result.trace))
+    size_of = np.array([arrival.job.size for arrival in result.trace])[first:]
+    latency_s = result.latency_s[first:]
+    return {
+        size: [round(percentile(latency_s[size_of == size], q), 4) for q in range(1, 100)]
+        for size in lab.run(scheduler, plan.load, plan.seeds[0]).sizes
+    }
+
+
+def _sensitivity(lab: Lab, plan: Plan) -> list[dict[str, Any]]:
+    """One parameter at a time: around the proposed scheduler, and for the key around today's."""
+    seed = plan.seeds[0]
+    rows: list[dict[str, Any]] = []
+
+    def add(lab: Lab, name: str, value: object, scheduler: Scheduler, loads: Sequence[float]):
+        for load in loads:
+            summary = lab.run(scheduler, load, seed).as_dict()
+            rows.append(
+                {"parameter": name, "value": str(value), "router": scheduler.router, "load": load}
+                | summary
+            )
+
+    for stretch in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0):
+        for router in ("least-work", "work-ahead"):
+            scheduler = replace(PROPOSED, stretch=stretch, router=router)
+            loads = (plan.load, HIGH) if router == "work-ahead" else (plan.load,)
+            add(lab, "STRETCH", f"{stretch:g}", scheduler, loads)
+    for weights in ((SLO_FACTOR, 0.0), (SLO_FACTOR, 1.0), (2.0, 8.0), (16.0, 0.0)):
+        add(
+            lab,
+            "key: arrival + a total + b remaining",
+            f"a={weights[0]:g}, b={weights[1]:g}",
+            replace(PROPOSED, weights=weights),
+            (plan.load, HIGH),
+        )
+    for turn_ms in (50.0, 100.0, 200.0, 400.0):
+        config = replace(PROPOSED.config, max_turn_ms=turn_ms)
+        add(lab, "max_turn_ms", f"{turn_ms:g}", replace(PROPOSED, config=config), (plan.load,))
+    # Under the roofline nothing but the floor is shared by a pack, so packs gain nothing from
+    # the smallest size on. Here reading the weights is added to the arithmetic instead.
+    cost = lab.hardware.cost
+    added = replace(cost, launch=cost.launch + cost.floor, floor=0.0)
+    other = Lab(replace(lab.hardware, cost=added), lab.mix, lab.requests, lab.process)
+    for gain in (0.0, 0.1, 0.2, 0.4, 0.9):
+        scheduler = replace(PROPOSED, min_gain=gain)
+        add(other, "MIN_GAIN, weights read beside arithmetic", f"{gain:g}", scheduler, (HIGH,))
+    lab.simulations += other.simulations
+    return rows
+
+
+def _arrivals(lab: Lab, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Other ways to arrive, at the same load."""
+    return {
+        process: {
+            s.name: lab.run(s, plan.load, plan.seeds[0], process).as_dict()
+            for s in (*BASELINES, TODAY, PROPOSED)
+        }
+        for process in PROCESSES
+    }
+
+
+def settings(lab: Lab, plan: Plan) -> dict[str, Any]:
+    """All that the answers depend on, but the code."""
+    return {
+        "replicas": lab.hardware.replicas,
+        "host_ms": lab.hardware.host_ms,
+        "cost": asdict(lab.hardware.cost),
+        "mix": [asdict(share) for share in lab.mix],
+        "process": lab.process,
+        "requests": lab.requests,
+        "slo_factor": SLO_FACTOR,
+        "target": TARGET,
+        **asdict(plan),
+    }

@@ -1,0 +1,396 @@
+"""A model of a device: the same contract as a model runner's, on a clock that only work moves.
+
+It checks what it is told as strictly as it can. The engine catches what an executor raises, so a
+breach of the contract is also kept in `violations`, which `Harness` looks at after every call.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import CostModel, roofline
+from krea2_srt.engine.engine import Engine
+from krea2_srt.engine.events import Ended, Event
+from krea2_srt.engine.lifecycle import Request, Sequence, State
+from krea2_srt.engine.request import ImageRequest
+from krea2_srt.engine.work import PackStep
+from krea2_srt.errors import OutOfMemoryError, QueueFullError
+
+H200 = roofline()
+
+
+class VirtualClock:
+    """Seconds that pass when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, ms: float) -> None:
+        self.now += ms / 1e3
+
+
+class ContractViolation(AssertionError):
+    """The engine asked for something that no executor could do."""
+
+
+class DeviceError(Exception):
+    """A foreign failure, as from CUDA."""
+
+
+class Ran(NamedTuple):
+    """A unit of work that the fake was asked for; times in seconds."""
+
+    kind: str
+    sequences: tuple[Sequence, ...]
+    blocks: range
+    start: float
+    end: float
+    failed: bool
+
+    @property
+    def ms(self) -> float:
+        return (self.end - self.start) * 1e3
+
+    @property
+    def requests(self) -> list[str]:
+        return list(dict.fromkeys(sequence.request.id for sequence in self.sequences))
+
+
+@dataclass(eq=False)
+class FakeExecutor:
+    """Does nothing, in the time that the cost model says.
+
+    Attributes:
+        decodes_aside: decodes take no time of the device; `decode` returns True when enough time
+            has passed since it was first called.
+        decode_slices: calls of `decode` that a sequence takes, where they are not aside.
+        text_tokens: true length of every prompt; None keeps the estimates.
+        slowdown: how many times as long as the cost model says everything takes.
+        memory_tokens: most tokens of a forward and of the held steps beside it.
+        poisoned: any forward with one of these raises.
+        non_finite: these come back as no longer finite.
+        unencodable: encoding one of these raises.
+        undecodable: decoding one of these raises.
+        ran: all work in order.
+    """
+
+    cost: CostModel
+    clock: VirtualClock
+    decodes_aside: bool = False
+    decode_slices: int = 1
+    text_tokens: int | None = None
+    slowdown: float = 1.0
+    memory_tokens: int | None = None
+    poisoned: set[Sequence] = field(default_factory=set)
+    non_finite: set[Sequence] = field(default_factory=set)
+    unencodable: set[Request] = field(default_factory=set)
+    undecodable: set[Sequence] = field(default_factory=set)
+    ran: list[Ran] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._steps_done: dict[Sequence, int] = {}
+        self._slices: dict[PackStep, int] = {}
+        self._failed_step: PackStep | None = None
+        self._void: set[PackStep] = set()
+        self._decodes: dict[Sequence, float] = {}
+        self._decoded: set[Sequence] = set()
+        self._released: set[Sequence] = set()
+
+    @property
+    def held(self) -> list[PackStep]:
+        return list(self._slices)
+
+    @property
+    def empty(self) -> bool:
+        return not (self._steps_done or self._slices or self._decodes or self._decoded)
+
+    @property
+    def next_decode(self) -> float | None:
+        """When the first decode aside is ready."""
+        return min(self._decodes.values(), default=None) if self.decodes_aside else None
+
+    def encode(self, requests: Collection[Request]) -> None:
+        self._require(len(requests) > 0, "encode of nothing")
+        self._require(len(set(requests)) == len(requests), "encode of a request twice")
+        sequences = tuple(s for request in requests for s in request.sequences)
+        for sequence in sequences:
+            self._require(sequence.state is State.ENCODING, "encode in another state", sequence)
+            self._require(sequence not in self._steps_done, "encoded already", sequence)
+            self._require(sequence not in self._released, "encode after release", sequence)
+        lanes = {
+            prompt: self._lane(tokens - sequence.image.image_tokens)
+            for sequence in sequences
+            for prompt, tokens in zip(_prompts(sequence), sequence.tokens, strict=True)
+        }
+        fails = any(request in self.unencodable for request in requests)
+        with self._running("encode", sequences, self.cost.encode(sum(lanes.values())), fails):
+            self._allocate(sum(lanes.values()))
+        for sequence in sequences:
+            self._steps_done[sequence] = 0
+            sequence.tokens = tuple(
+                lanes[prompt] + sequence.image.image_tokens for prompt in _prompts(sequence)
+            )
+
+    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+        self._require(len(step.sequences) > 0, "step of nothing")
+        self._require(len(set(step.sequences)) == len(step.sequences), "sequence twice in a pack")
+        self._require(step not in self._void, "step after it was dropped or done")
+        for sequence in step.sequences:
+            self._require(sequence not in self._released, "step after release", sequence)
+            self._require(sequence in self._steps_done, "step before encode", sequence)
+            self._require(sequence.state is State.DENOISING, "step in another state", sequence)
+            done = self._steps_done[sequence]
+            self._require(sequence.step == done < sequence.image.steps, "wrong step", sequence)
+            for other in self._slices:
+                self._require(
+                    other is step or sequence not in other.sequences, "in two packs", sequence
+                )
+        self._require(step.total_blocks == self.cost.blocks, "another model's blocks")
+        self._require(blocks.step == 1 and len(blocks) > 0, f"odd slice {blocks}")
+        self._require(blocks.start == self._slices.get(step, 0), f"{blocks} is not next")
+        self._require(blocks.stop <= step.total_blocks, f"{blocks} does not exist")
+
+        lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
+        ms = self.cost.step(lanes) * len(blocks) / step.total_blocks
+        fails = any(sequence in self.poisoned for sequence in step.sequences)
+        self._failed_step = step
+        with self._running("step", step.sequences, ms, fails, blocks):
+            self._allocate(step.tokens, step)
+        self._failed_step = None
+        if blocks.stop < step.total_blocks:
+            self._slices[step] = blocks.stop
+            return ()
+        self._slices.pop(step, None)
+        self._void.add(step)
+        for sequence in step.sequences:
+            self._steps_done[sequence] += 1
+        return [sequence for sequence in step.sequences if sequence in self.non_finite]
+
+    def drop_step(self, step: PackStep) -> None:
+        known = step in self._slices or step is self._failed_step
+        self._require(known, "drop of a step that is not there")
+        self._require(step not in self._void, "drop of a step that is done")
+        self._slices.pop(step, None)
+        self._void.add(step)
+
+    def decode(self, sequence: Sequence) -> bool:
+        self._require(sequence not in self._released, "decode after release", sequence)
+        self._require(sequence.state is State.DECODING, "decode in another state", sequence)
+        self._require(sequence not in self._decoded, "decode after the last slice", sequence)
+        done = self._steps_done.get(sequence)
+        self._require(done == sequence.image.steps, "decode of an unfinished sequence", sequence)
+        ms = self.cost.decode(sequence.image.width * sequence.image.height)
+        fails = sequence in self.undecodable
+        if self.decodes_aside:
+            ready = self._decodes.setdefault(sequence, self.clock.now + ms / 1e3)
+            if fails:
+                del self._decodes[sequence]
+                raise DeviceError("decode")
+            finished = ready <= self.clock.now
+        else:
+            with self._running("decode", (sequence,), ms / self.decode_slices, fails):
+                self._allocate(sequence.image.image_tokens)
+            self._decodes[sequence] = self._decodes.get(sequence, 0) + 1
+            finished = self._decodes[sequence] == self.decode_slices
+        if finished:
+            del self._decodes[sequence]
+            self._decoded.add(sequence)
+        return finished
+
+    def release(self, sequence: Sequence) -> None:
+        self._require(sequence.state.ended, "release of what has not ended", sequence)
+        self._require(sequence not in self._released, "release twice", sequence)
+        for step in self._slices:
+            self._require(sequence not in step.sequences, "release within a held step", sequence)
+        self._released.add(sequence)
+        self._steps_done.pop(sequence, None)
+        self._decodes.pop(sequence, None)
+        self._decoded.discard(sequence)
+
+    def _lane(self, estimate: int) -> int:
+        return estimate if self.text_tokens is None else self.text_tokens
+
+    def _allocate(self, tokens: int, own: PackStep | None = None) -> None:
+        held = sum(step.tokens for step in self._slices if step is not own)
+        if self.memory_tokens is not None and tokens + held > self.memory_tokens:
+            raise OutOfMemoryError(f"{tokens} tokens and {held} held > {self.memory_tokens}")
+
+    def _running(
+        self,
+        kind: str,
+        sequences: tuple[Sequence, ...],
+        ms: float,
+        fails: bool,
+        blocks: range = range(0),
+    ) -> "_Running":
+        return _Running(self, kind, sequences, blocks, ms * self.slowdown, fails)
+
+    def _require(self, holds: bool, what: str, sequence: Sequence | None = None) -> None:
+        if not holds:
+            where = f": {sequence.request.id}/{sequence.index}" if sequence else ""
+            self.violations.append(what + where)
+            raise ContractViolation(what + where)
+
+
+@dataclass
+class _Running:
+    """Lets time pass and records the work, also when it fails."""
+
+    executor: FakeExecutor
+    kind: str
+    sequences: tuple[Sequence, ...]
+    blocks: range
+    ms: float
+    fails: bool
+
+    def __enter__(self) -> None:
+        self.start = self.executor.clock.now
+        self.executor.clock.advance(self.ms)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = self.fails or kind is not None
+        end = self.executor.clock.now
+        self.executor.ran.append(
+            Ran(self.kind, self.sequences, self.blocks, self.start, end, failed)
+        )
+        if self.fails and kind is None:
+            raise DeviceError(self.kind)
+
+
+def _prompts(sequence: Sequence) -> list[str]:
+    image = sequence.image
+    return [image.prompt, image.negative_prompt][: len(sequence.tokens)]
+
+
+def image(size: int | tuple[int, int] = 256, steps: int = 8, **fields: Any) -> ImageRequest:
+    """An image of a size in pixels; its prompt is about 64 tokens long."""
+    width, height = (size, size) if isinstance(size, int) else size
+    fields = {"prompt": "a" * 236} | fields
+    return ImageRequest(width=width, height=height, steps=steps, **fields)
+
+
+class Arrival(NamedTuple):
+    """A request to come: seconds, and the arguments of `Harness.submit`."""
+
+    time: float
+    arguments: dict[str, Any]
+
+
+class Harness:
+    """An engine on a fake device, whose every call is checked.
+
+    Attributes:
+        events: all there were.
+        ended: requests that ended, by id.
+        ended_at: when, in seconds.
+        all: every request that was taken.
+        refused: arrivals for which the queue was full.
+    """
+
+    def __init__(
+        self, config: EngineConfig | None = None, cost: CostModel = H200, **fake: Any
+    ) -> None:
+        self.clock = VirtualClock()
+        self.executor = FakeExecutor(cost, self.clock, **fake)
+        self.engine = Engine(self.executor, cost, config, self.clock)
+        self.events: list[Event] = []
+        self.ended: dict[str, Request] = {}
+        self.ended_at: dict[str, float] = {}
+        self.all: list[Request] = []
+        self.refused = 0
+
+    @property
+    def scheduler(self) -> Any:
+        return self.engine._scheduler
+
+    @property
+    def ran(self) -> list[Ran]:
+        return self.executor.ran
+
+    def steps(self, request: Request | None = None) -> list[Ran]:
+        """Steps and slices that ran, of one request or of all."""
+        return [
+            r for r in self.ran if r.kind == "step" and (not request or request.id in r.requests)
+        ]
+
+    def submit(
+        self,
+        size: int | tuple[int, int] = 256,
+        steps: int = 8,
+        *,
+        request_id: str | None = None,
+        images: list[ImageRequest] | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        **fields: Any,
+    ) -> Request:
+        images = images or [image(size, steps, **fields)]
+        request_id = request_id or f"r{len(self.all)}"
+        request = self.engine.submit(request_id, images, priority, deadline_s)
+        self.all.append(request)
+        return request
+
+    def cancel(self, request: Request) -> None:
+        self._take(self.engine.cancel(request.id))
+
+    def turn(self) -> bool:
+        """One turn; returns whether there was anything to do."""
+        events = self.engine.turn()
+        self._take(events or [])
+        return events is not None
+
+    def turns(self, number: int) -> None:
+        for _ in range(number):
+            self.turn()
+
+    def run(self, arrivals: Iterable[Arrival] = (), until: float = float("inf")) -> None:
+        """Take requests in as they come, and turn until nothing is left, or until a time."""
+        coming = sorted(arrivals, key=lambda arrival: arrival.time)[::-1]
+        while self.clock.now < until:
+            while coming and coming[-1].time <= self.clock.now:
+                try:
+                    self.submit(**coming.pop().arguments)
+                except QueueFullError:
+                    self.refused += 1
+            if self.turn():
+                continue
+            wake = [coming[-1].time] if coming else []
+            if self.executor.next_decode is not None:
+                wake.append(self.executor.next_decode)
+            if not wake:
+                assert self.engine.idle, "nothing to do, and yet requests in the engine"
+                return
+            self.clock.now = max(self.clock.now, min(wake))
+
+    def run_until(self, request: Request) -> None:
+        """Turn until a request has ended."""
+        while not request.ended:
+            assert self.turn(), f"{request.id} never ends"
+
+    def latency(self, request: Request) -> float:
+        return self.ended_at[request.id] - request.arrival
+
+    def check_empty(self) -> None:
+        """Nothing is left anywhere of requests that have all ended."""
+        statistics = self.engine.statistics()
+        assert self.engine.idle
+        assert not self.engine.decoding_aside
+        assert self.executor.empty
+        left = ("requests", "waiting", "active_sequences", "held_steps", "outstanding_s")
+        assert {name: statistics[name] for name in left} == dict.fromkeys(left, 0)
+        assert sorted(self.ended) == sorted(request.id for request in self.all)
+        assert all(s.state.ended for request in self.all for s in request.sequences)
+
+    def _take(self, events: list[Event]) -> None:
+        assert not self.executor.violations
+        self.events += events
+        for event in events:
+            if isinstance(event, Ended):
+                assert event.request.id not in self.ended, "ended twice"
+                self.ended[event.request.id] = event.request
+                self.ended_at[event.request.id] = self.clock.now

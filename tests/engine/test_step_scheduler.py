@@ -1,0 +1,437 @@
+import pytest
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import CostModel
+from krea2_srt.engine.lifecycle import State
+from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER, MIN_GAIN
+from krea2_srt.engine.work import Encode, PackStep
+from tests.engine.fakes import H200, Harness, Ran, image
+
+ROOMY = CostModel(floor=0, launch=20, per_token=0.001, per_square=0, encode_per_token=0.001)
+"""A machine where a pack takes about as long as one sequence."""
+
+T256, T2048 = 256 + 64, 128 * 128 + 64
+
+
+def order(harness: Harness) -> list[str]:
+    """Requests in the order in which they ended."""
+    return list(harness.ended)
+
+
+def pack_sizes(harness: Harness) -> list[int]:
+    return [len(ran.sequences) for ran in harness.steps()]
+
+
+# The order.
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("fcfs", ["large", "medium", "small"]),
+        ("srpt", ["small", "medium", "large"]),
+        ("edf", ["medium", "large", "small"]),
+    ],
+)
+def test_the_policy_orders_requests(policy, expected):
+    harness = Harness(EngineConfig(policy=policy))
+    harness.submit(1024, request_id="large", deadline_s=20)
+    harness.clock.advance(1)
+    harness.submit(512, request_id="medium", deadline_s=10)
+    harness.clock.advance(1)
+    harness.submit(256, request_id="small", deadline_s=30)
+    harness.run()
+    assert order(harness) == expected
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "srpt", "edf"])
+def test_priority_goes_before_the_policy(policy):
+    harness = Harness(EngineConfig(policy=policy))
+    harness.submit(256, request_id="small")
+    harness.submit(1024, request_id="large", priority=2)
+    harness.run()
+    assert order(harness) == ["large", "small"]
+
+
+def test_requests_of_equal_urgency_keep_the_order_of_their_arrival():
+    harness = Harness(cost=H200)
+    for _ in range(5):
+        harness.submit(512)
+    harness.run()
+    assert order(harness) == [f"r{i}" for i in range(5)]
+
+
+def test_the_most_urgent_request_is_decoded_before_others_step():
+    harness = Harness()
+    first = harness.submit(256, steps=1)
+    harness.submit(256, steps=1)
+    harness.run_until(first)
+    assert [(ran.kind, ran.requests) for ran in harness.ran] == [
+        ("encode", ["r0", "r1"]),
+        ("step", ["r0"]),
+        ("decode", ["r0"]),
+    ]
+
+
+def test_decodes_aside_let_others_step_at_once():
+    harness = Harness(decodes_aside=True)
+    harness.submit(2048, steps=1)
+    harness.turn()
+    other = harness.submit(256, steps=2)
+    harness.run()
+    assert {ran.kind for ran in harness.ran} == {"encode", "step"}
+    starts = [ran.start for ran in harness.steps(other)]
+    assert starts[1] == pytest.approx(starts[0] + H200.step([T256]) / 1e3)
+    harness.check_empty()
+
+
+def test_a_sequence_that_is_decoded_aside_does_not_keep_a_waiting_request_from_the_device():
+    harness = Harness(decodes_aside=True)
+    first = harness.submit(2048, steps=1)
+    harness.turns(5)
+    assert first.sequences[0].state is State.DECODING
+    other = harness.submit(1024)
+    assert harness.turn()
+    assert other.state is State.DENOISING
+    harness.run()
+    harness.check_empty()
+
+
+# Packs.
+
+
+def test_a_pack_takes_sequences_of_any_size_and_step():
+    harness = Harness(cost=ROOMY)
+    harness.submit(512, steps=8)
+    harness.turns(4)
+    harness.submit((256, 1024), steps=3, guidance=3.0)
+    harness.submit((64, 16), steps=4)
+    harness.turns(2)
+    together = harness.ran[-1]
+    assert sorted(together.requests) == ["r0", "r1", "r2"]
+    assert {s.request.id: s.step for s in together.sequences} == {"r0": 4, "r1": 1, "r2": 1}
+
+
+def test_a_pack_holds_at_most_the_budget_of_tokens():
+    harness = Harness(EngineConfig(max_pack_tokens=10 * T256 + 5), ROOMY)
+    harness.submit(256, num_images=24)
+    harness.turns(2)
+    assert pack_sizes(harness) == [10]
+    smaller = harness.submit(16, steps=2, prompt="")
+    harness.run_until(smaller)
+    fit = harness.steps(smaller)[-1]
+    assert fit.sequences[0] is smaller.sequences[0]
+    assert sum(sum(s.tokens) for s in fit.sequences) <= 10 * T256 + 5
+    harness.run()
+    assert max(pack_sizes(harness)) <= 11
+
+
+def test_a_sequence_that_does_not_fit_makes_room_for_a_smaller_one_behind_it():
+    harness = Harness(EngineConfig(max_pack_tokens=2 * T256, policy="fcfs"), ROOMY)
+    for size in (256, 512, 256):
+        harness.submit(size)
+    harness.turns(2)
+    assert harness.ran[-1].requests == ["r0", "r2"]
+
+
+def test_a_sequence_above_the_budget_runs_alone():
+    harness = Harness(EngineConfig(max_pack_tokens=T256), ROOMY)
+    harness.submit(1024, num_images=2)
+    harness.run()
+    assert set(pack_sizes(harness)) == {1}
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_a_pack_holds_at_most_so_many_sequences(most):
+    harness = Harness(EngineConfig(max_pack_sequences=most), ROOMY)
+    harness.submit(256, num_images=3 * most - 1)
+    harness.run()
+    assert pack_sizes(harness)[:16] == [most] * 16
+    assert max(pack_sizes(harness)) == most
+
+
+def test_a_pack_takes_at_most_a_turn():
+    cost = CostModel(floor=0, launch=50, per_token=0.1, per_square=0)
+    harness = Harness(EngineConfig(max_turn_ms=200), cost)
+    harness.submit(256, num_images=12)
+    harness.run()
+    assert max(pack_sizes(harness)) == int(150 / (0.1 * T256))
+    assert max(ran.ms for ran in harness.ran) <= 200
+
+
+@pytest.mark.parametrize("share", [MIN_GAIN - 0.02, MIN_GAIN + 0.02])
+def test_sequences_share_a_forward_only_for_a_gain(share):
+    """What company saves is the launch: that share of a step of one sequence alone."""
+    cost = CostModel(floor=0, launch=share * T256, per_token=1 - share, per_square=0)
+    harness = Harness(EngineConfig(max_turn_ms=10000), cost)
+    harness.submit(256, num_images=4)
+    harness.turns(2)
+    assert pack_sizes(harness) == [4 if share > MIN_GAIN else 1]
+
+
+def test_the_floor_of_reading_the_weights_is_shared():
+    harness = Harness()
+    harness.submit(64, num_images=8, prompt="")
+    harness.run()
+    assert set(pack_sizes(harness)) == {8}
+    assert all(ran.ms == pytest.approx(24.3 / 4.3) for ran in harness.steps())
+
+
+def test_a_newcomer_of_the_same_size_joins_the_pack_that_is_under_way():
+    """Where company is nearly free: waiting for the first to finish would double its latency."""
+    harness = Harness(cost=ROOMY)
+    first = harness.submit(256)
+    harness.turns(4)
+    second = harness.submit(256)
+    harness.run()
+    assert any(first.id in ran.requests for ran in harness.steps(second))
+    assert harness.latency(second) <= 1.3 * harness.latency(first)
+
+
+def test_images_of_one_request_may_be_at_different_steps():
+    harness = Harness()
+    request = harness.submit(1024, num_images=2)
+    harness.turns(4)
+    assert [sequence.step for sequence in request.sequences] == [3, 0]
+    harness.run()
+    assert [(ran.kind, ran.sequences[0].index) for ran in harness.ran[1:]] == [
+        *[("step", 0)] * 8,
+        ("decode", 0),
+        *[("step", 1)] * 8,
+        ("decode", 1),
+    ]
+    harness.check_empty()
+
+
+def test_a_request_with_images_of_several_sizes_and_steps_ends_when_all_are_done():
+    harness = Harness()
+    request = harness.submit(images=[image(512, 4), image(64, 9, num_images=2), image(1024, 1)])
+    harness.run()
+    assert [sequence.step for sequence in request.sequences] == [4, 9, 9, 1]
+    assert all(sequence.state is State.DONE for sequence in request.sequences)
+    assert harness.engine.counters.sequences_done == 4
+    harness.check_empty()
+
+
+# Slices.
+
+
+def slices(harness: Harness, request) -> list[range]:
+    return [ran.blocks for ran in harness.steps(request)]
+
+
+def test_a_large_step_is_cut_into_slices_that_fit_into_a_turn():
+    harness = Harness()
+    harness.submit(2048, steps=2)
+    harness.run()
+    one_step = [range(7), range(7, 14), range(14, 21), range(21, 28)]
+    assert [ran.blocks for ran in harness.steps()] == one_step * 2
+    assert all(ran.ms <= 200 for ran in harness.ran)
+    assert sum(ran.ms for ran in harness.steps()) == pytest.approx(2 * H200.step([T2048]))
+    assert harness.engine.counters.steps == harness.engine.counters.packs == 2
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("max_turn_ms", [20.0, 30.0, 77.0, 150.0, 400.0, 800.0])
+@pytest.mark.parametrize("size", [512, 1024, 2048])
+def test_no_unit_of_work_is_planned_above_the_turn(max_turn_ms, size):
+    harness = Harness(EngineConfig(max_turn_ms=max_turn_ms), decode_slices=8)
+    harness.submit(size, steps=2, num_images=3, guidance=2.0)
+    harness.submit(512, steps=2)
+    harness.run()
+    for ran in harness.ran:
+        assert ran.ms <= max_turn_ms * (1 + 1e-9) or (ran.kind == "step" and len(ran.blocks) == 1)
+    harness.check_empty()
+
+
+def test_one_block_is_the_smallest_slice():
+    harness = Harness(EngineConfig(max_turn_ms=1.0))
+    harness.submit(1024, steps=1)
+    harness.run()
+    assert slices(harness, harness.all[0]) == [range(i, i + 1) for i in range(28)]
+
+
+def test_a_small_request_runs_between_slices_and_the_held_step_goes_on_where_it_was():
+    harness = Harness()
+    big = harness.submit(2048, steps=2)
+    harness.turns(3)
+    assert slices(harness, big) == [range(7), range(7, 14)]
+    held = harness.executor.held
+    small = harness.submit(256)
+    harness.run_until(small)
+    assert slices(harness, big) == [range(7), range(7, 14)]
+    assert harness.executor.held == held
+    harness.turn()
+    assert slices(harness, big)[2:] == [range(14, 21)]
+    harness.run()
+    assert len(slices(harness, big)) == 8
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_at_most_so_many_steps_are_held(most):
+    harness = Harness(EngineConfig(max_held_steps=most))
+    held: set[int] = set()
+    # Each is smaller than those before, so it comes first and leaves their steps held.
+    for steps in (9, 7, 5, 3, 1):
+        harness.submit(2048, steps=steps)
+        for _ in range(3):
+            harness.turn()
+            held.add(len(harness.executor.held))
+            assert harness.engine.statistics()["held_steps"] == len(harness.executor.held)
+    while harness.turn():
+        held.add(len(harness.executor.held))
+    assert held == set(range(most + 1))
+    harness.check_empty()
+
+
+def test_a_cancelled_request_drops_its_held_step_and_no_other():
+    harness = Harness()
+    first = harness.submit(2048, steps=8)
+    harness.turns(2)
+    second = harness.submit(2048, steps=2)
+    harness.turns(2)
+    held = harness.executor.held
+    assert [step.sequences[0].request for step in held] == [first, second]
+    harness.cancel(second)
+    assert harness.executor.held == held[:1]
+    assert second.state is State.CANCELLED
+    harness.run()
+    assert slices(harness, first) == [range(b, b + 7) for b in (0, 7, 14, 21)] * 8
+    harness.check_empty()
+
+
+# From waiting to active.
+
+
+def test_prompts_of_requests_that_wait_together_are_encoded_together():
+    harness = Harness()
+    for _ in range(MAX_ENCODED_TOGETHER + 3):
+        harness.submit(64)
+    harness.run()
+    encodes = [len(ran.requests) for ran in harness.ran if ran.kind == "encode"]
+    assert encodes == [MAX_ENCODED_TOGETHER, 3]
+
+
+def test_prompts_are_encoded_together_as_far_as_a_turn_goes():
+    cost = CostModel(floor=1, launch=0, per_token=0, per_square=0, encode_per_token=1.0)
+    harness = Harness(EngineConfig(max_turn_ms=200), cost)
+    for _ in range(7):
+        harness.submit(64)
+    harness.submit(64, prompt="a" * 4 * 300)
+    harness.run()
+    encodes = [(len(ran.requests), ran.ms) for ran in harness.ran if ran.kind == "encode"]
+    assert [number for number, _ in encodes] == [3, 3, 1, 1]
+    assert [ms for _, ms in encodes[:3]] == pytest.approx([64, 64, 64])
+
+
+def test_only_requests_more_urgent_than_the_running_ones_are_encoded_with_the_first():
+    harness = Harness()
+    harness.submit(1024)
+    harness.turns(2)
+    for size in (512, 2048, 256, 1536):
+        harness.submit(size)
+    harness.turn()
+    assert harness.ran[-1].requests == ["r3", "r1"]
+
+
+def test_at_most_so_many_sequences_are_active():
+    harness = Harness(EngineConfig(max_active_sequences=6), ROOMY)
+    for number in (2, 3, 4, 1, 6, 2):
+        harness.submit(256, num_images=number)
+    most = 0
+    while harness.turn():
+        active = [s for r in harness.all if not r.ended for s in r.sequences]
+        number = sum(s.state is not State.WAITING for s in active)
+        assert number == harness.engine.statistics()["active_sequences"] <= 6
+        most = max(most, number)
+    assert most == 6
+    harness.check_empty()
+
+
+def test_a_request_with_more_images_than_may_be_active_runs_by_itself():
+    harness = Harness(EngineConfig(max_active_sequences=4), ROOMY)
+    harness.submit(256, num_images=3)
+    harness.submit(64, num_images=9)
+    harness.submit(256)
+    while harness.turn():
+        number = harness.engine.statistics()["active_sequences"]
+        assert number <= 4 or number == 9
+    harness.check_empty()
+
+
+def test_a_small_request_is_not_kept_out_by_images_that_have_not_begun():
+    """`max_active_sequences` counts latents; images that wait for their first step need not hold
+    places that a more urgent request could use."""
+    harness = Harness()
+    for _ in range(4):
+        harness.submit(512, num_images=64)
+    harness.turns(5)
+    small = harness.submit(256)
+    harness.run_until(small)
+    assert harness.latency(small) < 1.0
+
+
+def test_the_heap_of_waiting_requests_does_not_grow_by_cancelled_ones():
+    harness = Harness(EngineConfig(max_queue_s=1e9))
+    kept = [harness.submit(2048) for _ in range(20)]
+    harness.turns(2)
+    for _ in range(50):
+        for request in [harness.submit(2048) for _ in range(100)]:
+            harness.cancel(request)
+            waiting = harness.engine.statistics()["waiting"]
+            assert len(harness.scheduler._waiting) <= 2 * waiting + 64
+    assert harness.engine.statistics()["waiting"] == 12
+    assert all(not request.ended for request in kept)
+    for request in kept:
+        harness.cancel(request)
+    harness.run()
+    harness.check_empty()
+
+
+def test_deadlines_of_requests_that_have_ended_are_forgotten():
+    harness = Harness()
+    for _ in range(500):
+        harness.cancel(harness.submit(256, deadline_s=3600))
+    harness.turn()
+    assert not harness.engine._deadlines
+
+
+# Looking ahead.
+
+
+def test_asking_for_the_next_work_changes_nothing():
+    harness = Harness()
+    harness.submit(2048, steps=2)
+    harness.submit(256, steps=2)
+    kinds: list[type] = []
+    while not harness.engine.idle:
+        ahead = [harness.engine.next_work() for _ in range(3)]
+        assert ahead[0] is not None
+        kinds.append(type(ahead[0]))
+        assert all(type(work) is kinds[-1] for work in ahead)
+        assert harness.turn()
+        ran: Ran = harness.ran[-1]
+        if isinstance(ahead[0], Encode):
+            assert [request.id for request in ahead[0].requests] == ran.requests
+        elif isinstance(ahead[0], PackStep):
+            assert ahead[0].sequences == ran.sequences
+        else:
+            assert (ahead[0].sequence,) == ran.sequences
+        assert len(kinds) < 100
+    assert harness.engine.next_work() is None
+    assert len(set(kinds)) == 3
+    harness.check_empty()
+
+
+def test_the_true_length_of_a_prompt_replaces_the_estimate():
+    harness = Harness(text_tokens=300)
+    request = harness.submit(256)
+    estimated = harness.engine.outstanding_ms
+    harness.turn()
+    assert request.sequences[0].tokens == (556,)
+    assert harness.engine.outstanding_ms > 1.5 * estimated
+    harness.turn()
+    assert harness.ran[-1].ms == pytest.approx(H200.step([556]))

@@ -1,0 +1,54 @@
+"""The cost model of this machine, by timing the runner."""
+
+import json
+
+import pytest
+
+from krea2_srt.engine.cost import CostModel
+from krea2_srt.runner import calibration
+
+
+@pytest.fixture(scope="module")
+def cost(runner):
+    return calibration.calibrate(runner)
+
+
+def test_larger_work_takes_longer(cost, runner):
+    assert cost.blocks == runner.num_blocks
+    assert 0 < cost.step([30]) < cost.step([300]) < cost.step([300] * 4) < cost.step([4200])
+    assert 0 < cost.decode(256 * 256) < cost.decode(1024 * 1024)
+    assert cost.encode(100) > 0
+
+
+def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
+    runner.contexts.clear()
+    calibration.calibrate(runner)
+    assert len(runner.contexts) == 0
+
+
+def test_it_is_remembered(runner, cost, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(calibration, "calibrate", lambda _: calls.append(1) or cost)
+    first = calibration.cached_calibration(runner, "model", tmp_path / "new")
+    assert calibration.cached_calibration(runner, "model", tmp_path / "new") == first == cost
+    assert calibration.cached_calibration(runner, "another", tmp_path / "new") == cost
+    assert len(calls) == 2
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"format": 0}', '{"format": 1, "nonsense": 2}']
+)
+def test_a_damaged_file_is_made_anew(runner, cost, tmp_path, monkeypatch, content):
+    monkeypatch.setattr(calibration, "calibrate", lambda _: cost)
+    calibration.cached_calibration(runner, "model", tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(content)
+    assert calibration.cached_calibration(runner, "model", tmp_path) == cost
+    assert CostModel(**{k: v for k, v in json.loads(file.read_text()).items() if k != "format"})
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(runner, cost, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", lambda _: cost)
+    (tmp_path / "file").write_text("")
+    assert calibration.cached_calibration(runner, "model", tmp_path / "file") == cost

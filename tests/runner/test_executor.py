@@ -1,0 +1,250 @@
+"""The engine on the real model runner, in float32: whatever shares the machine, the same picture."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import CostModel
+from krea2_srt.engine.engine import Engine
+from krea2_srt.engine.events import Ended, Progress
+from krea2_srt.engine.lifecycle import State
+from krea2_srt.engine.request import ImageRequest
+from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.runner import executor as executor_module
+from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.pixels import to_uint8
+from tests.conftest import relative_error
+from tests.runner.test_pictures import finish, start
+
+# So dear that a step of 160 x 160 pixels takes several slices, and of 64 x 64 but one.
+COST = CostModel(floor=0, launch=8.0, per_token=1.0, per_square=1e-3, blocks=4, decode_launch=1)
+CONFIG = EngineConfig(max_turn_ms=60, max_queue_s=1e6)
+
+
+class Recording(RunnerExecutor):
+    """Keeps the latents of sequences that have ended, and every pack."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.latents = {}
+        self.packs = []
+
+    def step(self, step, blocks):
+        self.packs.append((len(step.sequences), len(blocks)))
+        return super().step(step, blocks)
+
+    def release(self, sequence):
+        if sequence.state is State.DONE:
+            self.latents[sequence] = self._sequences[sequence].tokens
+        super().release(sequence)
+
+
+@pytest.fixture
+def executor(runner):
+    return Recording(runner)
+
+
+@pytest.fixture
+def engine(executor):
+    return Engine(executor, COST, CONFIG)
+
+
+def image(prompt="x", width=64, height=64, steps=2, **fields):
+    return ImageRequest(prompt, width, height, steps, **fields)
+
+
+def run(engine) -> list:
+    events = []
+    while not engine.idle:
+        events += engine.turn() or []
+    return events
+
+
+def alone(runner, image):
+    sequence = start(
+        runner,
+        image.prompt,
+        image.width,
+        image.height,
+        image.steps,
+        image.seed,
+        image.guidance,
+        image.negative_prompt,
+    )
+    (pixels,) = finish(runner, [sequence])
+    return sequence.tokens, pixels
+
+
+def test_40_requests_with_cancellations_equal_each_alone(engine, executor, runner):
+    random_ = random.Random(3)
+    requests = {}
+    for i in range(40):
+        requests[f"request {i}"] = image(
+            random_.choice(["x", "a blue house", "a red fox in the snow " * 9]),
+            16 * random_.randint(1, 14),
+            16 * random_.randint(1, 14),
+            random_.randint(1, 5),
+            seed=random_.randint(0, 2**40),
+            num_images=random_.choice([1, 1, 2]),
+            guidance=random_.choice([0.0, 0.0, 3.5]),
+            negative_prompt="rain",
+        )
+    waiting, ended = dict(requests), {}
+    while waiting or not engine.idle:
+        if waiting and (engine.idle or random_.random() < 0.3):
+            name, wanted = waiting.popitem()
+            engine.submit(name, [wanted], priority=random_.randint(-1, 1))
+        events = engine.turn() or []
+        if engine.requests and random_.random() < 0.02:
+            events += engine.cancel(random_.choice(list(engine.requests)))
+        for event in events:
+            if isinstance(event, Ended):
+                assert event.request.id not in ended
+                ended[event.request.id] = event.request
+    assert set(ended) == set(requests)
+    done = [request for request in ended.values() if request.state is State.DONE]
+    assert 20 < len(done) < 40, "too few were left, or none was cancelled"
+    for request in done:
+        for sequence in request.sequences:
+            tokens, pixels = alone(runner, sequence.image)
+            assert relative_error(executor.latents[sequence], tokens) <= 1e-5
+            difference = executor.take_pixels(sequence).astype(int) - to_uint8(pixels)
+            assert np.abs(difference).max() <= 1
+    assert max(size for size, _ in executor.packs) > 1, "nothing was packed"
+    assert min(blocks for _, blocks in executor.packs) < 4, "nothing was sliced"
+    for request in ended.values():  # of requests cancelled between two images
+        for sequence in request.sequences:
+            executor.take_pixels(sequence)
+    assert executor.empty
+
+
+@pytest.mark.parametrize("tile", [0, 32, None])
+def test_decode_slices_are_the_decode(runner, tile):
+    sequence = start(runner, "x", 96, 64, 1, 1)
+    runner.step([sequence])
+    slices = list(runner.decode_slices(sequence, tile))
+    assert len(slices) > 10
+    assert all(pixels is None for pixels in slices[:-1])
+    assert torch.equal(slices[-1], runner.decode(sequence, tile))
+
+
+def test_attention_in_slices_equals_attention_at_once(runner, monkeypatch):
+    sequence = start(runner, "x", 96, 64, 1, 1)
+    whole = runner.decode(sequence)
+    from krea2_srt.runner import vae
+
+    monkeypatch.setattr(vae, "_SCORES_PER_SLICE", 96 * 10)
+    assert relative_error(runner.decode(sequence), whole) <= 1e-6
+
+
+def test_a_forward_that_is_dropped_changes_nothing(runner):
+    sequence = start(runner, "x", 64, 64, 2, 1)
+    before = sequence.tokens.clone()
+    runner.begin_step([sequence]).run(range(2))
+    assert sequence.step == 0
+    assert torch.equal(sequence.tokens, before)
+
+
+def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
+    wanted = image(width=64, height=48, steps=4)
+    request = engine.submit("a", [wanted])
+    executor.watch(request.sequences[0])
+    previews = [
+        executor.preview(request.sequences[0])
+        for event in iter(lambda: [e for e in engine.turn() or [] if isinstance(e, Progress)], None)
+        if event
+        for _ in event
+        if request.sequences[0].step < 4 or engine.idle
+    ][:3]
+    assert [preview.shape for preview in previews] == [(48, 64, 3)] * 3
+    # After all but the last step, the prediction is what the last step makes of it.
+    sequence = start(runner, "x", 64, 48, 4, 0)
+    sequence.keep_velocity = True
+    for _ in range(4):
+        runner.step([sequence])
+    final = to_uint8(runner.decode(sequence))
+    assert np.abs(to_uint8(runner.preview(sequence)).astype(int) - final).max() <= 1
+
+
+def test_a_preview_is_at_most_256_pixels_wide(runner):
+    sequence = start(runner, "x", 640, 320, 2, 1)
+    sequence.keep_velocity = True
+    runner.step([sequence])
+    assert runner.preview(sequence).shape == (3, 128, 256)
+
+
+def test_nan_latents_fail_their_request_alone(engine, executor, runner):
+    engine.submit("broken", [image(seed=1)])
+    engine.submit("fine", [image(seed=2)])
+    engine.turn()  # encodes both
+    (broken,) = engine.requests["broken"].sequences
+    executor._sequences[broken].tokens[0] = torch.nan
+    ended = {e.request.id: e.request for e in run(engine) if isinstance(e, Ended)}
+    assert executor.packs[0][0] == 2
+    assert ended["broken"].state is State.FAILED
+    assert "not finite" in str(ended["broken"].error)
+    assert ended["fine"].state is State.DONE
+    (fine,) = ended["fine"].sequences
+    assert relative_error(executor.latents[fine], alone(runner, fine.image)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_out_of_memory_has_one_name(executor, error):
+    with pytest.raises(OutOfMemoryError), executor_module._memory_errors():
+        raise error
+
+
+def test_other_errors_keep_theirs(executor):
+    with pytest.raises(RuntimeError, match="other"), executor_module._memory_errors():
+        raise RuntimeError("other")
+
+
+class SideStream:
+    """Runs at once, and is ready at the third look."""
+
+    def start(self, function, inputs):
+        assert all(isinstance(tensor, torch.Tensor) for tensor in inputs)
+        found = function()
+        looks = iter([None, None])
+
+        class Job:
+            def result(self):
+                return next(looks, found)
+
+        return Job()
+
+
+def test_decodes_aside_do_not_hold_up_the_steps(runner):
+    executor = Recording(runner, side_stream=SideStream())
+    engine = Engine(executor, COST, CONFIG)
+    for i in range(5):
+        engine.submit(f"{i}", [image(seed=i, steps=1 + i)])
+    ended = [e.request for e in run(engine) if isinstance(e, Ended)]
+    assert all(request.state is State.DONE for request in ended)
+    for request in ended:
+        (sequence,) = request.sequences
+        pixels = to_uint8(alone(runner, sequence.image)[1]).astype(int)
+        assert np.abs(executor.take_pixels(sequence) - pixels).max() <= 1
+    assert executor.empty
+
+
+def test_a_broken_picture_decoded_aside_fails(runner):
+    executor = Recording(runner, side_stream=SideStream())
+    engine = Engine(executor, COST, CONFIG)
+    request = engine.submit("a", [image(steps=1)])
+    while request.sequences[0].state is not State.DECODING:
+        engine.turn()
+    executor._sequences[request.sequences[0]].tokens[0] = torch.inf
+    run(engine)
+    assert "not finite" in str(request.error)
+    assert executor.empty

@@ -1,0 +1,60 @@
+"""A client of the scheduler's channel that sees everything, in the order in which it comes."""
+
+import pickle
+import re
+import time
+
+import zmq
+
+
+def endpoints(log: str) -> list[str]:
+    """Where the replicas of a server listen, by its log."""
+    return re.findall(r"Scheduler \(dp replica \d+\) bind at endpoint: (\S+)", log)
+
+
+class Channel:
+    """One DEALER socket."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.linger = 0
+        self._socket.connect(endpoint)
+
+    def send(self, message: object) -> None:
+        # SGLang's client sends a request as a list of one.
+        self._socket.send_multipart([b"", pickle.dumps(message)])
+
+    def receive(self, timeout_s: float = 60.0):
+        if not self._socket.poll(timeout_s * 1e3):
+            raise TimeoutError("no answer")
+        return pickle.loads(self._socket.recv_multipart()[-1])
+
+    def ask(self, message: object, timeout_s: float = 60.0):
+        self.send(message)
+        return self.receive(timeout_s)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> "Channel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def statistics(endpoint: str) -> dict:
+    """What the engine says of itself."""
+    from krea2_srt.sglang.messages import GetStatistics
+
+    with Channel(endpoint) as channel:
+        return channel.ask(GetStatistics()).output
+
+
+def wait_until(condition, timeout_s: float = 30.0):
+    """Ask until an answer is true; returns it."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return answer
