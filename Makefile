@@ -13,7 +13,7 @@ HEIGHT ?= 512
 STEPS  ?= 8
 OUTPUT ?= outputs
 
-.PHONY: install generate test test-slow lint lock bench clean
+.PHONY: install generate test test-slow lint lock bench bench-load simulate clean
 
 install: $(STAMP)
 
@@ -53,6 +53,14 @@ lint: $(STAMP)
 # The table in benchmarks/results/; about ten minutes on two cores.
 bench: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
+
+# Small and large images at once, against unmodified SGLang; about half an hour on two cores.
+bench-load: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.mixed_load --model $(DEMO)
+
+# Policies and SGLang's way on simulated H200s; needs no GPU, about ten minutes on one core.
+simulate: $(STAMP)
+	$(BIN)/python -m benchmarks.simulate
 
 # Needs $(BIN)/uv. The lock names versions and hashes, never the index they came from.
 lock: $(STAMP)

@@ -14,9 +14,9 @@ from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
 SIZE = f"{SIDE}x{SIDE}"
 WARM_UPS = 2
 # What SGLang calls the stages of our pipeline (on) and of its own (off).
-_ENCODE = {"on": "EncodeStage", "off": "Krea2BeforeDenoisingStage"}
-_DENOISE = {"on": "DenoiseStage", "off": "DenoisingStage"}
-_DECODE = {"on": "DecodeStage", "off": "DecodingStage"}
+_ENCODE = {"on": "encode", "off": "Krea2BeforeDenoisingStage"}
+_DENOISE = {"on": "denoise", "off": "DenoisingStage"}
+_DECODE = {"on": "decode", "off": "DecodingStage"}
 
 
 @dataclass(frozen=True)

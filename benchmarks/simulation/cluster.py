@@ -1,7 +1,7 @@
 """A cluster: replicas behind a router, and what became of every request."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 
@@ -28,7 +28,7 @@ class Hardware:
     """
 
     replicas: int = 8
-    cost: CostModel = roofline()
+    cost: CostModel = field(default_factory=roofline)
     host_ms: float = 0.3
 
     def alone_s(self, job: Job) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from benchmarks.simulation.cluster import Hardware, Result, simulate
 from benchmarks.simulation.schedulers import Scheduler
 from benchmarks.simulation.summary import Summary, summarise
-from benchmarks.simulation.traces import Arrival, Share, draw_trace
+from benchmarks.simulation.traces import Arrival, Job, Share, draw_trace
 
 TARGET = 0.95
 """Part of the requests of every size class that must be in time."""
@@ -42,8 +42,8 @@ class Lab:
         chosen = (load, seed, process or self.process)
         if self._last is None or self._last[0] != chosen:
 
-            def rate(jobs: Sequence[object]) -> float:
-                return self.hardware.rate(jobs, load)  # type: ignore[arg-type]
+            def rate(jobs: Sequence[Job]) -> float:
+                return self.hardware.rate(jobs, load)
 
             trace = draw_trace(process or self.process, self.mix, self.requests, rate, seed)
             self._last = chosen, trace
@@ -76,24 +76,18 @@ class Lab:
         """Whether every size class meets the target."""
         return self.run(scheduler, load, seed).worst_attainment >= TARGET
 
-    def capacity(self, scheduler: Scheduler, seed: int, guess: float | None = None) -> float:
+    def capacity(self, scheduler: Scheduler, seed: int, first: Sequence[float] = ()) -> float:
         """The highest load of `GRID` that a scheduler bears, by bisection; 0 where none is.
 
         Args:
             scheduler: must bear less the higher the load.
             seed: of the trace.
-            guess: near which to look first.
+            first: loads to try before others.
         """
         low, high = -1, len(GRID)
-        at = GRID.index(guess) if guess in GRID else None
+        wanted = [GRID.index(load) for load in first if load in GRID]
         while high - low > 1:
-            middle = (low + high) // 2 if at is None else at
-            if self.bears(scheduler, GRID[middle], seed):
-                low = middle
-            else:
-                high = middle
-            # Step away from the guess until it is passed; bisect from there on.
-            at = None if at is None else (low + 1 if low == middle else high - 1)
-            if at is not None and not low < at < high:
-                at = None
+            at = wanted.pop(0) if wanted else (low + high) // 2
+            if low < at < high:
+                low, high = (at, high) if self.bears(scheduler, GRID[at], seed) else (low, at)
         return GRID[low] if low >= 0 else 0.0

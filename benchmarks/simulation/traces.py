@@ -132,7 +132,11 @@ def _job(share: Share, text_tokens: int) -> Job:
 
 
 def draw_trace(
-    process: str, mix: Sequence[Share], count: int, rate: Callable[[list[Job]], float], seed: int
+    process: str,
+    mix: Sequence[Share],
+    count: int,
+    rate: Callable[[Sequence[Job]], float],
+    seed: int,
 ) -> list[Arrival]:
     """A trace; the same for the same arguments.
 

@@ -34,10 +34,9 @@ def report_to_sglang(item: Item, progress: Progress) -> None:
 
 def preview_steps(total: int, previews: int) -> frozenset[int]:
     """After which of a sequence's steps to send a preview: evenly spread, never after the last."""
+    previews = min(previews, total - 1)
     return frozenset(
-        step
-        for step in (round(total * i / (previews + 1)) for i in range(1, previews + 1))
-        if 0 < step < total
+        step for step in (round(total * i / (previews + 1)) for i in range(1, previews + 1))
     )
 
 

@@ -54,12 +54,14 @@ class Item:
         identity: of the client's socket.
         payload: what it sent.
         reqs: SGLang's requests in it; several are images of one request, saved together.
+        counts: images of each of them.
         arrival: clock time in seconds.
     """
 
     identity: bytes
     payload: Any
     reqs: tuple[Req, ...] = ()
+    counts: tuple[int, ...] = ()
     arrival: float = field(default_factory=time.monotonic)
 
     @property
@@ -88,12 +90,11 @@ def finished(item: Item, request: Request, pixels: Sequence[np.ndarray | None]) 
         pixels: uint8 [height, width, 3] of each of its images.
     """
     outputs, start = [], 0
-    for req in item.reqs:
+    for req, count in zip(item.reqs, item.counts, strict=True):
         if req.metrics is not None:
             for name, ms in stage_ms(request).items():
                 req.metrics.record_stage(name, ms / 1e3)
             req.metrics.total_duration_ms = (request.reached[State.DONE] - request.arrival) * 1e3
-        count = len(pixels) // len(item.reqs)
         images = list(pixels[start : start + count])
         start += count
         outputs.append(OutputBatch(output=images, metrics=req.metrics))

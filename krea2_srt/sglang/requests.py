@@ -9,7 +9,7 @@ from typing import Any
 from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize_output_seeds
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 
-from krea2_srt.engine.request import MAX_SEED, MAX_TEXT_TOKENS, ImageRequest, RequestLimits
+from krea2_srt.engine.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
 from krea2_srt.sglang.messages import VERSION, RequestOptions
 from krea2_srt.sglang.options import HONOURED_FIELDS
@@ -48,9 +48,9 @@ _NEUTRAL = {"cfg_gate_step": 1.0, "max_sequence_length": MAX_TEXT_TOKENS}
 
 
 def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
-    """The requests in one SGLang request: one, or several that SGLang has merged.
+    """The images of one SGLang request, each as a request for one image.
 
-    Each is one prompt with its own seeds. SGLang's guidance scale is Krea's plus 1.
+    SGLang's guidance scale is Krea's plus 1.
 
     Raises:
         RequestError: naming SGLang's field.
@@ -97,18 +97,9 @@ def request_options(req: Req) -> RequestOptions:
 def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, Callable[[], list[int]]]]:
     """Each prompt with what computes its seeds: not before the number of images is checked."""
     prompts = batch.prompt if isinstance(batch.prompt, list) else [batch.prompt]
-    # A merged request carries each request's own seed; without it all would share the first's.
-    merged = batch.extra.get("dynamic_batch_seeds") if batch.extra else None
+    seed = 0 if batch.seed is None else batch.seed
     for index, prompt in enumerate(prompts):
-        seed = batch.seed if merged is None else merged[index]
-        place = (len(prompts), index) if merged is None else (1, 0)
-        if merged is not None:
-            # SGLang fails all requests that it has merged when one fails, and prompt and seed are
-            # all they may differ in: mend what would be refused in a request of its own.
-            prompt = prompt.encode(errors="replace").decode()
-            seeds = MAX_SEED + 1
-            seed = [s % seeds for s in seed] if isinstance(seed, list) else seed % seeds
-        yield prompt, partial(_seeds, 0 if seed is None else seed, batch, *place)
+        yield prompt, partial(_seeds, seed, batch, len(prompts), index)
 
 
 def _seeds(seed: int | list[int], batch: Req, num_prompts: int, prompt_index: int) -> list[int]:

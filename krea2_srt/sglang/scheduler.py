@@ -10,6 +10,7 @@ import os
 import signal
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -152,11 +153,11 @@ class Krea2Scheduler(Scheduler):
             return
         try:
             options = request_options(item.reqs[0])
-            images = [image for req in item.reqs for image in image_requests(req, self._limits)]
+            images = [image_requests(req, self._limits) for req in item.reqs]
             self.worker._validate_group_forward_reqs(list(item.reqs))
             request = self._engine.submit(
                 f"{item.request_id}#{next(self._numbers)}",
-                images,
+                [image for some in images for image in some],
                 options.priority,
                 options.deadline_s,
             )
@@ -166,7 +167,7 @@ class Krea2Scheduler(Scheduler):
             return
         for req in item.reqs:
             req.log(server_args=self.server_args)
-        self._items[request] = item
+        self._items[request] = replace(item, counts=tuple(map(len, images)))
 
     def _requests_of(self, request_id: str) -> list[Request]:
         return [r for r, item in self._items.items() if item.request_id == request_id]

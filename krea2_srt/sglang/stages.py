@@ -1,4 +1,7 @@
-"""The three stages of SGLang's pipeline, on our runner."""
+"""The three stages of SGLang's pipeline, on our runner: one request from start to end.
+
+For requests that SGLang's profiler looks at; all others go through the step scheduler.
+"""
 
 import numpy as np
 from sglang.multimodal_gen.runtime.disaggregation.roles import RoleType
@@ -9,6 +12,7 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
+from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
@@ -18,9 +22,6 @@ from krea2_srt.sglang.requests import image_requests
 logger = init_logger(__name__)
 
 _SEQUENCES = "krea2_sequences"
-
-PACK_TOKENS = 2 * (2048 // 16) ** 2 + 2 * 512
-"""Most tokens in one forward: two 2048 x 2048 images with the longest prompts."""
 
 
 def sequences_of(batch: Req) -> list[DenoisingSequence]:
@@ -56,11 +57,12 @@ class EncodeStage(PipelineStage):
 
 
 class DenoiseStage(PipelineStage):
-    """Step all sequences of a request, which SGLang may have merged from several, in packs."""
+    """Step all sequences of a request in packs."""
 
     def __init__(self, runner: Krea2Runner) -> None:
         super().__init__()
         self.runner = runner
+        self.max_pack_tokens = EngineConfig().max_pack_tokens
 
     @property
     def role_affinity(self) -> RoleType:
@@ -78,7 +80,7 @@ class DenoiseStage(PipelineStage):
                     record_as_step=True,
                 ):
                     tokens = [sequence.num_tokens for sequence in pending]
-                    for pack in split_by_tokens(tokens, PACK_TOKENS):
+                    for pack in split_by_tokens(tokens, self.max_pack_tokens):
                         self.runner.step([pending[i] for i in pack])
                 progress.update()
                 if profiler := SGLDiffusionProfiler.get_instance():

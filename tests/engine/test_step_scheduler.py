@@ -309,14 +309,14 @@ def test_a_cancelled_request_drops_its_held_step_and_no_other():
 def test_prompts_of_requests_that_wait_together_are_encoded_together():
     harness = Harness()
     for _ in range(MAX_ENCODED_TOGETHER + 3):
-        harness.submit(64)
+        harness.submit(256)
     harness.run()
     encodes = [len(ran.requests) for ran in harness.ran if ran.kind == "encode"]
     assert encodes == [MAX_ENCODED_TOGETHER, 3]
 
 
 def test_prompts_are_encoded_together_as_far_as_a_turn_goes():
-    cost = CostModel(floor=1, launch=0, per_token=0, per_square=0, encode_per_token=1.0)
+    cost = CostModel(floor=0, launch=0, per_token=0.01, per_square=0, encode_per_token=1.0)
     harness = Harness(EngineConfig(max_turn_ms=200), cost)
     for _ in range(7):
         harness.submit(64)

@@ -15,7 +15,7 @@ LIMIT_MS = 0.3
 ACTIVE, WAITING = 64, 1000
 REPEATS, TURNS = 5, 60
 
-PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=0)
+PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=1e-5)
 
 
 class InstantExecutor:

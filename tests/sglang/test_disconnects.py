@@ -323,6 +323,7 @@ def test_once_the_response_has_started_nothing_is_cancelled():
     async def app(scope, receive, send) -> None:
         await receive()
         await send(start)
+        await asyncio.sleep(0)
         # Those who ask are still told, again and again.
         assert [await receive(), await receive()] == [GONE, GONE]
         await settle()

@@ -29,16 +29,10 @@ def test_n_images_are_n_requests_with_consecutive_seeds(make_req):
     assert [image.seed for image in images(listed)] == [40, 2]
 
 
-def test_a_merged_request_keeps_each_ones_seeds(make_req):
-    batch = make_req(num_outputs_per_prompt=2, seed=1)
+def test_several_prompts_share_the_seeds(make_req):
+    batch = make_req(num_outputs_per_prompt=1, seed=1)
     batch.prompt = ["a", "b"]
-    batch.extra["dynamic_batch_seeds"] = [10, 90]
-    assert [(i.prompt, i.seed) for i in images(batch)] == [
-        ("a", 10),
-        ("a", 11),
-        ("b", 90),
-        ("b", 91),
-    ]
+    assert [(i.prompt, i.seed) for i in images(batch)] == [("a", 1), ("b", 2)]
 
 
 @pytest.mark.parametrize(
@@ -96,16 +90,6 @@ def test_neutral_values_pass(make_req):
     batch.sampling_params.max_sequence_length = 512
     batch.sampling_params.diffusers_kwargs = {}
     assert images(batch)
-
-
-def test_a_bad_prompt_or_seed_does_not_fail_what_it_was_merged_with(make_req):
-    batch = make_req()
-    batch.prompt = ["good", "\ud800", "good"]
-    batch.extra["dynamic_batch_seeds"] = [1, 2**70, 2**63 - 1]
-    found = images(batch)
-    assert [image.prompt for image in found] == ["good", "?", "good"]
-    assert found[0].seed == 1
-    assert found[2].seed == 2**63 - 1, "a good seed is left alone"
 
 
 def test_a_field_nobody_has_thought_of_is_refused(make_req):

@@ -1,0 +1,90 @@
+"""Knowing that a client has gone, on real sockets."""
+
+import time
+
+import pytest
+import zmq
+
+from krea2_srt.sglang.connections import WatchedRouter
+
+
+@pytest.fixture
+def context():
+    with zmq.Context() as context:
+        yield context
+
+
+@pytest.fixture
+def router(context):
+    socket = context.socket(zmq.ROUTER)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    socket.rcvtimeo = 5000
+    watched = WatchedRouter(socket)
+    watched.address = f"tcp://127.0.0.1:{port}"
+    yield watched
+    watched.close(0)
+
+
+def connect(context, router, message=b"hello"):
+    client = context.socket(zmq.DEALER)
+    client.linger = 0
+    client.connect(router.address)
+    client.send_multipart([b"", message])
+    return client
+
+
+def lost_within(router, seconds: float) -> set[bytes]:
+    deadline = time.monotonic() + seconds
+    lost: set[bytes] = set()
+    while time.monotonic() < deadline and not lost:
+        lost |= router.take_lost()
+        time.sleep(0.005)
+    return lost
+
+
+def test_messages_and_replies_pass(context, router):
+    client = connect(context, router)
+    identity, *frames = router.recv_multipart()
+    assert frames == [b"", b"hello"]
+    router.send_multipart([identity, b"", b"answer"])
+    assert client.recv_multipart() == [b"", b"answer"]
+    assert not lost_within(router, 0.1)
+    client.close()
+
+
+def test_a_closed_client_is_lost_once(context, router):
+    staying, leaving = connect(context, router), connect(context, router)
+    identities = {router.recv_multipart()[0] for _ in range(2)}
+    leaving.close()
+    lost = lost_within(router, 5)
+    assert len(lost) == 1
+    assert lost < identities
+    assert not lost_within(router, 0.2)
+    staying.close()
+    assert lost_within(router, 5) == identities - lost
+
+
+def test_descriptors_are_reused_without_mixing_clients_up(context, router):
+    """The kernel gives a new connection the number of the last one that was closed."""
+    stays = connect(context, router)
+    staying = router.recv_multipart()[0]
+    for _ in range(50):
+        client = connect(context, router)
+        identity = router.recv_multipart()[0]
+        assert identity not in router.take_lost()
+        client.close()
+        assert lost_within(router, 5) == {identity}
+    assert staying not in lost_within(router, 0.1)
+    stays.close()
+
+
+def test_a_client_gone_before_its_message_was_read_is_lost(context, router):
+    connect(context, router).close(1000)
+    time.sleep(0.3)
+    identity = router.recv_multipart()[0]
+    assert lost_within(router, 5) == {identity}
+
+
+def test_nothing_to_read_is_the_sockets_own_answer(router):
+    with pytest.raises(zmq.Again):
+        router.recv_multipart(zmq.NOBLOCK)
