@@ -6,11 +6,16 @@ Registered under the entry-point group ``sglang.multimodal_gen.plugins``.
 import logging
 import multiprocessing
 import os
+from collections.abc import Callable
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "KREA2_SRT"
 """Environment variable; ``off`` leaves SGLang's own Krea 2 in place."""
+
+Hook = Callable[..., Any]
+"""An AROUND hook: called with the original function and its arguments."""
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
 _WORKER = "sglang-diffusionWorker"
@@ -71,10 +76,39 @@ def _register_http_hooks() -> None:
 
     from krea2_srt.sglang import disconnects, replicas, shutdown
 
-    for target, hook in (
-        ("entrypoints.http_server.create_app", disconnects.add_to_app),
-        ("entrypoints.http_server._backend_failure", replicas.backend_failure),
-        ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm),
-        ("scheduler_client.AsyncSchedulerClient.forward", replicas.forward),
-    ):
-        HookRegistry.register(f"{_RUNTIME}.{target}", hook, HookType.AROUND)
+    def first(server_args: Any, *_: Any, **__: Any) -> Any:
+        return server_args
+
+    hooks: tuple[tuple[str, Hook, Callable[..., Any]], ...] = (
+        ("entrypoints.http_server.create_app", disconnects.add_to_app, first),
+        ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm, first),
+        (
+            "entrypoints.http_server._backend_failure",
+            replicas.backend_failure,
+            lambda app: app.state.server_args,
+        ),
+        (
+            "scheduler_client.AsyncSchedulerClient.forward",
+            replicas.forward,
+            lambda client, *_, **__: client.server_args,
+        ),
+    )
+    for target, hook, server_args_of in hooks:
+        HookRegistry.register(
+            f"{_RUNTIME}.{target}", _only_krea2(hook, server_args_of), HookType.AROUND
+        )
+
+
+def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:
+    """A hook that leaves SGLang alone when it serves another model."""
+
+    def hooked(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
+
+        server_args = server_args_of(*args, **kwargs)
+        config = getattr(server_args, "pipeline_config", None)
+        if not isinstance(config, Krea2PipelineConfig):
+            return original(*args, **kwargs)
+        return hook(original, *args, **kwargs)
+
+    return hooked

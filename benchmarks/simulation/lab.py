@@ -34,8 +34,8 @@ class Lab:
     requests: int
     process: str = "poisson"
     simulations: int = 0
-    _summaries: dict[tuple[object, ...], Summary] = field(default_factory=dict)
-    _last: tuple[tuple[object, ...], list[Arrival]] | None = None
+    _summaries: dict[tuple[Scheduler, float, int, str], Summary] = field(default_factory=dict)
+    _last: tuple[tuple[float, int, str], list[Arrival]] | None = None
 
     def trace(self, load: float, seed: int, process: str | None = None) -> list[Arrival]:
         """What arrives at a load: offered work / capacity."""
@@ -65,9 +65,7 @@ class Lab:
         self, scheduler: Scheduler, load: float, seed: int, process: str | None = None
     ) -> Summary:
         """Simulate, or remember."""
-        config = tuple(vars(scheduler.config).values())
-        rest = {key: value for key, value in vars(scheduler).items() if key != "config"}
-        wanted = (*rest.values(), config, load, seed, process)
+        wanted = scheduler, load, seed, process or self.process
         if wanted not in self._summaries:
             self._summaries[wanted] = summarise(self.result(scheduler, load, seed, process))
         return self._summaries[wanted]

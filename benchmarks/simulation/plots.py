@@ -1,5 +1,6 @@
 """Plots of a study. The only file that needs matplotlib."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,7 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": ":", "marker": "s"},
     {"color": "#7f7f7f", "linestyle": "--", "marker": "D"},
     {"color": "#e69f00", "linestyle": "-.", "marker": "^"},
-    {"color": "#56b4e9", "linestyle": (0, (5, 1)), "marker": "v"},
-    {"color": "#009e73", "linestyle": (0, (3, 1, 1, 1)), "marker": "P"},
-    {"color": "#cc79a7", "linestyle": (0, (8, 2)), "marker": "X"},
+    {"color": "#009e73", "linestyle": (0, (8, 2)), "marker": "v"},
     {"color": "#0072b2", "linestyle": "-", "marker": "o"},
 )
 _DPI = 130
@@ -34,10 +33,9 @@ def draw(study: Study, folder: Path) -> list[str]:
         PlotError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
     except ImportError:
         raise PlotError("plots need matplotlib: pip install matplotlib, or --no-plots") from None
-    matplotlib.use("Agg")
     drawings = {
         f"{NAME}_attainment.png": _attainment,
         f"{NAME}_slowdown.png": _slowdown,
@@ -92,15 +90,15 @@ def _slowdown(study: Study) -> Any:
     for axes, size in zip(panels, sizes, strict=False):
         for style, (name, points) in zip(_STYLES, study["curves"].items(), strict=False):
             # What is infinite has no point: the line ends.
-            drawn = [(p["load"], p["sizes"][size]["p95_slowdown"]) for p in points]
-            known = [(load, value) for load, value in drawn if value is not None]
-            axes.plot(*zip(*known, strict=True), label=name, **style)
+            values = [p["sizes"].get(size, {}).get("p95_slowdown") or math.nan for p in points]
+            axes.plot([point["load"] for point in points], values, label=name, **style)
         axes.axhline(study["settings"]["slo_factor"], color="black", linewidth=0.8)
         axes.set(title=size, yscale="log", ylim=(0.9, _CUT))
         ticks = [1, 3, 10, 30, 100, 300]
         axes.set_yticks(ticks, labels=[str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
+    _hide(panels[len(sizes) :])
     figure.supxlabel("load (offered work / capacity)")
     figure.supylabel("p95 slowdown (latency / time alone); the line is the SLO")
     _legend(figure, panels[0], columns=3)
@@ -123,10 +121,17 @@ def _latency(study: Study) -> Any:
         axes.set(title=size, xscale="log", ylim=(0, 100))
         _plain_seconds(axes)
         axes.grid(alpha=0.3, which="both")
+    _hide(panels[len(sizes) :])
     figure.supxlabel(f"latency at load {load:g}, s")
     figure.supylabel("requests, %")
     _legend(figure, panels[0], columns=2)
     return figure
+
+
+def _hide(spare: list[Any]) -> None:
+    """Panels that no size class needs."""
+    for axes in spare:
+        axes.set_visible(False)
 
 
 def _plain_seconds(axes: Any) -> None:

@@ -96,8 +96,8 @@ class Replica:
 
     def __init__(self, config: EngineConfig, cost: CostModel, host_ms: float) -> None:
         self.clock = VirtualClock()
-        executor = CostExecutor(self.clock, cost, host_ms, config.max_turn_ms)
-        self.engine = Engine(executor, cost, config, self.clock)
+        self.executor = CostExecutor(self.clock, cost, host_ms, config.max_turn_ms)
+        self.engine = Engine(self.executor, cost, config, self.clock)
         self.taken: dict[str, Taken] = {}
         """What is in it, by id."""
 

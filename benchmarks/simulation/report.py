@@ -92,9 +92,9 @@ def _claims(study: Study) -> str:
         [
             claim["scheduler"],
             claim["baseline"],
-            f"{claim['capacity_ratio']:.2f}",
+            _spread([claim["capacity_ratio"]], ".2f"),
             _yes(claim["capacity_met"]),
-            f"{claim['miss_ratio']:.3f}",
+            _spread([claim["miss_ratio"]], ".3f"),
             _yes(claim["misses_met"]),
         ]
         for claim in study["claims"]

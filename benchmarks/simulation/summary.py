@@ -89,7 +89,8 @@ def summarise(result: Result) -> Summary:
     measured = np.arange(len(trace)) >= first
     done = measured & np.isfinite(slowdown)
     size_of = np.array([arrival.job.size for arrival in trace])
-    sizes = sorted({arrival.job for arrival in trace}, key=lambda job: job.width * job.height)
+    jobs = {arrival.job for arrival in trace[first:]}
+    sizes = [job.size for job in sorted(jobs, key=lambda job: (job.width * job.height, job.size))]
     counters = result.counters
     busy_s = sum(c.busy_s for c in counters)
     return Summary(
@@ -105,7 +106,7 @@ def summarise(result: Result) -> Summary:
         mean_pack=sum(c.steps for c in counters) / max(1, sum(c.packs for c in counters)),
         sizes={
             size: _size_class(result, slowdown, in_time, measured & (size_of == size))
-            for size in dict.fromkeys(job.size for job in sizes)
+            for size in dict.fromkeys(sizes)
         },
     )
 
@@ -116,8 +117,8 @@ def _size_class(
     p50, p95, p99 = (percentile(result.latency_s[chosen], q) for q in (50, 95, 99))
     return SizeClass(
         int(chosen.sum()),
-        float(in_time[chosen].mean()) if chosen.any() else math.nan,
-        float(result.alone_s[chosen].mean()) if chosen.any() else math.nan,
+        float(in_time[chosen].mean()),
+        float(result.alone_s[chosen].mean()),
         p50,
         p95,
         p99,
@@ -127,9 +128,8 @@ def _size_class(
 
 def percentile(values: np.ndarray, q: float) -> float:
     """The smallest value that q percent do not exceed; never between two, one of which may be
-    infinite."""
-    if not len(values):
-        return math.nan
+    infinite.
+    """
     return float(np.percentile(values, q, method="inverted_cdf"))
 
 

@@ -6,6 +6,7 @@ breach of the contract is also kept in `violations`, which `Harness` looks at af
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 from krea2_srt.engine.config import EngineConfig
@@ -18,6 +19,9 @@ from krea2_srt.engine.work import PackStep
 from krea2_srt.errors import OutOfMemoryError, QueueFullError
 
 H200 = roofline()
+
+MAX_TURNS = 100_000
+"""More than any test needs."""
 
 
 class VirtualClock:
@@ -351,7 +355,9 @@ class Harness:
     def run(self, arrivals: Iterable[Arrival] = (), until: float = float("inf")) -> None:
         """Take requests in as they come, and turn until nothing is left, or until a time."""
         coming = sorted(arrivals, key=lambda arrival: arrival.time)[::-1]
+        turns = count()
         while self.clock.now < until:
+            assert next(turns) < MAX_TURNS, "the engine turns for ever"
             while coming and coming[-1].time <= self.clock.now:
                 try:
                     self.submit(**coming.pop().arguments)
@@ -369,7 +375,9 @@ class Harness:
 
     def run_until(self, request: Request) -> None:
         """Turn until a request has ended."""
+        turns = count()
         while not request.ended:
+            assert next(turns) < MAX_TURNS, "the engine turns for ever"
             assert self.turn(), f"{request.id} never ends"
 
     def latency(self, request: Request) -> float:

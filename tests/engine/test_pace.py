@@ -1,6 +1,7 @@
 import pytest
 
 from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.pace import TOLERANCE, WINDOW, Pace
 from tests.engine.fakes import H200, Harness
 
@@ -72,3 +73,19 @@ def test_waiting_requests_are_put_in_order_again():
     assert early.key < late.key
     harness.run()
     assert list(harness.ended) == ["running", "late", "early"]
+    encoded = [ran.requests for ran in harness.ran if ran.kind == "encode"]
+    assert encoded == [["running"], ["late", "early"]]
+
+
+def test_a_held_step_stays_out_of_packs_when_it_would_now_fit_into_one():
+    cost = CostModel(floor=0, launch=20, per_token=0.03, per_square=0)
+    harness = Harness(EngineConfig(max_turn_ms=100), cost, slowdown=0.25)
+    held = harness.submit(1024, steps=2)
+    harness.turns(2)
+    assert harness.executor.held
+    urgent = harness.submit(256, steps=2 * WINDOW, priority=3)
+    harness.run_until(urgent)
+    assert harness.engine.cost.step([4160]) < 100
+    assert len(harness.steps(held)) == 1
+    harness.run()
+    harness.check_empty()
