@@ -72,7 +72,7 @@ class Server:
     def __init__(self, name: str, port: int) -> None:
         self.name = name
         self._url = f"http://127.0.0.1:{port}"
-        self._client = httpx.AsyncClient(timeout=ANSWER_LIMIT_S, limits=httpx.Limits(None, None))
+        self._client = httpx.AsyncClient(timeout=ANSWER_LIMIT_S, limits=httpx.Limits())
 
     async def wait_until_ready(self, child: Child) -> None:
         deadline = time.monotonic() + START_LIMIT_S

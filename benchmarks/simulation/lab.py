@@ -70,6 +70,11 @@ class Lab:
             self._summaries[wanted] = summarise(self.result(scheduler, load, seed, process))
         return self._summaries[wanted]
 
+    def loads(self, scheduler: Scheduler, seed: int) -> list[float]:
+        """Of all simulations so far, in order."""
+        wanted = scheduler, seed, self.process
+        return sorted(load for s, load, *rest in self._summaries if (s, *rest) == wanted)
+
     def bears(self, scheduler: Scheduler, load: float, seed: int) -> bool:
         """Whether every size class meets the target."""
         return self.run(scheduler, load, seed).worst_attainment >= TARGET

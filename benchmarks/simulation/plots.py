@@ -66,11 +66,12 @@ def _attainment(study: Study) -> Any:
     axes.axhline(target, color="black", linewidth=0.8)
     axes.annotate(
         f"{target:g} %",
-        (0.005, target - 1),
+        (0.995, target + 0.5),
         (0, 0),
         textcoords="offset points",
         xycoords=("axes fraction", "data"),
-        va="top",
+        ha="right",
+        va="bottom",
         fontsize=9,
     )
     axes.set(

@@ -10,6 +10,10 @@ Study = dict[str, Any]
 
 NAME = "simulate"
 _NONE = "–"
+_PLOTS = """## Plots
+
+First trace. A line of p95 slowdowns ends where more than 5 % of the requests fail (edf).
+"""
 
 
 def write(study: Study, folder: Path, plots: Sequence[str]) -> None:
@@ -33,7 +37,8 @@ def markdown(study: Study, plots: Sequence[str] = ()) -> str:
     parts.append(_policies(study))
     if study.get("sensitivity"):
         parts += [_sensitivity(study), _arrivals(study)]
-    parts += [f"![{name}]({name})\n" for name in plots]
+    if plots:
+        parts.append(_PLOTS + "".join(f"\n![{name}]({name})\n" for name in plots))
     return "\n".join(parts)
 
 

@@ -20,7 +20,7 @@ class TokenBudget:
 
     def out_of_memory(self, tokens: int) -> None:
         """A pack of ``tokens`` did not fit."""
-        self.tokens = max(1, min(self.tokens, tokens) // 2)
+        self.tokens = max(1, min(self.tokens, tokens // 2))
         self._turns = 0
 
     def succeeded(self) -> None:

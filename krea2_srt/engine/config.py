@@ -22,7 +22,8 @@ class EngineConfig:
         max_pack_tokens: most tokens in one forward; two 2048 x 2048 images by default. Memory of
             activations grows with it.
         max_pack_sequences: most sequences in one forward.
-        max_active_sequences: most sequences whose latents are on the device.
+        max_active_sequences: sequences begun and not ended, whose latents are on the device, beyond
+            which no further request is begun.
         max_held_steps: most packs that may wait between two slices of a step; each holds its
             hidden states, 0.2 GB for a 2048 x 2048 image.
         max_queue_s: estimated seconds of work in the engine beyond which requests are refused.
@@ -30,7 +31,7 @@ class EngineConfig:
             `RequestLimits`.
     """
 
-    policy: str = "srpt"
+    policy: str = "edf"
     max_turn_ms: float = 200.0
     max_pack_tokens: int = 2 * (2048 // 16) ** 2 + 2 * 512
     max_pack_sequences: int = 64
@@ -51,6 +52,8 @@ class EngineConfig:
             raise ConfigError(f"policy: must be one of {known}, got {self.policy!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.name == "max_guidance" and not 0 <= value < float("inf"):
+                raise ConfigError(f"max_guidance: must be 0 or greater, got {value}")
             if field.name not in ("policy", "max_guidance") and not 0 < value < float("inf"):
                 raise ConfigError(f"{field.name}: must be greater than 0, got {value}")
 

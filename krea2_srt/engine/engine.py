@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from krea2_srt.engine.admission import Admission
 from krea2_srt.engine.config import EngineConfig
@@ -30,6 +30,8 @@ from krea2_srt.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_PRIORITY = 10
 MAX_DEADLINE_S = 24 * 3600.0
@@ -146,17 +148,15 @@ class Engine:
         events = self._expire()
         if self._decoding:
             events += self._collect_decodes()
+        if events:
+            return events  # whoever waits for them should not wait for other work too
         work = self._scheduler.pick()
         if work is None:
-            return events or None
+            return None
         start = self._clock()
-        events += self._run(work)
+        events = self._run(work)
         self._count_turn((self._clock() - start) * 1e3)
         return events
-
-    def next_work(self) -> Work | None:
-        """What the next turn would run, if nothing happens until then."""
-        return self._scheduler.pick()
 
     def _run(self, work: Work) -> list[Event]:
         match work:
@@ -178,6 +178,8 @@ class Engine:
             self._executor.encode(work.requests)
         except Exception as error:
             self._log_failure("encode", error)
+            if isinstance(error, OutOfMemoryError) and self._drop_held():
+                return events  # tried again in the memory that they held
             if len(work.requests) == 1:
                 events.append(self._end(work.requests[0], State.FAILED, _as_ours(error)))
             # Several are still encoding: each is tried alone in turns to come.
@@ -191,6 +193,7 @@ class Engine:
     def _step(self, step: PackStep) -> list[Event]:
         blocks = step.next_blocks
         held = self._scheduler.held
+        self._scheduler.begin(step.sequences)
         start = self._clock()
         try:
             broken = self._executor.step(step, blocks)
@@ -209,8 +212,8 @@ class Engine:
         self.counters.tokens += step.tokens
         events: list[Event] = []
         for sequence in step.sequences:
-            sequence.alone = False
             sequence.step += 1
+            self._scheduler.stepped(sequence)
             self.counters.steps += 1
             events.append(Progress(sequence))
             if sequence.step == sequence.image.steps:
@@ -218,7 +221,8 @@ class Engine:
                 sequence.request.reached[State.DECODING] = self._clock()
                 if self._executor.decodes_aside:
                     self._decoding[sequence] = None
-            self._update(sequence.request)
+        for request in dict.fromkeys(sequence.request for sequence in step.sequences):
+            self._update(request)
         for sequence in broken:
             if not sequence.request.ended:
                 reason = not_finite("the picture on its way")
@@ -234,8 +238,8 @@ class Engine:
                 return []
         if len(step.sequences) > 1:
             self.counters.retried += len(step.sequences)
-            for sequence in step.sequences:
-                sequence.alone = True
+            if not isinstance(error, OutOfMemoryError):  # for which the budget is smaller now
+                self._scheduler.set_apart(step.sequences)
             return []
         return [self._end(step.sequences[0].request, State.FAILED, _as_ours(error))]
 
@@ -251,6 +255,7 @@ class Engine:
             return []
         self._decoding.pop(sequence, None)
         sequence.move(State.DONE)
+        self._release(sequence)
         self.counters.sequences_done += 1
         request = sequence.request
         self._update(request)
@@ -277,6 +282,8 @@ class Engine:
         if request_id in self.requests:
             raise RequestError("request_id", f"{request_id!r} is in the engine already")
         limits = self.config.limits
+        for image in images:
+            image.check(limits)
         num_images = sum(image.num_images for image in images)
         if not 1 <= num_images <= limits.max_images:
             raise RequestError(
@@ -321,12 +328,12 @@ class Engine:
         request.reached[state] = self._clock()
         del self.requests[request.id]
         for step in self._scheduler.remove(request):
-            self._executor.drop_step(step)
+            self._forget(self._executor.drop_step, step)
         for sequence in request.sequences:
             if not sequence.state.ended:
                 sequence.move(State.FAILED if state is State.FAILED else State.CANCELLED)
-            self._decoding.pop(sequence, None)
-            self._executor.release(sequence)
+                self._decoding.pop(sequence, None)
+                self._release(sequence)
         self.outstanding_ms -= request.remaining_ms
         request.remaining_ms = 0.0
         if self.idle:
@@ -357,7 +364,18 @@ class Engine:
         """Begin a step anew: what its slices have done is forgotten."""
         if step in self._scheduler.held:
             self._scheduler.held.remove(step)
-        self._executor.drop_step(step)
+        self._forget(self._executor.drop_step, step)
+
+    def _release(self, sequence: ImageSequence) -> None:
+        self._scheduler.leave(sequence)
+        self._forget(self._executor.release, sequence)
+
+    def _forget(self, method: Callable[[T], None], what: T) -> None:
+        """Clean up; a failure must not lose the end of a request."""
+        try:
+            method(what)
+        except Exception as error:
+            self._log_failure("clean-up", error)
 
     def _drop_held(self) -> bool:
         """Give back the memory of steps between slices; returns whether there were any."""
@@ -385,10 +403,7 @@ class Engine:
         cost = self.cost
         total = 0.0
         if request.state in (State.WAITING, State.ENCODING):
-            text = sum(
-                lane - s.image.image_tokens for s in request.sequences[:1] for lane in s.tokens
-            )
-            total += cost.encode(text)
+            total += cost.encode(request.text_tokens)
         for sequence in request.sequences:
             if not sequence.state.ended:
                 image = sequence.image

@@ -1,10 +1,9 @@
 """A request and its sequences on their way through the engine."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from krea2_srt.engine.request import ImageRequest
+from krea2_srt.engine.request import ImageRequest, estimated_text_tokens
 from krea2_srt.errors import Krea2Error
 
 
@@ -53,7 +52,7 @@ class Sequence:
             encoded.
         state: where it is.
         step: steps done.
-        alone: whether it shares no forward; set after a failure in company.
+        begun: whether its first step has begun and it has not ended.
     """
 
     request: "Request"
@@ -62,7 +61,7 @@ class Sequence:
     tokens: tuple[int, ...]
     state: State = State.WAITING
     step: int = 0
-    alone: bool = False
+    begun: bool = False
 
     def move(self, state: State) -> None:
         """Change the state.
@@ -91,6 +90,7 @@ class Request:
         remaining_ms: estimated work that is left, alone.
         key: its place in the policy's order; smaller runs first.
         error: why it failed.
+        text_tokens: of all its prompts, estimated.
         reached: clock time at which it came to each state; with the last of its sequences, where
             they do so one by one.
     """
@@ -105,9 +105,11 @@ class Request:
     remaining_ms: float = 0.0
     key: float = 0.0
     error: Krea2Error | None = None
+    text_tokens: int = 0
     reached: dict[State, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.text_tokens = sum(map(estimated_text_tokens, self.prompts))
         self.reached[State.WAITING] = self.arrival
         self.sequences = tuple(
             Sequence(self, index, image, image.estimated_tokens)
@@ -121,14 +123,9 @@ class Request:
     @property
     def prompts(self) -> list[str]:
         """What has to be encoded, each once; under guidance the negative prompts too."""
-        return prompts_of(self.images)
-
-
-def prompts_of(images: Iterable[ImageRequest]) -> list[str]:
-    """The prompts of images, and the negative ones that guidance needs, each once."""
-    found: dict[str, None] = {}
-    for image in images:
-        found[image.prompt] = None
-        if image.guidance:
-            found[image.negative_prompt] = None
-    return list(found)
+        found: dict[str, None] = {}
+        for image in self.images:
+            found[image.prompt] = None
+            if image.guidance:
+                found[image.negative_prompt] = None
+        return list(found)

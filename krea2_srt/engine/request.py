@@ -69,7 +69,7 @@ class ImageRequest:
     def estimated_tokens(self) -> tuple[int, ...]:
         """Tokens of each of its lanes, before the prompts are tokenized."""
         prompts = [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
-        return tuple(_estimated_text_tokens(prompt) + self.image_tokens for prompt in prompts)
+        return tuple(estimated_text_tokens(prompt) + self.image_tokens for prompt in prompts)
 
     @property
     def seeds(self) -> range:
@@ -120,7 +120,8 @@ class ImageRequest:
             check_number("mu", self.mu, *MU_RANGE)
 
 
-def _estimated_text_tokens(prompt: str) -> int:
+def estimated_text_tokens(prompt: str) -> int:
+    """Tokens of a prompt's context, before it is tokenized."""
     # Four bytes to a token, within a third, in most languages.
     return min(MAX_TEXT_TOKENS, SUFFIX_TOKENS + len(prompt.encode(errors="replace")) // 4)
 

@@ -1,7 +1,7 @@
 """The step scheduler: which unit of work comes next."""
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from operator import attrgetter
 
@@ -9,11 +9,8 @@ from krea2_srt.engine.budget import TokenBudget
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import Request, Sequence, State
+from krea2_srt.engine.pack_draft import PackDraft
 from krea2_srt.engine.work import Decode, Encode, PackStep, Work
-
-MIN_GAIN = 0.1
-"""A sequence joins a pack only if that takes this much less time than its step alone. Beyond what
-fills the device, sharing a forward makes every image in it later and none earlier."""
 
 MAX_ENCODED_TOGETHER = 8
 """Requests whose prompts are encoded in one go."""
@@ -41,10 +38,12 @@ class StepScheduler:
         self.budget = TokenBudget(config.max_pack_tokens)
         self.active: dict[Request, None] = {}
         self.held: list[PackStep] = []
+        self.set_apart_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = count()
         self.num_waiting = 0
         self.num_active_sequences = 0
+        """Begun and not ended: those of which the device holds latents."""
 
     def add(self, request: Request) -> None:
         """Take in a request that waits; its key must not change until it is active."""
@@ -61,7 +60,18 @@ class StepScheduler:
         """Its prompts are about to be encoded."""
         self.num_waiting -= 1
         self.active[request] = None
-        self.num_active_sequences += len(request.sequences)
+
+    def begin(self, sequences: Iterable[Sequence]) -> None:
+        """Their next step is about to run."""
+        for sequence in sequences:
+            self.num_active_sequences += not sequence.begun
+            sequence.begun = True
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has ended."""
+        self.num_active_sequences -= sequence.begun
+        sequence.begun = False
+        self.set_apart_sequences.pop(sequence, None)
 
     def remove(self, request: Request) -> list[PackStep]:
         """Forget a request that has ended.
@@ -71,7 +81,6 @@ class StepScheduler:
         """
         if request in self.active:
             del self.active[request]
-            self.num_active_sequences -= len(request.sequences)
         else:
             # It stays in the heap until it comes up, or until such requests are half of it.
             self.num_waiting -= 1
@@ -82,26 +91,46 @@ class StepScheduler:
         self.held = [s for s in self.held if s not in void]
         return void
 
+    def set_apart(self, sequences: Iterable[Sequence]) -> None:
+        """A pack of these has failed: each runs its next step alone, before anything else."""
+        self.set_apart_sequences |= dict.fromkeys(sequences)
+
+    def stepped(self, sequence: Sequence) -> None:
+        """It has done a step, and may have company again."""
+        self.set_apart_sequences.pop(sequence, None)
+
     def pick(self) -> Work | None:
-        """The next unit of work, or None where there is none."""
-        order = sorted(self.active, key=_by_key)
-        waiting = self._next_waiting()
-        if waiting is not None and self._has_room(waiting):
-            runnable = next((r for r in order if self._runnable(r)), None)
-            if runnable is None or waiting.key < runnable.key:
-                return self._encode(runnable)
-        for request in order:
-            # A batch of prompts failed to encode; one by one now.
-            if request.state is State.ENCODING:
-                return Encode((request,))
-            if not self.decodes_aside:
-                for sequence in request.sequences:
-                    if sequence.state is State.DECODING:
-                        return Decode(sequence)
-            for sequence in request.sequences:
-                if sequence.state is State.DENOISING:
-                    return self._step(sequence, order)
-        return None
+        """The next unit of work, or None where there is none.
+
+        Requests that it takes from those that wait have to be run.
+        """
+        for suspect in self.set_apart_sequences:
+            return self._step(suspect)
+        order = [request for request in sorted(self.active, key=_by_key) if self._runnable(request)]
+        urgent = order[0] if order else None
+        room = self.num_active_sequences < self.config.max_active_sequences
+        waiting = self._next_waiting() if room else None
+        if waiting is not None and (urgent is None or waiting.key < urgent.key):
+            return self._encode(urgent)
+        if urgent is None:
+            return None
+        if urgent.state is State.ENCODING:
+            # A batch of prompts has failed; one by one now.
+            return Encode((urgent,))
+        for sequence in urgent.sequences:
+            if sequence.state is State.DECODING and not self.decodes_aside:
+                return Decode(sequence)
+        lead = next(s for s in urgent.sequences if s.state is State.DENOISING)
+        step = self._step(lead)
+        if step in self.held or step.blocks_per_slice < step.total_blocks:
+            return step
+        draft = PackDraft(lead, self.cost, self.config, self.budget.tokens)
+        for sequence in self._company(lead, order):
+            draft.admit(sequence)
+        if waiting is not None and draft.admit(waiting.sequences[0]):
+            # It gains by joining, and first needs its prompt encoded.
+            return self._encode(urgent, draft)
+        return PackStep(tuple(draft.sequences), self.cost.blocks, self.cost.blocks)
 
     def _runnable(self, request: Request) -> bool:
         return not self.decodes_aside or any(
@@ -114,58 +143,41 @@ class StepScheduler:
             heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None
 
-    def _has_room(self, request: Request) -> bool:
-        room = self.config.max_active_sequences - self.num_active_sequences
-        return len(request.sequences) <= room or not self.active
+    def _encode(self, urgent: Request | None, draft: PackDraft | None = None) -> Encode:
+        """The first of those that wait, and those behind it that would be next anyway.
 
-    def _encode(self, before: Request | None) -> Encode:
-        """The most urgent request, and those behind it that would be next anyway."""
+        Args:
+            urgent: the most urgent of those that do not wait.
+            draft: a pack that takes the first of them in; others may join it too.
+        """
         chosen: list[Request] = []
-        sequences, tokens = self.num_active_sequences, 0
+        tokens = 0
         while (request := self._next_waiting()) is not None:
-            sequences += len(request.sequences)
-            tokens += sum(
-                lane - image.image_tokens
-                for image, sequence in zip(request.images, request.sequences, strict=True)
-                for lane in sequence.tokens
-            )
+            tokens += request.text_tokens
             if chosen and (
                 len(chosen) == MAX_ENCODED_TOGETHER
-                or sequences > self.config.max_active_sequences
                 or self.cost.encode(tokens) > self.config.max_turn_ms
-                or (before is not None and request.key >= before.key)
+                or not (
+                    urgent is None
+                    or request.key < urgent.key
+                    or (draft is not None and draft.admit(request.sequences[0]))
+                )
             ):
                 break
             heapq.heappop(self._waiting)
             chosen.append(request)
         return Encode(tuple(chosen))
 
-    def _step(self, lead: Sequence, order: list[Request]) -> PackStep:
+    def _step(self, lead: Sequence) -> PackStep:
+        """The step of a sequence without company: held, in slices, or whole."""
         held = next((step for step in self.held if lead in step.sequences), None)
         if held is not None:
             return held
-        tokens, squares = _sums(lead)
-        step_ms = self.cost.forward(tokens, squares)
+        step_ms = self.cost.step(lead.tokens)
         blocks = self.cost.blocks_per_slice(step_ms, self.config.max_turn_ms)
-        if blocks < self.cost.blocks:
-            if len(self.held) >= self.config.max_held_steps:
-                return min(self.held, key=lambda step: step.sequences[0].request.key)
-            return PackStep((lead,), self.cost.blocks, blocks)
-        pack = [lead]
-        if not lead.alone:
-            for sequence in self._company(lead, order):
-                more, more_squares = _sums(sequence)
-                if tokens + more > self.budget.tokens:
-                    continue
-                together = self.cost.forward(tokens + more, squares + more_squares)
-                added_ms, alone_ms = together - step_ms, self.cost.forward(more, more_squares)
-                if together > self.config.max_turn_ms or added_ms > (1 - MIN_GAIN) * alone_ms:
-                    continue
-                pack.append(sequence)
-                tokens, squares, step_ms = tokens + more, squares + more_squares, together
-                if len(pack) == self.config.max_pack_sequences:
-                    break
-        return PackStep(tuple(pack), self.cost.blocks, self.cost.blocks)
+        if blocks < self.cost.blocks and len(self.held) >= self.config.max_held_steps:
+            return min(self.held, key=lambda step: step.sequences[0].request.key)
+        return PackStep((lead,), self.cost.blocks, blocks)
 
     def _company(self, lead: Sequence, order: list[Request]) -> Iterator[Sequence]:
         held = {id(sequence) for step in self.held for sequence in step.sequences}
@@ -174,11 +186,6 @@ class StepScheduler:
                 if (
                     sequence.state is State.DENOISING
                     and sequence is not lead
-                    and not sequence.alone
                     and id(sequence) not in held
                 ):
                     yield sequence
-
-
-def _sums(sequence: Sequence) -> tuple[int, int]:
-    return sum(sequence.tokens), sum(lane * lane for lane in sequence.tokens)

@@ -9,7 +9,7 @@ from krea2_srt.engine.lifecycle import Request, Sequence
 
 @dataclass(frozen=True)
 class Encode:
-    """Encode the prompts of some requests and draw their noise."""
+    """Encode the prompts of some requests."""
 
     requests: tuple[Request, ...]
 
@@ -67,7 +67,7 @@ class Executor(Protocol):
         """Whether `decode` only starts and polls work that runs beside the steps."""
 
     def encode(self, requests: Collection[Request]) -> None:
-        """Encode all prompts and start all sequences; sets the true `Sequence.tokens`."""
+        """Encode all prompts; sets the true `Sequence.tokens`."""
 
     def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
         """Run some blocks of a step; with the last of them, step every sequence of the pack.

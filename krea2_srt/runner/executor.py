@@ -34,6 +34,7 @@ class RunnerExecutor:
         self._runner = runner
         self._tile = tile
         self._side_stream = side_stream
+        self._contexts: dict[Sequence, list[Tensor]] = {}
         self._sequences: dict[Sequence, DenoisingSequence] = {}
         self._steps: dict[PackStep, PackForward] = {}
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
@@ -48,27 +49,29 @@ class RunnerExecutor:
     @property
     def empty(self) -> bool:
         """Whether it holds nothing of any sequence."""
-        held = (self._sequences, self._steps, self._decodes, self._aside, self._pixels)
-        return not any(held) and not self._watched
+        held = (self._contexts, self._sequences, self._steps, self._decodes, self._aside)
+        return not any(held) and not self._pixels and not self._watched
 
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
         with _memory_errors():
             prompts = list(dict.fromkeys(p for request in requests for p in request.prompts))
             contexts = dict(zip(prompts, self._runner.encode(prompts), strict=True))
-            started = {s: self._start(s, contexts) for r in requests for s in r.sequences}
-        self._sequences |= started
-        for sequence, denoising in started.items():
-            sequence.tokens = tuple(
-                len(context) + sequence.image.image_tokens for context in denoising.lanes
-            )
+        for request in requests:
+            for sequence in request.sequences:
+                image = sequence.image
+                lanes = [image.prompt, image.negative_prompt][: 2 if image.guidance else 1]
+                self._contexts[sequence] = [contexts[prompt] for prompt in lanes]
+                sequence.tokens = tuple(
+                    len(context) + image.image_tokens for context in self._contexts[sequence]
+                )
 
     @torch.inference_mode()
     def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
         with _memory_errors():
             forward = self._steps.get(step)
             if forward is None:
-                forward = self._runner.begin_step([self._sequences[s] for s in step.sequences])
+                forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
             forward.run(blocks)
             if blocks.stop < step.total_blocks:
                 self._steps[step] = forward
@@ -105,7 +108,7 @@ class RunnerExecutor:
         return True
 
     def release(self, sequence: Sequence) -> None:
-        for held in (self._sequences, self._decodes, self._aside):
+        for held in (self._contexts, self._sequences, self._decodes, self._aside):
             held.pop(sequence, None)
         self._watched.discard(sequence)
 
@@ -127,18 +130,22 @@ class RunnerExecutor:
         with _memory_errors():
             return to_uint8(self._runner.preview(denoising))
 
-    def _start(self, sequence: Sequence, contexts: dict[str, Tensor]) -> DenoisingSequence:
-        image = sequence.image
-        denoising = self._runner.start(
-            contexts[image.prompt],
-            image.width,
-            image.height,
-            image.seed,
-            self._runner.schedule(image.steps, image.width, image.height, image.mu),
-            image.guidance,
-            contexts[image.negative_prompt] if image.guidance else None,
-        )
-        denoising.keep_velocity = sequence in self._watched
+    def _begun(self, sequence: Sequence) -> DenoisingSequence:
+        """Its tensors; drawn before its first step, so that those that wait take no memory."""
+        denoising = self._sequences.get(sequence)
+        if denoising is None:
+            image, lanes = sequence.image, self._contexts[sequence]
+            denoising = self._runner.start(
+                lanes[0],
+                image.width,
+                image.height,
+                image.seed,
+                self._runner.schedule(image.steps, image.width, image.height, image.mu),
+                image.guidance,
+                lanes[1] if image.guidance else None,
+            )
+            denoising.keep_velocity = sequence in self._watched
+            self._sequences[sequence] = denoising
         return denoising
 
     def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:

@@ -8,7 +8,6 @@ from krea2_srt.engine.lifecycle import (
     Request,
     Sequence,
     State,
-    prompts_of,
 )
 from tests.engine.fakes import image
 
@@ -73,5 +72,4 @@ def test_prompts_are_encoded_once_and_negative_ones_only_under_guidance():
         image(prompt="b", negative_prompt="bad", guidance=3.5),
         image(prompt="a", negative_prompt="b", guidance=3.5),
     )
-    assert prompts_of(images) == ["a", "b", "bad"]
     assert Request("r", images, 0, 0.0, None).prompts == ["a", "b", "bad"]

@@ -3,7 +3,8 @@ import pytest
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import State
-from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER, MIN_GAIN
+from krea2_srt.engine.pack_draft import MIN_GAIN
+from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
 from krea2_srt.engine.work import Encode, PackStep
 from tests.engine.fakes import H200, Harness, Ran, image
 
