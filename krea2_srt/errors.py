@@ -69,3 +69,10 @@ class DrainingError(Krea2Error):
 
 class DeadlineError(Krea2Error):
     """A request's deadline passed before it was done."""
+
+
+class DeviceLostError(BaseException):
+    """The device fails whatever is asked of it: the process has to end, and be started anew.
+
+    No `Exception`: nobody may take it for the failure of one request.
+    """

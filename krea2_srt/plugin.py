@@ -9,6 +9,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "KREA2_SRT"
@@ -45,6 +48,12 @@ def register() -> None:
     if not enabled():
         logger.info("%s=%s: SGLang's own Krea 2 serves", SWITCH, os.environ[SWITCH])
         return
+
+    try:
+        EngineConfig.from_environment()
+    except ConfigError as error:
+        # SGLang would log any other exception, and serve without us.
+        raise SystemExit(f"krea2-srt: error: {error}") from None
 
     # Not at module scope: with the switch off, and in every process that only looks for entry
     # points, these imports would cost seconds for nothing.

@@ -30,7 +30,7 @@ def round_robin(replicas: Sequence[Replica], offer: Offer) -> Replica:
 
 
 def total_work(replicas: Sequence[Replica], offer: Offer) -> Replica:
-    """The least work in requests that have not ended, whatever is done of them: ours today."""
+    """The least work in requests that have not ended, whatever is done of them."""
     return min(
         replicas, key=lambda replica: sum(taken.total_ms for taken in replica.taken.values())
     )
@@ -42,7 +42,7 @@ def least_work(replicas: Sequence[Replica], offer: Offer) -> Replica:
 
 
 def total_ahead(replicas: Sequence[Replica], offer: Offer) -> Replica:
-    """Like `total_work`, but first of all among requests that come before this one."""
+    """Ours: like `total_work`, but first of all among requests that come before this one."""
 
     def work(replica: Replica) -> tuple[float, float]:
         taken = replica.taken.values()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from krea2_srt.engine import policy, step_scheduler
+from krea2_srt.engine import pack_draft, policy, step_scheduler
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.lifecycle import Request
 
@@ -25,7 +25,8 @@ class Scheduler:
         config: of every engine.
         deadlines: whether requests carry the SLO as their deadline; the engine gives up those
             that reach it.
-        stretch, min_gain: in place of the engine's constants `STRETCH` and `MIN_GAIN`.
+        stretch, min_gain, encoded_together: in place of the engine's constants `STRETCH`,
+            `MIN_GAIN` and `MAX_ENCODED_TOGETHER`.
         weights: (a, b) of a key arrival + a * total + b * remaining seconds of work, in place of
             the policy's.
     """
@@ -35,21 +36,29 @@ class Scheduler:
     config: EngineConfig
     deadlines: bool = False
     stretch: float = policy.STRETCH
-    min_gain: float = step_scheduler.MIN_GAIN
+    min_gain: float = pack_draft.MIN_GAIN
+    encoded_together: int = step_scheduler.MAX_ENCODED_TOGETHER
     weights: tuple[float, float] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The engine's modules with these settings, for as long as this lasts."""
         name = self.config.policy
-        before = policy.POLICIES[name], policy.STRETCH, step_scheduler.MIN_GAIN
-        policy.STRETCH, step_scheduler.MIN_GAIN = self.stretch, self.min_gain
+        before = (
+            policy.POLICIES[name],
+            policy.STRETCH,
+            pack_draft.MIN_GAIN,
+            step_scheduler.MAX_ENCODED_TOGETHER,
+        )
+        policy.STRETCH, pack_draft.MIN_GAIN = self.stretch, self.min_gain
+        step_scheduler.MAX_ENCODED_TOGETHER = self.encoded_together
         if self.weights is not None:
             policy.POLICIES[name] = weighted_key(*self.weights)
         try:
             yield
         finally:
-            policy.POLICIES[name], policy.STRETCH, step_scheduler.MIN_GAIN = before
+            policy.POLICIES[name], policy.STRETCH = before[:2]
+            pack_draft.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER = before[2:]
 
 
 def weighted_key(a: float, b: float) -> Callable[[Request], float]:
@@ -70,8 +79,7 @@ def weighted_key(a: float, b: float) -> Callable[[Request], float]:
 def request_at_a_time(router: str) -> Scheduler:
     """The baseline, what unmodified SGLang does: each request from start to end, in order.
 
-    With one active sequence at most, no request's prompt is encoded before its turn; a request
-    for more images is taken by an empty engine, which runs them one after the other.
+    A request for more images has its prompt encoded once and draws them one after the other.
     """
     config = EngineConfig(
         policy="fcfs",
@@ -80,15 +88,10 @@ def request_at_a_time(router: str) -> Scheduler:
         max_turn_ms=NEVER,
         max_queue_s=NEVER,
     )
-    return Scheduler(f"baseline, {router}", router, config)
+    return Scheduler(f"baseline, {router}", router, config, encoded_together=1)
 
 
 def ours(policy_name: str, router: str) -> Scheduler:
     """A policy of the engine, which takes everything; under edf the SLO is the deadline."""
     config = replace(EngineConfig(), policy=policy_name, max_queue_s=NEVER)
     return Scheduler(f"{policy_name}, {router}", router, config, deadlines=policy_name == "edf")
-
-
-def due(router: str) -> Scheduler:
-    """Earliest due date first, were each request due when its SLO says; gives nothing up."""
-    return replace(ours("srpt", router), name=f"due, {router}", weights=(SLO_FACTOR, 0.0))

@@ -9,7 +9,7 @@ H200 (790 TFLOP/s, 4.3 TB/s); a machine's own figures come from timing a few pac
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 FLOPS_PER_TOKEN = 24.3e9
 FLOPS_PER_SQUARED_TOKEN = 0.688e6
@@ -62,9 +62,14 @@ class CostModel:
         return self.decode_launch + self.decode_per_pixel * pixels
 
     def scaled(self, factor: float) -> "CostModel":
-        """The model of a machine that takes this many times as long."""
-        times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.name != "blocks"}
-        return CostModel(**times, blocks=self.blocks)
+        """The model of a machine whose steps take this many times as long."""
+        return replace(
+            self,
+            floor=self.floor * factor,
+            launch=self.launch * factor,
+            per_token=self.per_token * factor,
+            per_square=self.per_square * factor,
+        )
 
     def blocks_per_slice(self, step_ms: float, max_turn_ms: float) -> int:
         """How many blocks of a step fit into a turn; at least one, at most all."""

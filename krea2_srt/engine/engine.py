@@ -145,7 +145,7 @@ class Engine:
         Returns:
             What happened, or None if there was nothing to do.
         """
-        events = self._expire()
+        events = self.expire()
         if self._decoding:
             events += self._collect_decodes()
         if events:
@@ -178,8 +178,8 @@ class Engine:
             self._executor.encode(work.requests)
         except Exception as error:
             self._log_failure("encode", error)
-            if isinstance(error, OutOfMemoryError) and self._drop_held():
-                return events  # tried again in the memory that they held
+            if isinstance(error, OutOfMemoryError) and self._memory_may_free():
+                return events
             if len(work.requests) == 1:
                 events.append(self._end(work.requests[0], State.FAILED, _as_ours(error)))
             # Several are still encoding: each is tried alone in turns to come.
@@ -234,7 +234,7 @@ class Engine:
         self._drop(step)
         if isinstance(error, OutOfMemoryError):
             self._scheduler.budget.out_of_memory(step.tokens)
-            if self._drop_held():
+            if self._memory_may_free():
                 return []
         if len(step.sequences) > 1:
             self.counters.retried += len(step.sequences)
@@ -246,10 +246,13 @@ class Engine:
     def _decode(self, sequence: ImageSequence) -> list[Event]:
         try:
             finished = self._executor.decode(sequence)
+            sequence.decode_begun = True
         except Exception as error:
             self._log_failure("decode", error)
-            if isinstance(error, OutOfMemoryError) and self._drop_held():
-                return []  # it is tried again in the memory that they held
+            if isinstance(error, OutOfMemoryError) and not sequence.decode_retried:
+                sequence.decode_retried = True
+                if self._memory_may_free():
+                    return []
             return [self._end(sequence.request, State.FAILED, _as_ours(error))]
         if not finished:
             return []
@@ -265,7 +268,7 @@ class Engine:
 
     def _collect_decodes(self) -> list[Event]:
         events: list[Event] = []
-        for sequence in list(self._decoding):
+        for sequence in sorted(self._decoding, key=lambda sequence: sequence.request.key):
             if sequence in self._decoding:  # a sibling's failure may have ended it just now
                 events += self._decode(sequence)
         return events
@@ -309,9 +312,14 @@ class Engine:
         self._scheduler.add(request)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
+            if len(self._deadlines) > 2 * len(self.requests) + 64:
+                # Ended requests stay until they come up; with far deadlines that may take a day.
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
+                heapq.heapify(self._deadlines)
         return request
 
-    def _expire(self) -> list[Event]:
+    def expire(self) -> list[Event]:
+        """End what is past its deadline; every turn begins with it."""
         events: list[Event] = []
         now = self._clock() if self._deadlines else 0.0
         while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now):
@@ -324,6 +332,10 @@ class Engine:
         return events
 
     def _end(self, request: Request, state: State, error: Krea2Error | None = None) -> Ended:
+        if error is not None:
+            # Its frames hold the tensors of what failed, and this request: nothing would go.
+            error = error.with_traceback(None)
+            error.__cause__ = error.__context__ = None
         request.state, request.error = state, error
         request.reached[state] = self._clock()
         del self.requests[request.id]
@@ -377,12 +389,17 @@ class Engine:
         except Exception as error:
             self._log_failure("clean-up", error)
 
-    def _drop_held(self) -> bool:
-        """Give back the memory of steps between slices; returns whether there were any."""
+    def _memory_may_free(self) -> bool:
+        """Give back the memory of steps between slices.
+
+        Returns:
+            Whether there were any, or decodes are under way beside the steps: then what ran out
+            of memory is worth another try.
+        """
         held = list(self._scheduler.held)
         for step in held:
             self._drop(step)
-        return bool(held)
+        return bool(held) or any(sequence.decode_begun for sequence in self._decoding)
 
     def _move(self, request: Request, state: State) -> None:
         """Move a request and all its sequences."""

@@ -53,6 +53,8 @@ class Sequence:
         state: where it is.
         step: steps done.
         begun: whether its first step has begun and it has not ended.
+        decode_begun: whether a slice of its decode has run.
+        decode_retried: whether its decode has run out of memory once.
     """
 
     request: "Request"
@@ -62,6 +64,8 @@ class Sequence:
     state: State = State.WAITING
     step: int = 0
     begun: bool = False
+    decode_begun: bool = False
+    decode_retried: bool = False
 
     def move(self, state: State) -> None:
         """Change the state.

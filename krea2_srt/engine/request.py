@@ -31,6 +31,7 @@ class RequestLimits:
         max_steps: denoising steps.
         max_images: images of one request.
         max_guidance: guidance scale, Krea's convention (0 is off).
+        max_prompt: characters of a prompt; the model reads the first 512 tokens.
     """
 
     max_side: int = 4096
@@ -38,6 +39,7 @@ class RequestLimits:
     max_steps: int = 200
     max_images: int = 64
     max_guidance: float = 100.0
+    max_prompt: int = 65_536
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class ImageRequest:
         Raises:
             RequestError: naming the first field that is wrong.
         """
-        _check_text("prompt", self.prompt)
-        _check_text("negative_prompt", self.negative_prompt)
+        _check_text("prompt", self.prompt, limits.max_prompt)
+        _check_text("negative_prompt", self.negative_prompt, limits.max_prompt)
         for field, least, most in (
             ("width", SIZE_MULTIPLE, limits.max_side),
             ("height", SIZE_MULTIPLE, limits.max_side),
@@ -126,9 +128,11 @@ def estimated_text_tokens(prompt: str) -> int:
     return min(MAX_TEXT_TOKENS, SUFFIX_TOKENS + len(prompt.encode(errors="replace")) // 4)
 
 
-def _check_text(field: str, value: object) -> None:
+def _check_text(field: str, value: object, most: int) -> None:
     if not isinstance(value, str):
         raise RequestError(field, f"must be text, got {type(value).__name__}")
+    if len(value) > most:
+        raise RequestError(field, f"must have at most {most} characters, got {len(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.engine.work import PackStep
-from krea2_srt.errors import OutOfMemoryError, first_line, not_finite
+from krea2_srt.errors import DeviceLostError, OutOfMemoryError, first_line, not_finite
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.pixels import quantize, to_uint8
@@ -122,13 +122,17 @@ class RunnerExecutor:
         if (denoising := self._sequences.get(sequence)) is not None:
             denoising.keep_velocity = True
 
-    def preview(self, sequence: Sequence) -> np.ndarray | None:
-        """uint8 [height, width, 3], at most 256 x 256; None before a watched step."""
+    def predict(self, sequence: Sequence) -> Tensor | None:
+        """Small latents of the picture as its last step predicts it; None before a watched step."""
         denoising = self._sequences.get(sequence)
         if denoising is None or denoising.velocity is None:
             return None
+        return self._runner.predicted_latents(denoising)
+
+    def draw_preview(self, latents: Tensor) -> np.ndarray:
+        """uint8 [height, width, 3], at most 256 x 256, of what `predict` has given."""
         with _memory_errors():
-            return to_uint8(self._runner.preview(denoising))
+            return to_uint8(self._runner.vae.decode(latents[None])[0])
 
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
         """Its tensors; drawn before its first step, so that those that wait take no memory."""
@@ -189,7 +193,21 @@ def _memory_errors() -> Iterator[None]:
             torch.cuda.empty_cache()
         raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
     except RuntimeError as error:
-        # What torch raises for the host's memory.
-        if "can't allocate memory" not in str(error):
+        if not any(marker in str(error).lower() for marker in _OUT_OF_MEMORY):
+            _check_device(error)
             raise
         raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
+
+
+# Of the host's allocator, cuBLAS, cuDNN and the driver, which have no exception of their own.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed")
+
+
+def _check_device(error: RuntimeError) -> None:
+    """Raise `DeviceLostError` if the GPU answers nothing any more: no request would succeed."""
+    if "CUDA" not in str(error):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        raise DeviceLostError(first_line(error)) from error

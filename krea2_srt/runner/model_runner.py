@@ -268,16 +268,16 @@ class Krea2Runner:
         return self.vae.decode_slices(latents, tile)
 
     @torch.inference_mode()
-    def preview(self, sequence: DenoisingSequence) -> Tensor:
-        """What the picture will be as far as its last step can tell, small.
+    def predicted_latents(self, sequence: DenoisingSequence) -> Tensor:
+        """What the latents will be as far as the last step can tell: x0 = x - sigma * velocity.
 
-        The predicted clean latents x0 = x - sigma * velocity, averaged down to at most 32 x 32.
+        Small, for previews: averaged down to at most 32 x 32.
 
         Args:
             sequence: after at least one step with `keep_velocity`.
 
         Returns:
-            float32 [3, height, width] in [0, 1], at most 256 x 256.
+            float32 [16, h, w], to be decoded like any.
         """
         if sequence.velocity is None:
             raise ValueError("a preview needs a step with keep_velocity")
@@ -287,7 +287,7 @@ class Krea2Runner:
         height, width = latents.shape[1:]
         shrink = max(1.0, max(height, width) / PREVIEW_LATENTS)
         size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
-        return self.vae.decode(F.adaptive_avg_pool2d(latents[None], size))[0]
+        return F.adaptive_avg_pool2d(latents, size)
 
     def _modulation(self, schedule: Schedule) -> Modulation:
         return self._modulations.get_or(

@@ -62,7 +62,7 @@ class PackForward:
             The sequences whose latents are no longer finite.
         """
         velocity = self._dit.finish(self._x, self._pack, self._modulation).float()
-        pieces: list[Tensor] = []
+        stepped: list[tuple[Tensor, Tensor | None]] = []
         start = 0
         for s in self.sequences:
             size = s.rows * s.columns
@@ -71,11 +71,12 @@ class PackForward:
             if s.negative_context is not None:
                 v = v + s.guidance * (v - velocity[start : start + size])
                 start += size
-            s.tokens = s.tokens + (s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step]) * v
-            s.velocity = v.clone() if s.keep_velocity else None
-            s.step += 1
-            pieces.append(s.tokens)
+            tokens = s.tokens + (s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step]) * v
+            stepped.append((tokens, v.clone() if s.keep_velocity else None))
         # One look for all: on a GPU each would wait for the device.
-        if all(torch.stack([torch.isfinite(piece).all() for piece in pieces]).tolist()):
-            return []
-        return [s for s in self.sequences if not torch.isfinite(s.tokens).all()]
+        finite = torch.stack([torch.isfinite(tokens).all() for tokens, _ in stepped]).tolist()
+        # From here on nothing can fail: all sequences step, or none.
+        for s, (tokens, v_kept) in zip(self.sequences, stepped, strict=True):
+            s.tokens, s.velocity = tokens, v_kept
+            s.step += 1
+        return [s for s, good in zip(self.sequences, finite, strict=True) if not good]

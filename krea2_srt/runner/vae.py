@@ -219,11 +219,18 @@ class VAEDecoder(nn.Module):
         dtype: of weights and activations.
     """
 
+    latents_mean: Tensor
+    latents_std: Tensor
+
     def __init__(self, config: VAEConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         dims = [config.base_dim * m for m in (config.dim_mult[-1], *reversed(config.dim_mult))]
+        # On the device from the start: to bring them there would wait for it.
+        for name in ("latents_mean", "latents_std"):
+            values = torch.tensor(getattr(config, name)).view(1, -1, 1, 1).to(dtype)
+            self.register_buffer(name, values, persistent=False)
         self.post_quant_conv = Conv(config.z_dim, config.z_dim, 1, dtype)
         self.conv_in = Conv(config.z_dim, dims[0], 3, dtype)
         self.mid_resnets = nn.ModuleList(ResidualBlock(dims[0], dims[0], dtype) for _ in range(2))
@@ -277,9 +284,7 @@ class VAEDecoder(nn.Module):
         """
         tile = default_tile(latents.device) if tile is None else tile
         x = latents[None].to(self.dtype)
-        x = x * self._constant(self.config.latents_std, x) + self._constant(
-            self.config.latents_mean, x
-        )
+        x = x * self.latents_std + self.latents_mean
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.mid_resnets[0](self.conv_in(self.post_quant_conv(x)))
         yield None
@@ -309,10 +314,6 @@ class VAEDecoder(nn.Module):
         for resnet in self.up_resnets[-1]:
             x = resnet(x)
         return self.conv_out(F.silu(self.norm_out(x), inplace=True))
-
-    @staticmethod
-    def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, device=like.device).view(1, -1, 1, 1).to(like.dtype)
 
     def targets(self) -> dict[str, Target]:
         """Where each tensor of a released checkpoint goes; encoder and time convs have no place."""

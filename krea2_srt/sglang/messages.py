@@ -53,7 +53,9 @@ class Subscribe:
 
 @dataclass(frozen=True)
 class GetStatistics:
-    """Answer: the engine's statistics, a dict."""
+    """Answer: the engine's statistics, a dict; of several replicas, through SGLang's client, a list
+    of them.
+    """
 
     version: int = VERSION
 

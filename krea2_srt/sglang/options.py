@@ -14,10 +14,10 @@ from sglang.multimodal_gen import envs
 _AROUND_THE_PIPELINE = """
     base_gpu_id backend batching_config batching_delay_ms batching_max_size batching_mode config
     dist_timeout dp_size
-    enable_batching_metrics enable_cache_report enable_metrics enable_trace gpu_ids host
+    enable_batching_metrics enable_cache_report enable_metrics gpu_ids host
     http_graceful_shutdown_timeout input_save_path log_level log_requests log_requests_format
     log_requests_level log_requests_target master_port model_id model_path
-    nccl_port num_gpus numa_node otlp_service_name otlp_traces_endpoint output_path perf_dump_path
+    nccl_port num_gpus numa_node output_path perf_dump_path
     pin_cpu_memory port prompt_file_path revision scheduler_port
     scheduler_ports scheduler_rpc_timeout served_model_name sleep_on_idle strict_ports
     text_encoder_configs uvicorn_access_log_exclude_prefixes warmup_mode

@@ -1,15 +1,17 @@
 """Telling clients how far their requests are."""
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sglang.multimodal_gen.runtime.managers.progress_reporter import get_progress_reporter
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
+from torch import Tensor
 
 from krea2_srt.engine.events import Progress
-from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.errors import Krea2Error, first_line
+from krea2_srt.engine.lifecycle import Request, Sequence, State
+from krea2_srt.errors import first_line
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.sglang.messages import ProgressUpdate, RequestEnded, Subscribe
 from krea2_srt.sglang.replies import Item, engine_error
@@ -17,12 +19,11 @@ from krea2_srt.sglang.replies import Item, engine_error
 logger = init_logger(__name__)
 
 
-def report_to_sglang(item: Item, progress: Progress) -> None:
-    """Send a step to SGLang's own progress channel, if the request asks for that."""
+def report_to_sglang(item: Item, request: Request) -> None:
+    """Tell SGLang's own progress channel how far a request is, if it asks for that."""
     reporter = get_progress_reporter()
     if reporter is None:
         return
-    request = progress.sequence.request
     for req in item.reqs:
         if req.report_progress and not req.is_warmup:
             reporter.step(
@@ -48,6 +49,15 @@ class _Subscriber:
     after_steps: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Preview:
+    """Latents to draw, and whom to send the picture with which update."""
+
+    sequence: Sequence
+    latents: Tensor | None
+    updates: list[tuple[_Subscriber, ProgressUpdate]]
+
+
 class Subscriptions:
     """Who wants to know of which request.
 
@@ -60,6 +70,7 @@ class Subscriptions:
         self._executor = executor
         self._send = send
         self._subscribers: dict[Request, list[_Subscriber]] = {}
+        self._due: deque[_Preview] = deque()
 
     def add(self, identity: bytes, wish: Subscribe, requests: list[Request]) -> None:
         """Subscribe a client to the requests of an id."""
@@ -77,27 +88,40 @@ class Subscriptions:
     def step(self, progress: Progress) -> None:
         """A sequence has done a step."""
         sequence = progress.sequence
-        subscribers = self._subscribers.get(sequence.request, ())
-        preview = None
-        for subscriber in subscribers:
-            due = progress.step in subscriber.after_steps.get(sequence.index, ())
-            if due and preview is None and sequence.state is State.DENOISING:
-                try:
-                    preview = self._executor.preview(sequence)
-                except Krea2Error as error:
-                    # The picture itself may still succeed.
-                    logger.warning("krea2-srt: no preview: %s", first_line(error))
+        due = []
+        for subscriber in self._subscribers.get(sequence.request, ()):
             update = ProgressUpdate(
-                subscriber.request_id,
-                sequence.index,
-                progress.step,
-                progress.total,
-                preview if due else None,
+                subscriber.request_id, sequence.index, progress.step, progress.total
             )
-            self._send(subscriber.identity, pickle.dumps(update))
+            if progress.step in subscriber.after_steps.get(sequence.index, ()):
+                due.append((subscriber, update))
+            else:
+                self._send(subscriber.identity, pickle.dumps(update))
+        if due:
+            self._due.append(_Preview(sequence, self._executor.predict(sequence), due))
+
+    def draw(self) -> None:
+        """Draw the preview that has been due for longest, if there is one.
+
+        One at a time: nothing should wait for more.
+        """
+        if not self._due:
+            return
+        preview = self._due.popleft()
+        pixels = None
+        if preview.latents is not None and not preview.sequence.request.ended:
+            try:
+                pixels = self._executor.draw_preview(preview.latents)
+            except Exception as error:
+                # The picture itself may still succeed.
+                logger.warning("krea2-srt: no preview: %s", first_line(error))
+        for subscriber, update in preview.updates:
+            self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
 
     def end(self, request: Request, request_id: str) -> None:
-        """A request has ended."""
+        """A request has ended: the last message, after all that is due."""
+        while any(preview.sequence.request is request for preview in self._due):
+            self.draw()
         for subscriber in self._subscribers.pop(request, ()):
             error = engine_error(request) if request.state is State.FAILED else None
             message = RequestEnded(request_id, request.state.value, error)

@@ -1,4 +1,4 @@
-"""Routing among data-parallel replicas: to the one with the least outstanding work.
+"""Routing among data-parallel replicas, by outstanding work.
 
 SGLang takes them in turn: small requests queue behind a big one while another replica idles, and
 one dead replica ends them all.
@@ -6,14 +6,18 @@ one dead replica ends them all.
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from krea2_srt.engine.cost import roofline
+from krea2_srt.engine.policy import STRETCH
 from krea2_srt.engine.request import ImageRequest
+from krea2_srt.sglang.messages import Cancel, GetStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Replicas:
     def __init__(self, count: int) -> None:
         self.outstanding = [0] * count
         self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
+        self._queues: list[dict[object, tuple[float, int]]] = [{} for _ in range(count)]
         self._dead: set[int] = set()
         self._turn = 0
 
@@ -46,15 +51,25 @@ class Replicas:
     def live(self) -> list[int]:
         return [index for index in range(len(self)) if index not in self._dead]
 
-    def choose(self) -> int:
-        """The live replica with the least outstanding work; equal ones take turns.
+    def choose(self, work: int = 0) -> int:
+        """The live replica where a request of ``work`` ms would wait for the least work.
+
+        That is what the engine's default policy would run before it: a small request goes where
+        other small ones are few, however large the large ones are. Then counts all outstanding
+        work; equal replicas take turns.
 
         Raises:
             ReplicaExited: none is left.
         """
         if not self.live:
             raise ReplicaExited(_NONE_LEFT)
-        index = min(self.live, key=lambda i: (self.outstanding[i], (i - self._turn) % len(self)))
+        key = _key(work)
+
+        def wait(index: int) -> tuple[int, int, int]:
+            ahead = sum(other for due, other in self._queues[index].values() if due <= key)
+            return ahead, self.outstanding[index], (index - self._turn) % len(self)
+
+        index = min(self.live, key=wait)
         self._turn = index + 1
         return index
 
@@ -69,7 +84,7 @@ class Replicas:
         Raises:
             ReplicaExited: the replica is dead, or dies meanwhile.
         """
-        index = self.choose() if index is None else index
+        index = self.choose(work) if index is None else index
         exited = ReplicaExited(f"replica {index} has exited; send the request again")
         if index in self._dead:
             raise exited
@@ -78,6 +93,8 @@ class Replicas:
         cancels = task.cancelling()
         self._forwards[index].add(task)
         self.outstanding[index] += work
+        place = object()
+        self._queues[index][place] = (_key(work), work)
         try:
             yield index
         except asyncio.CancelledError:
@@ -87,6 +104,7 @@ class Replicas:
             raise
         finally:
             self.outstanding[index] -= work
+            del self._queues[index][place]
             self._forwards[index].discard(task)
 
     def mark_dead(self, index: int) -> None:
@@ -95,6 +113,11 @@ class Replicas:
             self._dead.add(index)
             for task in self._forwards[index]:
                 task.cancel()
+
+
+def _key(work: int) -> float:
+    """As `krea2_srt.engine.policy.srpt` orders requests that have just arrived."""
+    return time.monotonic() + STRETCH * work / 1e3
 
 
 def estimated_ms(batch: Any) -> int:
@@ -108,7 +131,7 @@ def estimated_ms(batch: Any) -> int:
         return 1
     prompt, scale = getattr(batch, "prompt", None), getattr(batch, "guidance_scale", None)
     request = ImageRequest(
-        prompt=prompt if isinstance(prompt, str) else "",
+        prompt=prompt[:4096] if isinstance(prompt, str) else "",
         width=_whole(batch, "width", 1024, most=8192),
         height=_whole(batch, "height", 1024, most=8192),
         steps=_whole(batch, "num_inference_steps", 8, most=1000),
@@ -117,8 +140,8 @@ def estimated_ms(batch: Any) -> int:
     )
     images = _whole(batch, "num_outputs_per_prompt", 1, most=1000)
     images *= len(prompt) if isinstance(prompt, list) else 1
-    steps = request.steps * _COST.step(request.estimated_tokens * images)
-    return 1 + int(steps + images * _COST.decode(request.width * request.height))
+    image = request.steps * _COST.step(request.estimated_tokens)
+    return 1 + int(images * (image + _COST.decode(request.width * request.height)))
 
 
 def _whole(batch: Any, field: str, default: int, *, most: int) -> int:
@@ -152,20 +175,22 @@ async def forward(
         with replicas.forward(work, index) as index:
             return await client._forward_one(endpoints[index], batch, timeout_ms)
 
-    async def forward_to_all() -> Any:
+    async def forward_to_all(merge: Callable[[list[Any]], Any]) -> Any:
         results = []
         for index in replicas.live:
             with suppress(ReplicaExited):
                 results.append(await forward_one(1, index))
         if not results:
             raise ReplicaExited(_NONE_LEFT)
-        return sglang_client._merge_fanout_results(results)
+        return merge(results)
 
     client.request_logger.log_received_request(batch)
     if isinstance(batch, sglang_client._CONTROL_REQ_TYPES):
         # To its end, even if the client hangs up: half of the replicas with new weights would draw
         # other pictures than the other half.
-        output = await asyncio.shield(forward_to_all())
+        output = await asyncio.shield(forward_to_all(sglang_client._merge_fanout_results))
+    elif isinstance(batch, Cancel | GetStatistics):
+        output = await forward_to_all(partial(merged_answers, batch))
     elif sglang_client._session_key(batch) is not None:
         index = sglang_client._select_replica(batch, len(endpoints), client._replica_counter)
         output = await forward_one(estimated_ms(batch), index)
@@ -173,6 +198,17 @@ async def forward(
         output = await forward_one(estimated_ms(batch))
     client.request_logger.log_finished_request(batch, output)
     return output
+
+
+def merged_answers(question: Cancel | GetStatistics, outputs: list[Any]) -> Any:
+    """One answer from all replicas: the sum of what was cancelled; a list of statistics."""
+    merged = outputs[0]
+    answers = [output.output for output in outputs if not output.error]
+    if isinstance(question, GetStatistics):
+        merged.output = answers
+    elif answers:
+        merged.output = {"cancelled": sum(answer["cancelled"] for answer in answers)}
+    return merged
 
 
 def backend_failure(original: Callable[[Any], str | None], app: Any) -> str | None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from sglang.multimodal_gen.runtime.managers.gpu_worker import GPUWorker
-from sglang.multimodal_gen.runtime.managers.request_gc import request_gc
 from sglang.multimodal_gen.runtime.pipelines_core import Req
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
+from sglang.multimodal_gen.runtime.platforms import current_platform
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
 from krea2_srt.engine.lifecycle import Request, State
@@ -133,15 +133,20 @@ class ReplyThreads:
 
     Args:
         worker: SGLang's.
-        reply: sends an output for an (identity, payload); takes the socket's lock.
+        reply: sends an output; takes the socket's lock, and raises nothing.
     """
 
-    def __init__(
-        self, worker: GPUWorker, reply: Callable[[tuple[bytes, Any], OutputBatch], None]
-    ) -> None:
+    def __init__(self, worker: GPUWorker, reply: Callable[[Item, OutputBatch], None]) -> None:
         self._worker = worker
         self._reply = reply
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="krea2-reply")
+        # A thread begins on GPU 0, whichever is ours.
+        device = current_platform.get_device(worker.local_rank)
+        use_device = partial(current_platform.set_device, device)
+        self._pool = ThreadPoolExecutor(
+            THREADS,
+            "krea2-reply",
+            initializer=None if current_platform.is_cpu() else use_device,
+        )
 
     def start(self, item: Item, output: OutputBatch) -> "Future[None]":
         """Reply with a finished output as soon as its pictures are encoded."""
@@ -151,7 +156,6 @@ class ReplyThreads:
         """Wait for all replies."""
         self._pool.shutdown(wait=True)
 
-    @request_gc.defer()
     def _run(self, item: Item, output: OutputBatch) -> None:
         try:
             self._worker._finalize_output_batch(
@@ -165,10 +169,7 @@ class ReplyThreads:
             # A full disk, a path that cannot be written.
             logger.error("krea2-srt: request %s: %s", item.request_id, error, exc_info=True)
             output = OutputBatch(error=f"the picture could not be saved: {error}")
-        try:
-            self._reply((item.identity, item.payload), output)
-        except Exception as error:
-            logger.error("krea2-srt: request %s: no reply: %s", item.request_id, error)
+        self._reply(item, output)
 
     def _save(self, item: Item, output: OutputBatch) -> None:
         if len(item.reqs) == 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize_output_seeds
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.utils.perf_logger import RequestMetrics
 
 from krea2_srt.engine.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
@@ -57,6 +58,11 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
     """
     _refuse_unsupported(batch)
     scale = batch.guidance_scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, type(None))):
+        raise RequestError("guidance_scale", f"must be a number, got {scale!r}")
+    prompts = len(batch.prompt) if isinstance(batch.prompt, list) else 1
+    if not 1 <= prompts <= limits.max_images:
+        raise RequestError("prompt", f"must be 1 to {limits.max_images}, got {prompts}")
     found = []
     for prompt, seeds in _prompts_and_seeds(batch):
         request = ImageRequest(
@@ -80,13 +86,34 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
     return found
 
 
+def check_envelope(req: Req) -> None:
+    """Check what is around the request itself: an answer needs it.
+
+    Raises:
+        RequestError: naming SGLang's field, which then holds something harmless.
+    """
+    for field, kinds, harmless in (
+        ("request_id", (str, type(None)), None),
+        ("extra", (dict,), {}),
+        ("output_path", (str, type(None)), None),
+        ("output_file_name", (str, type(None)), None),
+    ):
+        value = getattr(req, field, None)
+        if not isinstance(value, kinds):
+            setattr(req, field, harmless)
+            raise RequestError(field, f"has the wrong type, {type(value).__name__}")
+    if req.metrics is not None and not isinstance(req.metrics, RequestMetrics):
+        req.metrics = None
+        raise RequestError("metrics", "must be SGLang's")
+
+
 def request_options(req: Req) -> RequestOptions:
     """What a request carries for our scheduler.
 
     Raises:
         RequestError: it is not a `RequestOptions` of our version.
     """
-    options = (req.extra or {}).get("krea2", RequestOptions())
+    options = req.extra.get("krea2", RequestOptions())
     if not isinstance(options, RequestOptions):
         raise RequestError("krea2", f"must be RequestOptions, got {type(options).__name__}")
     if options.version != VERSION:

@@ -7,6 +7,7 @@ sent, metrics. For a model that our pipeline does not serve, the loop is SGLang'
 import gc
 import logging
 import os
+import pickle
 import signal
 from collections import deque
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.errors import Krea2Error
+from krea2_srt.errors import Krea2Error, RequestError
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.side_stream import CudaSideStream
@@ -38,12 +39,25 @@ from krea2_srt.sglang.messages import (
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
 from krea2_srt.sglang.replies import Item, ReplyThreads, engine_error, failed, finished
-from krea2_srt.sglang.requests import image_requests, request_options
+from krea2_srt.sglang.requests import check_envelope, image_requests, request_options
 
 logger = init_logger(__name__)
 
+# SGLang's merging of whole requests.
+_WITHOUT_EFFECT = (
+    "batching_max_size",
+    "batching_delay_ms",
+    "batching_mode",
+    "batching_config",
+    "enable_batching_metrics",
+)
+
+_MAX_REPLIES = 64
+"""Replies whose pictures are being saved, beyond which no further work is begun."""
+
 _IDLE_WAIT_S = 1.0
 _DECODE_POLL_S = 0.001
+_LINGER_MS = 1000
 
 
 class Krea2Scheduler(Scheduler):
@@ -58,8 +72,10 @@ class Krea2Scheduler(Scheduler):
         self._steps = isinstance(pipeline, Krea2RunnerPipeline) and self.receiver is not None
         if not self._steps:
             return
-        if self.server_args.is_arg_explicitly_set("batching_max_size"):
-            logger.info("krea2-srt: --batching-max-size has no effect: packs are made step by step")
+        for option in _WITHOUT_EFFECT:
+            if self.server_args.is_arg_explicitly_set(option):
+                flag = f"--{option.replace('_', '-')}"
+                logger.warning("krea2-srt: %s has no effect: packs are made step by step", flag)
         runner = pipeline.runner
         cuda = runner.device.type == "cuda"
         self._executor = RunnerExecutor(
@@ -80,7 +96,7 @@ class Krea2Scheduler(Scheduler):
         self._items: dict[Request, Item] = {}
         self._subscriptions = Subscriptions(self._executor, self._send)
         self._numbers = count()
-        self._replies = ReplyThreads(self.worker, self._return_item_result)
+        self._replies = ReplyThreads(self.worker, self._reply)
         self.request_handlers |= {
             ShutdownReq: self._drain,
             Cancel: self._cancel,
@@ -101,14 +117,22 @@ class Krea2Scheduler(Scheduler):
             while not self._finished():
                 self._receive()
                 self._cancel_lost()
-                # Asleep, the weights are away: what is in the engine waits for them.
-                events = None if self.worker.is_sleeping() else self._engine.turn()
-                if events is None:
+                if (events := self._turn()) is None:
                     self._rest()
                 else:
                     self._handle(events)
+                    self._subscriptions.draw()
         finally:
             self._stop()
+
+    def _turn(self) -> list[Event] | None:
+        if self.worker.is_sleeping():
+            # The weights are away: what is in the engine waits for them.
+            return self._engine.expire() or None
+        self._reap_finalizes()
+        if len(self._inflight_finalizes) >= _MAX_REPLIES:
+            return None
+        return self._engine.turn()
 
     def _finished(self) -> bool:
         # Nobody wakes an engine that shuts down.
@@ -117,8 +141,8 @@ class Krea2Scheduler(Scheduler):
     # Receiving.
 
     def _receive(self) -> None:
-        received = self.process_received_reqs_with_req_based_warmup(self.recv_reqs())
-        for identity, payload in received:
+        received = self.recv_reqs()
+        for identity, payload in self.process_received_reqs_with_req_based_warmup(received):
             try:
                 self._accept(identity, payload)
             except Exception as error:
@@ -132,11 +156,7 @@ class Krea2Scheduler(Scheduler):
             item = Item(identity, payload, tuple(reqs))
             if self.metrics is not None:
                 self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=item.arrival)
-            if any(req.profile for req in reqs):
-                # SGLang's profiler covers a request from end to end: it has the engine to itself.
-                self._reply(item, self._dispatch_single_request(payload))
-            else:
-                self._submit(item)
+            self._submit(item)
             return
         if getattr(payload, "version", VERSION) != VERSION:
             text = f"{type(payload).__name__}: version {payload.version}, this is {VERSION}"
@@ -152,6 +172,11 @@ class Krea2Scheduler(Scheduler):
             self._reply(item, OutputBatch(error=error))
             return
         try:
+            for req in item.reqs:
+                check_envelope(req)
+            if any(req.profile for req in item.reqs):
+                self._run_profiled(item)
+                return
             options = request_options(item.reqs[0])
             images = [image_requests(req, self._limits) for req in item.reqs]
             self.worker._validate_group_forward_reqs(list(item.reqs))
@@ -165,27 +190,40 @@ class Krea2Scheduler(Scheduler):
             logger.warning("krea2-srt: request %s refused: %s", item.request_id, error)
             self._reply(item, failed(item, error))
             return
+        self._items[request] = replace(item, counts=tuple(map(len, images)))
+        report_to_sglang(item, request)
         for req in item.reqs:
             req.log(server_args=self.server_args)
-        self._items[request] = replace(item, counts=tuple(map(len, images)))
+
+    def _run_profiled(self, item: Item) -> None:
+        """SGLang's profiler covers a request from end to end: it has the engine to itself."""
+        if not self._engine.idle or self._engine.draining:
+            raise RequestError("profile", "is only possible while nothing else is in the engine")
+        self._reply(item, self.worker.execute_forward(list(item.reqs)))
 
     def _requests_of(self, request_id: str) -> list[Request]:
-        return [r for r, item in self._items.items() if item.request_id == request_id]
+        return [r for r, item in self._items.items() if item.reqs[0].request_id == request_id]
 
     # Turning events into replies.
 
     def _handle(self, events: list[Event]) -> None:
         for event in events:
-            match event:
-                case Started(request):
-                    if self.metrics is not None:
-                        self.metrics.dispatch(id(self._items[request].payload))
-                case Progress(sequence):
-                    item = self._items[sequence.request]
-                    report_to_sglang(item, event)
-                    self._subscriptions.step(event)
-                case Ended(request):
-                    self._end(request, self._items.pop(request))
+            try:
+                self._tell(event)
+            except Exception:
+                # Whatever a client has put into its request, the others go on.
+                logger.exception("krea2-srt: %s could not be told", type(event).__name__)
+
+    def _tell(self, event: Event) -> None:
+        match event:
+            case Started(request):
+                if self.metrics is not None:
+                    self.metrics.dispatch(id(self._items[request].payload))
+            case Progress(sequence):
+                self._subscriptions.step(event)
+                report_to_sglang(self._items[sequence.request], sequence.request)
+            case Ended(request):
+                self._end(request, self._items.pop(request))
 
     def _end(self, request: Request, item: Item) -> None:
         self._subscriptions.end(request, item.request_id)
@@ -204,7 +242,12 @@ class Krea2Scheduler(Scheduler):
         self._inflight_finalizes.append(self._replies.start(item, output))
 
     def _reply(self, item: Item, output: OutputBatch) -> None:
-        self._return_item_result((item.identity, item.payload), output)
+        try:
+            self._return_item_result((item.identity, item.payload), output)
+        except Exception:
+            logger.exception("krea2-srt: request %s: its reply failed", item.request_id)
+            answer = OutputBatch(error=output.error or "the reply could not be sent")
+            self._send(item.identity, pickle.dumps(answer))
 
     def _send(self, identity: bytes, payload: bytes) -> None:
         with self._socket_lock:
@@ -237,8 +280,7 @@ class Krea2Scheduler(Scheduler):
     # Waiting and ending.
 
     def _rest(self) -> None:
-        self._reap_finalizes()
-        if self._engine.decoding_aside:
+        if self._engine.decoding_aside and not self.worker.is_sleeping():
             self._wait_idle(_DECODE_POLL_S)
             return
         due_s = None if self._inflight_finalizes else self.worker.release_cache_if_idle()
@@ -253,5 +295,6 @@ class Krea2Scheduler(Scheduler):
             self._handle(self._engine.cancel(request.id))
         self._replies.finish()
         logger.info("krea2-srt: the engine has stopped: %s", self._engine.statistics())
-        self.receiver.close()
-        self.context.destroy(linger=1000)
+        # A client that does not read must not keep us.
+        self.receiver.close(_LINGER_MS)
+        self.context.destroy(_LINGER_MS)

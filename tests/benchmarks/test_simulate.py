@@ -21,15 +21,13 @@ from benchmarks.simulation.replica import Replica, Taken
 from benchmarks.simulation.routers import ROUTERS, Offer
 from benchmarks.simulation.schedulers import (
     Scheduler,
-    due,
     ours,
     request_at_a_time,
-    weighted_key,
 )
-from benchmarks.simulation.study import BASELINES, MAIN, OTHERS, PROPOSED
+from benchmarks.simulation.study import BASELINES, DEFAULT, MAIN, OTHERS
 from benchmarks.simulation.summary import percentile, summarise
 from benchmarks.simulation.traces import DEFAULT_MIX, Arrival, Job, Share, draw_trace
-from krea2_srt.engine import policy, step_scheduler
+from krea2_srt.engine import pack_draft, policy, step_scheduler
 
 HARDWARE = Hardware(replicas=2)
 SMALL = Job(256, 256, steps=2)
@@ -78,7 +76,7 @@ def test_the_same_seed_gives_the_same_summary(scheduler: Scheduler):
 
 def test_another_seed_gives_another_summary():
     first, other = (
-        summarise(simulate(HARDWARE, PROPOSED, trace_of(150, seed=seed))) for seed in (0, 1)
+        summarise(simulate(HARDWARE, DEFAULT, trace_of(150, seed=seed))) for seed in (0, 1)
     )
     assert first != other
 
@@ -196,7 +194,7 @@ def test_what_arrives_during_a_turn_is_taken_in_after_it_and_timed_from_its_arri
 
 
 def test_an_idle_replica_wastes_no_time():
-    result = simulate(Hardware(1), PROPOSED, [Arrival(5.0, SMALL), Arrival(50.0, SMALL)])
+    result = simulate(Hardware(1), DEFAULT, [Arrival(5.0, SMALL), Arrival(50.0, SMALL)])
     assert result.latency_s == pytest.approx([Hardware(1).alone_s(SMALL)] * 2)
 
 
@@ -209,7 +207,8 @@ def test_the_baseline_runs_one_request_from_start_to_end_in_order_of_arrival():
     jobs = {"a": LARGE, "b": replace(SMALL, num_images=3), "c": SMALL, "d": LARGE, "e": SMALL}
     for request_id, job in jobs.items():
         replica.submit(request_id, job, 0.0)
-    assert ended_by(replica) == list(jobs)
+    with BASELINES[0].installed():
+        assert ended_by(replica) == list(jobs)
     wanted = []
     for request_id, job in jobs.items():
         wanted.append(("encode", request_id))
@@ -295,22 +294,25 @@ def test_where_nothing_is_ahead_all_work_counts(router: str):
 
 
 def test_settings_hold_only_while_they_are_installed():
-    before = dict(policy.POLICIES), policy.STRETCH, step_scheduler.MIN_GAIN
-    scheduler = replace(due("least-work"), stretch=99.0, min_gain=0.7)
+    def settings():
+        constants = policy.STRETCH, pack_draft.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER
+        return constants, dict(policy.POLICIES)
+
+    before = settings()
+    scheduler = replace(DEFAULT, stretch=99.0, min_gain=0.7, encoded_together=3, weights=(3.0, 0.0))
     with pytest.raises(ZeroDivisionError), scheduler.installed():
-        assert (policy.STRETCH, step_scheduler.MIN_GAIN) == (99.0, 0.7)
+        assert settings()[0] == (99.0, 0.7, 3)
         assert policy.POLICIES["srpt"] is not policy.srpt
         raise ZeroDivisionError
-    assert before == (policy.POLICIES, policy.STRETCH, step_scheduler.MIN_GAIN)
+    assert settings() == before
 
 
 def test_a_weighted_key_can_be_srpt():
-    stretch = replace(PROPOSED, weights=(0.0, PROPOSED.stretch))
+    stretch = replace(DEFAULT, weights=(0.0, DEFAULT.stretch))
     first, second = (
-        simulate(HARDWARE, scheduler, trace_of(200)).latency_s for scheduler in (PROPOSED, stretch)
+        simulate(HARDWARE, scheduler, trace_of(200)).latency_s for scheduler in (DEFAULT, stretch)
     )
     assert first == pytest.approx(second)
-    assert weighted_key(3.0, 0.0) is not weighted_key(3.0, 0.0)
 
 
 # Figures.
@@ -339,7 +341,7 @@ def test_a_request_given_up_at_its_deadline_is_a_miss():
 def test_figures_of_an_easy_load():
     hardware = Hardware(4)
     trace = [Arrival(10.0 * i, SMALL) for i in range(100)]
-    summary = summarise(simulate(hardware, PROPOSED, trace))
+    summary = summarise(simulate(hardware, DEFAULT, trace))
     assert summary.images_per_s == pytest.approx(0.1, rel=0.05)
     assert summary.goodput_per_s == summary.images_per_s
     assert summary.megapixels_per_s == pytest.approx(0.1 * 256 * 256 / 1e6, rel=0.05)
@@ -359,7 +361,7 @@ def test_percentiles_are_values_that_occur():
 
 def test_only_measured_size_classes_have_figures():
     trace = [Arrival(0.0, LARGE), *(Arrival(20.0 * i, SMALL) for i in range(1, 20))]
-    summary = summarise(simulate(HARDWARE, PROPOSED, trace))
+    summary = summarise(simulate(HARDWARE, DEFAULT, trace))
     assert list(summary.sizes) == ["256x256"]
 
 
@@ -368,14 +370,14 @@ def test_capacity_is_the_highest_load_that_is_borne(first, monkeypatch: pytest.M
     lab = Lab(HARDWARE, DEFAULT_MIX, 10)
     for highest in (0.0, 0.05, 0.3, 0.85, 1.1):
         monkeypatch.setattr(Lab, "bears", lambda _lab, _s, load, _seed, most=highest: load <= most)
-        assert lab.capacity(PROPOSED, 0, first) == highest
+        assert lab.capacity(DEFAULT, 0, first) == highest
 
 
 def test_ours_bears_more_than_the_baseline():
     lab = Lab(HARDWARE, DEFAULT_MIX, 2000)
-    assert lab.run(PROPOSED, 0.7, 0).misses < lab.run(BASELINES[1], 0.7, 0).misses / 4
+    assert lab.run(DEFAULT, 0.7, 0).misses < lab.run(BASELINES[1], 0.7, 0).misses / 4
     count = lab.simulations
-    lab.run(PROPOSED, 0.7, 0)
+    lab.run(DEFAULT, 0.7, 0)
     assert lab.simulations == count
 
 
@@ -453,8 +455,8 @@ def test_a_mix_names_steps_and_images():
 def test_memory_stays_flat_over_100_000_requests():
     job = Job(64, 64, steps=1)
     hardware = Hardware(4)
-    with PROPOSED.installed():
-        cluster = Cluster(hardware, PROPOSED, lambda *_: None)
+    with DEFAULT.installed():
+        cluster = Cluster(hardware, DEFAULT, lambda *_: None)
         rng = np.random.default_rng(0)
         gap_s = hardware.alone_s(job) / hardware.replicas / 0.9
         blocks, time_s = [], 0.0

@@ -75,11 +75,15 @@ class FakeExecutor:
         text_tokens: true length of every prompt; None keeps the estimates.
         slowdown: how many times as long as the cost model says everything takes.
         memory_tokens: most tokens of a forward and of the held steps beside it.
+        max_active_sequences: no further request may be encoded once so many have begun; None is
+            any number.
         poisoned: any forward with one of these raises.
         non_finite: these come back as no longer finite.
         unencodable: encoding one of these raises.
         undecodable: decoding one of these raises.
         ran: all work in order.
+        begun: sequences whose first step has started and that are not released: those with latents.
+        released: those that are.
     """
 
     cost: CostModel
@@ -89,12 +93,15 @@ class FakeExecutor:
     text_tokens: int | None = None
     slowdown: float = 1.0
     memory_tokens: int | None = None
+    max_active_sequences: int | None = None
     poisoned: set[Sequence] = field(default_factory=set)
     non_finite: set[Sequence] = field(default_factory=set)
     unencodable: set[Request] = field(default_factory=set)
     undecodable: set[Sequence] = field(default_factory=set)
     ran: list[Ran] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
+    begun: set[Sequence] = field(default_factory=set)
+    released: set[Sequence] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._steps_done: dict[Sequence, int] = {}
@@ -103,7 +110,7 @@ class FakeExecutor:
         self._void: set[PackStep] = set()
         self._decodes: dict[Sequence, float] = {}
         self._decoded: set[Sequence] = set()
-        self._released: set[Sequence] = set()
+        self._tried: set[Request] = set()
 
     @property
     def held(self) -> list[PackStep]:
@@ -111,7 +118,9 @@ class FakeExecutor:
 
     @property
     def empty(self) -> bool:
-        return not (self._steps_done or self._slices or self._decodes or self._decoded)
+        return not (
+            self._steps_done or self._slices or self._decodes or self._decoded or self.begun
+        )
 
     @property
     def next_decode(self) -> float | None:
@@ -125,7 +134,11 @@ class FakeExecutor:
         for sequence in sequences:
             self._require(sequence.state is State.ENCODING, "encode in another state", sequence)
             self._require(sequence not in self._steps_done, "encoded already", sequence)
-            self._require(sequence not in self._released, "encode after release", sequence)
+            self._require(sequence not in self.released, "encode after release", sequence)
+        if not self._tried.issuperset(requests) and self.max_active_sequences is not None:
+            room = len(self.begun) < self.max_active_sequences
+            self._require(room, "encode of another request beside too many", sequences[0])
+        self._tried.update(requests)
         lanes = {
             prompt: self._lane(tokens - sequence.image.image_tokens)
             for sequence in sequences
@@ -145,7 +158,7 @@ class FakeExecutor:
         self._require(len(set(step.sequences)) == len(step.sequences), "sequence twice in a pack")
         self._require(step not in self._void, "step after it was dropped or done")
         for sequence in step.sequences:
-            self._require(sequence not in self._released, "step after release", sequence)
+            self._require(sequence not in self.released, "step after release", sequence)
             self._require(sequence in self._steps_done, "step before encode", sequence)
             self._require(sequence.state is State.DENOISING, "step in another state", sequence)
             done = self._steps_done[sequence]
@@ -162,6 +175,7 @@ class FakeExecutor:
         lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
         ms = self.cost.step(lanes) * len(blocks) / step.total_blocks
         fails = any(sequence in self.poisoned for sequence in step.sequences)
+        self.begun.update(step.sequences)
         self._failed_step = step
         with self._running("step", step.sequences, ms, fails, blocks):
             self._allocate(step.tokens, step)
@@ -183,7 +197,7 @@ class FakeExecutor:
         self._void.add(step)
 
     def decode(self, sequence: Sequence) -> bool:
-        self._require(sequence not in self._released, "decode after release", sequence)
+        self._require(sequence not in self.released, "decode after release", sequence)
         self._require(sequence.state is State.DECODING, "decode in another state", sequence)
         self._require(sequence not in self._decoded, "decode after the last slice", sequence)
         done = self._steps_done.get(sequence)
@@ -208,10 +222,11 @@ class FakeExecutor:
 
     def release(self, sequence: Sequence) -> None:
         self._require(sequence.state.ended, "release of what has not ended", sequence)
-        self._require(sequence not in self._released, "release twice", sequence)
+        self._require(sequence not in self.released, "release twice", sequence)
         for step in self._slices:
             self._require(sequence not in step.sequences, "release within a held step", sequence)
-        self._released.add(sequence)
+        self.released.add(sequence)
+        self.begun.discard(sequence)
         self._steps_done.pop(sequence, None)
         self._decodes.pop(sequence, None)
         self._decoded.discard(sequence)
@@ -300,6 +315,8 @@ class Harness:
         self, config: EngineConfig | None = None, cost: CostModel = H200, **fake: Any
     ) -> None:
         self.clock = VirtualClock()
+        config = config or EngineConfig()
+        fake = {"max_active_sequences": config.max_active_sequences} | fake
         self.executor = FakeExecutor(cost, self.clock, **fake)
         self.engine = Engine(self.executor, cost, config, self.clock)
         self.events: list[Event] = []
@@ -346,6 +363,7 @@ class Harness:
         """One turn; returns whether there was anything to do."""
         events = self.engine.turn()
         self._take(events or [])
+        assert self.scheduler.num_active_sequences == len(self.executor.begun)
         return events is not None
 
     def turns(self, number: int) -> None:
@@ -393,6 +411,7 @@ class Harness:
         assert {name: statistics[name] for name in left} == dict.fromkeys(left, 0)
         assert sorted(self.ended) == sorted(request.id for request in self.all)
         assert all(s.state.ended for request in self.all for s in request.sequences)
+        assert self.executor.released == {s for request in self.all for s in request.sequences}
 
     def _take(self, events: list[Event]) -> None:
         assert not self.executor.violations

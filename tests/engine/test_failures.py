@@ -49,6 +49,64 @@ def test_neighbours_of_a_failure_share_packs_again_afterwards():
     check_counts(harness, done=3, failed=1, retried=4)
 
 
+def test_sequences_that_are_set_apart_run_before_anything_else():
+    harness = Harness(cost=ROOMY)
+    held = harness.submit(2048, steps=2, guidance=1.0, request_id="held")
+    harness.turns(2)
+    requests = [harness.submit(256, priority=1) for _ in range(3)]
+    harness.executor.poisoned.update(requests[1].sequences)
+    harness.turns(2)
+    assert [(ran.requests, ran.failed) for ran in harness.ran[-1:]] == [(["r1", "r2", "r3"], True)]
+    urgent = harness.submit(64, steps=2, priority=5, request_id="urgent")
+    worked = len(harness.ran)
+    harness.turns(5)
+    assert [(ran.kind, ran.requests, ran.failed) for ran in harness.ran[worked:]] == [
+        ("step", ["r1"], False),
+        ("step", ["r2"], True),
+        ("step", ["r3"], False),
+        ("encode", ["urgent"], False),
+        ("step", ["urgent", "r1", "r3", "held"], False),
+    ]
+    harness.run()
+    assert held.state is urgent.state is State.DONE
+    check_counts(harness, done=4, failed=1, retried=3)
+
+
+def test_a_large_sequence_that_is_set_apart_runs_all_slices_of_its_step_first():
+    """It was small enough for a pack until the machine proved slower."""
+    cost = CostModel(floor=0, launch=20, per_token=0.02, per_square=0)
+    harness = Harness(EngineConfig(max_turn_ms=150), cost)
+    requests = [harness.submit(1024), harness.submit(256)]
+    harness.executor.poisoned.update(requests[1].sequences)
+    harness.turns(2)
+    assert harness.ran[-1].failed
+    assert len(harness.ran[-1].sequences) == 2
+    harness.scheduler.cost = cost.scaled(2)
+    harness.submit(64, steps=1, priority=5)
+    worked = len(harness.ran)
+    harness.turns(4)
+    assert [(ran.requests, ran.blocks) for ran in harness.ran[worked:]] == [
+        (["r1"], range(28)),
+        (["r0"], range(20)),
+        (["r0"], range(20, 28)),
+        (["r2"], range(0)),
+    ]
+    assert harness.ran[-1].kind == "encode"
+    harness.run()
+    check_counts(harness, done=2, failed=1)
+
+
+def test_a_sequence_that_is_set_apart_may_be_cancelled():
+    harness = Harness(cost=ROOMY)
+    requests = [harness.submit(256) for _ in range(3)]
+    harness.executor.poisoned.update(requests[0].sequences)
+    harness.turns(2)
+    harness.cancel(requests[1])
+    harness.run()
+    assert not harness.steps(requests[1])[1:]
+    check_counts(harness, done=1, failed=1, cancelled=1)
+
+
 def test_several_poisoned_sequences_each_fail_alone():
     harness = Harness(cost=ROOMY)
     requests = [harness.submit(256) for _ in range(8)]
@@ -134,7 +192,8 @@ def test_a_pack_that_does_not_fit_shrinks_the_budget_and_nothing_fails():
     harness.run()
     check_counts(harness, done=1, out_of_memory=1)
     assert harness.engine.statistics()["pack_tokens_budget"] == 8 * T256
-    assert max(len(ran.sequences) for ran in harness.steps() if not ran.failed) == 8
+    # None of them ran alone.
+    assert [len(ran.sequences) for ran in harness.steps()] == [16, *[8] * 16]
 
 
 def test_the_budget_recovers_when_memory_has():

@@ -3,6 +3,7 @@ import pytest
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.pace import TOLERANCE, WINDOW, Pace
+from krea2_srt.engine.policy import STRETCH
 from tests.engine.fakes import H200, Harness
 
 
@@ -44,7 +45,11 @@ def test_estimates_follow_the_machine(slowdown):
     before = waiting.remaining_ms
     harness.turn()
     assert harness.engine.cost.step([4160]) == pytest.approx(slowdown * H200.step([4160]))
-    assert waiting.remaining_ms == pytest.approx(slowdown * before)
+    slower_ms = (slowdown - 1) * 8 * H200.step([4160])
+    assert waiting.remaining_ms == pytest.approx(before + slower_ms)
+    # Only steps were timed, so nothing else is corrected.
+    assert harness.engine.cost.encode(64) == H200.encode(64)
+    assert harness.engine.cost.decode(1024**2) == H200.decode(1024**2)
     total = sum(request.remaining_ms for request in harness.engine.requests.values())
     assert harness.engine.outstanding_ms == pytest.approx(total)
     harness.run()
@@ -67,7 +72,7 @@ def test_waiting_requests_are_put_in_order_again():
     harness.submit(64, steps=WINDOW + 2, request_id="running", priority=10)
     harness.turn()
     harness.submit(1024, request_id="early")
-    harness.clock.advance(8000)
+    harness.clock.advance(1000 * STRETCH)
     harness.submit(512, steps=6, request_id="late")
     early, late = (harness.engine.requests[name] for name in ("early", "late"))
     assert early.key < late.key

@@ -4,9 +4,9 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.pack_draft import MIN_GAIN
+from krea2_srt.engine.policy import STRETCH
 from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
-from krea2_srt.engine.work import Encode, PackStep
-from tests.engine.fakes import H200, Harness, Ran, image
+from tests.engine.fakes import H200, Harness, image
 
 ROOMY = CostModel(floor=0, launch=20, per_token=0.001, per_square=0, encode_per_token=0.001)
 """A machine where a pack takes about as long as one sequence."""
@@ -36,13 +36,16 @@ def pack_sizes(harness: Harness) -> list[int]:
 )
 def test_the_policy_orders_requests(policy, expected):
     harness = Harness(EngineConfig(policy=policy))
-    harness.submit(1024, request_id="large", deadline_s=20)
+    # Under `edf` the small one is due, as `srpt` says, after the deadlines of the others.
+    harness.submit(1024, request_id="large", deadline_s=2.4)
     harness.clock.advance(1)
-    harness.submit(512, request_id="medium", deadline_s=10)
+    harness.submit(512, request_id="medium", deadline_s=2.0)
     harness.clock.advance(1)
-    harness.submit(256, request_id="small", deadline_s=30)
+    small = harness.submit(256, request_id="small", deadline_s=30)
+    assert 2.4 < small.arrival + STRETCH * small.remaining_ms / 1e3 < 30
     harness.run()
     assert order(harness) == expected
+    assert harness.engine.counters.done == 3
     harness.check_empty()
 
 
@@ -189,6 +192,74 @@ def test_a_newcomer_of_the_same_size_joins_the_pack_that_is_under_way():
     harness.run()
     assert any(first.id in ran.requests for ran in harness.steps(second))
     assert harness.latency(second) <= 1.3 * harness.latency(first)
+
+
+def test_newcomers_that_gain_by_joining_are_encoded_together():
+    harness = Harness(cost=ROOMY)
+    first = harness.submit(256)
+    harness.turns(3)
+    others = [harness.submit(256, steps=steps) for steps in (8, 50, 20)]
+    harness.turns(2)
+    assert all(other.key > first.key for other in others)
+    assert [(ran.kind, ran.requests) for ran in harness.ran[-2:]] == [
+        ("encode", ["r1", "r3", "r2"]),
+        ("step", ["r0", "r1", "r3", "r2"]),
+    ]
+    harness.run()
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("share", [MIN_GAIN - 0.02, MIN_GAIN + 0.02])
+def test_a_newcomer_joins_only_where_company_pays(share):
+    cost = CostModel(floor=0, launch=share * T256, per_token=1 - share, per_square=0)
+    harness = Harness(EngineConfig(max_turn_ms=10000), cost)
+    first = harness.submit(256)
+    harness.turns(4)
+    second = harness.submit(256)
+    harness.run_until(first)
+    assert second.state is (State.DENOISING if share > MIN_GAIN else State.WAITING)
+    assert len(harness.steps(second)) == (5 if share > MIN_GAIN else 0)
+    harness.run()
+    harness.check_empty()
+
+
+@pytest.mark.parametrize(
+    ("limits", "size"),
+    [
+        ({"max_pack_sequences": 2}, 256),
+        ({"max_pack_tokens": 3 * T256 - 1}, 256),
+        ({"max_turn_ms": 20 + 0.001 * (2 * T256 + 80)}, 256),
+        ({"max_active_sequences": 2}, 256),
+        ({"max_turn_ms": 20}, 2048),
+    ],
+    ids=["sequences", "tokens", "time", "active", "slices"],
+)
+def test_a_newcomer_that_cannot_join_waits(limits, size):
+    harness = Harness(EngineConfig(**limits), ROOMY)
+    harness.submit(size, num_images=2, priority=1)
+    harness.turns(3)
+    newcomer = harness.submit(256)
+    harness.turns(4)
+    assert newcomer.state is State.WAITING
+    assert len(harness.steps()) == 6
+    harness.run()
+    harness.check_empty()
+
+
+def test_prompts_that_prove_too_long_for_the_pack_do_not_hold_it_up():
+    """Room for one more by its estimate, and not by its true length: the pack must not wait until
+    all who would like to join have been encoded."""
+    limits = EngineConfig(max_pack_tokens=1100)
+    harness = Harness(limits, ROOMY, text_tokens=120)
+    first = harness.submit(256)
+    harness.turns(3)
+    for _ in range(50):
+        harness.submit(256, steps=9)
+    worked = len(harness.ran)
+    while first.sequences[0].step < 3:
+        harness.turn()
+    kinds = [ran.kind for ran in harness.ran[worked:]]
+    assert kinds.count("encode") <= 1
 
 
 def test_images_of_one_request_may_be_at_different_steps():
@@ -338,28 +409,64 @@ def test_only_requests_more_urgent_than_the_running_ones_are_encoded_with_the_fi
     assert harness.ran[-1].requests == ["r3", "r1"]
 
 
-def test_at_most_so_many_sequences_are_active():
+def test_no_request_is_begun_while_so_many_sequences_are_active():
+    """Those of requests that are encoded already may begin."""
     harness = Harness(EngineConfig(max_active_sequences=6), ROOMY)
-    for number in (2, 3, 4, 1, 6, 2):
+    for number in (2, 3, 4):
         harness.submit(256, num_images=number)
-    most = 0
-    while harness.turn():
-        active = [s for r in harness.all if not r.ended for s in r.sequences]
-        number = sum(s.state is not State.WAITING for s in active)
-        assert number == harness.engine.statistics()["active_sequences"] <= 6
-        most = max(most, number)
-    assert most == 6
+    harness.turns(2)
+    assert harness.engine.statistics()["active_sequences"] == 9
+    for number in (1, 6, 2):
+        harness.submit(256, steps=3, num_images=number, priority=1)
+    numbers, begun = [], []
+    while True:
+        before = harness.engine.statistics()["active_sequences"]
+        if not harness.turn():
+            break
+        ran = harness.ran[-1]
+        numbers.append(harness.engine.statistics()["active_sequences"])
+        live = [s for r in harness.all for s in r.sequences if not s.state.ended]
+        assert numbers[-1] == sum(any(s in ran.sequences for ran in harness.steps()) for s in live)
+        if ran.kind == "encode":
+            begun.append((before, ran.requests))
+    # As soon as there is room, in one turn, as they could all share a pack.
+    assert begun == [(5, ["r3", "r5", "r4"])]
+    assert max(numbers) == 5 + 9
     harness.check_empty()
 
 
-def test_a_request_with_more_images_than_may_be_active_runs_by_itself():
+def test_a_request_with_more_images_than_may_be_active_keeps_others_out_until_they_are_done():
     harness = Harness(EngineConfig(max_active_sequences=4), ROOMY)
-    harness.submit(256, num_images=3)
-    harness.submit(64, num_images=9)
-    harness.submit(256)
-    while harness.turn():
-        number = harness.engine.statistics()["active_sequences"]
-        assert number <= 4 or number == 9
+    many = harness.submit(64, num_images=9)
+    harness.turns(2)
+    assert pack_sizes(harness) == [9]
+    urgent = harness.submit(64, priority=5)
+    while urgent.state is State.WAITING:
+        before = harness.engine.statistics()["active_sequences"]
+        harness.turn()
+    assert before == 3
+    assert sum(sequence.state is State.DONE for sequence in many.sequences) == 6
+    harness.run()
+    harness.check_empty()
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_sequence_is_released_as_soon_as_it_is_decoded(aside):
+    harness = Harness(decodes_aside=aside)
+    request = harness.submit(512, steps=2, num_images=3)
+    first, *others = request.sequences
+    released = []
+    while not request.ended:
+        harness.run(until=harness.clock.now + 1e-6)
+        done = [sequence for sequence in request.sequences if sequence.state is State.DONE]
+        assert harness.executor.released == set(done)
+        if len(done) > len(released):
+            released = done
+            # Those that are still to come do not hold latents yet.
+            assert harness.engine.statistics()["active_sequences"] <= (2 if aside else 0)
+        if done == [first]:
+            assert all(sequence.step < 2 for sequence in others[1:])
+    assert released == [first, *others]
     harness.check_empty()
 
 
@@ -370,6 +477,7 @@ def test_a_small_request_is_not_kept_out_by_images_that_have_not_begun():
     for _ in range(4):
         harness.submit(512, num_images=64)
     harness.turns(5)
+    assert harness.engine.statistics()["active_sequences"] == 1
     small = harness.submit(256)
     harness.run_until(small)
     assert harness.latency(small) < 1.0
@@ -400,31 +508,17 @@ def test_deadlines_of_requests_that_have_ended_are_forgotten():
     assert not harness.engine._deadlines
 
 
-# Looking ahead.
-
-
-def test_asking_for_the_next_work_changes_nothing():
+def test_far_deadlines_of_requests_that_have_ended_do_not_pile_up_behind_a_near_one():
     harness = Harness()
-    harness.submit(2048, steps=2)
-    harness.submit(256, steps=2)
-    kinds: list[type] = []
-    while not harness.engine.idle:
-        ahead = [harness.engine.next_work() for _ in range(3)]
-        assert ahead[0] is not None
-        kinds.append(type(ahead[0]))
-        assert all(type(work) is kinds[-1] for work in ahead)
-        assert harness.turn()
-        ran: Ran = harness.ran[-1]
-        if isinstance(ahead[0], Encode):
-            assert [request.id for request in ahead[0].requests] == ran.requests
-        elif isinstance(ahead[0], PackStep):
-            assert ahead[0].sequences == ran.sequences
-        else:
-            assert (ahead[0].sequence,) == ran.sequences
-        assert len(kinds) < 100
-    assert harness.engine.next_work() is None
-    assert len(set(kinds)) == 3
+    harness.submit(256, deadline_s=60)
+    for _ in range(500):
+        harness.cancel(harness.submit(256, deadline_s=3600))
+        assert len(harness.engine._deadlines) <= 2 * len(harness.engine.requests) + 64 + 1
+    harness.run()
     harness.check_empty()
+
+
+# Estimates.
 
 
 def test_the_true_length_of_a_prompt_replaces_the_estimate():

@@ -27,6 +27,7 @@ def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
 
 
 def test_it_is_remembered(runner, cost, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "_still_true", lambda *_: True)
     calls = []
     monkeypatch.setattr(calibration, "calibrate", lambda _: calls.append(1) or cost)
     first = calibration.cached_calibration(runner, "model", tmp_path / "new")
@@ -34,6 +35,13 @@ def test_it_is_remembered(runner, cost, tmp_path, monkeypatch):
     assert calibration.cached_calibration(runner, "another", tmp_path / "new") == cost
     assert len(calls) == 2
     assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_one_that_no_longer_holds_is_made_anew(runner, cost, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", lambda _: cost.scaled(20))
+    assert calibration.cached_calibration(runner, "model", tmp_path) == cost.scaled(20)
+    monkeypatch.setattr(calibration, "calibrate", lambda _: cost)
+    assert calibration.cached_calibration(runner, "model", tmp_path) == cost
 
 
 @pytest.mark.parametrize(

@@ -161,28 +161,43 @@ def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     previews = []
     while request.sequences[0].step < 3:
         if any(isinstance(event, Progress) for event in engine.turn()):
-            previews.append(executor.preview(request.sequences[0]))
+            latents = executor.predict(request.sequences[0])
+            previews.append(executor.draw_preview(latents))
     assert [preview.shape for preview in previews] == [(48, 64, 3)] * 3
     # After all but the last step, the prediction is what the last step makes of it.
     sequence = start(runner, "x", 64, 48, 4, 0)
     sequence.keep_velocity = True
     for _ in range(4):
         runner.step([sequence])
-    final = to_uint8(runner.decode(sequence))
-    assert np.abs(to_uint8(runner.preview(sequence)).astype(int) - final).max() <= 1
+    predicted = runner.vae.decode(runner.predicted_latents(sequence)[None])[0]
+    assert relative_error(predicted, runner.decode(sequence)) <= 1e-5
 
 
 def test_a_preview_is_at_most_256_pixels_wide(runner):
     sequence = start(runner, "x", 640, 320, 2, 1)
     sequence.keep_velocity = True
     runner.step([sequence])
-    assert runner.preview(sequence).shape == (3, 128, 256)
+    assert runner.predicted_latents(sequence).shape == (16, 16, 32)
+
+
+def test_a_step_that_fails_at_its_end_changes_no_sequence(executor, runner, monkeypatch):
+    """Or those that had stepped would skip a step when it is run again."""
+    pack = [start(runner, "x", 64, 64, 2, seed) for seed in (1, 2)]
+    before = [sequence.tokens for sequence in pack]
+    forward = runner.begin_step(pack)
+    forward.run(range(runner.num_blocks))
+    monkeypatch.setattr(torch, "isfinite", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward.finish()
+    assert [sequence.step for sequence in pack] == [0, 0]
+    assert all(s.tokens is tokens for s, tokens in zip(pack, before, strict=True))
 
 
 def test_nan_latents_fail_their_request_alone(engine, executor, runner):
     engine.submit("broken", [image(seed=1)])
     engine.submit("fine", [image(seed=2)])
     engine.turn()  # encodes both
+    engine.turn()  # the first of two steps
     (broken,) = engine.requests["broken"].sequences
     executor._sequences[broken].tokens = spoilt(executor._sequences[broken].tokens)
     ended = {e.request.id: e.request for e in run(engine) if isinstance(e, Ended)}

@@ -159,9 +159,20 @@ def with_schedulers(*speeds: float):
 @with_schedulers(0, 0)
 async def test_small_requests_go_around_a_big_one(it):
     (big,) = await it.hold(1, **BIG)
-    assert await asyncio.gather(*[it.draw() for _ in range(10)]) == [1] * 10
+    assert [await it.draw() for _ in range(10)] == [1] * 10
     it.schedulers[0].released = True
     assert await big == 0
+
+
+@with_schedulers(20, 20)
+async def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too(it):
+    """They overtake the big one there; all on the other replica, they would wait for each other."""
+    (big,) = await it.hold(1, **BIG)
+    tasks = [asyncio.create_task(it.draw()) for _ in range(10)]
+    await asyncio.sleep(0.01)
+    assert [it.replicas.outstanding[1] > 0, len(it.replicas._queues[0])] == [True, 6]
+    it.schedulers[0].released = True
+    await asyncio.gather(big, *tasks)
 
 
 @with_schedulers(0, 0, 0)
