@@ -41,6 +41,7 @@ class StepScheduler:
         self.set_apart_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = count()
+        self._let_join = True
         self.num_waiting = 0
         self.num_active_sequences = 0
         """Begun and not ended: those of which the device holds latents."""
@@ -127,9 +128,12 @@ class StepScheduler:
         draft = PackDraft(lead, self.cost, self.config, self.budget.tokens)
         for sequence in self._company(lead, order):
             draft.admit(sequence)
-        if waiting is not None and draft.admit(waiting.sequences[0]):
-            # It gains by joining, and first needs its prompt encoded.
+        if self._let_join and waiting is not None and draft.admit(waiting.sequences[0]):
+            # It gains by joining, and first needs its prompt encoded. Once before a step: where
+            # prompts prove longer than estimated, the pack would wait for all of them.
+            self._let_join = False
             return self._encode(urgent, draft)
+        self._let_join = True
         return PackStep(tuple(draft.sequences), self.cost.blocks, self.cost.blocks)
 
     def _runnable(self, request: Request) -> bool:

@@ -257,7 +257,7 @@ def test_prompts_that_prove_too_long_for_the_pack_do_not_hold_it_up():
         harness.submit(256, steps=9)
     worked = len(harness.ran)
     while first.sequences[0].step < 3:
-        harness.turn()
+        assert harness.turn()
     kinds = [ran.kind for ran in harness.ran[worked:]]
     assert kinds.count("encode") <= 1
 
@@ -443,7 +443,7 @@ def test_a_request_with_more_images_than_may_be_active_keeps_others_out_until_th
     urgent = harness.submit(64, priority=5)
     while urgent.state is State.WAITING:
         before = harness.engine.statistics()["active_sequences"]
-        harness.turn()
+        assert harness.turn()
     assert before == 3
     assert sum(sequence.state is State.DONE for sequence in many.sequences) == 6
     harness.run()
@@ -513,7 +513,7 @@ def test_far_deadlines_of_requests_that_have_ended_do_not_pile_up_behind_a_near_
     harness.submit(256, deadline_s=60)
     for _ in range(500):
         harness.cancel(harness.submit(256, deadline_s=3600))
-        assert len(harness.engine._deadlines) <= 2 * len(harness.engine.requests) + 64 + 1
+        assert len(harness.engine._deadlines) <= 2 * 2 + 64
     harness.run()
     harness.check_empty()
 
