@@ -1,16 +1,16 @@
 """The engine: takes requests in, and runs one unit of work per turn."""
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import Any, TypeVar
 
 from krea2_srt.engine.admission import Admission
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
+from krea2_srt.engine.deadlines import Deadlines
 from krea2_srt.engine.events import Ended, Event, Progress, Started
+from krea2_srt.engine.ledger import Ledger
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.lifecycle import Sequence as ImageSequence
 from krea2_srt.engine.pace import Pace
@@ -57,17 +57,14 @@ class Engine:
         self.config = config or EngineConfig()
         self.cost = cost
         self.counters = Counters()
-        self.requests: dict[str, Request] = {}
-        self.outstanding_ms = 0.0
         self._executor = executor
         self._clock = clock
-        self._policy = POLICIES[self.config.policy]
+        self._ledger = Ledger(cost, POLICIES[self.config.policy])
         self._admission = Admission(self.config.max_queue_s)
         self._scheduler = StepScheduler(self.config, cost, executor.decodes_aside)
         self._pace = Pace()
         self._decoding: dict[ImageSequence, None] = {}
-        self._deadlines: list[tuple[float, int, Request]] = []
-        self._arrivals = count()
+        self._deadlines = Deadlines()
 
     # What the outside asks for.
 
@@ -107,6 +104,16 @@ class Engine:
     def drain(self) -> None:
         """Take no more requests; those in the engine finish."""
         self._admission.draining = True
+
+    @property
+    def requests(self) -> dict[str, Request]:
+        """Those in the engine, by id."""
+        return self._ledger.requests
+
+    @property
+    def outstanding_ms(self) -> float:
+        """Estimated work of all of them."""
+        return self._ledger.outstanding_ms
 
     @property
     def draining(self) -> bool:
@@ -186,7 +193,7 @@ class Engine:
             return events
         for request in work.requests:
             self._move(request, State.DENOISING)
-            self._update(request)
+            self._ledger.update(request)
         self._scheduler.budget.succeeded()
         return events
 
@@ -222,7 +229,7 @@ class Engine:
                 if self._executor.decodes_aside:
                     self._decoding[sequence] = None
         for request in dict.fromkeys(sequence.request for sequence in step.sequences):
-            self._update(request)
+            self._ledger.update(request)
         for sequence in broken:
             if not sequence.request.ended:
                 reason = not_finite("the picture on its way")
@@ -261,7 +268,7 @@ class Engine:
         self._release(sequence)
         self.counters.sequences_done += 1
         request = sequence.request
-        self._update(request)
+        self._ledger.update(request)
         if all(s.state is State.DONE for s in request.sequences):
             return [self._end(request, State.DONE)]
         return []
@@ -292,8 +299,6 @@ class Engine:
             raise RequestError(
                 "num_images", f"must be between 1 and {limits.max_images}, got {num_images}"
             )
-        for image in images:
-            image.check(limits)
         _check_urgency(priority, deadline_s)
         now = self._clock()
         request = Request(
@@ -303,33 +308,18 @@ class Engine:
             now,
             None if deadline_s is None else now + deadline_s,
         )
-        request.remaining_ms = self._remaining_ms(request)
+        self._ledger.estimate(request)
         self._admission.check(request, self.outstanding_ms)
-        request.key = self._policy(request)
-        self.requests[request_id] = request
-        self.outstanding_ms += request.remaining_ms
-        self.counters.accepted += 1
+        self._ledger.add(request)
         self._scheduler.add(request)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, next(self._arrivals), request))
-            if len(self._deadlines) > 2 * len(self.requests) + 64:
-                # Ended requests stay until they come up; with far deadlines that may take a day.
-                self._deadlines = [entry for entry in self._deadlines if not entry[2].ended]
-                heapq.heapify(self._deadlines)
+        self._deadlines.add(request, len(self.requests))
+        self.counters.accepted += 1
         return request
 
     def expire(self) -> list[Event]:
         """End what is past its deadline; every turn begins with it."""
-        events: list[Event] = []
-        now = self._clock() if self._deadlines else 0.0
-        while self._deadlines and (self._deadlines[0][2].ended or self._deadlines[0][0] <= now):
-            deadline, _, request = heapq.heappop(self._deadlines)
-            if not request.ended:
-                late = DeadlineError(
-                    f"its deadline, {deadline - request.arrival:.3g} s after its arrival, passed"
-                )
-                events.append(self._end(request, State.FAILED, late))
-        return events
+        overdue = self._deadlines.take_overdue(self._clock()) if self._deadlines else []
+        return [self._end(request, State.FAILED, _late(request)) for request in overdue]
 
     def _end(self, request: Request, state: State, error: Krea2Error | None = None) -> Ended:
         if error is not None:
@@ -338,7 +328,6 @@ class Engine:
             error.__cause__ = error.__context__ = None
         request.state, request.error = state, error
         request.reached[state] = self._clock()
-        del self.requests[request.id]
         for step in self._scheduler.remove(request):
             self._forget(self._executor.drop_step, step)
         for sequence in request.sequences:
@@ -346,10 +335,7 @@ class Engine:
                 sequence.move(State.FAILED if state is State.FAILED else State.CANCELLED)
                 self._decoding.pop(sequence, None)
                 self._release(sequence)
-        self.outstanding_ms -= request.remaining_ms
-        request.remaining_ms = 0.0
-        if self.idle:
-            self.outstanding_ms = 0.0  # where rounding errors would add up
+        self._ledger.remove(request)
         match state:
             case State.DONE:
                 self.counters.done += 1
@@ -368,8 +354,7 @@ class Engine:
             return
         logger.info("krea2-srt: steps take %.2f times as long as estimated; corrected", factor)
         self.cost = self.cost.scaled(factor)
-        for request in self.requests.values():
-            self._update(request)
+        self._ledger.reprice(self.cost)
         self._scheduler.reorder(self.cost)
 
     def _drop(self, step: PackStep) -> None:
@@ -408,27 +393,6 @@ class Engine:
         for sequence in request.sequences:
             sequence.move(state)
 
-    def _update(self, request: Request) -> None:
-        """Refresh what is derived from a request's progress."""
-        remaining = self._remaining_ms(request)
-        self.outstanding_ms += remaining - request.remaining_ms
-        request.remaining_ms = remaining
-        request.key = self._policy(request)
-
-    def _remaining_ms(self, request: Request) -> float:
-        """Estimated work of a request, alone."""
-        cost = self.cost
-        total = 0.0
-        if request.state in (State.WAITING, State.ENCODING):
-            total += cost.encode(request.text_tokens)
-        for sequence in request.sequences:
-            if not sequence.state.ended:
-                image = sequence.image
-                steps = image.steps - sequence.step
-                total += steps * cost.step(sequence.tokens) if steps else 0.0
-                total += cost.decode(image.width * image.height)
-        return total
-
     def _count_turn(self, ms: float) -> None:
         self.counters.turns += 1
         self.counters.busy_s += ms / 1e3
@@ -447,6 +411,12 @@ def _check_urgency(priority: int, deadline_s: float | None) -> None:
     check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
     if deadline_s is not None:
         check_number("deadline_s", deadline_s, 0.0, MAX_DEADLINE_S)
+
+
+def _late(request: Request) -> DeadlineError:
+    assert request.deadline is not None
+    allowed_s = request.deadline - request.arrival
+    return DeadlineError(f"its deadline, {allowed_s:.3g} s after its arrival, passed")
 
 
 def _as_ours(error: Exception) -> Krea2Error:

@@ -16,8 +16,9 @@ PRIORITY_HEAD_START_S = 60.0
 STRETCH = 32.0
 """How many seconds of waiting outweigh a second of remaining work, under `srpt`.
 
-The simulator finds no better one between 2 and 64: smaller ones fall back to the order of arrival
-under overload, larger ones let 2048 x 2048 images wait too long.
+In the simulator, smaller ones fall back to the order of arrival when there is too much work (8:
+98 % of requests late at load 1.05; 32: 39 %; 64: 15 %), and larger ones only lengthen the longest
+wait, which is what this bounds.
 """
 
 Policy = Callable[[Request], float]
