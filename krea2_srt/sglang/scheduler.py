@@ -69,8 +69,8 @@ class Krea2Scheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         pipeline = self.worker.pipeline
-        self._steps = isinstance(pipeline, Krea2RunnerPipeline) and self.receiver is not None
-        if not self._steps:
+        self._ours = isinstance(pipeline, Krea2RunnerPipeline) and self.receiver is not None
+        if not self._ours:
             return
         for option in _WITHOUT_EFFECT:
             if self.server_args.is_arg_explicitly_set(option):
@@ -105,7 +105,7 @@ class Krea2Scheduler(Scheduler):
 
     def event_loop(self) -> None:
         """Receive, take a turn, reply; until shut down and empty."""
-        if not self._steps:
+        if not self._ours:
             super().event_loop()
             return
         signal.signal(signal.SIGTERM, lambda *_: self._engine.drain())
