@@ -62,12 +62,12 @@ class GetStatistics:
 
 @dataclass(frozen=True)
 class ProgressUpdate:
-    """A step is done.
+    """A step is done. Where a preview is due, a second message has it, drawn a little later.
 
     Attributes:
         sequence: index of the image in its request.
         step, total: steps done, of how many.
-        preview: uint8 [height, width, 3], at most 256 x 256, where one is due.
+        preview: uint8 [height, width, 3], at most 256 x 256, of that step.
     """
 
     request_id: str

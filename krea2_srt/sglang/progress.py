@@ -93,10 +93,9 @@ class Subscriptions:
             update = ProgressUpdate(
                 subscriber.request_id, sequence.index, progress.step, progress.total
             )
+            self._send(subscriber.identity, pickle.dumps(update))
             if progress.step in subscriber.after_steps.get(sequence.index, ()):
                 due.append((subscriber, update))
-            else:
-                self._send(subscriber.identity, pickle.dumps(update))
         if due:
             self._due.append(_Preview(sequence, self._executor.predict(sequence), due))
 
@@ -108,13 +107,14 @@ class Subscriptions:
         if not self._due:
             return
         preview = self._due.popleft()
-        pixels = None
-        if preview.latents is not None and not preview.sequence.request.ended:
-            try:
-                pixels = self._executor.draw_preview(preview.latents)
-            except Exception as error:
-                # The picture itself may still succeed.
-                logger.warning("krea2-srt: no preview: %s", first_line(error))
+        if preview.latents is None or preview.sequence.request.ended:
+            return
+        try:
+            pixels = self._executor.draw_preview(preview.latents)
+        except Exception as error:
+            # The picture itself may still succeed.
+            logger.warning("krea2-srt: no preview: %s", first_line(error))
+            return
         for subscriber, update in preview.updates:
             self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
 
