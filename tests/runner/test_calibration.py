@@ -20,6 +20,13 @@ def test_larger_work_takes_longer(cost, runner):
     assert cost.encode(100) > 0
 
 
+def test_prompts_are_timed_with_their_tokens(runner):
+    short, long = (calibration._encode_ms(runner, prompt) for prompt in calibration.PROMPTS)
+    assert 5 < short[0] < 20
+    assert long[0] > 100
+    assert min(short[1], long[1]) > 0
+
+
 def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
     runner.contexts.clear()
     calibration.calibrate(runner)
