@@ -30,12 +30,7 @@ from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.sglang.connections import WatchedRouter
-from krea2_srt.sglang.messages import (
-    VERSION,
-    Cancel,
-    GetStatistics,
-    Subscribe,
-)
+from krea2_srt.sglang.messages import VERSION, Cancel, GetStatistics, Subscribe
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
 from krea2_srt.sglang.replies import Item, ReplyThreads, engine_error, failed, finished
@@ -174,11 +169,11 @@ class Krea2Scheduler(Scheduler):
         try:
             for req in item.reqs:
                 check_envelope(req)
+            options = request_options(item.reqs[0])
+            images = [image_requests(req, self._limits) for req in item.reqs]
             if any(req.profile for req in item.reqs):
                 self._run_profiled(item)
                 return
-            options = request_options(item.reqs[0])
-            images = [image_requests(req, self._limits) for req in item.reqs]
             self.worker._validate_group_forward_reqs(list(item.reqs))
             request = self._engine.submit(
                 f"{item.request_id}#{next(self._numbers)}",
