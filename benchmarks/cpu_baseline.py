@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.arguments import benchmark_parser, count
 from benchmarks.child import ChildError
 from benchmarks.measurements import (
     Samples,
@@ -187,28 +188,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
-    )
+    parser = benchmark_parser(MODULE, __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="demo checkpoint")
-    add("--rounds", type=_count, default=9, help="pairs of pictures and decodes (default 9)")
-    add("--starts", type=_count, default=3, help="pairs of whole processes (default 3)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="DIR",
-        help="where the table and the samples go (default benchmarks/results)",
-    )
+    add("--rounds", type=count, default=9, help="pairs of pictures and decodes (default 9)")
+    add("--starts", type=count, default=3, help="pairs of whole processes (default 3)")
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _rounded(value: float) -> str:

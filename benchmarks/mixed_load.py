@@ -7,7 +7,6 @@ The load is relative to what unmodified SGLang needs for the same requests one a
 Leaves a table and all samples in ``benchmarks/results``.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -30,8 +29,10 @@ from typing import Any
 
 import httpx
 
+from benchmarks.arguments import benchmark_parser, count
 from benchmarks.child import Child, ChildError
 from benchmarks.measurements import free_ports, progress
+from benchmarks.simulation.summary import percentile
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
 
@@ -137,12 +138,6 @@ def trace(requests: int, per_second: float, seed: int) -> list[Arrival]:
     return arrivals
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that this share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-int(share * 1000) * len(ordered) // 1000) - 1)]
-
-
 @dataclass
 class Run:
     """All that was measured; by side, then by round."""
@@ -218,13 +213,12 @@ def figures(run: Run) -> list[dict[str, Any]]:
     rounds = range(len(run.seconds["ours"]))
     found = []
     for size in (SMALL, LARGE):
-        for name, share in (("p50", 0.5), ("p95", 0.95)):
+        for name, q in (("p50", 50), ("p95", 95)):
             by_round = {
-                side: [percentile(latencies(side, size, n), share) for n in rounds]
-                for side in SIDES
+                side: [percentile(latencies(side, size, n), q) for n in rounds] for side in SIDES
             }
             pooled = {
-                side: percentile([x for n in rounds for x in latencies(side, size, n)], share)
+                side: percentile([x for n in rounds for x in latencies(side, size, n)], q)
                 for side in SIDES
             }
             found.append(_row(f"{name} of {size}", "s", pooled, by_round))
@@ -233,9 +227,9 @@ def figures(run: Run) -> list[dict[str, Any]]:
         for side in SIDES
     }
     found.append(_row("throughput at that load", "images/s", _medians(images), images))
-    count = len(run.served["ours"][0]) // 2
-    bursts = {side: [count / t for t in run.burst_seconds[side]] for side in SIDES}
-    found.append(_row(f"throughput, {count} at once", "images/s", _medians(bursts), bursts))
+    at_once = len(run.served["ours"][0]) // 2
+    bursts = {side: [at_once / t for t in run.burst_seconds[side]] for side in SIDES}
+    found.append(_row(f"throughput, {at_once} at once", "images/s", _medians(bursts), bursts))
     found.append(_row(f"{SMALL} after three hung up", "s", _medians(run.hang_ups), run.hang_ups))
     delays = {
         side: [max(0.0, s - run.alone[side][SMALL]) for s in run.hang_ups[side]] for side in SIDES
@@ -248,7 +242,7 @@ def figures(run: Run) -> list[dict[str, Any]]:
         f"p95 of {SMALL}": ("ratio ≤ 0.25", lambda r: r <= 0.25),
         f"p95 of {LARGE}": ("ratio ≤ 1.5", lambda r: r <= 1.5),
         "throughput at that load": ("ratio ≥ 1.0", lambda r: r >= 1.0),
-        f"throughput, {count} at once": ("ratio ≥ 1.0", lambda r: r >= 1.0),
+        f"throughput, {at_once} at once": ("ratio ≥ 1.0", lambda r: r >= 1.0),
     }
     for row in found:
         if row["figure"] in targets:
@@ -316,14 +310,11 @@ def _sglang() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
-    )
+    parser = benchmark_parser(MODULE, __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="demo checkpoint")
-    add("--rounds", type=int, default=4, help="pairs of traces (default 4)")
-    add("--requests", type=int, default=60, help="of a trace (default 60)")
-    add("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR")
+    add("--rounds", type=count, default=4, help="pairs of traces (default 4)")
+    add("--requests", type=count, default=60, help="of a trace (default 60)")
     args = parser.parse_args()
     meta = {
         "command": shlex.join(["python", "-m", MODULE, *sys.argv[1:]]),

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import benchmark_parser, count
 from benchmarks.simulation import report, traces
 from benchmarks.simulation.cluster import Hardware
 from benchmarks.simulation.lab import Lab
@@ -58,12 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}", allow_abbrev=False, description=(__doc__ or "").split("\n")[0]
-    )
+    parser = benchmark_parser(MODULE, __doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="seconds: few requests, two loads, one trace")
-    add("--replicas", type=_count, default=8, help="engines, one GPU each (default 8)")
+    add("--replicas", type=count, default=8, help="engines, one GPU each (default 8)")
     add(
         "--mix",
         type=_mix,
@@ -77,10 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         default="poisson",
         help="how requests arrive (default poisson)",
     )
-    add("--requests", type=_count, help="of each simulation (default 20000)")
+    add("--requests", type=count, help="of each simulation (default 20000)")
     add("--load", type=_positive, default=0.8, help="offered work / capacity of the tables (0.8)")
     add("--seed", type=int, default=0, help="of the first trace (default 0)")
-    add("--seeds", type=_count, default=3, help="traces of the tables (default 3)")
+    add("--seeds", type=count, default=3, help="traces of the tables (default 3)")
     add(
         "--host-overhead-ms",
         type=_not_negative,
@@ -103,13 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="only write the first trace at the load of the tables; one JSON object a line",
     )
     add("--no-plots", dest="plots", action="store_false", help="tables only")
-    add(
-        "--output",
-        type=Path,
-        default=Path("benchmarks/results"),
-        metavar="DIR",
-        help="where tables and plots go (default benchmarks/results)",
-    )
     return parser
 
 
@@ -151,13 +143,6 @@ def _cost(text: str) -> CostModel:
         return replace(roofline(), **json.loads(Path(text).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _positive(text: str) -> float:

@@ -1,6 +1,7 @@
 """What a simulation comes to, in figures."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,7 +127,7 @@ def _size_class(
     )
 
 
-def percentile(values: np.ndarray, q: float) -> float:
+def percentile(values: np.ndarray | Sequence[float], q: float) -> float:
     """The smallest value that q percent do not exceed; never between two, one of which may be
     infinite.
     """

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import ConfigError
 
@@ -45,8 +46,6 @@ class EngineConfig:
     max_guidance: float = RequestLimits.max_guidance
 
     def __post_init__(self) -> None:
-        from krea2_srt.engine.policy import POLICIES
-
         if self.policy not in POLICIES:
             known = ", ".join(POLICIES)
             raise ConfigError(f"policy: must be one of {known}, got {self.policy!r}")

@@ -124,6 +124,8 @@ def fit(samples: Sequence[Sample], prior: CostModel) -> CostModel:
     """
     if not samples or any(not sample.ms > 0 for sample in samples):
         raise ValueError("samples must have taken time")
+    if len({s.lanes for s in samples}) < 3:
+        return prior.scaled(sum(s.ms for s in samples) / sum(prior.step(s.lanes) for s in samples))
     rows = [
         [
             1 / s.ms,
@@ -132,15 +134,6 @@ def fit(samples: Sequence[Sample], prior: CostModel) -> CostModel:
         ]
         for s in samples
     ]
-    if len({s.lanes for s in samples}) < 3:
-        ratio = sum(s.ms for s in samples) / sum(prior.step(s.lanes) for s in samples)
-        return replace(
-            prior,
-            floor=prior.floor * ratio,
-            launch=prior.launch * ratio,
-            per_token=prior.per_token * ratio,
-            per_square=prior.per_square * ratio,
-        )
     launch, per_token, per_square = _nonnegative_least_squares(rows)
     # What was measured holds the time of reading the weights already.
     return replace(prior, floor=0.0, launch=launch, per_token=per_token, per_square=per_square)

@@ -110,6 +110,3 @@ class EngineError:
     field: str | None = None
     retry_after_s: float | None = None
     version: int = VERSION
-
-
-Message = Cancel | Subscribe | GetStatistics
