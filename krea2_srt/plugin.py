@@ -21,7 +21,7 @@ Hook = Callable[..., Any]
 """An AROUND hook: called with the original function and its arguments."""
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
-_WORKER = "sglang-diffusionWorker"
+WORKER_NAME = "sglang-diffusionWorker"
 """How SGLang's scheduler processes are called."""
 
 
@@ -75,7 +75,7 @@ def register() -> None:
     HookRegistry.register(
         f"{_RUNTIME}.managers.scheduler.Scheduler", Krea2Scheduler, HookType.REPLACE
     )
-    if not multiprocessing.current_process().name.startswith(_WORKER):
+    if not multiprocessing.current_process().name.startswith(WORKER_NAME):
         _register_http_hooks()
 
 

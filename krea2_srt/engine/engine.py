@@ -162,7 +162,7 @@ class Engine:
             return None
         start = self._clock()
         events = self._run(work)
-        self._count_turn((self._clock() - start) * 1e3)
+        self._count_turn(work, self._clock() - start)
         return events
 
     def _run(self, work: Work) -> list[Event]:
@@ -393,10 +393,18 @@ class Engine:
         for sequence in request.sequences:
             sequence.move(state)
 
-    def _count_turn(self, ms: float) -> None:
-        self.counters.turns += 1
-        self.counters.busy_s += ms / 1e3
-        self.counters.longest_turn_ms = max(self.counters.longest_turn_ms, ms)
+    def _count_turn(self, work: Work, seconds: float) -> None:
+        counters = self.counters
+        counters.turns += 1
+        counters.busy_s += seconds
+        counters.longest_turn_ms = max(counters.longest_turn_ms, seconds * 1e3)
+        match work:
+            case Encode():
+                counters.encode_s += seconds
+            case PackStep():
+                counters.step_s += seconds
+            case Decode():
+                counters.decode_s += seconds
 
     def _log_failure(self, what: str, error: Exception) -> None:
         if isinstance(error, OutOfMemoryError):

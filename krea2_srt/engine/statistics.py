@@ -13,6 +13,8 @@ class Counters:
         sequences_done: images.
         turns: units of work.
         busy_s: seconds spent in them.
+        encode_s, step_s, decode_s: of these, by the kind of work. A decode beside the steps counts
+            only where the engine looks after it.
         longest_turn_ms: the longest of them.
         steps: steps of sequences.
         packs: steps of packs.
@@ -29,6 +31,9 @@ class Counters:
     sequences_done: int = 0
     turns: int = 0
     busy_s: float = 0.0
+    encode_s: float = 0.0
+    step_s: float = 0.0
+    decode_s: float = 0.0
     longest_turn_ms: float = 0.0
     steps: int = 0
     packs: int = 0

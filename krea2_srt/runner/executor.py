@@ -134,6 +134,19 @@ class RunnerExecutor:
         with _memory_errors():
             return to_uint8(self._runner.vae.decode(latents[None])[0])
 
+    def statistics(self) -> dict[str, int]:
+        """Counters of the prompt cache; on a GPU also its memory in bytes."""
+        contexts, device = self._runner.contexts, self._runner.device
+        found = {
+            "context_cache_hits": contexts.hits,
+            "context_cache_misses": contexts.misses,
+            "context_cache_bytes": contexts.num_bytes,
+        }
+        if device.type == "cuda":
+            found["device_memory_bytes"] = torch.cuda.memory_reserved(device)
+            found["device_memory_peak_bytes"] = torch.cuda.max_memory_reserved(device)
+        return found
+
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
         """Its tensors; drawn before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)

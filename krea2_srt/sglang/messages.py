@@ -1,17 +1,24 @@
 """What crosses the scheduler's channel beside SGLang's own requests.
 
-All are pickled, as SGLang's are. Answers to `Cancel` and `GetStatistics` come as an
-``OutputBatch`` with the answer in ``output``; a subscriber, whose socket must be a DEALER, gets
-any number of `ProgressUpdate` and a last `RequestEnded`, without an ``OutputBatch`` around them.
-A client that sends a request and then a subscription over one DEALER socket misses nothing.
+All are pickled, as SGLang's are. There are two kinds of clients:
+
+- One that imports SGLang adds `RequestOptions` to SGLang's requests, and may send `Cancel`,
+  `GetStatistics` (answered by an ``OutputBatch`` with the answer in ``output``) and `Subscribe`.
+  A subscriber, whose socket must be a DEALER, gets any number of `ProgressUpdate` and a last
+  `RequestEnded`; if it sends a request and then a subscription over one socket, it misses nothing.
+- One that does not, as our images server, sends `Generate` over a DEALER socket, any number at a
+  time, and gets for each, if it asked for progress, an `Accepted` and any number of
+  `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`, answered by `Answer`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-VERSION = 1
+from krea2_srt.engine.request import ImageRequest, RequestLimits
+
+VERSION = 2
 """Of these messages; a scheduler refuses others by name."""
 
 
@@ -57,6 +64,121 @@ class GetStatistics:
     of them.
     """
 
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw the images of a request.
+
+    Attributes:
+        request_id: unique among those of this client; names it in `Cancel`.
+        image: with the number of images.
+        output_format: ``png``, ``jpeg`` or ``webp``.
+        quality: of JPEG and WebP, 0 to 100.
+        priority, deadline_s: see `RequestOptions`.
+        progress: whether to send `Accepted` and `ProgressUpdate`.
+        previews: see `Subscribe`.
+    """
+
+    request_id: str
+    image: ImageRequest
+    output_format: str = "png"
+    quality: int = 100
+    priority: int = 0
+    deadline_s: float | None = None
+    progress: bool = False
+    previews: int = 0
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The request is in the engine."""
+
+    request_id: str
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Generated:
+    """How a `Generate` ended.
+
+    Attributes:
+        images: encoded, in the order of their seeds; none if there is an error.
+        text_tokens: that the model has read: the prompt's, the negative prompt's where it is
+            used, and five of the template for each.
+        image_tokens: latent tokens of all images.
+        prompt_cut: whether a prompt had more tokens than the model reads.
+        stage_ms: milliseconds in each stage: queue, encode, denoise, decode.
+        error: why there are no images.
+    """
+
+    request_id: str
+    images: tuple[bytes, ...] = ()
+    text_tokens: int = 0
+    image_tokens: int = 0
+    prompt_cut: bool = False
+    stage_ms: dict[str, float] = field(default_factory=dict)
+    error: "EngineError | None" = None
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is served.
+
+    Attributes:
+        path: folder or repo id.
+        distilled: Turbo (True) or Raw (False).
+        default_steps, default_guidance: the checkpoint's own.
+        limits: of requests.
+        device, dtype, attention: how it runs.
+    """
+
+    path: str
+    distilled: bool
+    default_steps: int
+    default_guidance: float
+    limits: RequestLimits
+    device: str
+    dtype: str
+    attention: str
+
+
+@dataclass(frozen=True)
+class GetModel:
+    """Answer: a `ModelInfo`."""
+
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question of a client that does not import SGLang.
+
+    Attributes:
+        question_id: comes back with the answer.
+        question: `Cancel`, `GetStatistics` or `GetModel`.
+    """
+
+    question_id: str
+    question: "Cancel | GetStatistics | GetModel"
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To an `Ask`.
+
+    Attributes:
+        output: what the question's own text promises.
+        error: why there is none.
+    """
+
+    question_id: str
+    output: Any = None
+    error: str | None = None
     version: int = VERSION
 
 

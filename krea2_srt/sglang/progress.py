@@ -46,6 +46,7 @@ class _Subscriber:
     identity: bytes
     request_id: str
     previews: int
+    tell_end: bool
     after_steps: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
@@ -72,12 +73,18 @@ class Subscriptions:
         self._subscribers: dict[Request, list[_Subscriber]] = {}
         self._due: deque[_Preview] = deque()
 
-    def add(self, identity: bytes, wish: Subscribe, requests: list[Request]) -> None:
-        """Subscribe a client to the requests of an id."""
+    def add(
+        self, identity: bytes, wish: Subscribe, requests: list[Request], tell_end: bool = True
+    ) -> None:
+        """Subscribe a client to the requests of an id.
+
+        Args:
+            tell_end: with a `RequestEnded`, for who has no other way of knowing.
+        """
         if not requests:
             self._send(identity, pickle.dumps(RequestEnded(wish.request_id, "unknown")))
         for request in requests:
-            subscriber = _Subscriber(identity, wish.request_id, wish.previews)
+            subscriber = _Subscriber(identity, wish.request_id, wish.previews, tell_end)
             for sequence in request.sequences:
                 if wish.previews and not sequence.state.ended:
                     steps = preview_steps(sequence.image.steps, wish.previews)
@@ -123,6 +130,8 @@ class Subscriptions:
         while any(preview.sequence.request is request for preview in self._due):
             self.draw()
         for subscriber in self._subscribers.pop(request, ()):
+            if not subscriber.tell_end:
+                continue
             error = engine_error(request) if request.state is State.FAILED else None
             message = RequestEnded(request_id, request.state.value, error)
             self._send(subscriber.identity, pickle.dumps(message))

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,21 @@ class ReplicaExited(RuntimeError):
     """The replica that a request was on, or had to go to, is no longer there."""
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """An outstanding request's place on a replica.
+
+    Attributes:
+        index: of the replica.
+        key: in the engine's order; smaller runs first.
+        work: estimated milliseconds.
+    """
+
+    index: int
+    key: float
+    work: int
+
+
 class Replicas:
     """The replicas of one client: which live, and what each has still to do.
 
@@ -40,7 +56,7 @@ class Replicas:
     def __init__(self, count: int) -> None:
         self.outstanding = [0] * count
         self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
-        self._queues: list[dict[object, tuple[float, int]]] = [{} for _ in range(count)]
+        self._queues: list[set[Place]] = [set() for _ in range(count)]
         self._dead: set[int] = set()
         self._turn = 0
 
@@ -66,7 +82,7 @@ class Replicas:
         key = _key(work)
 
         def wait(index: int) -> tuple[int, int, int]:
-            ahead = sum(other for due, other in self._queues[index].values() if due <= key)
+            ahead = sum(other.work for other in self._queues[index] if other.key <= key)
             return ahead, self.outstanding[index], (index - self._turn) % len(self)
 
         index = min(self.live, key=wait)
@@ -74,38 +90,59 @@ class Replicas:
         return index
 
     @contextmanager
-    def forward(self, work: int, index: int | None = None) -> Iterator[int]:
-        """Count a forward of the current task as outstanding for as long as it lasts.
+    def place(self, work: int, index: int | None = None) -> Iterator[Place]:
+        """Count a request as outstanding on a replica for as long as it lasts.
 
         Args:
             work: estimated milliseconds.
             index: the replica that must do it; by default the best one.
 
         Raises:
-            ReplicaExited: the replica is dead, or dies meanwhile.
+            ReplicaExited: the replica is dead.
         """
         index = self.choose(work) if index is None else index
-        exited = ReplicaExited(f"replica {index} has exited; send the request again")
         if index in self._dead:
-            raise exited
+            raise ReplicaExited(_exited(index))
+        place = Place(index, _key(work), work)
+        self.outstanding[index] += work
+        self._queues[index].add(place)
+        try:
+            yield place
+        finally:
+            self.outstanding[index] -= work
+            self._queues[index].discard(place)
+
+    def ahead(self, place: Place) -> int:
+        """How many requests the engine's default policy would finish before this one."""
+        return sum(other.key < place.key for other in self._queues[place.index])
+
+    @contextmanager
+    def forward(self, work: int, index: int | None = None) -> Iterator[int]:
+        """As `place`, for a request that the current task waits for.
+
+        Raises:
+            ReplicaExited: the replica is dead, or dies meanwhile.
+        """
         task = asyncio.current_task()
         assert task is not None
         cancels = task.cancelling()
-        self._forwards[index].add(task)
-        self.outstanding[index] += work
-        place = object()
-        self._queues[index][place] = (_key(work), work)
-        try:
-            yield index
-        except asyncio.CancelledError:
-            # Dead now, alive above: mark_dead has cancelled us. If others have too, theirs wins.
-            if index in self._dead and task.uncancel() <= cancels:
-                raise exited from None
-            raise
-        finally:
-            self.outstanding[index] -= work
-            del self._queues[index][place]
-            self._forwards[index].discard(task)
+        with self.place(work, index) as place:
+            index = place.index
+            self._forwards[index].add(task)
+            try:
+                yield index
+            except asyncio.CancelledError:
+                # Dead now, alive above: mark_dead has cancelled us. If others have too, theirs
+                # wins.
+                if index in self._dead and task.uncancel() <= cancels:
+                    raise ReplicaExited(_exited(index)) from None
+                raise
+            finally:
+                self._forwards[index].discard(task)
+
+    def mark_live(self, index: int) -> None:
+        """Send requests to this replica again."""
+        self._dead.discard(index)
 
     def mark_dead(self, index: int) -> None:
         """Fail what is on this replica at once, and send it nothing more."""
@@ -113,6 +150,10 @@ class Replicas:
             self._dead.add(index)
             for task in self._forwards[index]:
                 task.cancel()
+
+
+def _exited(index: int) -> str:
+    return f"replica {index} has exited; send the request again"
 
 
 def _key(work: int) -> float:
@@ -140,6 +181,11 @@ def estimated_ms(batch: Any) -> int:
     )
     images = _whole(batch, "num_outputs_per_prompt", 1, most=1000)
     images *= len(prompt) if isinstance(prompt, list) else 1
+    return image_ms(request, images)
+
+
+def image_ms(request: ImageRequest, images: int) -> int:
+    """Work of that many images of a request, in milliseconds."""
     image = request.steps * _COST.step(request.estimated_tokens)
     return 1 + int(images * (image + _COST.decode(request.width * request.height)))
 

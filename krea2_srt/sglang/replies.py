@@ -68,13 +68,14 @@ class Item:
     def request_id(self) -> str:
         return (self.reqs[0].request_id if self.reqs else None) or "unnamed"
 
-    def summary(self, request: Request) -> str:
-        """Of a request that is done, for the log."""
-        image = request.images[0]
-        stages = ", ".join(f"{name} {ms:.0f}" for name, ms in stage_ms(request).items())
-        total = (request.reached[State.DONE] - request.arrival) * 1e3
-        what = f"{len(request.images)} x {image.width}x{image.height}, {image.steps} steps"
-        return f"done in {total:.0f} ms ({stages}); {what}"
+
+def summary(request: Request) -> str:
+    """Of a request that is done, for the log."""
+    image = request.images[0]
+    stages = ", ".join(f"{name} {ms:.0f}" for name, ms in stage_ms(request).items())
+    total = (request.reached[State.DONE] - request.arrival) * 1e3
+    what = f"{len(request.images)} x {image.width}x{image.height}, {image.steps} steps"
+    return f"done in {total:.0f} ms ({stages}); {what}"
 
 
 def stage_ms(request: Request) -> dict[str, float]:
@@ -151,6 +152,10 @@ class ReplyThreads:
     def start(self, item: Item, output: OutputBatch) -> "Future[None]":
         """Reply with a finished output as soon as its pictures are encoded."""
         return self._pool.submit(self._run, item, output)
+
+    def submit(self, reply: Callable[[], None]) -> "Future[None]":
+        """Reply in another way, in one of the same threads; raises nothing."""
+        return self._pool.submit(reply)
 
     def finish(self) -> None:
         """Wait for all replies."""

@@ -12,9 +12,11 @@ import signal
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
+import numpy as np
 from sglang.multimodal_gen.runtime.entrypoints.control_requests import ShutdownReq
 from sglang.multimodal_gen.runtime.managers.scheduler import Scheduler
 from sglang.multimodal_gen.runtime.pipelines_core import Req
@@ -25,15 +27,34 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.errors import Krea2Error, RequestError
+from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.sglang.connections import WatchedRouter
-from krea2_srt.sglang.messages import VERSION, Cancel, GetStatistics, Subscribe
+from krea2_srt.sglang.generations import Generation
+from krea2_srt.sglang.messages import (
+    VERSION,
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Generate,
+    GetModel,
+    GetStatistics,
+    ModelInfo,
+    Subscribe,
+)
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
-from krea2_srt.sglang.replies import Item, ReplyThreads, engine_error, failed, finished
+from krea2_srt.sglang.replies import (
+    Item,
+    ReplyThreads,
+    engine_error,
+    failed,
+    finished,
+    summary,
+)
 from krea2_srt.sglang.requests import check_envelope, image_requests, request_options
 
 logger = init_logger(__name__)
@@ -88,7 +109,7 @@ class Krea2Scheduler(Scheduler):
         )
         self._limits = config.limits
         self.receiver = WatchedRouter(self.receiver)
-        self._items: dict[Request, Item] = {}
+        self._items: dict[Request, Item | Generation] = {}
         self._subscriptions = Subscriptions(self._executor, self._send)
         self._numbers = count()
         self._replies = ReplyThreads(self.worker, self._reply)
@@ -96,7 +117,18 @@ class Krea2Scheduler(Scheduler):
             ShutdownReq: self._drain,
             Cancel: self._cancel,
             GetStatistics: self._statistics,
+            GetModel: self._model,
         }
+        self._model_info = ModelInfo(
+            self.server_args.model_path,
+            runner.recipe.distilled,
+            runner.recipe.default_steps,
+            runner.recipe.default_guidance,
+            config.limits,
+            str(runner.device),
+            str(runner.dit.dtype).removeprefix("torch."),
+            pipeline.attention,
+        )
 
     def event_loop(self) -> None:
         """Receive, take a turn, reply; until shut down and empty."""
@@ -153,13 +185,17 @@ class Krea2Scheduler(Scheduler):
                 self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=item.arrival)
             self._submit(item)
             return
-        if getattr(payload, "version", VERSION) != VERSION:
-            text = f"{type(payload).__name__}: version {payload.version}, this is {VERSION}"
-            self._reply(Item(identity, payload), OutputBatch(error=text))
-        elif isinstance(payload, Subscribe):
-            self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
-        else:
-            self._reply(Item(identity, payload), self._dispatch_single_request(payload))
+        match payload:
+            case Generate():
+                self._submit_generation(Generation(identity, payload))
+            case Ask():
+                self._answer(identity, payload)
+            case _ if (error := _wrong_version(payload)) is not None:
+                self._reply(Item(identity, payload), OutputBatch(error=error))
+            case Subscribe():
+                self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
+            case _:
+                self._reply(Item(identity, payload), self._dispatch_single_request(payload))
 
     def _submit(self, item: Item) -> None:
         if self.worker.is_sleeping():
@@ -190,6 +226,27 @@ class Krea2Scheduler(Scheduler):
         for req in item.reqs:
             req.log(server_args=self.server_args)
 
+    def _submit_generation(self, generation: Generation) -> None:
+        message = generation.message
+        try:
+            generation.check()
+            if self.worker.is_sleeping():
+                raise DrainingError("the engine is asleep")
+            request = self._engine.submit(
+                f"{generation.request_id}#{next(self._numbers)}",
+                [message.image],
+                message.priority,
+                message.deadline_s,
+            )
+        except Krea2Error as error:
+            logger.warning("krea2-srt: request %s refused: %s", generation.request_id, error)
+            self._send(generation.identity, pickle.dumps(generation.failed(error)))
+            return
+        self._items[request] = generation
+        if (wish := generation.subscription) is not None:
+            self._send(generation.identity, pickle.dumps(Accepted(generation.request_id)))
+            self._subscriptions.add(generation.identity, wish, [request], tell_end=False)
+
     def _run_profiled(self, item: Item) -> None:
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
         if not self._engine.idle or self._engine.draining:
@@ -197,7 +254,7 @@ class Krea2Scheduler(Scheduler):
         self._reply(item, self.worker.execute_forward(list(item.reqs)))
 
     def _requests_of(self, request_id: str) -> list[Request]:
-        return [r for r, item in self._items.items() if item.reqs[0].request_id == request_id]
+        return [r for r, item in self._items.items() if item.request_id == request_id]
 
     # Turning events into replies.
 
@@ -212,25 +269,47 @@ class Krea2Scheduler(Scheduler):
     def _tell(self, event: Event) -> None:
         match event:
             case Started(request):
-                if self.metrics is not None:
-                    self.metrics.dispatch(id(self._items[request].payload))
+                item = self._items[request]
+                if self.metrics is not None and isinstance(item, Item):
+                    self.metrics.dispatch(id(item.payload))
             case Progress(sequence):
                 self._subscriptions.step(event)
-                report_to_sglang(self._items[sequence.request], sequence.request)
+                item = self._items[sequence.request]
+                if isinstance(item, Item):
+                    report_to_sglang(item, sequence.request)
             case Ended(request):
                 self._end(request, self._items.pop(request))
 
-    def _end(self, request: Request, item: Item) -> None:
+    def _end(self, request: Request, item: Item | Generation) -> None:
         self._subscriptions.end(request, item.request_id)
         pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
-        if request.state is State.DONE:
-            logger.info("krea2-srt: request %s %s", item.request_id, item.summary(request))
-            self._submit_reply(item, finished(item, request, pixels))
-        else:
+        if request.state is not State.DONE:
             level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
             reason = engine_error(request).message
             logger.log(level, "krea2-srt: request %s: %s", item.request_id, reason)
-            self._reply(item, failed(item, request))
+            if isinstance(item, Item):
+                self._reply(item, failed(item, request))
+            else:
+                self._send(item.identity, pickle.dumps(item.failed(request)))
+            return
+        logger.info("krea2-srt: request %s %s", item.request_id, summary(request))
+        if isinstance(item, Item):
+            self._submit_reply(item, finished(item, request, pixels))
+        else:
+            reply = partial(self._reply_generated, item, request, pixels)
+            self._inflight_finalizes.append(self._replies.submit(reply))
+
+    def _reply_generated(
+        self, item: Generation, request: Request, pixels: list[np.ndarray | None]
+    ) -> None:
+        """Runs in a thread; raises nothing."""
+        try:
+            text_encoder = self.worker.pipeline.runner.text_encoder
+            answer = item.finished(request, pixels, text_encoder)
+        except Exception as error:
+            logger.exception("krea2-srt: request %s: not encoded", item.request_id)
+            answer = item.failed(ModelError(f"the picture could not be encoded: {error}"))
+        self._send(item.identity, pickle.dumps(answer))
 
     def _submit_reply(self, item: Item, output: OutputBatch) -> None:
         """Encode and save the pictures in a thread, and reply from there."""
@@ -250,6 +329,18 @@ class Krea2Scheduler(Scheduler):
 
     # Control.
 
+    def _answer(self, identity: bytes, ask: Ask) -> None:
+        error = _wrong_version(ask)
+        if error is not None:
+            answer = Answer(ask.question_id, error=error)
+        else:
+            output = self._dispatch_single_request(ask.question)
+            answer = Answer(ask.question_id, output.output, output.error)
+        self._send(identity, pickle.dumps(answer))
+
+    def _model(self, _reqs: list[Any]) -> OutputBatch:
+        return OutputBatch(output=self._model_info)
+
     def _drain(self, _reqs: list[Any]) -> OutputBatch:
         self._engine.drain()
         return OutputBatch()
@@ -262,7 +353,8 @@ class Krea2Scheduler(Scheduler):
 
     def _statistics(self, _reqs: list[Any]) -> OutputBatch:
         where = {"replica": self.dp_replica, "pid": os.getpid()}
-        return OutputBatch(output=where | self._engine.statistics())
+        engine, runner = self._engine.statistics(), self._executor.statistics()
+        return OutputBatch(output=where | engine | runner)
 
     def _cancel_lost(self) -> None:
         lost = self.receiver.take_lost()
@@ -293,3 +385,11 @@ class Krea2Scheduler(Scheduler):
         # A client that does not read must not keep us.
         self.receiver.close(_LINGER_MS)
         self.context.destroy(_LINGER_MS)
+
+
+def _wrong_version(message: Any) -> str | None:
+    """What to say to a message of another version than ours; SGLang's have none."""
+    version = getattr(message, "version", VERSION)
+    if version == VERSION:
+        return None
+    return f"{type(message).__name__}: version {version}, this is {VERSION}"

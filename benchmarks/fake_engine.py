@@ -1,0 +1,182 @@
+"""A scheduler without a model: the real channel and messages, pictures of any size at any time.
+
+For what can only be tested when the engine does as it is told. What it says is what
+`krea2_srt.sglang.scheduler` says; the tests on the real engine hold the two together.
+"""
+
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import zmq
+
+from krea2_srt.engine.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
+from krea2_srt.image_files import encode_image
+from krea2_srt.sglang.messages import (
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    EngineError,
+    Generate,
+    Generated,
+    GetModel,
+    GetStatistics,
+    ModelInfo,
+    ProgressUpdate,
+)
+
+MODEL = ModelInfo("fake/krea-2", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
+
+
+@dataclass
+class FakeEngine:
+    """Answers on a port of its own, in a thread.
+
+    Attributes:
+        step_s: time of a step of one image.
+        error: what every request ends in.
+        refuse: what every request is refused with, before it is accepted.
+        hold: while it is set, no request goes on.
+        picture: the file of every image, in place of a drawn one.
+        requests: that have come.
+        cancelled: ids that were cancelled while they were under way.
+    """
+
+    step_s: float = 0.0
+    error: EngineError | None = None
+    refuse: EngineError | None = None
+    hold: threading.Event = field(default_factory=threading.Event)
+    picture: bytes | None = None
+    requests: list[Generate] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    endpoint: str = ""
+
+    def __enter__(self) -> "FakeEngine":
+        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self._stop = False
+        self._running: dict[tuple[bytes, str], _Running] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._thread.join(10)
+
+    def reset(self) -> None:
+        """As at the start; what is under way goes on."""
+        self.step_s, self.error, self.refuse, self.picture = 0.0, None, None, None
+        self.requests.clear()
+        self.cancelled.clear()
+        self.hold.clear()
+
+    @property
+    def waiting(self) -> int:
+        """Requests under way."""
+        return len(self._running)
+
+    def _run(self) -> None:
+        while not self._stop:
+            if self._socket.poll(2 if self._running else 20):
+                self._receive()
+            for key in list(self._running):
+                self._go_on(key)
+        self._socket.close()
+
+    def _receive(self) -> None:
+        identity, _, payload = self._socket.recv_multipart()
+        message = pickle.loads(payload)
+        send = self._sender(identity)
+        match message:
+            case Generate():
+                self.requests.append(message)
+                if self.refuse is not None:
+                    send(Generated(message.request_id, error=self.refuse))
+                    return
+                if message.progress:
+                    send(Accepted(message.request_id))
+                self._running[identity, message.request_id] = _Running(message, send)
+            case Ask(question_id, Cancel(request_id)):
+                found = self._running.pop((identity, request_id), None)
+                if found is not None:
+                    self.cancelled.append(request_id)
+                    error = EngineError("cancelled", "the request was cancelled")
+                    send(Generated(request_id, error=error))
+                send(Answer(question_id, {"cancelled": int(found is not None)}))
+            case Ask(question_id, GetModel()):
+                send(Answer(question_id, MODEL))
+            case Ask(question_id, GetStatistics()):
+                number = len(self._running)
+                send(
+                    Answer(
+                        question_id,
+                        {"requests": number, "waiting": number, "outstanding_s": 2.5 * number},
+                    )
+                )
+
+    def _sender(self, identity: bytes) -> Callable[[object], None]:
+        return lambda message: self._socket.send_multipart([identity, b"", pickle.dumps(message)])
+
+    def _go_on(self, key: tuple[bytes, str]) -> None:
+        running = self._running[key]
+        if self.hold.is_set() or time.monotonic() < running.due:
+            return
+        message, image = running.message, running.message.image
+        if self.error is not None:
+            del self._running[key]
+            running.send(Generated(message.request_id, error=self.error))
+            return
+        running.due = time.monotonic() + self.step_s
+        running.step += 1
+        if message.progress and running.step <= image.steps:
+            self._tell_progress(running)
+        if running.step >= image.steps or (not message.progress and not self.step_s):
+            del self._running[key]
+            running.send(self._generated(message))
+
+    def _tell_progress(self, running: "_Running") -> None:
+        message, image = running.message, running.message.image
+        for index in range(image.num_images):
+            update = ProgressUpdate(message.request_id, index, running.step, image.steps)
+            running.send(update)
+            if running.step <= min(message.previews, image.steps - 1):
+                running.send(replace(update, preview=_drawn(64, 64, running.step)))
+
+    def _generated(self, message: Generate) -> Generated:
+        image = message.image
+        pictures = tuple(
+            self.picture
+            or encode_image(
+                _drawn(image.height, image.width, seed), message.output_format, message.quality
+            )
+            for seed in image.seeds
+        )
+        tokens = estimated_text_tokens(image.prompt)
+        return Generated(
+            message.request_id,
+            pictures,
+            text_tokens=tokens,
+            image_tokens=image.image_tokens * image.num_images,
+            prompt_cut=tokens == MAX_TEXT_TOKENS,
+            stage_ms={"queue": 1.0, "encode": 2.0, "denoise": 30.0, "decode": 4.0},
+        )
+
+
+@dataclass
+class _Running:
+    message: Generate
+    send: Callable[[object], None]
+    step: int = 0
+    due: float = 0.0
+
+
+def _drawn(height: int, width: int, seed: int) -> np.ndarray:
+    """A picture that tells its seed."""
+    return np.full((height, width, 3), seed % 256, np.uint8)

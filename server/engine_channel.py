@@ -1,0 +1,156 @@
+"""One scheduler process, as the HTTP process sees it: messages over SGLang's channel."""
+
+import asyncio
+import itertools
+import logging
+import pickle
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from krea2_srt.sglang.messages import (
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Generate,
+    Generated,
+    GetModel,
+    GetStatistics,
+    ModelInfo,
+    ProgressUpdate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+Update = Accepted | ProgressUpdate | Generated
+
+
+class EngineExitedError(Exception):
+    """The scheduler process has gone with the request."""
+
+
+class EngineChannel:
+    """All requests to one scheduler, over one DEALER socket.
+
+    Args:
+        context: of ZeroMQ.
+        endpoint: where the scheduler listens. It is trusted: what it sends is unpickled.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        # No limits: beyond one, ZeroMQ would drop messages without a word.
+        self._socket.set_hwm(0)
+        self._socket.connect(endpoint)
+        self._queues: dict[str, asyncio.Queue[Any]] = {}
+        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._numbers = itertools.count()
+        self._reader = asyncio.create_task(self._read())
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Update, None]:
+        """Draw; the last message is `Generated`.
+
+        Whoever stops listening before it, or is cancelled, ends the request in the engine too.
+
+        Raises:
+            EngineExitedError: the scheduler has gone meanwhile.
+        """
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._queues[message.request_id] = queue
+        ended = False
+        try:
+            await self._send(message)
+            while not ended:
+                update = await queue.get()
+                if update is None:
+                    ended = True
+                    raise EngineExitedError(f"the engine at {self.endpoint} has exited")
+                ended = isinstance(update, Generated)
+                yield update
+        finally:
+            self._queues.pop(message.request_id, None)
+            if not ended:
+                self._send_nowait(Ask(self._question_id(), Cancel(message.request_id)))
+
+    async def model(self, timeout_s: float) -> ModelInfo:
+        """What is served there.
+
+        Raises:
+            TimeoutError: no answer.
+            EngineExitedError: the scheduler has gone meanwhile.
+        """
+        answer = await self._ask(GetModel(), timeout_s)
+        if not isinstance(answer, ModelInfo):
+            raise EngineExitedError(f"{self.endpoint} is not a scheduler of krea2-srt")
+        return answer
+
+    async def statistics(self, timeout_s: float) -> dict[str, Any]:
+        """What the engine says of itself; raises as `model` does."""
+        answer = await self._ask(GetStatistics(), timeout_s)
+        assert isinstance(answer, dict)
+        return answer
+
+    def close(self) -> None:
+        """End all that is under way; nothing comes or goes any more."""
+        if self._socket.closed:
+            return
+        self._reader.cancel()
+        self._socket.close()
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(EngineExitedError(f"{self.endpoint} has gone"))
+
+    async def _ask(self, question: GetModel | GetStatistics, timeout_s: float) -> Any:
+        question_id = self._question_id()
+        future = asyncio.get_running_loop().create_future()
+        self._answers[question_id] = future
+        try:
+            await self._send(Ask(question_id, question))
+            async with asyncio.timeout(timeout_s):
+                answer = await future
+        finally:
+            del self._answers[question_id]
+        if answer.error is not None:
+            raise EngineExitedError(answer.error)
+        return answer.output
+
+    def _question_id(self) -> str:
+        return f"question-{next(self._numbers)}"
+
+    async def _send(self, message: object) -> None:
+        if self._socket.closed:
+            raise EngineExitedError(f"the engine at {self.endpoint} has exited")
+        await self._socket.send_multipart([b"", pickle.dumps(message)])
+
+    def _send_nowait(self, message: object) -> None:
+        """For clean-up, where nothing may be awaited: without a limit it is sent at once."""
+        if not self._socket.closed:
+            self._socket.send_multipart([b"", pickle.dumps(message)])
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                self._deliver(pickle.loads(frames[-1].buffer))
+            except Exception:
+                logger.exception("a message from %s cannot be read", self.endpoint)
+
+    def _deliver(self, message: object) -> None:
+        match message:
+            case Answer(question_id):
+                future = self._answers.get(question_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Accepted(request_id) | ProgressUpdate(request_id) | Generated(request_id):
+                if (queue := self._queues.get(request_id)) is not None:
+                    queue.put_nowait(message)
+            case _:
+                logger.warning("%s sent a %s", self.endpoint, type(message).__name__)

@@ -1,0 +1,150 @@
+"""The engine as the HTTP process sees it: its live replicas, and which of them draws what."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq.asyncio
+
+from krea2_srt.sglang.messages import Generate, ModelInfo
+from krea2_srt.sglang.replicas import Place, ReplicaExited, Replicas, image_ms
+from server.engine_channel import EngineChannel, EngineExitedError, Update
+from server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
+
+logger = logging.getLogger(__name__)
+
+MODEL_TIMEOUT_S = 120.0
+"""For a scheduler that has just said that it is ready."""
+
+POLL_S = 1.0
+"""Between two looks at a replica's statistics."""
+
+
+@dataclass
+class Replica:
+    """A replica's last known state.
+
+    Attributes:
+        channel: None while it is down.
+        statistics: what its engine last said of itself.
+        answered: clock time in seconds of that.
+    """
+
+    channel: EngineChannel | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    answered: float = 0.0
+
+
+class Ticket:
+    """A request's way through the engine."""
+
+    def __init__(self, place: Place, client: "EngineClient") -> None:
+        self._place = place
+        self._client = client
+
+    @property
+    def ahead(self) -> int:
+        """Requests that will probably be drawn before this one."""
+        return self._client.routing.ahead(self._place)
+
+
+class EngineClient:
+    """Requests in, pictures out.
+
+    Args:
+        count: of replicas, none of which is there yet.
+
+    Attributes:
+        model: what is served; None before the first replica is there.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.model: ModelInfo | None = None
+        self.replicas = [Replica() for _ in range(count)]
+        self.routing = Replicas(count)
+        self._context = zmq.asyncio.Context()
+        self._pollers: dict[int, asyncio.Task[None]] = {}
+        for index in range(count):
+            self.routing.mark_dead(index)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is anybody to draw."""
+        return bool(self.routing.live)
+
+    async def attach(self, index: int, endpoint: str) -> None:
+        """A replica has started: ask what it serves, and send it requests.
+
+        Raises:
+            TimeoutError, EngineExitedError: it does not answer.
+        """
+        channel = EngineChannel(self._context, endpoint)
+        try:
+            self.model = await channel.model(MODEL_TIMEOUT_S)
+        except BaseException:
+            channel.close()
+            raise
+        self.replicas[index] = Replica(channel, answered=time.monotonic())
+        self.routing.mark_live(index)
+        self._pollers[index] = asyncio.create_task(self._poll(self.replicas[index]))
+
+    def detach(self, index: int) -> None:
+        """A replica has gone; its requests fail."""
+        self.routing.mark_dead(index)
+        if (poller := self._pollers.pop(index, None)) is not None:
+            poller.cancel()
+        if (channel := self.replicas[index].channel) is not None:
+            channel.close()
+        self.replicas[index] = Replica()
+
+    def silent_s(self, index: int) -> float:
+        """Seconds since a replica last answered; 0 of one that is down."""
+        replica = self.replicas[index]
+        return time.monotonic() - replica.answered if replica.channel is not None else 0.0
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
+        """Draw, where it waits least: first its `Ticket`, then what the engine sends.
+
+        Raises:
+            ApiError: 503, no replica is there, or the one that drew has gone.
+        """
+        work = image_ms(message.image, message.image.num_images)
+        try:
+            with self.routing.place(work) as place:
+                channel = self.replicas[place.index].channel
+                assert channel is not None
+                yield Ticket(place, self)
+                async with aclosing(channel.generate(message)) as updates:
+                    async for update in updates:
+                        yield update
+        except ReplicaExited:
+            raise self.unavailable() from None
+        except EngineExitedError:
+            raise engine_unavailable("the engine has exited; send the request again") from None
+
+    def unavailable(self) -> ApiError:
+        """What to answer while no replica is there."""
+        return engine_unavailable("the model is being loaded", ENGINE_RETRY_S)
+
+    def detach_all(self) -> None:
+        """End everything: all requests fail."""
+        for index in range(len(self.replicas)):
+            self.detach(index)
+
+    def close(self) -> None:
+        self.detach_all()
+        self._context.term()
+
+    async def _poll(self, replica: Replica) -> None:
+        assert replica.channel is not None
+        while True:
+            try:
+                replica.statistics = await replica.channel.statistics(POLL_S * 10)
+                replica.answered = time.monotonic()
+            except TimeoutError:
+                logger.debug("%s has not answered for a while", replica.channel.endpoint)
+            await asyncio.sleep(POLL_S)

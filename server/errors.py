@@ -1,0 +1,128 @@
+"""Every failure as OpenAI's body: ``{"error": {"message", "type", "param", "code"}}``."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from krea2_srt.sglang.messages import EngineError
+
+MAX_RETRY_AFTER_S = 120.0
+"""Longer waits the official client does not take: it gives up at once."""
+
+ENGINE_RETRY_S = 5.0
+"""When to try again an engine that is being started, if nothing better is known."""
+
+
+@dataclass
+class ApiError(Exception):
+    """What a client did wrong, or what went wrong here.
+
+    Attributes:
+        status: of HTTP.
+        message: for a person; holds no secrets, paths or traces.
+        code: for a program; docs/server.md lists them.
+        param: the request's field that is wrong.
+        type: OpenAI's family of the error; by default the status's.
+        retry_after_s: when to try again.
+        retry: whether the same request can succeed later; None leaves it to the client.
+        headers: further ones.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    type: str = ""
+    retry_after_s: float | None = None
+    retry: bool | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        self.type = self.type or _type_of(self.status)
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> Response:
+        """With the headers that tell the official client when to try again."""
+        headers = dict(self.headers)
+        if self.retry_after_s is not None:
+            wait_s = min(max(self.retry_after_s, 0.0), MAX_RETRY_AFTER_S)
+            headers["retry-after"] = str(math.ceil(wait_s))
+            headers["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
+        if self.retry is not None:
+            headers["x-should-retry"] = "true" if self.retry else "false"
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
+
+
+def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
+    """A field of the request has a value that it cannot have."""
+    return ApiError(400, message, code, param)
+
+
+def engine_unavailable(message: str, retry_after_s: float = ENGINE_RETRY_S) -> ApiError:
+    """No engine is there to draw; one is being started."""
+    return ApiError(503, message, "engine_unavailable", retry_after_s=retry_after_s, retry=True)
+
+
+# Our request's fields by the engine's names for them.
+_FIELDS = {
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "num_images": "n",
+    "deadline_s": "deadline_ms",
+}
+
+
+def field_name(engine_field: str) -> str:
+    """What the API calls a field of the engine's request."""
+    return _FIELDS.get(engine_field, engine_field)
+
+
+def from_engine(error: EngineError) -> ApiError:
+    """What the engine says, as HTTP says it."""
+    message = error.message
+    match error.code:
+        case "invalid_request":
+            name = field_name(error.field or "")
+            message = message.removeprefix(f"{error.field}: ")
+            return invalid(name or None, f"{name}: {message}" if name else message)
+        case "queue_full":
+            wait_s = error.retry_after_s
+            return ApiError(429, message, "queue_full", retry_after_s=wait_s, retry=True)
+        case "draining":
+            return engine_unavailable(message)
+        case "deadline":
+            return ApiError(504, message, "deadline_exceeded", "deadline_ms", retry=False)
+        case "out_of_memory":
+            text = "there is not enough memory for an image of this size"
+            return ApiError(503, text, "out_of_memory", retry=False)
+        case "cancelled":
+            return ApiError(499, message, "cancelled", retry=False)
+        case _:
+            # The engine has tried it again alone where others may have been to blame.
+            return ApiError(500, message, "generation_failed", retry=False)
+
+
+def _type_of(status: int) -> str:
+    match status:
+        case 401:
+            return "authentication_error"
+        case 403:
+            return "permission_error"
+        case 429:
+            return "rate_limit_error"
+        case _:
+            return "invalid_request_error" if status < 500 else "server_error"

@@ -1,0 +1,110 @@
+"""uvicorn's HTTP protocol, with the bounds on headers that it lacks."""
+
+import asyncio
+from uuid import uuid4
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.errors import ApiError
+
+
+def bounded_protocol(max_header_bytes: int, header_timeout_s: float) -> type[asyncio.Protocol]:
+    """A protocol class for uvicorn.
+
+    Args:
+        max_header_bytes: of a request's line and headers, and of a chunked body's trailers.
+        header_timeout_s: for them to arrive, from the connection or the request's first byte on.
+    """
+
+    too_large = f"the headers are larger than {max_header_bytes} bytes"
+
+    class BoundedHttpProtocol(HttpToolsProtocol):
+        _header_timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0
+        _received = 0
+        _in_headers = True
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._await_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_headers and self._header_timer is None:
+                self._await_headers()  # the next request of a connection that was kept alive
+            self._received += len(data)
+            super().data_received(data)
+            # A header that has no end reaches no callback.
+            if self._in_headers and self._received > max_header_bytes + len(data):
+                self._refuse(431, too_large)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._in_headers = True
+            self._header_bytes = 0
+
+        def on_url(self, url: bytes) -> None:
+            super().on_url(url)
+            self._count(len(url))
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            super().on_header(name, value)
+            self._count(len(name) + len(value))
+
+        def on_headers_complete(self) -> None:
+            self._stop_timer()
+            self._in_headers = False
+            super().on_headers_complete()
+
+        def on_response_complete(self) -> None:
+            self._in_headers = True
+            self._received = 0
+            super().on_response_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            # Called for what a callback raises too.
+            if self._header_bytes > max_header_bytes:
+                self._refuse(431, too_large)
+            else:
+                self._refuse(400, msg)
+
+        def _count(self, size: int) -> None:
+            self._header_bytes += size
+            if self._header_bytes > max_header_bytes:
+                raise ValueError(too_large)
+
+        def _await_headers(self) -> None:
+            self._header_timer = self.loop.call_later(header_timeout_s, self._headers_late)
+
+        def _headers_late(self) -> None:
+            self._header_timer = None
+            if self._received:
+                self._refuse(408, f"no request arrived within {header_timeout_s:g} s")
+            else:
+                self.transport.close()
+
+        def _stop_timer(self) -> None:
+            if self._header_timer is not None:
+                self._header_timer.cancel()
+                self._header_timer = None
+
+        def _refuse(self, status: int, message: str) -> None:
+            """Answer what never became a request, and hang up."""
+            if self.transport is None or self.transport.is_closing():
+                return
+            codes = {400: "bad_request", 408: "request_timeout", 431: "headers_too_large"}
+            body = orjson.dumps(ApiError(status, message, codes[status]).body())
+            headers = (
+                "content-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n"
+                f"x-request-id: req_{uuid4().hex}\r\n"
+                "connection: close\r\n\r\n"
+            )
+            self.transport.write(STATUS_LINE[status] + headers.encode() + body)
+            self.transport.close()
+
+    return BoundedHttpProtocol

@@ -1,0 +1,215 @@
+"""The life of a request in the HTTP process: allowed, checked, drawn, checked again, stored."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from krea2_srt.image_files import encode_image
+from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
+from server.drawing import Drawing
+from server.engine_client import EngineClient, Ticket
+from server.errors import ApiError, from_engine
+from server.keys import Client, check_rights
+from server.metrics import Metrics
+from server.moderation.moderator import ModerationUnavailableError, Moderator
+from server.rate_limits import RateLimits
+from server.storage.store import ImageStore, StorageError, StorageFullError
+from server.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A picture on its way.
+
+    Attributes:
+        image: its index in the request.
+        index: of this preview among the image's.
+        step, total: steps done, of how many.
+        data: a file in the request's format.
+    """
+
+    image: int
+    index: int
+    step: int
+    total: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was drawn.
+
+    Attributes:
+        generated: the engine's answer, without an error.
+        urls: of the images, where the client wants URLs.
+    """
+
+    generated: Generated
+    urls: tuple[str, ...] | None
+
+
+Step = Ticket | Accepted | ProgressUpdate | Preview | Result
+
+
+class ImageService:
+    """Draws what clients ask for.
+
+    Args:
+        engine: draws.
+        limits: of each client.
+        store: where images with URLs go.
+        moderator: checks content; None checks nothing.
+        metrics, tracing: told of every request.
+
+    Attributes:
+        draining: whether nothing new is taken.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        limits: RateLimits,
+        store: ImageStore,
+        moderator: Moderator | None,
+        metrics: Metrics,
+        tracing: Tracing,
+    ) -> None:
+        self.draining = False
+        self._engine = engine
+        self._limits = limits
+        self._store = store
+        self._moderator = moderator
+        self._metrics = metrics
+        self._tracing = tracing
+
+    async def draw(
+        self, drawing: Drawing, client: Client, request_id: str, base_url: str
+    ) -> AsyncGenerator[Step, None]:
+        """A request from here to its `Result`, the last that is yielded.
+
+        Args:
+            client: who asks.
+            base_url: how the client reaches this server.
+
+        Raises:
+            ApiError: it is not allowed, not possible, or has failed.
+        """
+        started = time.monotonic()
+        outcome = "cancelled"
+        generated: Generated | None = None
+        with self._tracing.request(request_id, drawing) as span:
+            try:
+                async with aclosing(self._steps(drawing, client, request_id, base_url)) as steps:
+                    async for step in steps:
+                        if isinstance(step, Result):
+                            generated, outcome = step.generated, "done"
+                        yield step
+            except ApiError as error:
+                outcome = error.code or str(error.status)
+                raise
+            except Exception:
+                outcome = "internal_error"
+                raise
+            finally:
+                seconds = time.monotonic() - started
+                self._metrics.ended(drawing, outcome, seconds, generated)
+                span.end(outcome, generated)
+
+    async def _steps(
+        self, drawing: Drawing, client: Client, request_id: str, base_url: str
+    ) -> AsyncGenerator[Step, None]:
+        if self.draining:
+            raise ApiError(
+                503, "the server is shutting down", "draining", retry_after_s=5.0, retry=True
+            )
+        check_rights(client, drawing.priority, drawing.low_moderation)
+        with self._limits.request(client):
+            await self._check_prompts(drawing)
+            async with aclosing(self._engine.generate(drawing.message(request_id))) as updates:
+                previews: dict[int, int] = {}
+                async for update in updates:
+                    match update:
+                        case Generated():
+                            yield await self._result(drawing, update, base_url)
+                        case ProgressUpdate(preview=pixels) if pixels is not None:
+                            index = previews.get(update.sequence, 0)
+                            previews[update.sequence] = index + 1
+                            yield await self._preview(drawing, update, index, pixels)
+                        case _:
+                            yield update
+
+    async def _result(self, drawing: Drawing, generated: Generated, base_url: str) -> Result:
+        if generated.error is not None:
+            raise from_engine(generated.error)
+        await self._check_images(drawing, list(generated.images))
+        if not drawing.as_url:
+            return Result(generated, None)
+        try:
+            puts = [
+                self._store.put(data, drawing.output_format, base_url) for data in generated.images
+            ]
+            return Result(generated, tuple(await asyncio.gather(*puts)))
+        except StorageError as error:
+            logger.error("an image could not be stored: %s", error)
+            code = "storage_full" if isinstance(error, StorageFullError) else "storage_failed"
+            text = f"{error}; ask for response_format b64_json, or try again later"
+            raise ApiError(503, text, code, retry_after_s=30.0, retry=True) from None
+
+    async def _preview(
+        self, drawing: Drawing, update: ProgressUpdate, index: int, pixels: Any
+    ) -> Preview:
+        data = await asyncio.to_thread(
+            encode_image, pixels, drawing.output_format, drawing.compression
+        )
+        # What may not be shown at the end may not be shown on the way there.
+        await self._check_images(drawing, [data])
+        self._metrics.previews.inc()
+        return Preview(update.sequence, index, update.step, update.total, data)
+
+    async def _check_prompts(self, drawing: Drawing) -> None:
+        if self._moderator is None:
+            return
+        try:
+            verdict = await self._moderator.check_prompts(drawing.prompts, drawing.low_moderation)
+        except ModerationUnavailableError as error:
+            raise _unchecked(error) from None
+        if not verdict.allowed:
+            raise _refused("prompt", "the prompt", verdict.categories, verdict.checker)
+
+    async def _check_images(self, drawing: Drawing, images: list[bytes]) -> None:
+        if self._moderator is None:
+            return
+        try:
+            verdict = await self._moderator.check_images(images, drawing.low_moderation)
+        except ModerationUnavailableError as error:
+            raise _unchecked(error) from None
+        if not verdict.allowed:
+            raise _refused(None, "the image", verdict.categories, verdict.checker)
+
+
+def _refused(param: str | None, what: str, categories: tuple[str, ...], checker: str) -> ApiError:
+    # Without the prompt: what was refused is nobody's to read in a log.
+    logger.warning(
+        "%s refused by the content policy",
+        what,
+        extra={"categories": ",".join(categories), "checker": checker},
+    )
+    return ApiError(
+        400,
+        f"{what} was refused by the content policy ({', '.join(categories)})",
+        "content_policy_violation",
+        param,
+        retry=False,
+    )
+
+
+def _unchecked(error: ModerationUnavailableError) -> ApiError:
+    logger.error("content could not be checked: %s", error)
+    text = "the content could not be checked; try again later"
+    return ApiError(503, text, "moderation_unavailable", retry_after_s=5.0, retry=True)

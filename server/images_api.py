@@ -1,0 +1,184 @@
+"""``POST /v1/images/generations``, and the files behind its URLs."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import FileResponse, Response
+
+from server.answers import Answers
+from server.drawing import Drawing, resolve
+from server.errors import ApiError
+from server.event_stream import EventStreamResponse, comment, event
+from server.image_service import Result, Step
+from server.keys import Client
+from server.protocol import (
+    CompletedEvent,
+    ErrorResponse,
+    ImageGenerationRequest,
+    ImagesResponse,
+    LenientImageGenerationRequest,
+    PartialImageEvent,
+)
+from server.services import Services
+from server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
+
+logger = logging.getLogger(__name__)
+
+FILES_PATH = "/v1/images/files"
+
+_ERROR_STATUS = (400, 401, 403, 404, 408, 413, 429, 499, 500, 503, 504)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in _ERROR_STATUS
+}
+_STREAM_DESCRIPTION = (
+    "Images; with stream, server-sent events: "
+    f"{PartialImageEvent.__name__}, {CompletedEvent.__name__} and error."
+)
+
+
+def images_router(services: Services) -> APIRouter:
+    """Routes that draw and that serve what was drawn."""
+    router = APIRouter()
+    lenient = services.settings.allow_unknown_fields
+    body_model = LenientImageGenerationRequest if lenient else ImageGenerationRequest
+
+    @router.post(
+        "/v1/images/generations",
+        summary="Draw images",
+        response_class=Response,
+        responses={
+            200: {
+                "model": ImagesResponse,
+                "description": _STREAM_DESCRIPTION,
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            },
+            **_ERRORS,
+        },
+    )
+    async def generate(
+        request: Request,
+        body: Annotated[body_model, Body()],  # type: ignore[valid-type]
+    ) -> Response:
+        try:
+            drawing = _resolve(services, body)
+        except ApiError as error:
+            services.metrics.refused(error.code)
+            raise
+        client: Client = request.state.client
+        steps = services.images.draw(
+            drawing, client, request.state.request_id, _base_url(services, request)
+        )
+        answers = Answers(drawing, services.settings.model_name)
+        if not drawing.stream:
+            async with aclosing(steps):
+                async for step in steps:
+                    if isinstance(step, Result):
+                        return Response(answers.response(step), media_type="application/json")
+            raise AssertionError("a drawing ends with its result or an error")
+        # The first words of the engine come before ours: a refusal is a refusal still.
+        beginning = [step async for step in _until_accepted(steps)]
+        return EventStreamResponse(
+            _events(beginning, steps, answers, services.settings.keepalive_s)
+        )
+
+    if isinstance(services.store, LocalStore):
+        _add_files(router, services.store)
+    return router
+
+
+def _add_files(router: APIRouter, store: LocalStore) -> None:
+    @router.get(
+        FILES_PATH + "/{name:path}",
+        summary="An image behind a URL",
+        response_class=FileResponse,
+        responses={
+            200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}},
+            404: {"model": ErrorResponse},
+            410: {"model": ErrorResponse},
+        },
+    )
+    async def file(name: str, expires: str = "", signature: str = "") -> Response:
+        try:
+            found = await store.get(name, expires, signature)
+        except UnknownFileError:
+            raise ApiError(404, "there is no such image", "not_found") from None
+        except ExpiredFileError:
+            raise ApiError(410, "the image has expired", "expired") from None
+        return FileResponse(
+            found.path,
+            media_type=found.media_type,
+            headers={"cache-control": "private, immutable"},
+        )
+
+
+def _resolve(services: Services, body: ImageGenerationRequest) -> Drawing:
+    settings, model = services.settings, services.engine.model
+    names = {settings.model_name, settings.model_path, *settings.model_aliases}
+    if body.model is not None and body.model not in names:
+        text = f"model: {body.model!r} is not served here; {settings.model_name} is"
+        raise ApiError(404, text, "model_not_found", "model")
+    if model is None:
+        raise services.engine.unavailable()
+    return resolve(body, model, max_n=settings.max_n, max_prompt=settings.max_prompt)
+
+
+def _base_url(services: Services, request: Request) -> str:
+    return services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
+
+
+async def _until_accepted(steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
+    """Steps up to the engine's first word."""
+    for _ in range(2):  # a `Ticket`, and then `Accepted` or, of a refused request, an error
+        yield await anext(steps)
+
+
+async def _events(
+    beginning: list[Step],
+    steps: AsyncGenerator[Step, None],
+    answers: Answers,
+    keepalive_s: float,
+) -> AsyncGenerator[bytes, None]:
+    """The stream of a request that was accepted; a failure is its last event."""
+    try:
+        for step in beginning:
+            for chunk in answers.events(step):
+                yield chunk
+        async with aclosing(_with_silences(steps, keepalive_s)) as all_steps:
+            async for known in all_steps:
+                for chunk in [answers.waiting()] if known is None else answers.events(known):
+                    yield chunk
+    except ApiError as error:
+        yield event("error", error.body())
+    except Exception:
+        logger.exception("a stream failed")
+        yield event("error", ApiError(500, "an error of the server's", "internal_error").body())
+    yield comment("end")
+
+
+async def _with_silences(
+    steps: AsyncGenerator[Step, None], silence_s: float
+) -> AsyncGenerator[Step | None, None]:
+    """The same steps, and None wherever none has come for a while."""
+    upcoming: asyncio.Task[Step] | None = None
+    try:
+        while True:
+            if upcoming is None:
+                upcoming = asyncio.create_task(anext(steps))
+            done, _ = await asyncio.wait((upcoming,), timeout=silence_s)
+            if not done:
+                yield None
+                continue
+            task, upcoming = upcoming, None
+            try:
+                yield task.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
+        await steps.aclose()

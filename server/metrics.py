@@ -1,0 +1,149 @@
+"""Prometheus metrics: of the requests here, and of what the engine counts."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from krea2_srt.sglang.messages import Generated
+from server.drawing import Drawing
+from server.engine_client import EngineClient
+from server.moderation.moderator import Moderator
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+_STEP_SECONDS = (0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+# Of each replica, by the name in its statistics.
+_ENGINE_COUNTERS = {
+    "steps": ("krea2_engine_steps", "Steps of sequences."),
+    "packs": ("krea2_engine_packs", "Forwards; steps per pack is the batch size."),
+    "tokens": ("krea2_engine_pack_tokens", "Tokens of all forwards."),
+    "encode_s": ("krea2_engine_encode_seconds", "Time in the text encoder."),
+    "step_s": ("krea2_engine_step_seconds", "Time in denoising steps."),
+    "decode_s": ("krea2_engine_decode_seconds", "Time in VAE decodes."),
+    "busy_s": ("krea2_engine_busy_seconds", "Time in units of work."),
+    "out_of_memory": ("krea2_engine_out_of_memory", "Times that memory ran out."),
+    "retried": ("krea2_engine_retried_sequences", "Sequences run again after a failed pack."),
+    "context_cache_hits": ("krea2_engine_prompt_cache_hits", "Prompts found encoded."),
+    "context_cache_misses": ("krea2_engine_prompt_cache_misses", "Prompts that were encoded."),
+}
+_ENGINE_GAUGES = {
+    "waiting": ("krea2_engine_waiting_requests", "Requests that have not begun."),
+    "active_sequences": ("krea2_engine_active_sequences", "Images under way."),
+    "outstanding_s": ("krea2_engine_outstanding_seconds", "Estimated work in the engine."),
+    "pack_tokens_budget": ("krea2_engine_pack_tokens_budget", "Most tokens in one forward."),
+    "longest_turn_ms": ("krea2_engine_longest_turn_milliseconds", "Longest unit of work."),
+    "device_memory_bytes": ("krea2_engine_device_memory_bytes", "Memory in use on the device."),
+    "device_memory_peak_bytes": ("krea2_engine_device_memory_peak_bytes", "The most of it so far."),
+    "context_cache_bytes": ("krea2_engine_prompt_cache_bytes", "Memory of encoded prompts."),
+}
+
+
+class Metrics:
+    """Everything that ``/metrics`` shows.
+
+    Args:
+        engine: whose statistics are shown.
+        moderator: whose counts are shown.
+    """
+
+    def __init__(self, engine: EngineClient, moderator: Moderator | None) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "krea2_requests",
+            "Requests for images by how they ended: done, cancelled, or the error's code.",
+            ["outcome"],
+            registry=self._registry,
+        )
+        self._images = Counter(
+            "krea2_images", "Images sent to clients, by size.", ["size"], registry=self._registry
+        )
+        self._request_seconds = Histogram(
+            "krea2_request_seconds",
+            "Time of requests that were done, in this process and the engine.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._stage_seconds = Histogram(
+            "krea2_stage_seconds",
+            "Time of requests that were done in each stage: queue, encode, denoise, decode.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._step_seconds = Histogram(
+            "krea2_step_seconds",
+            "Denoising time of requests that were done, divided by their steps.",
+            buckets=_STEP_SECONDS,
+            registry=self._registry,
+        )
+        self.previews = Counter(
+            "krea2_previews", "Partial images sent to clients.", registry=self._registry
+        )
+        self._in_progress = Gauge(
+            "krea2_replicas_ready", "Replicas that take requests.", registry=self._registry
+        )
+        self._in_progress.set_function(lambda: len(engine.routing.live))
+        self._registry.register(_EngineCollector(engine))
+        if moderator is not None:
+            self._registry.register(_ModerationCollector(moderator))
+
+    def refused(self, code: str | None) -> None:
+        """Count a request that never became one to draw, by its error's code."""
+        self._requests.labels(code or "refused").inc()
+
+    def ended(
+        self, drawing: Drawing, outcome: str, seconds: float, generated: Generated | None
+    ) -> None:
+        """Count a request.
+
+        Args:
+            outcome: ``done``, ``cancelled`` or an error's code.
+            seconds: from its validation to its end.
+            generated: of one that is done.
+        """
+        self._requests.labels(outcome).inc()
+        if generated is None:
+            return
+        self._request_seconds.observe(seconds)
+        self._images.labels(drawing.size).inc(len(generated.images))
+        for stage, ms in generated.stage_ms.items():
+            self._stage_seconds.labels(stage).observe(ms / 1e3)
+        step_ms = generated.stage_ms.get("denoise", 0.0) / drawing.image.steps
+        self._step_seconds.observe(step_ms / 1e3)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector:
+    """The engine's statistics as of the last look at them."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        for kind, table in (
+            (CounterMetricFamily, _ENGINE_COUNTERS),
+            (GaugeMetricFamily, _ENGINE_GAUGES),
+        ):
+            for key, (name, text) in table.items():
+                family = kind(name, text, labels=["replica"])
+                for index, replica in enumerate(self._engine.replicas):
+                    if key in replica.statistics:
+                        family.add_metric([str(index)], replica.statistics[key])
+                yield family
+
+
+class _ModerationCollector:
+    def __init__(self, moderator: Moderator) -> None:
+        self._moderator = moderator
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            "krea2_moderation_checks", "Checks of content.", labels=["stage", "outcome"]
+        )
+        for (stage, outcome), count in self._moderator.counts.items():
+            family.add_metric([stage, outcome], count)
+        yield family

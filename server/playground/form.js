@@ -1,0 +1,141 @@
+// The form: its values as settings, its limits by the model.
+
+import { byId } from "./dom.js";
+import { MAX_SEED } from "./settings.js";
+import { CUSTOM, offerSizes, sidesOf } from "./sizes.js";
+
+const KEY_ITEM = "krea2-api-key";
+const UNKNOWN_MODEL = { max_side: 2048, max_pixels: 2048 * 2048 };
+
+export class Form {
+  constructor() {
+    this.element = byId("form");
+    this.prompt = byId("prompt");
+    this.size = byId("size");
+    this.custom = this.element.querySelectorAll(".custom");
+    this.width = byId("width");
+    this.height = byId("height");
+    this.seed = byId("seed");
+    this.key = byId("key");
+    this.limits = UNKNOWN_MODEL;
+    this.lastSeed = null;
+
+    offerSizes(this.size, this.limits);
+    this.key.value = sessionStorage.getItem(KEY_ITEM) ?? "";
+    this.prompt.addEventListener("keydown", (event) => this.#enter(event));
+    this.size.addEventListener("change", () => {
+      this.#showCustom();
+      this.#check();
+    });
+    this.element.addEventListener("input", () => this.#check());
+    this.key.addEventListener("change", () => this.#keepKey());
+    byId("reuse-seed").addEventListener("click", () => {
+      this.seed.value = this.lastSeed;
+      this.#check();
+    });
+    // A field in closed details cannot be pointed at.
+    this.element.addEventListener("invalid", (event) => this.#reveal(event.target), true);
+    this.#showCustom();
+    this.#check();
+  }
+
+  /** Take over a model's limits, and its defaults where nothing is entered. */
+  setModel(model) {
+    this.limits = model;
+    offerSizes(this.size, model);
+    this.width.max = this.height.max = model.max_side;
+    byId("count").max = model.max_n;
+    byId("steps").max = model.max_steps;
+    byId("guidance").max = model.max_guidance;
+    byId("steps").value ||= model.default_steps;
+    byId("guidance").value ||= model.default_guidance;
+    this.#showCustom();
+    this.#check();
+  }
+
+  /** @returns {import("./settings.js").Settings} */
+  settings() {
+    const custom = `${this.width.valueAsNumber}x${this.height.valueAsNumber}`;
+    return {
+      prompt: this.prompt.value.trim(),
+      size: this.size.value === CUSTOM ? custom : this.size.value,
+      n: byId("count").valueAsNumber,
+      outputFormat: byId("format").value,
+      seed: this.seed.value.trim(),
+      steps: byId("steps").value,
+      guidance: byId("guidance").value,
+      negativePrompt: byId("negative").value.trim(),
+    };
+  }
+
+  /** Fill in what drew one picture: with its seed, that picture comes again. */
+  fill(settings, seed) {
+    this.prompt.value = settings.prompt;
+    [this.width.value, this.height.value] = sidesOf(settings.size);
+    this.size.value = settings.size;
+    if (this.size.value !== settings.size) this.size.value = CUSTOM;
+    byId("count").value = 1;
+    byId("format").value = settings.outputFormat;
+    this.seed.value = seed;
+    byId("steps").value = settings.steps;
+    byId("guidance").value = settings.guidance;
+    byId("negative").value = settings.negativePrompt;
+    this.#showCustom();
+    this.#check();
+    this.prompt.focus();
+  }
+
+  /** The seed that "reuse last" fills in. */
+  setLastSeed(seed) {
+    this.lastSeed = seed;
+    byId("reuse-seed").disabled = false;
+  }
+
+  /** Show and focus the field of the API key. */
+  askForKey() {
+    this.#reveal(this.key);
+    this.key.focus();
+    this.key.select();
+  }
+
+  /** Whether all is valid; points at what is not. */
+  isValid() {
+    return this.element.reportValidity();
+  }
+
+  #enter(event) {
+    // An input method's Enter ends a word, and a held key is no second request.
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.repeat) return;
+    event.preventDefault();
+    this.element.requestSubmit();
+  }
+
+  #showCustom() {
+    const isCustom = this.size.value === CUSTOM;
+    if (!isCustom) [this.width.value, this.height.value] = sidesOf(this.size.value);
+    for (const field of this.custom) field.hidden = !isCustom;
+    this.width.disabled = this.height.disabled = !isCustom;
+  }
+
+  #check() {
+    const pixels = this.width.valueAsNumber * this.height.valueAsNumber;
+    const { max_pixels: maxPixels } = this.limits;
+    const tooLarge = `At most ${maxPixels.toLocaleString("en")} pixels in all.`;
+    this.height.setCustomValidity(pixels > maxPixels ? tooLarge : "");
+    const seed = this.seed.value.trim();
+    const isSeed = seed === "" || (/^\d{1,19}$/.test(seed) && BigInt(seed) <= MAX_SEED);
+    this.seed.setCustomValidity(isSeed ? "" : `A whole number from 0 to ${MAX_SEED}, or nothing.`);
+    const isBlank = this.prompt.value.trim() === "";
+    this.prompt.setCustomValidity(isBlank ? "Say what to draw." : "");
+  }
+
+  #keepKey() {
+    sessionStorage.setItem(KEY_ITEM, this.key.value);
+    if (!this.key.value) sessionStorage.removeItem(KEY_ITEM);
+  }
+
+  #reveal(field) {
+    const details = field.closest("details");
+    if (details) details.open = true;
+  }
+}

@@ -1,0 +1,277 @@
+"""What crosses HTTP: the request and response of OpenAI's images API, with our own fields."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from krea2_srt.engine.engine import MAX_DEADLINE_S, MAX_PRIORITY
+from krea2_srt.engine.request import MAX_SEED
+
+Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+MAX_PROMPT = 32_000
+"""Characters, by OpenAI's contract; the model reads the first 512 tokens."""
+
+MAX_IMAGES = 10
+MAX_PARTIAL_IMAGES = 3
+_MAX_IDENTIFIER = 512
+
+# Fields of OpenAI's contract that this model has nothing for.
+UNSUPPORTED = {
+    "style": "describe the style in the prompt instead",
+    "complexity": "this model does not plan its images",
+    "frame_count": "only single images are drawn",
+    "frame_duration_ms": "only single images are drawn",
+    "svg": "only png, jpeg and webp are made",
+    "image": "images cannot be edited",
+    "mask": "images cannot be edited",
+    "input_fidelity": "images cannot be edited",
+}
+
+
+class UnsupportedFieldError(ValueError):
+    """A field that is known, and that this model can do nothing with."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field} is not supported: {reason}")
+        self.field = field
+
+
+class ImageGenerationRequest(BaseModel):
+    """Body of ``POST /v1/images/generations``; null is as good as absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=MAX_PROMPT,
+        description="What to draw. The model reads the first 507 tokens.",
+    )
+    model: str | None = Field(default=None, max_length=256, description="As /v1/models lists it.")
+    n: int | None = Field(
+        default=None, ge=1, le=MAX_IMAGES, description="Images; their seeds count up from seed."
+    )
+    size: str | None = Field(
+        default=None,
+        max_length=32,
+        description="WIDTHxHEIGHT in multiples of 16, between 1:3 and 3:1, or auto: by quality.",
+    )
+    quality: Quality | None = Field(
+        default=None, description="Steps, and the size where that is auto; see docs/server.md."
+    )
+    background: Literal["transparent", "opaque", "auto"] | None = Field(
+        default=None, description="Always opaque; transparent is refused."
+    )
+    moderation: Literal["low", "auto"] | None = Field(
+        default=None, description="low needs a key that allows it."
+    )
+    output_format: Literal["png", "webp", "jpeg", "gif", "svg"] | None = Field(
+        default=None, description="png by default; gif and svg are refused."
+    )
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Quality of jpeg and webp; 100 by default."
+    )
+    response_format: Literal["url", "b64_json"] | None = Field(
+        default=None, description="b64_json by default."
+    )
+    stream: bool | None = Field(default=None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_PARTIAL_IMAGES,
+        description="Previews of each image in a stream.",
+    )
+    user: str | None = Field(default=None, max_length=_MAX_IDENTIFIER)
+    safety_identifier: str | None = Field(default=None, max_length=_MAX_IDENTIFIER)
+
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Of the first image; drawn where absent."
+    )
+    num_inference_steps: int | None = Field(
+        default=None, ge=1, description="Denoising steps, whatever the quality."
+    )
+    guidance_scale: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="Krea's scale: 0 is off."
+    )
+    negative_prompt: str | None = Field(
+        default=None, max_length=MAX_PROMPT, description="What guidance steers away from."
+    )
+    priority: int | None = Field(
+        default=None, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Higher is sooner."
+    )
+    deadline_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_DEADLINE_S * 1e3,
+        allow_inf_nan=False,
+        description="From now; after it the request fails.",
+    )
+    width: int | None = Field(default=None, description="With height, in place of size.")
+    height: int | None = Field(default=None, description="With width, in place of size.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for field, reason in UNSUPPORTED.items():
+                if values.get(field) is not None:
+                    raise UnsupportedFieldError(field, reason)
+            return {name: value for name, value in values.items() if name not in UNSUPPORTED}
+        return values
+
+
+class LenientImageGenerationRequest(ImageGenerationRequest):
+    """The same, where fields that are not known are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class InputTokens(BaseModel):
+    image_tokens: int
+    text_tokens: int
+
+
+class OutputTokens(BaseModel):
+    image_tokens: int
+    text_tokens: int
+
+
+class Usage(BaseModel):
+    """Text tokens that the model has read, and latent tokens that it has denoised."""
+
+    input_tokens: int
+    input_tokens_details: InputTokens
+    output_tokens: int
+    output_tokens_details: OutputTokens
+    total_tokens: int
+
+    @classmethod
+    def of(cls, text_tokens: int, image_tokens: int) -> "Usage":
+        return cls(
+            input_tokens=text_tokens,
+            input_tokens_details=InputTokens(image_tokens=0, text_tokens=text_tokens),
+            output_tokens=image_tokens,
+            output_tokens_details=OutputTokens(image_tokens=image_tokens, text_tokens=0),
+            total_tokens=text_tokens + image_tokens,
+        )
+
+
+class Timings(BaseModel):
+    """Milliseconds of the request in each stage."""
+
+    queue_ms: float
+    encode_ms: float
+    denoise_ms: float
+    decode_ms: float
+
+
+class Drawn(BaseModel):
+    """What is said of a picture beside the picture, in responses and in events."""
+
+    background: Literal["opaque"] = "opaque"
+    output_format: OutputFormat
+    quality: Literal["low", "medium", "high", "xhigh", "max"]
+    size: str
+    model: str
+    seed: int = Field(description="Of this image, or of the first one.")
+    num_inference_steps: int
+    guidance_scale: float
+    safety_identifier: str | None = None
+
+
+class ImageData(BaseModel):
+    """One image: b64_json or url."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int
+
+
+class ImagesResponse(Drawn):
+    """Answer of ``POST /v1/images/generations``."""
+
+    created: int = Field(description="Unix time in seconds.")
+    data: list[ImageData]
+    prompt_truncated: bool = Field(description="Whether the model has read only its beginning.")
+    usage: Usage
+    timings: Timings
+
+
+class PartialImageEvent(Drawn):
+    """A preview in a stream."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    created_at: int
+    partial_image_index: int = Field(description="Counts the previews of one image.")
+    image_index: int
+    step: int
+    total_steps: int
+
+
+class CompletedEvent(Drawn):
+    """An image in a stream; usage and timings are its request's."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str | None = None
+    url: str | None = None
+    created_at: int
+    image_index: int
+    prompt_truncated: bool
+    usage: Usage
+    timings: Timings
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """Body of every failure."""
+
+    error: ErrorDetail
+
+
+class ModelCapabilities(BaseModel):
+    """What the model does by itself, and how far it goes."""
+
+    default_steps: int
+    default_guidance: float
+    max_n: int
+    max_side: int
+    max_pixels: int
+    max_steps: int
+    max_guidance: float
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "krea"
+    krea2: ModelCapabilities | None = Field(None, description="Absent until the model is loaded.")
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class QueueState(BaseModel):
+    """Answer of ``/v1/queue``."""
+
+    waiting: int = Field(description="Requests that have not begun.")
+    running: int = Field(description="Requests that have begun.")
+    estimated_wait_s: float = Field(description="Of a new request behind all of them.")
+    replicas_ready: int
+    replicas: int
+
+
+class Status(BaseModel):
+    """Answer of ``/health`` and ``/ready``."""
+
+    status: str

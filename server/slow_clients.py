@@ -1,0 +1,88 @@
+"""Bounds on what a client sends and on how long it takes, for sending and for receiving."""
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError
+
+
+class ClientTooSlowError(Exception):
+    """A client does not take its answer; its connection is broken off."""
+
+
+class SlowClients:
+    """ASGI middleware.
+
+    Args:
+        max_body_bytes: of a request.
+        body_timeout_s: for a request's body to arrive.
+        send_timeout_s: for a client to take each part of its answer.
+    """
+
+    def __init__(
+        self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float, send_timeout_s: float
+    ) -> None:
+        self.app = app
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._send_timeout_s = send_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self._read(scope, receive)
+        except ApiError as error:
+            response = error.response()
+            # What the client still sends of its body is nobody's request.
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+            return
+        if body is None:
+            return
+
+        async def receive_read() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientTooSlowError from None
+
+        await self.app(scope, receive_read, send_in_time)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None of a client that has gone."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and int(value) > self._max_body_bytes:
+                raise self._too_large()
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            text = f"the body did not arrive within {self._body_timeout_s:g} s"
+            raise ApiError(408, text, "request_timeout") from None
+
+    def _too_large(self) -> ApiError:
+        text = f"the body is larger than {self._max_body_bytes} bytes"
+        return ApiError(413, text, "request_too_large", retry=False)

@@ -1,0 +1,1 @@
+"""Where images go that clients get as URLs."""

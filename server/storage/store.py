@@ -1,0 +1,36 @@
+"""What a store of images does, and how it fails."""
+
+from typing import Protocol
+
+
+class StorageError(Exception):
+    """An image could not be stored; fit for a client: without paths and secrets."""
+
+
+class StorageFullError(StorageError):
+    """There is no room for it."""
+
+
+class ImageStore(Protocol):
+    """A place for images, each behind a URL."""
+
+    async def start(self) -> None:
+        """Get ready.
+
+        Raises:
+            StorageError: nothing can be stored there; names the setting.
+        """
+
+    async def put(self, data: bytes, extension: str, base_url: str) -> str:
+        """Store an image; returns its URL.
+
+        Args:
+            extension: ``png``, ``jpeg`` or ``webp``.
+            base_url: how the client reaches this server.
+
+        Raises:
+            StorageError: it could not be stored, and nothing of it is left.
+        """
+
+    async def close(self) -> None:
+        """End what was started."""

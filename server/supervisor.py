@@ -1,0 +1,249 @@
+"""Starts the engine's processes, one for each replica, and starts the dead ones anew."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from krea2_srt.cli.errors import USAGE_ERROR
+from server.engine_channel import EngineExitedError
+from server.engine_client import EngineClient
+from server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_FIRST_STARTS = 3
+"""Failed starts of an engine that has never run, after which it is not tried again."""
+
+_BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_LONG_RUN_S = 60.0
+"""After that long a run, a death is a new story: the next start comes at once."""
+
+_TERMINATE_S = 30.0
+_WATCH_S = 1.0
+_MAX_LINE = 2**20
+
+
+class EngineStartError(Exception):
+    """An engine cannot be started; trying again would not help."""
+
+
+class EngineProcess:
+    """One replica's process, whichever is the current one.
+
+    Args:
+        index: of the replica, and of its GPU among those that we may use.
+        settings: what to run.
+        client: told of its coming and going.
+    """
+
+    def __init__(self, index: int, settings: Settings, client: EngineClient) -> None:
+        self.index = index
+        self._settings = settings
+        self._client = client
+        self._process: asyncio.subprocess.Process | None = None
+        self._stop = asyncio.Event()
+        self._has_run = False
+
+    async def run(self) -> None:
+        """Start it, wait for its end, and so on, until `stop`.
+
+        Raises:
+            EngineStartError: it has never run, and will not.
+        """
+        failures = 0
+        while True:
+            started = time.monotonic()
+            code = await self._run_once()
+            if self._stop.is_set():
+                return
+            if not self._has_run:
+                failures += 1
+                if code == USAGE_ERROR or failures >= MAX_FIRST_STARTS:
+                    raise EngineStartError(
+                        f"engine {self.index} does not start (exit code {code}); its own "
+                        "messages are above"
+                    )
+            else:
+                failures = 1 if time.monotonic() - started > _LONG_RUN_S else failures + 1
+            wait_s = 0.0 if failures == 1 else _BACKOFF_S[min(failures - 2, len(_BACKOFF_S) - 1)]
+            logger.error(
+                "engine %d has exited with code %s; starting it again in %.0f s",
+                self.index,
+                code,
+                wait_s,
+            )
+            await asyncio.sleep(wait_s)
+
+    async def stop(self) -> None:
+        """End it in order, or if it does not, at once."""
+        self._stop.set()
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(_TERMINATE_S):
+                await process.wait()
+        except TimeoutError:
+            logger.warning("engine %d does not end; killing it", self.index)
+            self._kill(process)
+            await process.wait()
+
+    async def _run_once(self) -> int:
+        """Returns the exit code, negative for a signal."""
+        reader, writer = os.pipe()
+        with_logs = self._settings.log_format == "json"
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *worker_command(self._settings, writer),
+                pass_fds=[writer],
+                env=worker_environment(self._settings, self.index),
+                stdout=asyncio.subprocess.PIPE if with_logs else None,
+                stderr=asyncio.subprocess.STDOUT if with_logs else None,
+                limit=_MAX_LINE,
+                # Ctrl-C in a terminal is for us; the engine is told by us.
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        self._process = process
+        logger.info("engine %d: starting, process %d", self.index, process.pid)
+        tasks = [asyncio.create_task(self._watch(process, reader))]
+        if with_logs:
+            tasks.append(asyncio.create_task(self._relay_logs(process)))
+        try:
+            return await process.wait()
+        finally:
+            self._client.detach(self.index)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self, process: asyncio.subprocess.Process, reader: int) -> None:
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self._settings.start_timeout_s):
+                line = await _read_line(reader)
+                if not line:
+                    return  # it has died; whoever waits for the process says so
+                await self._client.attach(self.index, json.loads(line)["endpoint"])
+        except (TimeoutError, EngineExitedError, ValueError, KeyError) as error:
+            logger.error("engine %d is not ready (%s); killing it", self.index, error)
+            self._kill(process)
+            return
+        self._has_run = True
+        logger.info("engine %d: ready after %.1f s", self.index, time.monotonic() - started)
+        while self._client.silent_s(self.index) < self._settings.hang_timeout_s:
+            await asyncio.sleep(_WATCH_S)
+        logger.error(
+            "engine %d has not answered for %.0f s; killing it",
+            self.index,
+            self._settings.hang_timeout_s,
+        )
+        self._kill(process)
+
+    async def _relay_logs(self, process: asyncio.subprocess.Process) -> None:
+        """The engine's lines as ours, so that all of the log has one format."""
+        assert process.stdout is not None
+        engine_logger = logging.getLogger(f"engine.{self.index}")
+        while True:
+            try:
+                line = await process.stdout.readline()
+            except ValueError:  # longer than the limit; asyncio has thrown it away
+                continue
+            if not line:
+                return
+            if text := line.decode(errors="replace").strip():
+                engine_logger.info(text)
+
+    def _kill(self, process: asyncio.subprocess.Process) -> None:
+        with suppress(ProcessLookupError):
+            # Its session is its own: what it has started goes with it.
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class Supervisor:
+    """All replicas' processes.
+
+    Args:
+        settings: how many, and what they run.
+        client: told of their coming and going.
+    """
+
+    def __init__(self, settings: Settings, client: EngineClient) -> None:
+        self._processes = [
+            EngineProcess(index, settings, client) for index in range(settings.replicas)
+        ]
+
+    async def run(self) -> None:
+        """Keep all of them running, until `stop`.
+
+        Raises:
+            EngineStartError: one of them cannot be started.
+        """
+        async with asyncio.TaskGroup() as group:
+            for process in self._processes:
+                group.create_task(process.run())
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(process.stop() for process in self._processes))
+
+
+async def attach_running(endpoints: Sequence[str], client: EngineClient) -> None:
+    """Use schedulers that somebody else has started, and goes on looking after."""
+    for index, endpoint in enumerate(endpoints):
+        await client.attach(index, endpoint)
+        logger.info("engine %d: at %s", index, endpoint)
+
+
+def worker_command(settings: Settings, ready_fd: int) -> list[str]:
+    """What starts a scheduler process; see `krea2_srt.sglang.worker`."""
+    return [
+        *(sys.executable, "-m", "krea2_srt.sglang.worker", "--ready-fd", str(ready_fd)),
+        *("--model-path", settings.model_path, "--host", "127.0.0.1"),
+        *settings.sglang_options,
+    ]
+
+
+def worker_environment(settings: Settings, index: int) -> dict[str, str]:
+    """Of replica ``index``: the engine's settings, and one GPU of those that we may use."""
+    environment = {**os.environ, **settings.engine.environment()}
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if visible or settings.replicas > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
+    return environment
+
+
+async def _read_line(descriptor: int) -> str:
+    """The first line that comes out of a pipe, or what there is of it; closes the pipe.
+
+    Not as a transport: those of uvloop close a descriptor that is ours to close, and by then it
+    may be somebody else's.
+    """
+    loop = asyncio.get_running_loop()
+    os.set_blocking(descriptor, False)
+    readable = asyncio.Event()
+    loop.add_reader(descriptor, readable.set)
+    line = b""
+    try:
+        while not line.endswith(b"\n"):
+            await readable.wait()
+            readable.clear()
+            with suppress(BlockingIOError):
+                if not (chunk := os.read(descriptor, _MAX_LINE)):
+                    break
+                line += chunk
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+    return line.decode()

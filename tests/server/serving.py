@@ -1,0 +1,121 @@
+"""krea2-serve as a process of its own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from openai import OpenAI
+
+SERVE = Path(sys.executable).parent / "krea2-serve"
+END_TIMEOUT_S = 60
+
+
+@dataclass
+class Served:
+    """A running server.
+
+    Attributes:
+        url: without a path.
+        pid: of the HTTP process.
+    """
+
+    url: str
+    log_file: Path
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def client(self, **options: object) -> OpenAI:
+        """The official client; it does not try again by itself."""
+        values = {"api_key": "unused", "max_retries": 0, "timeout": 300, **options}
+        return OpenAI(base_url=f"{self.url}/v1", **values)
+
+    def get(self, path: str, **options: object) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=60, **options)
+
+    def post(self, headers: Mapping[str, str] | None = None, **fields: object) -> httpx.Response:
+        """POST /v1/images/generations."""
+        url = f"{self.url}/v1/images/generations"
+        return httpx.post(url, json=fields, headers=headers, timeout=300)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value; 0 of one that is not there."""
+        text = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        wanted = f"{name}{{{text}}} " if labels else f"{name} "
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(wanted):
+                return float(line.removeprefix(wanted))
+        return 0.0
+
+
+@contextlib.contextmanager
+def serve(
+    folder: Path,
+    *flags: str,
+    timeout_s: float = 60,
+    environment: Mapping[str, str] | None = None,
+    ready: bool = True,
+) -> Iterator[Served]:
+    """`krea2-serve` on a free port; it must end with exit code 0.
+
+    Args:
+        folder: for its log and its files.
+        ready: whether to wait until it draws, not only until it answers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [SERVE, "--port", "0", *flags]
+    if not any(flag.startswith("--storage=") or flag == "--storage" for flag in flags):
+        command += ["--storage", str(folder / "images")]
+    log_file = folder / "log"
+    with (
+        log_file.open("wb") as log,
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            url = _wait_until_up(process, log_file, timeout_s, "ready: " if ready else "listening")
+            yield Served(url, log_file, process)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(END_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert process.returncode == 0, log_file.read_text(errors="replace")[-3000:]
+
+
+def _wait_until_up(
+    process: "subprocess.Popen[bytes]", log_file: Path, timeout_s: float, word: str
+) -> str:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        text = log_file.read_text(errors="replace")
+        assert process.poll() is None, f"krea2-serve has ended:\n{text[-3000:]}"
+        for line in text.splitlines():
+            if f"INFO {word}" in line:
+                return line.split(" at ", 1)[1].split()[0]
+        time.sleep(0.05)
+    raise TimeoutError(f"krea2-serve is not up:\n{log_file.read_text(errors='replace')[-3000:]}")

@@ -1,0 +1,200 @@
+"""The whole server, with the real engine and the demo checkpoint."""
+
+import base64
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.sglang.channel import wait_until
+
+GENERATE = Path(sys.executable).parent / "krea2-generate"
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def decoded(response) -> list[bytes]:
+    return [base64.b64decode(image.b64_json) for image in response.data]
+
+
+def in_engine(server) -> float:
+    return sum(server.get("/v1/queue").json()[key] for key in ("waiting", "running"))
+
+
+def test_the_same_seed_gives_the_same_bytes_alone_and_in_company(real_server):
+    client = real_server.client()
+    fields = {"prompt": "a red fox", "size": "256x192"}
+    first = decoded(client.images.generate(**fields, n=3, extra_body={"seed": 41}))
+    assert len({bytes(image) for image in first}) == 3
+    again = decoded(client.images.generate(**fields, n=3, extra_body={"seed": 41}))
+    assert again == first
+    alone = decoded(client.images.generate(**fields, extra_body={"seed": 42}))
+    difference = pixels(alone[0]).astype(int) - pixels(first[1]).astype(int)
+    assert np.abs(difference).max() <= 1  # of 255: packed tokens round otherwise
+
+
+def test_the_picture_is_krea2_generates_pixel_for_pixel(real_server, demo_model, tmp_path):
+    command = [GENERATE, "a red fox", "--checkpoint", str(demo_model), "--dtype", "float32"]
+    command += ["--width", "256", "--height", "256", "--seed", "3", "--output", "fox"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    (ours,) = decoded(
+        real_server.client().images.generate(
+            prompt="a red fox", size="256x256", extra_body={"seed": 3}
+        )
+    )
+    theirs = np.asarray(Image.open(tmp_path / "fox_0.png"))
+    np.testing.assert_array_equal(pixels(ours), theirs)
+
+
+def test_usage_and_timings_are_true(real_server):
+    started = time.monotonic()
+    response = real_server.client().images.generate(prompt="a red fox", size="256x192", n=2)
+    seconds = time.monotonic() - started
+    # "a red fox" is three tokens of Qwen's, and the template has five.
+    assert response.usage.input_tokens == 3 + 5
+    assert response.usage.output_tokens == 2 * 16 * 12
+    timings = response.model_extra["timings"]
+    assert all(ms >= 0 for ms in timings.values())
+    assert timings["denoise_ms"] > 0 < timings["decode_ms"]
+    assert sum(timings.values()) / 1e3 <= seconds
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(real_server):
+    client = real_server.client()
+    cut = client.images.generate(prompt="fox " * 600, size="16x16", extra_body={"seed": 1})
+    assert cut.model_extra["prompt_truncated"] is True
+    assert cut.usage.input_tokens == 512
+    whole = client.images.generate(prompt="fox " * 400, size="16x16")
+    assert whole.model_extra["prompt_truncated"] is False
+
+
+def test_a_stream_shows_the_picture_on_its_way(real_server):
+    stream = real_server.client().images.generate(
+        prompt="a red fox",
+        size="256x256",
+        stream=True,
+        partial_images=3,
+        extra_body={"seed": 3},
+    )
+    *partial, completed = list(stream)
+    assert [event.partial_image_index for event in partial] == [0, 1, 2]
+    assert [event.model_extra["step"] for event in partial] == [2, 4, 6]
+    final = pixels(base64.b64decode(completed.b64_json)).astype(float)
+    errors = [
+        np.abs(pixels(base64.b64decode(event.b64_json)).astype(float) - final).mean()
+        for event in partial
+    ]
+    # Random weights do not come closer with every step.
+    assert max(errors[1:]) < errors[0]
+
+
+def test_guidance_and_a_negative_prompt_change_the_picture(real_server):
+    client = real_server.client()
+    seed = {"seed": 1}
+    plain, guided, steered = (
+        decoded(
+            client.images.generate(prompt="a red fox", size="64x64", extra_body={**seed, **more})
+        )[0]
+        for more in (
+            {},
+            {"guidance_scale": 2.0},
+            {"guidance_scale": 2.0, "negative_prompt": "blue"},
+        )
+    )
+    assert len({plain, guided, steered}) == 3
+
+
+def test_previews_steps_and_stages_are_in_the_metrics(real_server):
+    before = real_server.metric("krea2_requests_total", outcome="done")
+    previews = real_server.metric("krea2_previews_total")
+    stream = real_server.client().images.generate(
+        prompt="metrics", size="64x64", stream=True, partial_images=2
+    )
+    list(stream)
+    assert real_server.metric("krea2_requests_total", outcome="done") == before + 1
+    assert real_server.metric("krea2_previews_total") == previews + 2
+    assert real_server.metric("krea2_stage_seconds_count", stage="denoise") > 0
+    assert real_server.metric("krea2_step_seconds_count") > 0
+    wait_until(lambda: real_server.metric("krea2_engine_steps_total", replica="0") > 0)
+    for name in ("pack_tokens_total", "step_seconds_total", "prompt_cache_misses_total"):
+        assert real_server.metric(f"krea2_engine_{name}", replica="0") > 0
+
+
+def test_a_deadline_that_passes_is_told(real_server):
+    response = real_server.post(prompt="x", size="256x256", deadline_ms=1)
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_hang_ups_leave_nothing_behind(real_server):
+    body = {"prompt": "x", "size": "512x512", "num_inference_steps": 100, "n": 4}
+
+    sockets = []
+    for number in range(30):
+        content = json.dumps({**body, "stream": number % 2 == 0}).encode()
+        head = (
+            "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        )
+        sockets.append(socket.create_connection(("127.0.0.1", real_server.port)))
+        sockets[-1].sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+    wait_until(lambda: in_engine(real_server) == 30)
+    for connection in sockets:
+        connection.close()
+    wait_until(lambda: in_engine(real_server) == 0, 30)
+    started = time.monotonic()
+    real_server.client().images.generate(prompt="after", size="64x64")
+    assert time.monotonic() - started < 10
+
+
+def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(real_server):
+    stream = real_server.client().images.generate(
+        prompt="x",
+        size="512x512",
+        stream=True,
+        partial_images=3,
+        extra_body={"num_inference_steps": 100},
+    )
+    next(iter(stream))
+    answers: list[httpx.Response] = []
+    fields = {"prompt": "x", "size": "512x512", "num_inference_steps": 100}
+    plain = threading.Thread(target=lambda: answers.append(real_server.post(**fields)))
+    plain.start()
+    wait_until(lambda: in_engine(real_server) == 2)
+
+    os.kill(engine_pid(real_server), signal.SIGKILL)
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "engine_unavailable"
+    plain.join(10)
+    assert answers[0].status_code == 503
+    assert answers[0].headers["x-should-retry"] == "true"
+
+    assert real_server.get("/health").status_code == 200
+    assert real_server.get("/ready").status_code == 503
+    refused = real_server.post(prompt="x", size="64x64")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "engine_unavailable"
+    assert float(refused.headers["retry-after"]) > 0
+
+    wait_until(lambda: real_server.get("/ready").status_code == 200, 200)
+    real_server.client().images.generate(prompt="after", size="64x64")
+
+
+def engine_pid(server) -> int:
+    """Of the scheduler process that the server has started last."""
+    return int(re.findall(r"engine 0: starting, process (\d+)", server.log)[-1])

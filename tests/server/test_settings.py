@@ -1,0 +1,111 @@
+"""One configuration from flags, the environment and a file, whose mistakes name themselves."""
+
+import dataclasses
+import subprocess
+
+import pytest
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.errors import ConfigError
+from server.settings import EngineSettings, Settings, load_settings
+from tests.server.serving import SERVE
+
+
+def test_flags_come_before_the_environment_before_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 1\nmax_n: 1\nmodel_path: from/file\nengine: {policy: srpt}\n")
+    monkeypatch.setenv("KREA2_SERVE_PORT", "2")
+    monkeypatch.setenv("KREA2_SERVE_MAX_N", "2")
+    settings = load_settings(["--config", str(file), "--port", "3"])
+    assert (settings.port, settings.max_n, settings.model_path) == (3, 2, "from/file")
+    assert settings.engine.policy == "srpt"
+    assert settings.replicas == 1
+
+
+def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("max_n: 4\n")
+    monkeypatch.setenv("KREA2_SERVE_CONFIG", str(tmp_path / "config.yaml"))
+    assert load_settings([]).max_n == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--port", "many"], "port"),
+        (["--port", "99999"], "port"),
+        (["--max-n", "11"], "max_n"),
+        (["--replicas", "0"], "replicas"),
+        (["--no-such-flag", "1"], "--no-such-flag"),
+        (["--engine.policy", "lifo"], "POLICY"),
+        (["--engine.max-turn-ms", "-1"], "MAX_TURN_MS"),
+        (["--sglang-args", "'unbalanced"], "sglang_args"),
+        (["--config", "/nonexistent.yaml"], "config"),
+        (["--host", "0.0.0.0"], "--allow-anonymous"),
+        (["--log-level", "loud"], "log_level"),
+    ],
+)
+def test_a_bad_value_names_itself(flags, named):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(flags)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_in_the_environment_or_the_file_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("prot: 4\n")
+    with pytest.raises(ConfigError, match="prot: is not known"):
+        load_settings(["--config", str(tmp_path / "config.yaml")])
+    monkeypatch.setenv("KREA2_SERVE_PROT", "4")
+    with pytest.raises(ConfigError, match="KREA2_SERVE_PROT: is not known"):
+        load_settings([])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_is_open_without_keys(host):
+    assert load_settings(["--host", host]).host == host
+
+
+def test_other_addresses_are_open_with_keys_or_when_told(monkeypatch):
+    assert load_settings(["--host", "0.0.0.0", "--allow-anonymous"]).allow_anonymous
+    monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
+    assert load_settings(["--host", "0.0.0.0"]).host == "0.0.0.0"
+
+
+def test_secrets_are_not_shown(monkeypatch):
+    monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
+    monkeypatch.setenv("KREA2_SERVE_STORAGE_KEY", "fedcba9876543210")
+    text = repr(load_settings([])) + str(load_settings([]).model_dump())
+    assert "0123456789abcdef" not in text
+    assert "fedcba9876543210" not in text
+
+
+def test_all_of_the_engines_settings_are_here():
+    assert EngineSettings.model_fields.keys() == {f.name for f in dataclasses.fields(EngineConfig)}
+
+
+def test_the_engine_reads_what_is_set_here():
+    settings = Settings(engine=EngineSettings(policy="fcfs", max_side=512))
+    config = EngineConfig.from_environment(settings.engine.environment())
+    assert (config.policy, config.max_side) == ("fcfs", 512)
+
+
+def test_more_replicas_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert load_settings(["--replicas", "2"]).replicas == 2
+    with pytest.raises(ConfigError, match="replicas"):
+        load_settings(["--replicas", "3"])
+
+
+def test_every_setting_is_explained():
+    result = subprocess.run([SERVE, "--help"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in result.stdout or name == "engine"
+        assert field.description or name == "engine", name
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    result = subprocess.run([SERVE, "--port", "x"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "krea2-serve: error: port:" in result.stderr
