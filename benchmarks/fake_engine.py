@@ -1,10 +1,16 @@
 """A scheduler without a model: the real channel and messages, pictures of any size at any time.
 
-For what can only be tested when the engine does as it is told. What it says is what
+For what can only be tested, or measured, when the engine does as it is told. What it says is what
 `krea2_srt.sglang.scheduler` says; the tests on the real engine hold the two together.
+
+``python -m benchmarks.fake_engine --picture-bytes N`` prints where it listens, and answers at once
+until its standard input is closed.
 """
 
+import argparse
+import os
 import pickle
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -44,6 +50,7 @@ class FakeEngine:
         picture: the file of every image, in place of a drawn one.
         requests: that have come.
         cancelled: ids that were cancelled while they were under way.
+        on_preview: called with a request's id just before a preview of it is sent.
     """
 
     step_s: float = 0.0
@@ -53,6 +60,7 @@ class FakeEngine:
     picture: bytes | None = None
     requests: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    on_preview: Callable[[str], None] = lambda _: None
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
@@ -147,6 +155,7 @@ class FakeEngine:
             update = ProgressUpdate(message.request_id, index, running.step, image.steps)
             running.send(update)
             if running.step <= min(message.previews, image.steps - 1):
+                self.on_preview(message.request_id)
                 running.send(replace(update, preview=_drawn(64, 64, running.step)))
 
     def _generated(self, message: Generate) -> Generated:
@@ -180,3 +189,16 @@ class _Running:
 def _drawn(height: int, width: int, seed: int) -> np.ndarray:
     """A picture that tells its seed."""
     return np.full((height, width, 3), seed % 256, np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.fake_engine", allow_abbrev=False)
+    parser.add_argument("--picture-bytes", type=int, required=True, help="of every file")
+    args = parser.parse_args()
+    with FakeEngine(picture=os.urandom(args.picture_bytes)) as engine:
+        print(engine.endpoint, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

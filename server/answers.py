@@ -1,11 +1,11 @@
 """What clients are sent: responses and events, from what was drawn."""
 
-import base64
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import orjson
+import pybase64
 
 from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
 from server.drawing import Drawing
@@ -121,7 +121,8 @@ def _pictures(result: Result) -> Iterator[dict[str, str]]:
 
 
 def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
+    # Python's own takes half of the time of a whole request.
+    return pybase64.b64encode_as_string(data)
 
 
 def _now() -> int:

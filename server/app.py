@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from krea2_srt.sglang.disconnects import CancelOnDisconnect
+from server.bounded_body import BoundedBody
 from server.errors import ApiError, invalid
 from server.images_api import FILES_PATH, images_router
 from server.keys import Keys
@@ -19,7 +20,6 @@ from server.playground import playground_files
 from server.protocol import UnsupportedFieldError
 from server.request_context import RequestContext
 from server.services import Services
-from server.slow_clients import SlowClients
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +62,9 @@ def create_app(services: Services) -> FastAPI:
     # The last added is the outermost.
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(
-        SlowClients,
+        BoundedBody,
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
-        send_timeout_s=settings.send_timeout_s,
     )
     app.add_middleware(Authentication, keys=services.keys, metrics=services.metrics)
     app.add_middleware(RequestContext, max_requests=settings.max_requests)

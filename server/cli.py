@@ -108,7 +108,9 @@ class ImagesServer(uvicorn.Server):
                 create_app(services),
                 host=settings.host,
                 port=settings.port,
-                http=bounded_protocol(settings.max_header_bytes, settings.header_timeout_s),
+                http=bounded_protocol(
+                    settings.max_header_bytes, settings.header_timeout_s, settings.send_timeout_s
+                ),
                 ws="none",
                 loop="none",
                 lifespan="off",

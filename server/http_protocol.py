@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol, with the bounds on headers that it lacks."""
+"""uvicorn's HTTP protocol, with the bounds that it lacks: on headers, and on clients' patience."""
 
 import asyncio
+import logging
 from uuid import uuid4
 
 import orjson
@@ -8,19 +9,25 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.errors import ApiError
 
+logger = logging.getLogger(__name__)
 
-def bounded_protocol(max_header_bytes: int, header_timeout_s: float) -> type[asyncio.Protocol]:
+
+def bounded_protocol(
+    max_header_bytes: int, header_timeout_s: float, send_timeout_s: float
+) -> type[asyncio.Protocol]:
     """A protocol class for uvicorn.
 
     Args:
         max_header_bytes: of a request's line and headers, and of a chunked body's trailers.
         header_timeout_s: for them to arrive, from the connection or the request's first byte on.
+        send_timeout_s: without a byte taken, after which a client that is sent something is gone.
     """
 
     too_large = f"the headers are larger than {max_header_bytes} bytes"
 
     class BoundedHttpProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
+        _send_timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
         _received = 0
         _in_headers = True
@@ -31,7 +38,24 @@ def bounded_protocol(max_header_bytes: int, header_timeout_s: float) -> type[asy
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._stop_send_timer()
             super().connection_lost(exc)
+
+        # uvicorn hands a whole answer to the transport, which would keep it for ever.
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_sending()
+
+        def resume_writing(self) -> None:
+            self._stop_send_timer()
+            super().resume_writing()
+
+        def timeout_keep_alive_handler(self) -> None:
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+            else:
+                super().timeout_keep_alive_handler()
 
         def data_received(self, data: bytes) -> None:
             if self._in_headers and self._header_timer is None:
@@ -86,6 +110,22 @@ def bounded_protocol(max_header_bytes: int, header_timeout_s: float) -> type[asy
                 self._refuse(408, f"no request arrived within {header_timeout_s:g} s")
             else:
                 self.transport.close()
+
+        def _watch_sending(self) -> None:
+            left = self.transport.get_write_buffer_size()
+            self._send_timer = self.loop.call_later(send_timeout_s, self._check_sending, left)
+
+        def _check_sending(self, left: int) -> None:
+            if self.transport.get_write_buffer_size() < left:
+                self._watch_sending()
+                return
+            logger.info("a client does not take its answer; hanging up")
+            self.transport.abort()
+
+        def _stop_send_timer(self) -> None:
+            if self._send_timer is not None:
+                self._send_timer.cancel()
+                self._send_timer = None
 
         def _stop_timer(self) -> None:
             if self._header_timer is not None:

@@ -106,7 +106,9 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(32_768, ge=1024, description="of a request's line and headers")
     header_timeout_s: float = Field(10, gt=0, description="for a request's headers to arrive")
     body_timeout_s: float = Field(30, gt=0, description="for a request's body to arrive")
-    send_timeout_s: float = Field(60, gt=0, description="for a client to take what it is sent")
+    send_timeout_s: float = Field(
+        60, gt=0, description="without a byte taken, after which a client is hung up on"
+    )
     allow_unknown_fields: bool = Field(False, description="ignore fields that are not known")
 
     # What is drawn.

@@ -1,1 +1,1 @@
-"""Content moderation."""
+"""Content moderation: prompts are checked before generation, images after it."""

@@ -18,18 +18,20 @@ class ImageStore(Protocol):
         """Get ready.
 
         Raises:
-            StorageError: nothing can be stored there; names the setting.
+            StorageError: nothing can be stored there; names the setting, for the operator.
         """
 
     async def put(self, data: bytes, extension: str, base_url: str) -> str:
         """Store an image; returns its URL.
 
         Args:
+            data: the image's file.
             extension: ``png``, ``jpeg`` or ``webp``.
-            base_url: how the client reaches this server.
+            base_url: how the client reaches this server, without a slash at its end.
 
         Raises:
-            StorageError: it could not be stored, and nothing of it is left.
+            StorageError: it could not be stored.
+            ValueError: another extension.
         """
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Bounds on what a client sends and on how long it takes, for sending and for receiving."""
+"""Bounds on a request's body: on its size, and on how long it takes to arrive."""
 
 import asyncio
 
@@ -7,26 +7,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import ApiError
 
 
-class ClientTooSlowError(Exception):
-    """A client does not take its answer; its connection is broken off."""
-
-
-class SlowClients:
+class BoundedBody:
     """ASGI middleware.
 
     Args:
         max_body_bytes: of a request.
         body_timeout_s: for a request's body to arrive.
-        send_timeout_s: for a client to take each part of its answer.
     """
 
-    def __init__(
-        self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float, send_timeout_s: float
-    ) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, body_timeout_s: float) -> None:
         self.app = app
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
-        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,14 +43,7 @@ class SlowClients:
             body = None
             return message
 
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError:
-                raise ClientTooSlowError from None
-
-        await self.app(scope, receive_read, send_in_time)
+        await self.app(scope, receive_read, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None of a client that has gone."""

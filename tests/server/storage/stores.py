@@ -1,0 +1,54 @@
+"""Local stores for tests, and what their URLs and folders hold."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from server.storage.local import ExpiredFileError, LocalStore
+
+KEY = b"a key of thirty-two bytes, or so"
+BASE_URL = "http://images.example:8000"
+
+
+class Clock:
+    """Unix time that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def local_store(folder: Path, **options) -> AsyncIterator[LocalStore]:
+    defaults = {"signing_key": KEY, "expiry_s": 100.0, "max_bytes": 10**6}
+    store = LocalStore(folder, **{**defaults, **options})
+    await store.start()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+def parts(url: str) -> tuple[str, str, str]:
+    """Name, expiry and signature of a URL."""
+    found = urlsplit(url)
+    query = parse_qs(found.query, strict_parsing=True)
+    assert set(query) == {"expires", "signature"}
+    return found.path.rsplit("/", 1)[1], query["expires"][0], query["signature"][0]
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files, finished or not."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+async def holds(store: LocalStore, url: str) -> bool:
+    """Whether the image of a URL of ours is still there."""
+    try:
+        found = await store.get(*parts(url))
+    except ExpiredFileError:
+        return False
+    return found.path.is_file()

@@ -1,0 +1,248 @@
+"""Clients that are slow, many, or gone: each gets the documented answer, and the server goes on."""
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.fake_engine import FakeEngine
+from tests.server.serving import Served, serve
+from tests.server.test_hostile_input import raw, still_works
+from tests.sglang.channel import wait_until
+
+CROWD = 1000
+BODY = json.dumps({"prompt": "x", "size": "64x64"}).encode()
+HEAD = (
+    b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(BODY)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_files():
+    """Each of the crowd is an open file here too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def impatient(shared_engine: FakeEngine, tmp_path_factory):
+    """A server that does not wait long for its clients."""
+    flags = ["--engine-endpoints", shared_engine.endpoint, "--header-timeout-s", "1"]
+    flags += ["--body-timeout-s", "1", "--send-timeout-s", "2"]
+    with serve(tmp_path_factory.mktemp("impatient"), *flags) as server:
+        yield server
+
+
+def connect(server: Served) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    connection.settimeout(10)
+    return connection
+
+
+def memory_bytes(server: Served) -> int:
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+
+def open_files(server: Served) -> int:
+    return len(os.listdir(f"/proc/{server.pid}/fd"))
+
+
+def test_headers_that_trickle_in_are_cut_off(impatient, engine):
+    started = time.monotonic()
+    connections = [connect(impatient) for _ in range(200)]
+    for connection in connections:
+        connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\n")
+    still_works(impatient)
+    answers = []
+    for byte in b"x-slow: 1\r\n" * 3:
+        for connection in connections[:1]:
+            try:
+                connection.sendall(bytes([byte]))
+            except OSError:
+                break
+        time.sleep(0.1)
+    for connection in connections:
+        answers.append(connection.recv(65536))
+        connection.close()
+    assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
+    assert all(b'"code":"request_timeout"' in answer for answer in answers)
+    assert time.monotonic() - started < 10
+
+
+def test_a_connection_that_says_nothing_is_closed(impatient, engine):
+    assert raw(impatient, b"") == b""
+
+
+def test_a_body_that_trickles_in_is_cut_off(impatient, engine):
+    with connect(impatient) as connection:
+        connection.sendall(HEAD + BODY[:5])
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408")
+    still_works(impatient)
+
+
+def test_a_client_that_does_not_read_is_let_go(impatient, engine):
+    engine.picture = b"x" * 20_000_000
+    before = open_files(impatient)
+    with connect(impatient) as connection:
+        connection.sendall(HEAD + BODY)
+        wait_until(lambda: not engine.waiting and engine.requests)
+        wait_until(lambda: "does not take its answer" in impatient.log, 10)
+        wait_until(lambda: open_files(impatient) <= before, 10)
+    engine.picture = None
+    still_works(impatient)
+
+
+def test_a_kept_connection_serves_request_after_request(impatient, engine):
+    with httpx.Client() as client:
+        for pause_s in (0, 0.5, 1.5):
+            time.sleep(pause_s)
+            url = f"{impatient.url}/v1/images/generations"
+            assert client.post(url, json={"prompt": "x", "size": "64x64"}).status_code == 200
+
+
+def test_a_thousand_clients_wait_in_little_memory_and_all_are_served(fake_server, engine):
+    engine.hold.set()
+
+    async def run() -> list[bytes]:
+        async def one() -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", fake_server.port)
+            writer.write(HEAD + BODY)
+            try:
+                return await reader.read()
+            finally:
+                writer.close()
+
+        tasks = [asyncio.create_task(one()) for _ in range(CROWD)]
+        while engine.waiting < CROWD:
+            await asyncio.sleep(0.05)
+        # Waiting, they keep nobody from being heard.
+        started = time.monotonic()
+        queue = (await asyncio.to_thread(fake_server.get, "/v1/queue")).json()
+        assert time.monotonic() - started < 1
+        assert queue["replicas_ready"] == 1
+        assert memory_bytes(fake_server) < 300e6
+        engine.hold.clear()
+        return await asyncio.gather(*tasks)
+
+    answers = asyncio.run(run())
+    assert len(answers) == CROWD
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+    still_works(fake_server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_storm_of_disconnects_leaves_nothing_behind(fake_server, engine, stream):
+    files = open_files(fake_server)
+    engine.hold.set()
+    body = json.dumps({"prompt": "x", "size": "64x64", "stream": stream}).encode()
+    head = HEAD.replace(b"%d" % len(BODY), b"%d" % len(body))
+    connections = [connect(fake_server) for _ in range(300)]
+    for connection in connections:
+        connection.sendall(head + body)
+    wait_until(lambda: engine.waiting == 300)
+    for connection in connections:
+        connection.close()
+    wait_until(lambda: engine.waiting == 0, 10)
+    assert len(engine.cancelled) == 300
+    engine.hold.clear()
+    still_works(fake_server)
+    wait_until(lambda: open_files(fake_server) <= files + 2)
+
+
+def test_clients_that_leave_at_any_moment(fake_server, engine):
+    """Hang up after anything from nothing to everything has been sent and received."""
+    engine.step_s = 0.002
+    body = json.dumps({"prompt": "x", "size": "64x64", "stream": True, "partial_images": 3})
+    content = body.encode()
+    data = HEAD.replace(b"%d" % len(BODY), b"%d" % len(content)) + content
+    for number in range(200):
+        with connect(fake_server) as connection:
+            connection.sendall(data[: max(1, len(data) * number // 100)])
+            if number > 100:
+                time.sleep((number - 100) / 3000)
+    wait_until(lambda: engine.waiting == 0, 10)
+    engine.step_s = 0.0
+    still_works(fake_server)
+    assert "Traceback" not in fake_server.log
+
+
+def test_more_requests_than_the_limit_are_answered_with_503(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "5"]
+    with serve(tmp_path, *flags) as server:
+        engine.hold.set()
+        connections = [connect(server) for _ in range(5)]
+        for connection in connections:
+            connection.sendall(HEAD + BODY)
+        wait_until(lambda: engine.waiting == 5)
+        refused = server.post(prompt="x", size="64x64")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "too_many_requests"
+        engine.hold.clear()
+        assert all(c.recv(65536).startswith(b"HTTP/1.1 200") for c in connections)
+        still_works(server)
+
+
+def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new(shared_engine, engine, tmp_path):
+    with serve(tmp_path, "--engine-endpoints", engine.endpoint) as server:
+        engine.hold.set()
+        answers: list[httpx.Response] = []
+        stream: list[str] = []
+
+        def ask() -> None:
+            answers.append(server.post(prompt="x", size="64x64"))
+
+        def listen() -> None:
+            stream.append(server.post(prompt="x", size="64x64", stream=True).text)
+
+        threads = [threading.Thread(target=ask), threading.Thread(target=listen)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: engine.waiting == 2)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: _refuses_connections(server), 5)
+        assert not answers
+        engine.hold.clear()
+        for thread in threads:
+            thread.join(10)
+        assert answers[0].status_code == 200
+        assert "event: image_generation.completed" in stream[0]
+        assert server.process.wait(10) == 0
+
+
+def test_what_is_not_done_in_time_is_told_so(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--drain-timeout-s", "1"]
+    with serve(tmp_path, *flags) as server:
+        engine.hold.set()
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(
+            target=lambda: answers.append(server.post(prompt="x", size="64x64"))
+        )
+        thread.start()
+        wait_until(lambda: engine.waiting == 1)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(10)
+        assert answers[0].status_code == 503
+        assert answers[0].headers["x-should-retry"] == "true"
+        assert server.process.wait(10) == 0
+        engine.hold.clear()
+
+
+def _refuses_connections(server: Served) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
+    except ConnectionError:
+        return True
+    return False

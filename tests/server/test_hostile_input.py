@@ -1,0 +1,278 @@
+"""Whatever is sent: an answer in OpenAI's form, and a server that goes on."""
+
+import json
+import socket
+import time
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.protocol import ErrorResponse, ImageGenerationRequest, ImagesResponse
+
+JSON = {"content-type": "application/json"}
+
+
+def check_error(response: httpx.Response, status: int | None = None) -> dict:
+    """An error that keeps all promises; returns its content."""
+    assert 400 <= response.status_code < 500, response.text
+    assert status is None or response.status_code == status, response.text
+    assert response.headers["x-request-id"].startswith("req_")
+    assert response.headers["content-type"] == "application/json"
+    ErrorResponse.model_validate(response.json())
+    assert "Traceback" not in response.text
+    return response.json()["error"]
+
+
+def still_works(server) -> None:
+    started = time.monotonic()
+    assert server.post(prompt="a normal request", size="64x64").status_code == 200
+    assert time.monotonic() - started < 2
+
+
+def post(server, content: bytes, headers=JSON) -> httpx.Response:
+    url = f"{server.url}/v1/images/generations"
+    return httpx.post(url, content=content, headers=headers, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"size": "0x0"},
+        {"size": "255x255"},
+        {"size": "100000x100000"},
+        {"width": 10**30, "height": 16},
+        {"num_inference_steps": 10**8},
+        {"n": 999},
+        {"n": 0},
+        {"n": True},
+        {"n": 1.5},
+        {"n": "2"},
+        {"prompt": ""},
+        {"prompt": None},
+        {"prompt": ["a", "b"]},
+        {"prompt": {"$ne": 1}},
+        {"prompt": "x" * 32_001},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 10**400},
+        {"guidance_scale": "high"},
+        {"guidance_scale": -1},
+        {"deadline_ms": 0},
+        {"deadline_ms": 10**12},
+        {"priority": 11},
+        {"stream": "yes"},
+        {"partial_images": 4, "stream": True},
+        {"output_compression": 101, "output_format": "jpeg"},
+        {"user": "u" * 513},
+        {"output_format": "../../etc/passwd"},
+        {"model": "../../etc/passwd"},
+        {"model_path": "/etc"},
+        {"output_path": "/etc/cron.d", "output_file_name": "x"},
+        {"save_output": True},
+        {"profile": True},
+        {"diffusers_kwargs": {"a": 1}},
+        {"__class__": "x"},
+        {"image": "aGVsbG8="},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_impossible_values_are_refused_and_never_reach_the_engine(fake_server, engine, fields):
+    response = fake_server.post(**{"prompt": "x", "size": "64x64", **fields})
+    error = check_error(response)
+    assert error["param"] in {*fields, "size"}
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe",
+        b"{'prompt': 'x'}",
+        b'{"prompt": NaN}',
+        b'{"prompt": "x", "guidance_scale": NaN}',
+        b'{"prompt": "x", "guidance_scale": Infinity}',
+        b'{"prompt": "x", "seed": 1e999}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "seed": ' + b"9" * 100_000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"prompt": "x", "user": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=lambda content: content[:24].decode("latin-1"),
+)
+def test_bodies_that_are_no_request(fake_server, engine, content):
+    check_error(post(fake_server, content), 400)
+    still_works(fake_server)
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_only_json_is_read(fake_server, engine, media_type):
+    """A page on another site could send anything else without being asked."""
+    headers = {"content-type": media_type} if media_type else {}
+    check_error(post(fake_server, b'{"prompt": "x", "size": "64x64"}', headers), 400)
+
+
+@pytest.mark.parametrize("text", ["\x00", "\x1b[2J", "a\r\nb", "\u202e", "🦊" * 100, "\ufffe"])
+def test_any_text_is_a_prompt(fake_server, engine, text):
+    assert fake_server.post(prompt=text, size="64x64").status_code == 200
+    assert engine.requests[-1].image.prompt == text
+
+
+def test_a_body_of_10_mb_is_refused_before_it_is_read(fake_server, engine):
+    body = json.dumps({"prompt": "x" * 10_000_000}).encode()
+    check_error(post(fake_server, body), 413)
+
+    def chunks():
+        for _ in range(1000):
+            yield b"x" * 10_000
+
+    with httpx.Client() as client:
+        try:
+            response = client.post(
+                f"{fake_server.url}/v1/images/generations", content=chunks(), headers=JSON
+            )
+        except httpx.WriteError:  # it hung up on us while we were sending
+            pass
+        else:
+            check_error(response, 413)
+    still_works(fake_server)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nope",
+        "/v1/images/edits",
+        "/v1/images/variations",
+        "/v1/chat/completions",
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/v1/images/files/..%2f..%2fetc%2fpasswd",
+        "/v1/images/files/%00",
+        "/v1/images/files/" + "a" * 5000,
+        "/v1/images/files/" + "0" * 32 + ".png?expires=9999999999&signature=" + "0" * 64,
+        "/v1/images/files/" + "0" * 32 + ".png?expires=-1&signature=%ff",
+        "/v1/images/files/" + "0" * 32 + ".png",
+        "/v1/models/%2e%2e%2fx",
+        "/playground/..%2f..%2fsettings.py",
+        "/update_weights_from_disk",
+        "/%ff%fe",
+    ],
+)
+def test_paths_that_lead_nowhere(fake_server, engine, path):
+    check_error(httpx.get(fake_server.url + path), 404)
+
+
+def test_wrong_methods(fake_server, engine):
+    error = check_error(httpx.get(f"{fake_server.url}/v1/images/generations"), 405)
+    assert error["code"] == "method_not_allowed"
+    assert "POST" in httpx.put(f"{fake_server.url}/v1/images/generations").headers["allow"]
+    check_error(httpx.delete(f"{fake_server.url}/v1/models"), 405)
+    check_error(httpx.request("PROPFIND", f"{fake_server.url}/"), 405)
+
+
+def raw(server, data: bytes, wait_s: float = 5) -> bytes:
+    """What comes back on a connection of its own, until it is closed or silent."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(wait_s)
+        received = b""
+        try:
+            connection.sendall(data)
+            while chunk := connection.recv(65536):
+                received += chunk
+        except OSError:
+            pass
+        return received
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01", b"400"),
+        (b"hello\r\n\r\n", b"400"),
+        (b"GET / HTTP/9.9\r\n\r\n", b"400"),
+        (b"GET \xff\xfe HTTP/1.1\r\n\r\n", b"400"),
+        (b"POST /v1/images/generations HTTP/1.1\r\ncontent-length: x\r\n\r\n", b"400"),
+        (b"POST /v1/images/generations HTTP/1.1\r\ncontent-length: -5\r\n\r\n", b"400"),
+        (b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\nx: " + b"a" * 2_000_000 + b"\r\n\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"x: y\r\n" * 100_000 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"x" * 2_000_000, b"431"),
+    ],
+    ids=lambda value: value[:20].decode("latin-1") if len(value) > 3 else None,
+)
+def test_what_is_hardly_http(fake_server, engine, data, status):
+    answer = raw(fake_server, data)
+    # A client that goes on sending may find its connection reset before it has read.
+    if answer:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.split()[1] == status
+        assert b"x-request-id: req_" in head
+        ErrorResponse.model_validate_json(body)
+    else:
+        assert len(data) > 100_000
+    still_works(fake_server)
+
+
+def test_two_requests_in_one_packet_both_get_an_answer(fake_server, engine):
+    body = b'{"prompt": "x", "size": "64x64"}'
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    one = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    answer = raw(fake_server, one + one.replace(b"host: x", b"connection: close"))
+    assert answer.count(b"HTTP/1.1 200") == 2
+
+
+FIELDS = {name: st.none() for name in ImageGenerationRequest.model_fields} | {
+    "prompt": st.text(max_size=50),
+    "n": st.integers(-2, 4),
+    "size": st.sampled_from(["auto", "64x64", "64x96", "17x17", "1x1", "x", ""]),
+    "quality": st.sampled_from(["low", "auto", "best"]),
+    "seed": st.integers(-1, 2**64),
+    "guidance_scale": st.floats(),
+    "num_inference_steps": st.integers(-1, 300),
+    "stream": st.booleans(),
+    "output_format": st.sampled_from(["png", "jpeg", "webp", "gif"]),
+    "output_compression": st.integers(-1, 101),
+}
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            name: st.one_of(values, st.none(), st.integers(), st.text(max_size=8))
+            for name, values in FIELDS.items()
+        },
+    )
+)
+def test_any_mixture_of_values_gets_an_answer_that_fits(fake_server, engine, fields):
+    content = json.dumps(fields).encode(errors="surrogatepass")
+    response = post(fake_server, content)
+    if response.status_code == 200:
+        if fields.get("stream"):
+            assert "event: image_generation.completed" in response.text
+        else:
+            ImagesResponse.model_validate_json(response.content)
+    else:
+        check_error(response)
+
+
+def test_unknown_fields_can_be_let_through_but_impossible_ones_cannot(tmp_path, engine):
+    from tests.server.serving import serve
+
+    flags = ["--engine-endpoints", engine.endpoint, "--allow-unknown-fields"]
+    with serve(tmp_path, *flags) as server:
+        assert server.post(prompt="x", size="64x64", no_such_field=1).status_code == 200
+        check_error(server.post(prompt="x", size="64x64", style="vivid"), 400)
