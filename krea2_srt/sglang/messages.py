@@ -8,7 +8,8 @@ All are pickled, as SGLang's are. There are two kinds of clients:
   `RequestEnded`; if it sends a request and then a subscription over one socket, it misses nothing.
 - One that does not, as our images server, sends `Generate` over a DEALER socket, any number at a
   time, and gets for each, if it asked for progress, an `Accepted` and any number of
-  `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`, answered by `Answer`.
+  `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`, answered
+  by `Answer`.
 """
 
 from dataclasses import dataclass, field
