@@ -13,7 +13,11 @@ HEIGHT ?= 512
 STEPS  ?= 8
 OUTPUT ?= outputs
 
-.PHONY: install generate test test-slow lint lock bench bench-load simulate clean
+# Where `make serve` listens, and what else krea2-serve is told.
+PORT       ?= 30000
+SERVE_ARGS ?=
+
+.PHONY: install serve generate test test-slow lint lock bench bench-load bench-http simulate clean
 
 install: $(STAMP)
 
@@ -32,9 +36,14 @@ $(DEMO): | $(STAMP)
 # Passed through the environment, so that no quote or dollar sign in them reaches the shell's parser.
 export MODEL PROMPT OUTPUT
 ifeq ($(strip $(MODEL)),)
-generate: export MODEL := $(DEMO)
-generate: $(DEMO)
+serve generate: export MODEL := $(DEMO)
+serve generate: $(DEMO)
 endif
+
+# exec: Ctrl-C and SIGTERM reach the server itself, which finishes what it has accepted.
+serve: $(STAMP)
+	exec $(BIN)/krea2-serve --model-path "$$MODEL" --port $(PORT) $(SERVE_ARGS)
+
 generate: $(STAMP)
 	$(BIN)/sglang generate --model-path "$$MODEL" --prompt "$$PROMPT" --num-inference-steps $(STEPS) \
 	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path "$$OUTPUT"
@@ -57,6 +66,10 @@ bench: $(STAMP) $(DEMO)
 # Small and large images at once, against unmodified SGLang; about half an hour on two cores.
 bench-load: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.mixed_load --model $(DEMO)
+
+# What the HTTP layer costs; about two minutes.
+bench-http: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.http_overhead --model $(DEMO)
 
 # Policies and SGLang's way on simulated H200s; needs no GPU, about ten minutes on one core.
 simulate: $(STAMP)

@@ -19,8 +19,8 @@ export async function readiness() {
   try {
     const response = await fetch(new URL("ready", document.baseURI), { cache: "no-store" });
     if (response.status !== 503) return "ready";
-    const { status } = await response.json();
-    return status === "starting" ? "loading" : "failing";
+    const body = await response.json().catch(() => null);
+    return body?.error?.code === "engine_unavailable" ? "loading" : "failing";
   } catch {
     return "away";
   }

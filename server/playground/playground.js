@@ -39,7 +39,7 @@ async function reach() {
     const isFirst = !model;
     model = await fetchModel(form.key.value);
     form.setModel(model);
-    showServer("ready", model.demo ? `${model.id}, demo weights` : model.id);
+    showServer("ready", model.id);
     // What led to this call, such as a lost connection, is still worth reading.
     if (isFirst) complain("");
   } catch (error) {

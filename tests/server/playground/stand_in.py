@@ -77,8 +77,7 @@ class StandIn:
     async def _ready(self) -> Response:
         if self.script.ready:
             return JSONResponse({"status": "ready"})
-        error = _error("the model is being loaded", "engine_unavailable")
-        return JSONResponse({"status": "starting", **error}, 503)
+        return JSONResponse(_error("the model is being loaded", "engine_unavailable"), 503)
 
     async def _models(self, request: Request) -> Response:
         if refusal := self._refuse_key(request):
@@ -91,7 +90,6 @@ class StandIn:
             "max_pixels": 4194304,
             "max_steps": 200,
             "max_guidance": 100.0,
-            "demo": False,
         }
         model = {"id": "krea-2-turbo", "object": "model", "created": 1, "owned_by": "krea"}
         model["krea2"] = limits | self.script.limits

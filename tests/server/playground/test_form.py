@@ -29,10 +29,9 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
         "max_n": 4,
         "max_steps": 20,
         "default_steps": 12,
-        "demo": True,
     }
     blank_page.goto(playground_url)
-    expect(blank_page.locator("#server")).to_have_text("krea-2-turbo, demo weights")
+    expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
     assert offered(blank_page)[:2] == ["256x256", "512x512"]
     assert "768x512" not in offered(blank_page)
     assert blank_page.locator("#size").input_value() == "512x512"
