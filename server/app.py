@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from krea2_srt.sglang.disconnects import CancelOnDisconnect
 from server.bounded_body import BoundedBody
 from server.errors import ApiError, invalid
+from server.event_schemas import event_components
 from server.images_api import FILES_PATH, images_router
 from server.keys import Keys
 from server.metrics import Metrics
@@ -29,10 +30,20 @@ _PAGE_POLICY = (
 )
 
 
+class App(FastAPI):
+    """FastAPI, with a stream's events in its description."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            super().openapi()["components"]["schemas"] |= event_components()
+        document: dict[str, Any] = super().openapi()
+        return document
+
+
 def create_app(services: Services) -> FastAPI:
     """The whole server, but for its processes."""
     settings = services.settings
-    app = FastAPI(
+    app = App(
         title="krea2-srt",
         description="Krea 2 behind OpenAI's images API.",
         docs_url=None,

@@ -12,16 +12,15 @@ from fastapi.responses import FileResponse, Response
 from server.answers import Answers
 from server.drawing import Drawing, resolve
 from server.errors import ApiError
+from server.event_schemas import event_stream_content
 from server.event_stream import EventStreamResponse, comment, event
 from server.image_service import Result, Step
 from server.keys import Client
 from server.protocol import (
-    CompletedEvent,
     ErrorResponse,
     ImageGenerationRequest,
     ImagesResponse,
     LenientImageGenerationRequest,
-    PartialImageEvent,
 )
 from server.services import Services
 from server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
@@ -34,10 +33,6 @@ _ERROR_STATUS = (400, 401, 403, 404, 408, 413, 429, 499, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in _ERROR_STATUS
 }
-_STREAM_DESCRIPTION = (
-    "Images; with stream, server-sent events: "
-    f"{PartialImageEvent.__name__}, {CompletedEvent.__name__} and error."
-)
 
 
 def images_router(services: Services) -> APIRouter:
@@ -53,8 +48,8 @@ def images_router(services: Services) -> APIRouter:
         responses={
             200: {
                 "model": ImagesResponse,
-                "description": _STREAM_DESCRIPTION,
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "description": "Images, or with stream the events on their way.",
+                "content": {"text/event-stream": event_stream_content()},
             },
             **_ERRORS,
         },

@@ -155,8 +155,10 @@ class Moderator:
         checkers = [
             checker
             for checker in self._checkers
-            if contents and stage in checker.policy.checks and checker.policy.thresholds(low)
+            if stage in checker.policy.checks and checker.policy.thresholds(low)
         ]
+        if not contents or not checkers:
+            return Verdict(True)
         tasks = [
             asyncio.create_task(self._ask(checker, stage, contents, low)) for checker in checkers
         ]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,10 @@ from openai import OpenAI
 
 SERVE = Path(sys.executable).parent / "krea2-serve"
 END_TIMEOUT_S = 60
+
+# In a log of text, or of JSON.
+_READY = re.compile(r"(?:INFO |\"message\": \")ready: .* at (http://[^\s;\"]+)")
+_LISTENING = re.compile(r"(?:INFO |\"message\": \")listening at (http://[^\s;\"]+)")
 
 
 @dataclass
@@ -95,7 +100,7 @@ def serve(
         ) as process,
     ):
         try:
-            url = _wait_until_up(process, log_file, timeout_s, "ready: " if ready else "listening")
+            url = _wait_until_up(process, log_file, timeout_s, _READY if ready else _LISTENING)
             yield Served(url, log_file, process)
         finally:
             process.send_signal(signal.SIGTERM)
@@ -108,14 +113,13 @@ def serve(
 
 
 def _wait_until_up(
-    process: "subprocess.Popen[bytes]", log_file: Path, timeout_s: float, word: str
+    process: "subprocess.Popen[bytes]", log_file: Path, timeout_s: float, line: re.Pattern[str]
 ) -> str:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         text = log_file.read_text(errors="replace")
         assert process.poll() is None, f"krea2-serve has ended:\n{text[-3000:]}"
-        for line in text.splitlines():
-            if f"INFO {word}" in line:
-                return line.split(" at ", 1)[1].split()[0]
+        if found := line.search(text):
+            return found[1]
         time.sleep(0.05)
     raise TimeoutError(f"krea2-serve is not up:\n{log_file.read_text(errors='replace')[-3000:]}")

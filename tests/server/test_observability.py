@@ -1,0 +1,166 @@
+"""What operators see: JSON logs, traces, metrics, the queue; and that no prompt is in any of it."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus_client.parser import text_string_to_metric_families
+
+from krea2_srt.sglang.messages import EngineError
+from tests.server.serving import serve
+from tests.sglang.channel import wait_until
+
+SECRET = "a prompt that is nobody's business"
+
+
+class Collector:
+    """An OTLP collector over a real socket."""
+
+    def __init__(self) -> None:
+        self.spans: list = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                message = ExportTraceServiceRequest.FromString(body)
+                for resource in message.resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans += scope.spans
+                self.send_response(200)
+                self.send_header("content-type", "application/x-protobuf")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1/traces"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def attributes(span) -> dict:
+    values = {}
+    for each in span.attributes:
+        kind = each.value.WhichOneof("value")
+        values[each.key] = getattr(each.value, kind)
+    return values
+
+
+def test_a_trace_has_the_request_and_its_stages(shared_engine, engine, tmp_path):
+    collector = Collector()
+    flags = ["--engine-endpoints", engine.endpoint, "--otlp-endpoint", collector.url]
+    with serve(tmp_path, *flags) as server:
+        done = server.post(prompt=SECRET, size="64x96", n=2, user="u-secret")
+        engine.error = EngineError("out_of_memory", "no")
+        server.post(prompt=SECRET, size="64x64")
+        engine.error = None
+    # The server has ended, and has sent all that it had.
+    collector.close()
+    requests = [span for span in collector.spans if span.name == "images.generations"]
+    by_outcome = {attributes(span)["krea2.outcome"]: span for span in requests}
+    assert by_outcome.keys() == {"done", "out_of_memory"}
+    good = by_outcome["done"]
+    values = attributes(good)
+    assert values["krea2.request_id"] == done.headers["x-request-id"]
+    assert (values["krea2.size"], values["krea2.images"], values["krea2.steps"]) == ("64x96", 2, 8)
+    stages = [span for span in collector.spans if span.parent_span_id == good.span_id]
+    assert [span.name for span in sorted(stages, key=lambda span: span.start_time_unix_nano)] == [
+        "krea2.queue",
+        "krea2.encode",
+        "krea2.denoise",
+        "krea2.decode",
+    ]
+    milliseconds = {
+        span.name: (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6 for span in stages
+    }
+    assert milliseconds["krea2.denoise"] == pytest.approx(30.0, abs=0.01)
+    assert by_outcome["out_of_memory"].status.code == 2
+    text = str(collector.spans)
+    assert SECRET not in text
+    assert "u-secret" not in text
+
+
+def test_a_collector_that_is_away_costs_no_request(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint]
+    with serve(tmp_path, *flags, "--otlp-endpoint", "http://127.0.0.1:9/v1/traces") as server:
+        assert server.post(prompt="x", size="64x64").status_code == 200
+
+
+def test_a_json_log_has_one_object_a_line_and_the_requests_id(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--log-format", "json", "--log-level", "debug"]
+    with serve(tmp_path, *flags) as server:
+        answer = server.post(prompt=SECRET, size="64x64", user="u-secret")
+        refused = server.post(prompt=SECRET, size="63x64")
+        streamed = server.post(prompt=SECRET, size="64x64", stream=True)
+        server.get("/nowhere%0a?token=abc")
+        lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    by_id = {line["request_id"]: line for line in lines if line.get("status")}
+    for response, status in ((answer, 200), (refused, 400), (streamed, 200)):
+        line = by_id[response.headers["x-request-id"]]
+        assert (line["message"], line["status"]) == ("POST /v1/images/generations", status)
+        assert line["ms"] > 0
+        assert line["level"] == "INFO"
+        assert line["time"]
+    assert "token" not in server.log
+    assert SECRET not in server.log
+    assert "u-secret" not in server.log
+
+
+def test_metrics_are_prometheus_and_add_up(fake_server, engine):
+    def outcomes() -> dict[str, float]:
+        text = fake_server.get("/metrics").text
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        return {
+            sample.labels["outcome"]: sample.value
+            for sample in families["krea2_requests"].samples
+            if sample.name == "krea2_requests_total"
+        }
+
+    before = outcomes()
+    fake_server.post(prompt="x", size="64x64")
+    fake_server.post(prompt="x", size="63x64")
+    fake_server.post(prompt="x", nonsense=1)
+    fake_server.post(prompt="x", model="gpt-image-2")
+    engine.refuse = EngineError("queue_full", "full", retry_after_s=1.0)
+    fake_server.post(prompt="x", size="64x64")
+    engine.refuse = None
+    after = outcomes()
+    new = {name: after[name] - before.get(name, 0) for name in after}
+    assert {name: count for name, count in new.items() if count} == {
+        "done": 1,
+        "invalid_value": 1,
+        "unknown_parameter": 1,
+        "model_not_found": 1,
+        "queue_full": 1,
+    }
+    response = fake_server.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert fake_server.metric("krea2_replicas_ready") == 1
+
+
+def test_the_queue_tells_what_the_engine_says(fake_server, engine):
+    engine.hold.set()
+    threads = [
+        threading.Thread(target=fake_server.post, kwargs={"prompt": "x", "size": "64x64"})
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: fake_server.get("/v1/queue").json()["waiting"] == 3)
+    assert fake_server.get("/v1/queue").json() == {
+        "waiting": 3,
+        "running": 0,
+        "estimated_wait_s": 7.5,
+        "replicas_ready": 1,
+        "replicas": 1,
+    }
+    engine.hold.clear()
+    for thread in threads:
+        thread.join()

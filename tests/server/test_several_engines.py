@@ -1,0 +1,66 @@
+"""Two engines behind one server: work is shared, and one that goes takes only its own with it."""
+
+import threading
+
+import pytest
+
+from benchmarks.fake_engine import FakeEngine
+from tests.server.serving import serve
+from tests.sglang.channel import wait_until
+
+FIELDS = {"prompt": "x", "size": "64x64"}
+
+
+@pytest.fixture
+def two(tmp_path):
+    with FakeEngine() as first, FakeEngine() as second:
+        flags = ["--engine-endpoints", first.endpoint, "--engine-endpoints", second.endpoint]
+        with serve(tmp_path, *flags) as server:
+            yield server, first, second
+            first.hold.clear()
+            second.hold.clear()
+
+
+def test_requests_go_where_the_least_waits(two):
+    server, first, second = two
+    first.hold.set()
+    second.hold.set()
+    threads = [
+        threading.Thread(target=server.post, kwargs={**FIELDS, "n": n}) for n in (1, 9, 1, 1, 1)
+    ]
+    for count, thread in enumerate(threads, 1):
+        thread.start()
+        wait_until(lambda count=count: first.waiting + second.waiting == count)
+    # Small ones are not kept from an engine by a large one, which they go before.
+    for engine in (first, second):
+        small = [request for request in engine.requests if request.image.num_images == 1]
+        assert len(small) == 2
+    first.hold.clear()
+    second.hold.clear()
+    for thread in threads:
+        thread.join()
+    queue = server.get("/v1/queue").json()
+    assert (queue["replicas"], queue["replicas_ready"]) == (2, 2)
+    assert server.metric("krea2_replicas_ready") == 2
+
+
+def test_every_request_gets_its_own_pictures_from_either(two):
+    server, first, second = two
+    client = server.client()
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        response = client.images.generate(**FIELDS, n=2, extra_body={"seed": seed})
+        seeds = [image.model_extra["seed"] for image in response.data]
+        if seeds != [seed, seed + 1]:
+            wrong.append(seed)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert first.requests
+    assert second.requests
+    assert len(first.requests) + len(second.requests) == 40
