@@ -33,6 +33,7 @@ from krea2_srt.sglang.messages import (
     GetStatistics,
     ModelInfo,
     ProgressUpdate,
+    preview_steps,
 )
 
 MODEL = ModelInfo("fake/krea-2", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
@@ -154,7 +155,7 @@ class FakeEngine:
         for index in range(image.num_images):
             update = ProgressUpdate(message.request_id, index, running.step, image.steps)
             running.send(update)
-            if running.step <= min(message.previews, image.steps - 1):
+            if running.step in preview_steps(image.steps, message.previews):
                 self.on_preview(message.request_id)
                 running.send(replace(update, preview=_drawn(64, 64, running.step)))
 

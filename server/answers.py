@@ -11,7 +11,7 @@ from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
 from server.drawing import Drawing
 from server.engine_client import Ticket
 from server.event_stream import comment, event
-from server.image_service import Preview, Result, Step
+from server.image_service import Preview, Result, Update
 from server.protocol import Timings, Usage
 
 
@@ -36,26 +36,28 @@ class Answers:
             for picture, seed in zip(_pictures(result), self._drawing.image.seeds, strict=True)
         ]
         first = self._drawn(self._drawing.image.seed)
+        generated = result.generated
+        usage = Usage.of(generated.text_tokens, generated.image_tokens)
         return orjson.dumps(
-            {"created": _now(), "data": images, **first, **_accounts(result.generated)}
+            {"created": _now(), "data": images, **first, **_accounts(generated, usage)}
         )
 
-    def events(self, step: Step) -> Iterator[bytes]:
-        """What a stream says of a step of the request."""
-        match step:
+    def events(self, update: Update) -> Iterator[bytes]:
+        """What a stream says of an update."""
+        match update:
             case Ticket():
-                self._ticket = step
+                self._ticket = update
             case Accepted():
                 yield self.waiting()
             case ProgressUpdate():
                 self._stepped = True
-                yield comment(f"step image={step.sequence} step={step.step} total={step.total}")
+                image, step, total = update.sequence, update.step, update.total
+                yield comment(f"step image={image} step={step} total={total}")
             case Preview():
-                yield event("image_generation.partial_image", self._partial(step))
+                yield event("image_generation.partial_image", self._partial(update))
             case Result():
-                for index, picture in enumerate(_pictures(step)):
-                    data = self._completed(index, picture, step)
-                    yield event("image_generation.completed", data)
+                for index in range(len(update.generated.images)):
+                    yield event("image_generation.completed", self._completed(index, update))
 
     def waiting(self) -> bytes:
         """A comment that keeps a silent stream open."""
@@ -75,14 +77,24 @@ class Answers:
             **self._drawn(self._drawing.image.seeds[preview.image]),
         }
 
-    def _completed(self, index: int, picture: dict[str, str], result: Result) -> dict[str, Any]:
+    def _completed(self, index: int, result: Result) -> dict[str, Any]:
+        generated = result.generated
+        # The official client counts on it; a URL comes beside it.
+        picture = {"b64_json": _base64(generated.images[index])}
+        if result.urls is not None:
+            picture["url"] = result.urls[index]
+        # An image's own, so that a stream's events add up to its request.
+        usage = Usage.of(
+            generated.text_tokens if index == 0 else 0,
+            generated.image_tokens // len(generated.images),
+        )
         return {
             "type": "image_generation.completed",
             **picture,
             "created_at": _now(),
             "image_index": index,
             **self._drawn(self._drawing.image.seeds[index]),
-            **_accounts(result.generated),
+            **_accounts(generated, usage),
         }
 
     def _drawn(self, seed: int) -> dict[str, Any]:
@@ -103,8 +115,7 @@ class Answers:
         return fields
 
 
-def _accounts(generated: Generated) -> dict[str, Any]:
-    usage = Usage.of(generated.text_tokens, generated.image_tokens)
+def _accounts(generated: Generated, usage: Usage) -> dict[str, Any]:
     timings = Timings(**{f"{name}_ms": round(ms, 3) for name, ms in generated.stage_ms.items()})
     return {
         "prompt_truncated": generated.prompt_cut,

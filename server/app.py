@@ -11,14 +11,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from krea2_srt.sglang.disconnects import CancelOnDisconnect
 from server.bounded_body import BoundedBody
-from server.errors import ApiError, invalid
+from server.edits import NoEdits
+from server.errors import ApiError, invalid, set_outcome
 from server.event_schemas import event_components
 from server.images_api import FILES_PATH, images_router
 from server.keys import Keys
-from server.metrics import Metrics
 from server.operations_api import operations_router
 from server.playground import playground_files
-from server.protocol import UnsupportedFieldError
+from server.protocol import UnsupportedError
 from server.request_context import RequestContext
 from server.services import Services
 
@@ -49,6 +49,7 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
+        redirect_slashes=False,
     )
     app.include_router(images_router(services))
     app.include_router(operations_router(services))
@@ -57,18 +58,21 @@ def create_app(services: Services) -> FastAPI:
             _add_page(app, path, content, media_type)
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
+        set_outcome(request.scope, error.code)
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
         problem = as_api_error(error.errors())
-        services.metrics.refused(problem.code)
+        set_outcome(request.scope, problem.code)
         return problem.response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        return _from_http(request, error).response()
+        problem = _from_http(request, error)
+        set_outcome(request.scope, problem.code)
+        return problem.response()
 
     # The last added is the outermost.
     app.add_middleware(CancelOnDisconnect)
@@ -77,21 +81,22 @@ def create_app(services: Services) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(Authentication, keys=services.keys, metrics=services.metrics)
-    app.add_middleware(RequestContext, max_requests=settings.max_requests)
+    app.add_middleware(NoEdits, body_timeout_s=settings.body_timeout_s)
+    app.add_middleware(Authentication, keys=services.keys)
+    app.add_middleware(RequestContext, max_requests=settings.max_requests, metrics=services.metrics)
     return app
 
 
 class Authentication:
-    """ASGI middleware: whoever has no key sees nothing but whether the server is alive.
+    """ASGI middleware: nobody without a key uses the API.
 
-    Before a body is read: one that nobody may send is not worth its memory.
+    Before a body is read: one that nobody may send is not worth its memory. What operators ask,
+    and the playground's page, is open.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self.app = app
         self._keys = keys
-        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -102,8 +107,7 @@ class Authentication:
             try:
                 client = self._keys.client(authorization or None)
             except ApiError as error:
-                self._metrics.refused(error.code)
-                await error.response()(scope, receive, send)
+                await error.answer(scope, receive, send)
                 return
             scope["state"]["client"] = client
             scope["state"]["client_name"] = client.name
@@ -140,8 +144,8 @@ def as_api_error(problems: Any) -> ApiError:
     """
     problem = problems[0]
     reason = problem.get("ctx", {}).get("error")
-    if isinstance(reason, UnsupportedFieldError):
-        return invalid(reason.field, str(reason), "unsupported_parameter")
+    if isinstance(reason, UnsupportedError):
+        return invalid(reason.field, str(reason), reason.code)
     location = [str(part) for part in problem["loc"] if part != "body"]
     match problem["type"]:
         case "json_invalid":

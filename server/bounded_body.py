@@ -27,10 +27,7 @@ class BoundedBody:
         try:
             body = await self._read(scope, receive)
         except ApiError as error:
-            response = error.response()
-            # What the client still sends of its body is nobody's request.
-            response.headers["connection"] = "close"
-            await response(scope, receive, send)
+            await error.answer(scope, receive, send)
             return
         if body is None:
             return

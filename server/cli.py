@@ -1,11 +1,13 @@
 """krea2-serve: the images server and its engine, until SIGTERM."""
 
 import asyncio
+import json
 import logging
 import os
 import resource
 import secrets
 import signal
+import socket
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Sequence
@@ -18,18 +20,20 @@ import uvloop
 
 from krea2_srt.cli.errors import USAGE_ERROR, one_line_errors
 from krea2_srt.errors import ConfigError
+from krea2_srt.sglang.messages import ModelInfo
 from server.app import create_app
-from server.engine_channel import EngineExitedError
 from server.engine_client import EngineClient
 from server.http_protocol import bounded_protocol
 from server.image_service import ImageService
+from server.images_api import FILES_PATH
 from server.keys import Keys
 from server.logs import configure_logs
 from server.metrics import Metrics
 from server.moderation.moderator import ModerationConfigError, Moderator
+from server.quality import PRESETS, automatic_size
 from server.rate_limits import RateLimits
 from server.services import Services
-from server.settings import COMMAND, Settings, load_settings
+from server.settings import COMMAND, NO_STORAGE, Settings, load_settings
 from server.storage.fsspec_store import FsspecStore
 from server.storage.local import LocalStore
 from server.storage.store import ImageStore, StorageError
@@ -44,7 +48,7 @@ _KEEP_ALIVE_S = 75
 _BACKLOG = 4096
 _KEY_BYTES = 32
 _LAST_ANSWERS_S = 5
-_STARTING_S = 0.1
+_POLL_S = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,15 +69,17 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
     """Serve until SIGTERM or SIGINT; what was accepted is finished.
 
     Raises:
-        EngineStartError, StorageError, ModerationConfigError: it cannot serve at all.
+        ConfigError, EngineStartError, StorageError, ModerationConfigError: it cannot serve.
     """
     async with AsyncExitStack() as stack:
+        listener = stack.enter_context(_listen(settings))
         count = len(settings.engine_endpoints) or settings.replicas
         engine = EngineClient(count)
         stack.callback(engine.close)
         store = make_store(settings)
-        await store.start()
-        stack.push_async_callback(store.close)
+        if store is not None:
+            await store.start()
+            stack.push_async_callback(store.close)
         if moderator is not None:
             await moderator.start()
             stack.push_async_callback(moderator.close)
@@ -83,13 +89,10 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
         images = ImageService(engine, RateLimits(), store, moderator, metrics, tracing)
         services = Services(settings, engine, keys, images, store, metrics, int(time.time()))
         server = ImagesServer(services)
-        supervisor = Supervisor(settings, engine)
-        if not settings.engine_endpoints:
-            stack.push_async_callback(supervisor.stop)
         await _until_first_end(
-            server.serve(),
-            _attach(settings, engine) if settings.engine_endpoints else supervisor.run(),
-            _say_when_ready(server, services),
+            server.serve([listener]),
+            _run_engines(settings, engine),
+            _say_when_ready(address_of(listener), services),
         )
 
 
@@ -106,8 +109,6 @@ class ImagesServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(services),
-                host=settings.host,
-                port=settings.port,
                 http=bounded_protocol(
                     settings.max_header_bytes, settings.header_timeout_s, settings.send_timeout_s
                 ),
@@ -117,17 +118,10 @@ class ImagesServer(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                backlog=_BACKLOG,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s + _LAST_ANSWERS_S),
             )
         )
-
-    @property
-    def address(self) -> str:
-        """Where it listens."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -151,15 +145,18 @@ class ImagesServer(uvicorn.Server):
         self.should_exit = True
         # Nobody should wait without an answer: those that are not done by then get an error.
         timeout_s = self._services.settings.drain_timeout_s
-        loop.call_later(timeout_s, self._services.engine.detach_all)
+        text = "the server has shut down before the image was done"
+        loop.call_later(timeout_s, self._services.engine.detach_all, text)
 
 
-def make_store(settings: Settings) -> ImageStore:
-    """Where images with URLs go.
+def make_store(settings: Settings) -> ImageStore | None:
+    """Where images with URLs go; None where there are no URLs.
 
     Raises:
         StorageError: the folder for the signing key cannot be made.
     """
+    if settings.storage == NO_STORAGE:
+        return None
     if "://" in settings.storage:
         return FsspecStore(
             settings.storage, expiry_s=settings.url_expiry_s, options=settings.storage_options
@@ -170,6 +167,7 @@ def make_store(settings: Settings) -> ImageStore:
         signing_key=_signing_key(settings, folder),
         expiry_s=settings.url_expiry_s,
         max_bytes=settings.max_storage_bytes,
+        path=FILES_PATH,
     )
 
 
@@ -202,34 +200,64 @@ def _moderator(settings: Settings) -> Moderator | None:
         raise ConfigError(f"moderation_policy: {error}") from None
 
 
-async def _attach(settings: Settings, engine: EngineClient) -> None:
+async def _run_engines(settings: Settings, engine: EngineClient) -> None:
+    if settings.engine_endpoints:
+        await attach_running(settings.engine_endpoints, engine, settings.hang_timeout_s)
+        return
+    supervisor = Supervisor(settings, engine)
     try:
-        await attach_running(settings.engine_endpoints, engine)
-    except (TimeoutError, EngineExitedError) as error:
-        raise EngineStartError(f"engine_endpoints: no answer: {error}") from None
-    await asyncio.Event().wait()
+        await supervisor.run()
+    finally:
+        await supervisor.stop()
 
 
-async def _say_when_ready(server: ImagesServer, services: Services) -> None:
-    while not server.started:
-        await asyncio.sleep(_STARTING_S)
-    address, name = server.address, services.settings.model_name
+def _listen(settings: Settings) -> socket.socket:
+    """Before anything is loaded: what cannot be reached needs no model."""
+    host, port = settings.host, settings.port
+    try:
+        family, *_, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"host, port: {host}:{port} cannot be listened on: {reason}") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a socket that listens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _say_when_ready(address: str, services: Services) -> None:
+    settings, engine = services.settings, services.engine
     logger.info("listening at %s; the model is being loaded", address)
-    while not services.engine.ready:
-        await asyncio.sleep(_STARTING_S)
-    logger.info("ready: %s at %s", name, address)
-    print(
-        f"""
-{name} is ready. Try:
-
-  curl {address}/v1/images/generations -H 'content-type: application/json' \\
-    -d '{{"prompt": "a red fox in fresh snow", "size": "512x512", "response_format": "url"}}'
-""",
-        flush=True,
-    )
-    if services.settings.playground:
-        print(f"  playground: {address}/\n", flush=True)
+    while engine.model is None or not engine.ready:
+        await asyncio.sleep(_POLL_S)
+    logger.info("ready: %s at %s", settings.model_name, address)
+    print(usage(address, settings, engine.model), flush=True)
     await asyncio.Event().wait()
+
+
+def usage(address: str, settings: Settings, model: ModelInfo) -> str:
+    """What to do with a server that is ready."""
+    # Who listens on all addresses is reached on this machine by loopback.
+    address = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    width, height = automatic_size(PRESETS["low"], model.limits)
+    body = {"prompt": "a red fox in fresh snow", "size": f"{width}x{height}"}
+    if settings.storage != NO_STORAGE:
+        body["response_format"] = "url"
+    has_keys = settings.api_keys_file is not None or settings.plain_api_keys
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    playground = f"  playground: {address}/\n" if settings.playground else ""
+    return f"""
+{settings.model_name} is ready. Try:
+
+  curl {address}/v1/images/generations{key} -H 'content-type: application/json' \\
+    -d '{json.dumps(body)}'
+
+{playground}"""
 
 
 async def _until_first_end(*work: Coroutine[Any, Any, None]) -> None:

@@ -2,7 +2,6 @@
 
 import secrets
 from dataclasses import dataclass
-from typing import cast
 
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import RequestError
@@ -10,6 +9,9 @@ from krea2_srt.sglang.messages import Generate, ModelInfo
 from server.errors import field_name, invalid
 from server.protocol import ImageGenerationRequest, OutputFormat
 from server.quality import PRESETS, automatic_size, check_aspect, parse_size, steps_of
+
+# Where a client has given a size, it has given no sides.
+_BY_SIZE = {"width": "size", "height": "size"}
 
 _RANDOM_SEEDS = 2**32
 """Seeds that we draw stay below, so that every JSON parser keeps them."""
@@ -87,7 +89,7 @@ def resolve(
     for field in ("prompt", "negative_prompt"):
         if len(getattr(request, field) or "") > max_prompt:
             raise invalid(field, f"{field}: must have at most {max_prompt} characters")
-    width, height, param = _size(request) or (*automatic_size(preset, model.limits), "size")
+    width, height = _size(request) or automatic_size(preset, model.limits)
     image = ImageRequest(
         prompt=request.prompt,
         width=width,
@@ -103,13 +105,15 @@ def resolve(
     try:
         image.check(model.limits)
     except RequestError as error:
-        name = param if error.field in ("width", "height") else field_name(error.field)
+        by_sides = request.width is not None
+        name = error.field if by_sides else _BY_SIZE.get(error.field, error.field)
+        name = field_name(name)
         raise invalid(name, f"{name}: {error.message}") from None
-    check_aspect(width, height, param)
+    check_aspect(width, height, _longer_side(request))
     return Drawing(
         image=image,
         quality=preset.label,
-        output_format=cast(OutputFormat, request.output_format or "png"),
+        output_format=request.output_format or "png",
         compression=100 if request.output_compression is None else request.output_compression,
         as_url=request.response_format == "url",
         stream=bool(request.stream),
@@ -121,25 +125,27 @@ def resolve(
     )
 
 
-def _size(request: ImageGenerationRequest) -> tuple[int, int, str] | None:
-    """Width, height and the field to blame for them; None is ours to choose."""
+def _size(request: ImageGenerationRequest) -> tuple[int, int] | None:
+    """Width and height; None is ours to choose."""
     width, height, size = request.width, request.height, request.size
     if width is None and height is None:
-        return None if size is None or size == "auto" else (*parse_size(size), "size")
+        return None if size is None or size == "auto" else parse_size(size)
     if width is None or height is None:
         missing = "width" if width is None else "height"
         raise invalid(missing, f"{missing}: width and height go together")
     if size not in (None, "auto", f"{width}x{height}"):
         raise invalid("size", f"size: {size} is not width x height, {width}x{height}")
-    return width, height, "width" if width >= height else "height"
+    return width, height
+
+
+def _longer_side(request: ImageGenerationRequest) -> str:
+    """The field that says it."""
+    if request.width is None or request.height is None:
+        return "size"
+    return "width" if request.width >= request.height else "height"
 
 
 def _refuse_impossible(request: ImageGenerationRequest) -> None:
-    if request.background == "transparent":
-        raise invalid("background", "background: must be opaque or auto", "unsupported_value")
-    if request.output_format in ("gif", "svg"):
-        text = f"output_format: must be png, jpeg or webp, got {request.output_format}"
-        raise invalid("output_format", text, "unsupported_value")
     lossless = request.output_format in (None, "png")
     if lossless and request.output_compression not in (None, 100):
         raise invalid(

@@ -1,6 +1,7 @@
 """One scheduler process, as the HTTP process sees it: messages over SGLang's channel."""
 
 import asyncio
+import io
 import itertools
 import logging
 import pickle
@@ -9,6 +10,7 @@ from typing import Any
 
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from krea2_srt.sglang.messages import (
     Accepted,
@@ -25,6 +27,9 @@ from krea2_srt.sglang.messages import (
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("krea2_srt", "numpy", "builtins")
+"""Whose types are in messages to us. What else the scheduler may send belongs to SGLang, and would
+be imported for it, with torch, for a minute."""
 
 Update = Accepted | ProgressUpdate | Generated
 
@@ -39,6 +44,9 @@ class EngineChannel:
     Args:
         context: of ZeroMQ.
         endpoint: where the scheduler listens. It is trusted: what it sends is unpickled.
+
+    Raises:
+        EngineExitedError: that is no endpoint.
     """
 
     def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
@@ -47,7 +55,12 @@ class EngineChannel:
         self._socket.linger = 0
         # No limits: beyond one, ZeroMQ would drop messages without a word.
         self._socket.set_hwm(0)
-        self._socket.connect(endpoint)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            raise EngineExitedError(f"{endpoint} cannot be connected to: {error}") from None
         self._queues: dict[str, asyncio.Queue[Any]] = {}
         self._answers: dict[str, asyncio.Future[Answer]] = {}
         self._numbers = itertools.count()
@@ -68,9 +81,9 @@ class EngineChannel:
             await self._send(message)
             while not ended:
                 update = await queue.get()
-                if update is None:
+                if isinstance(update, EngineExitedError):
                     ended = True
-                    raise EngineExitedError(f"the engine at {self.endpoint} has exited")
+                    raise update
                 ended = isinstance(update, Generated)
                 yield update
         finally:
@@ -96,17 +109,30 @@ class EngineChannel:
         assert isinstance(answer, dict)
         return answer
 
-    def close(self) -> None:
-        """End all that is under way; nothing comes or goes any more."""
+    async def disconnected(self) -> None:
+        """Return when the connection to the scheduler is lost."""
+        await recv_monitor_message(self._monitor)
+
+    def close(self, reason: str = "the engine has exited") -> None:
+        """End all that is under way; nothing comes or goes any more.
+
+        Args:
+            reason: what its clients are told.
+        """
         if self._socket.closed:
             return
         self._reader.cancel()
-        self._socket.close()
+        self._close_sockets()
         for queue in self._queues.values():
-            queue.put_nowait(None)
+            queue.put_nowait(EngineExitedError(reason))
         for future in self._answers.values():
             if not future.done():
-                future.set_exception(EngineExitedError(f"{self.endpoint} has gone"))
+                future.set_exception(EngineExitedError(reason))
+
+    def _close_sockets(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close()
 
     async def _ask(self, question: GetModel | GetStatistics, timeout_s: float) -> Any:
         question_id = self._question_id()
@@ -127,7 +153,7 @@ class EngineChannel:
 
     async def _send(self, message: object) -> None:
         if self._socket.closed:
-            raise EngineExitedError(f"the engine at {self.endpoint} has exited")
+            raise EngineExitedError("the engine has exited")
         await self._socket.send_multipart([b"", pickle.dumps(message)])
 
     def _send_nowait(self, message: object) -> None:
@@ -139,7 +165,7 @@ class EngineChannel:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
             try:
-                self._deliver(pickle.loads(frames[-1].buffer))
+                self._deliver(_Unpickler(io.BytesIO(frames[-1].buffer)).load())
             except Exception:
                 logger.exception("a message from %s cannot be read", self.endpoint)
 
@@ -154,3 +180,10 @@ class EngineChannel:
                     queue.put_nowait(message)
             case _:
                 logger.warning("%s sent a %s", self.endpoint, type(message).__name__)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] not in _PACKAGES:
+            raise pickle.UnpicklingError(f"{module}.{name} is in no message to us")
+        return super().find_class(module, name)

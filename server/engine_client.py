@@ -23,6 +23,9 @@ MODEL_TIMEOUT_S = 120.0
 POLL_S = 1.0
 """Between two looks at a replica's statistics."""
 
+READY_SILENCE_S = 15.0
+"""A replica that has not answered for as long is not ready; units of work are shorter."""
+
 
 @dataclass
 class Replica:
@@ -72,9 +75,14 @@ class EngineClient:
             self.routing.mark_dead(index)
 
     @property
+    def num_ready(self) -> int:
+        """Replicas that are there and answer."""
+        return sum(self.silent_s(index) < READY_SILENCE_S for index in self.routing.live)
+
+    @property
     def ready(self) -> bool:
         """Whether there is anybody to draw."""
-        return bool(self.routing.live)
+        return self.num_ready > 0
 
     async def attach(self, index: int, endpoint: str) -> None:
         """A replica has started: ask what it serves, and send it requests.
@@ -92,14 +100,24 @@ class EngineClient:
         self.routing.mark_live(index)
         self._pollers[index] = asyncio.create_task(self._poll(self.replicas[index]))
 
-    def detach(self, index: int) -> None:
-        """A replica has gone; its requests fail."""
+    def detach(self, index: int, reason: str = "the engine has exited") -> None:
+        """A replica has gone; its requests fail.
+
+        Args:
+            reason: what their clients are told.
+        """
         self.routing.mark_dead(index)
         if (poller := self._pollers.pop(index, None)) is not None:
             poller.cancel()
         if (channel := self.replicas[index].channel) is not None:
-            channel.close()
+            channel.close(reason)
         self.replicas[index] = Replica()
+
+    async def disconnected(self, index: int) -> None:
+        """Return when the connection to a replica is lost."""
+        channel = self.replicas[index].channel
+        assert channel is not None
+        await channel.disconnected()
 
     def silent_s(self, index: int) -> float:
         """Seconds since a replica last answered; 0 of one that is down."""
@@ -123,17 +141,22 @@ class EngineClient:
                         yield update
         except ReplicaExited:
             raise self.unavailable() from None
-        except EngineExitedError:
-            raise engine_unavailable("the engine has exited; send the request again") from None
+        except EngineExitedError as error:
+            raise engine_unavailable(f"{error}; send the request again") from None
 
     def unavailable(self) -> ApiError:
         """What to answer while no replica is there."""
-        return engine_unavailable("the model is being loaded", ENGINE_RETRY_S)
+        if self.routing.live:
+            text = "the engine does not answer"
+        else:
+            again = "" if self.model is None else " again"
+            text = f"the model is being loaded{again}"
+        return engine_unavailable(text, ENGINE_RETRY_S)
 
-    def detach_all(self) -> None:
-        """End everything: all requests fail."""
+    def detach_all(self, reason: str = "the server has shut down") -> None:
+        """End everything: all requests fail; see `detach`."""
         for index in range(len(self.replicas)):
-            self.detach(index)
+            self.detach(index, reason)
 
     def close(self) -> None:
         self.detach_all()
@@ -145,6 +168,6 @@ class EngineClient:
             try:
                 replica.statistics = await replica.channel.statistics(POLL_S * 10)
                 replica.answered = time.monotonic()
-            except TimeoutError:
-                logger.debug("%s has not answered for a while", replica.channel.endpoint)
+            except (TimeoutError, EngineExitedError) as error:
+                logger.debug("%s has not answered: %s", replica.channel.endpoint, error)
             await asyncio.sleep(POLL_S)

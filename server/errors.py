@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from krea2_srt.sglang.messages import EngineError
 
@@ -66,10 +67,29 @@ class ApiError(Exception):
             headers["x-should-retry"] = "true" if self.retry else "false"
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
 
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with it before its body is read, which ends the connection."""
+        set_outcome(scope, self.code)
+        response = self.response()
+        # What the client still sends of its body is nobody's request.
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
+
+
+def set_outcome(scope: Scope, outcome: str | None) -> None:
+    """Say how a request has ended, for whoever counts it."""
+    scope["state"]["outcome"] = outcome
+
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
     """A field of the request has a value that it cannot have."""
     return ApiError(400, message, code, param)
+
+
+def internal_error(request_id: str | None) -> ApiError:
+    """Something that should not have happened; what, is in the log."""
+    text = f"an error of the server's; it is logged under {request_id}"
+    return ApiError(500, text, "internal_error")
 
 
 def engine_unavailable(message: str, retry_after_s: float = ENGINE_RETRY_S) -> ApiError:
@@ -100,7 +120,7 @@ def from_engine(error: EngineError) -> ApiError:
             message = message.removeprefix(f"{error.field}: ")
             return invalid(name or None, f"{name}: {message}" if name else message)
         case "queue_full":
-            wait_s = error.retry_after_s
+            wait_s = ENGINE_RETRY_S if error.retry_after_s is None else error.retry_after_s
             return ApiError(429, message, "queue_full", retry_after_s=wait_s, retry=True)
         case "draining":
             return engine_unavailable(message)

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.protocol import CompletedEvent, ErrorResponse, PartialImageEvent
 
 _REFERENCE = "#/components/schemas/{model}"
-_EVENTS = {
+_EVENTS: dict[str, type[BaseModel]] = {
     "image_generation.partial_image": PartialImageEvent,
     "image_generation.completed": CompletedEvent,
     "error": ErrorResponse,

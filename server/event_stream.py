@@ -30,16 +30,20 @@ class EventStreamResponse(Response):
     Args:
         chunks: closed in any case; what it raises breaks the connection, so it should tell the
             client of any failure itself.
+        source: of the chunks; closed after them, also where they have not begun to use it.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, chunks: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
+    ) -> None:
         # Proxies must neither keep it nor collect it.
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(headers=headers)
         del self.headers["content-length"]
         self._chunks = chunks
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send_all(send))
@@ -53,6 +57,7 @@ class EventStreamResponse(Response):
             await asyncio.gather(watcher, sender, return_exceptions=True)
             # A task that is cancelled before its first step closes nothing.
             await self._chunks.aclose()
+            await self._source.aclose()
         if not sender.cancelled():
             sender.result()
 

@@ -29,8 +29,8 @@ def bounded_protocol(
         _header_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
         _header_bytes = 0
-        _received = 0
-        _in_headers = True
+        _pending_bytes = 0
+        """Received since the parser last had something to say: what it keeps to itself."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -58,18 +58,17 @@ def bounded_protocol(
                 super().timeout_keep_alive_handler()
 
         def data_received(self, data: bytes) -> None:
-            if self._in_headers and self._header_timer is None:
-                self._await_headers()  # the next request of a connection that was kept alive
-            self._received += len(data)
+            self._pending_bytes += len(data)
             super().data_received(data)
-            # A header that has no end reaches no callback.
-            if self._in_headers and self._received > max_header_bytes + len(data):
+            # A header or trailer that has no end reaches no callback.
+            if self._pending_bytes > max_header_bytes + len(data):
                 self._refuse(431, too_large)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._in_headers = True
-            self._header_bytes = 0
+            self._header_bytes = self._pending_bytes = 0
+            if self._header_timer is None:
+                self._await_headers()  # the next request of a connection that was kept alive
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
@@ -81,13 +80,15 @@ def bounded_protocol(
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
-            self._in_headers = False
             super().on_headers_complete()
 
-        def on_response_complete(self) -> None:
-            self._in_headers = True
-            self._received = 0
-            super().on_response_complete()
+        def on_body(self, body: bytes) -> None:
+            self._pending_bytes = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._pending_bytes = 0
+            super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             # Called for what a callback raises too.
@@ -96,7 +97,12 @@ def bounded_protocol(
             else:
                 self._refuse(400, msg)
 
+        @property
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
+
         def _count(self, size: int) -> None:
+            self._pending_bytes = 0
             self._header_bytes += size
             if self._header_bytes > max_header_bytes:
                 raise ValueError(too_large)
@@ -105,8 +111,11 @@ def bounded_protocol(
             self._header_timer = self.loop.call_later(header_timeout_s, self._headers_late)
 
         def _headers_late(self) -> None:
+            if self._answering:
+                self._await_headers()  # the one before this is not to be spoiled
+                return
             self._header_timer = None
-            if self._received:
+            if self._pending_bytes or self._header_bytes:
                 self._refuse(408, f"no request arrived within {header_timeout_s:g} s")
             else:
                 self.transport.close()
@@ -135,6 +144,10 @@ def bounded_protocol(
         def _refuse(self, status: int, message: str) -> None:
             """Answer what never became a request, and hang up."""
             if self.transport is None or self.transport.is_closing():
+                return
+            if self._answering:
+                # In the middle of an answer another would be taken for a part of it.
+                self.transport.close()
                 return
             codes = {400: "bad_request", 408: "request_timeout", 431: "headers_too_large"}
             body = orjson.dumps(ApiError(status, message, codes[status]).body())

@@ -17,8 +17,13 @@ from server.keys import Client, check_rights
 from server.metrics import Metrics
 from server.moderation.moderator import ModerationUnavailableError, Moderator
 from server.rate_limits import RateLimits
-from server.storage.store import ImageStore, StorageError, StorageFullError
-from server.tracing import Tracing
+from server.storage.store import (
+    ImageStore,
+    ImageTooLargeError,
+    StorageError,
+    StorageFullError,
+)
+from server.tracing import RequestSpan, Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,8 @@ class Result:
     urls: tuple[str, ...] | None
 
 
-Step = Ticket | Accepted | ProgressUpdate | Preview | Result
+Update = Ticket | Accepted | ProgressUpdate | Preview | Result
+"""What there is to know of a request on its way."""
 
 
 class ImageService:
@@ -63,7 +69,7 @@ class ImageService:
     Args:
         engine: draws.
         limits: of each client.
-        store: where images with URLs go.
+        store: where images with URLs go; None where nobody may ask for them.
         moderator: checks content; None checks nothing.
         metrics, tracing: told of every request.
 
@@ -75,7 +81,7 @@ class ImageService:
         self,
         engine: EngineClient,
         limits: RateLimits,
-        store: ImageStore,
+        store: ImageStore | None,
         moderator: Moderator | None,
         metrics: Metrics,
         tracing: Tracing,
@@ -90,7 +96,7 @@ class ImageService:
 
     async def draw(
         self, drawing: Drawing, client: Client, request_id: str, base_url: str
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[Update, None]:
         """A request from here to its `Result`, the last that is yielded.
 
         Args:
@@ -101,29 +107,31 @@ class ImageService:
             ApiError: it is not allowed, not possible, or has failed.
         """
         started = time.monotonic()
-        outcome = "cancelled"
-        generated: Generated | None = None
         with self._tracing.request(request_id, drawing) as span:
+            updates = self._updates(drawing, client, request_id, base_url, span)
             try:
-                async with aclosing(self._steps(drawing, client, request_id, base_url)) as steps:
-                    async for step in steps:
-                        if isinstance(step, Result):
-                            generated, outcome = step.generated, "done"
-                        yield step
+                async with aclosing(updates):
+                    async for update in updates:
+                        if isinstance(update, Result):
+                            span.outcome = "done"
+                            seconds = time.monotonic() - started
+                            self._metrics.done(drawing, update.generated, seconds)
+                        yield update
             except ApiError as error:
-                outcome = error.code or str(error.status)
+                span.outcome = error.code or str(error.status)
                 raise
             except Exception:
-                outcome = "internal_error"
+                span.outcome = "internal_error"
                 raise
-            finally:
-                seconds = time.monotonic() - started
-                self._metrics.ended(drawing, outcome, seconds, generated)
-                span.end(outcome, generated)
 
-    async def _steps(
-        self, drawing: Drawing, client: Client, request_id: str, base_url: str
-    ) -> AsyncGenerator[Step, None]:
+    async def _updates(
+        self,
+        drawing: Drawing,
+        client: Client,
+        request_id: str,
+        base_url: str,
+        span: RequestSpan,
+    ) -> AsyncGenerator[Update, None]:
         if self.draining:
             raise ApiError(
                 503, "the server is shutting down", "draining", retry_after_s=5.0, retry=True
@@ -136,6 +144,7 @@ class ImageService:
                 async for update in updates:
                     match update:
                         case Generated():
+                            span.add_stages(update)
                             yield await self._result(drawing, update, base_url)
                         case ProgressUpdate(preview=pixels) if pixels is not None:
                             index = previews.get(update.sequence, 0)
@@ -148,17 +157,19 @@ class ImageService:
         if generated.error is not None:
             raise from_engine(generated.error)
         await self._check_images(drawing, list(generated.images))
-        if not drawing.as_url:
+        store = self._store
+        if not drawing.as_url or store is None:
             return Result(generated, None)
         try:
-            puts = [
-                self._store.put(data, drawing.output_format, base_url) for data in generated.images
-            ]
+            puts = [store.put(data, drawing.output_format, base_url) for data in generated.images]
             return Result(generated, tuple(await asyncio.gather(*puts)))
         except StorageError as error:
             logger.error("an image could not be stored: %s", error)
+            text = f"{error}; ask for response_format b64_json"
+            if isinstance(error, ImageTooLargeError):
+                raise ApiError(503, text, "storage_full", retry=False) from None
             code = "storage_full" if isinstance(error, StorageFullError) else "storage_failed"
-            text = f"{error}; ask for response_format b64_json, or try again later"
+            text += ", or try again later"
             raise ApiError(503, text, code, retry_after_s=30.0, retry=True) from None
 
     async def _preview(

@@ -4,17 +4,17 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, Body, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response, StreamingResponse
 
 from server.answers import Answers
 from server.drawing import Drawing, resolve
-from server.errors import ApiError
+from server.errors import ApiError, internal_error, invalid, set_outcome
 from server.event_schemas import event_stream_content
 from server.event_stream import EventStreamResponse, comment, event
-from server.image_service import Result, Step
+from server.image_service import Result, Update
 from server.keys import Client
 from server.protocol import (
     ErrorResponse,
@@ -28,6 +28,8 @@ from server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
 logger = logging.getLogger(__name__)
 
 FILES_PATH = "/v1/images/files"
+
+_CHUNK_BYTES = 2**18
 
 _ERROR_STATUS = (400, 401, 403, 404, 408, 413, 429, 499, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -58,27 +60,23 @@ def images_router(services: Services) -> APIRouter:
         request: Request,
         body: Annotated[body_model, Body()],  # type: ignore[valid-type]
     ) -> Response:
-        try:
-            drawing = _resolve(services, body)
-        except ApiError as error:
-            services.metrics.refused(error.code)
-            raise
+        drawing = _resolve(services, body)
         client: Client = request.state.client
-        steps = services.images.draw(
+        updates = services.images.draw(
             drawing, client, request.state.request_id, _base_url(services, request)
         )
         answers = Answers(drawing, services.settings.model_name)
         if not drawing.stream:
-            async with aclosing(steps):
-                async for step in steps:
-                    if isinstance(step, Result):
-                        return Response(answers.response(step), media_type="application/json")
+            async with aclosing(updates):
+                async for update in updates:
+                    if isinstance(update, Result):
+                        set_outcome(request.scope, "done")
+                        return Response(answers.response(update), media_type="application/json")
             raise AssertionError("a drawing ends with its result or an error")
         # The first words of the engine come before ours: a refusal is a refusal still.
-        beginning = [step async for step in _until_accepted(steps)]
-        return EventStreamResponse(
-            _events(beginning, steps, answers, services.settings.keepalive_s)
-        )
+        beginning = [update async for update in _until_accepted(updates)]
+        events = _events(request, beginning, updates, answers, services.settings.keepalive_s)
+        return EventStreamResponse(events, updates)
 
     if isinstance(services.store, LocalStore):
         _add_files(router, services.store)
@@ -89,7 +87,7 @@ def _add_files(router: APIRouter, store: LocalStore) -> None:
     @router.get(
         FILES_PATH + "/{name:path}",
         summary="An image behind a URL",
-        response_class=FileResponse,
+        response_class=StreamingResponse,
         responses={
             200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}},
             404: {"model": ErrorResponse},
@@ -103,11 +101,21 @@ def _add_files(router: APIRouter, store: LocalStore) -> None:
             raise ApiError(404, "there is no such image", "not_found") from None
         except ExpiredFileError:
             raise ApiError(410, "the image has expired", "expired") from None
-        return FileResponse(
-            found.path,
+        # Not Starlette's FileResponse: it looks at the path again, and by then it may be gone.
+        return StreamingResponse(
+            _chunks(found.file),
             media_type=found.media_type,
-            headers={"cache-control": "private, immutable"},
+            headers={
+                "content-length": str(found.size),
+                "cache-control": f"private, immutable, max-age={int(found.remaining_s)}",
+            },
         )
+
+
+async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+            yield chunk
 
 
 def _resolve(services: Services, body: ImageGenerationRequest) -> Drawing:
@@ -116,6 +124,9 @@ def _resolve(services: Services, body: ImageGenerationRequest) -> Drawing:
     if body.model is not None and body.model not in names:
         text = f"model: {body.model!r} is not served here; {settings.model_name} is"
         raise ApiError(404, text, "model_not_found", "model")
+    if services.store is None and body.response_format == "url":
+        text = "response_format: must be b64_json; this server keeps no images"
+        raise invalid("response_format", text, "unsupported_value")
     if model is None:
         raise services.engine.unavailable()
     return resolve(body, model, max_n=settings.max_n, max_prompt=settings.max_prompt)
@@ -125,44 +136,49 @@ def _base_url(services: Services, request: Request) -> str:
     return services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
-async def _until_accepted(steps: AsyncGenerator[Step, None]) -> AsyncGenerator[Step, None]:
-    """Steps up to the engine's first word."""
+async def _until_accepted(updates: AsyncGenerator[Update, None]) -> AsyncGenerator[Update, None]:
+    """Updates up to the engine's first word."""
     for _ in range(2):  # a `Ticket`, and then `Accepted` or, of a refused request, an error
-        yield await anext(steps)
+        yield await anext(updates)
 
 
 async def _events(
-    beginning: list[Step],
-    steps: AsyncGenerator[Step, None],
+    request: Request,
+    beginning: list[Update],
+    updates: AsyncGenerator[Update, None],
     answers: Answers,
     keepalive_s: float,
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a request that was accepted; a failure is its last event."""
     try:
-        for step in beginning:
-            for chunk in answers.events(step):
+        for update in beginning:
+            for chunk in answers.events(update):
                 yield chunk
-        async with aclosing(_with_silences(steps, keepalive_s)) as all_steps:
-            async for known in all_steps:
+        async with aclosing(_with_silences(updates, keepalive_s)) as all_updates:
+            async for known in all_updates:
+                if isinstance(known, Result):
+                    set_outcome(request.scope, "done")
                 for chunk in [answers.waiting()] if known is None else answers.events(known):
                     yield chunk
     except ApiError as error:
+        set_outcome(request.scope, error.code)
         yield event("error", error.body())
     except Exception:
         logger.exception("a stream failed")
-        yield event("error", ApiError(500, "an error of the server's", "internal_error").body())
+        set_outcome(request.scope, "internal_error")
+        yield event("error", internal_error(request.state.request_id).body())
     yield comment("end")
 
 
 async def _with_silences(
-    steps: AsyncGenerator[Step, None], silence_s: float
-) -> AsyncGenerator[Step | None, None]:
-    """The same steps, and None wherever none has come for a while."""
-    upcoming: asyncio.Task[Step] | None = None
+    updates: AsyncGenerator[Update, None], silence_s: float
+) -> AsyncGenerator[Update | None, None]:
+    """The same updates, and None wherever none has come for a while."""
+    upcoming: asyncio.Task[Update] | None = None
     try:
         while True:
             if upcoming is None:
-                upcoming = asyncio.create_task(anext(steps))
+                upcoming = asyncio.create_task(anext(updates))
             done, _ = await asyncio.wait((upcoming,), timeout=silence_s)
             if not done:
                 yield None
@@ -176,4 +192,4 @@ async def _with_silences(
         if upcoming is not None:
             upcoming.cancel()
             await asyncio.gather(upcoming, return_exceptions=True)
-        await steps.aclose()
+        await updates.aclose()

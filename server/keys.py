@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ class _KeyEntry(BaseModel):
     name: str = Field(min_length=1, max_length=64)
     key: SecretStr | None = None
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    requests_per_minute: float | None = Field(default=None, ge=0)
+    requests_per_minute: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     max_concurrent: int | None = Field(default=None, ge=0)
     max_priority: int = Field(default=MAX_PRIORITY, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     low_moderation: bool = False
@@ -86,8 +85,7 @@ class Keys:
         """
         default = Client("anonymous", settings.requests_per_minute, settings.max_concurrent)
         clients: dict[bytes, Client] = {}
-        texts = [key.strip() for key in settings.api_keys.get_secret_value().split(",")]
-        for index, key in enumerate(filter(None, texts)):
+        for index, key in enumerate(settings.plain_api_keys):
             if len(key) < _MIN_KEY:
                 raise ConfigError(f"api_keys: key {index} has fewer than {_MIN_KEY} characters")
             clients[_digest(key)] = Client(
@@ -100,8 +98,10 @@ class Keys:
             names.add(entry.name)
             clients[entry.digest] = Client(
                 entry.name,
-                _first(entry.requests_per_minute, settings.requests_per_minute),
-                int(_first(entry.max_concurrent, settings.max_concurrent)),
+                default.requests_per_minute
+                if entry.requests_per_minute is None
+                else entry.requests_per_minute,
+                default.max_concurrent if entry.max_concurrent is None else entry.max_concurrent,
                 entry.max_priority,
                 entry.low_moderation,
             )
@@ -141,7 +141,7 @@ def check_rights(client: Client, priority: int, low_moderation: bool) -> None:
         text = f"priority: must be at most {client.max_priority} with this key"
         raise ApiError(403, text, "not_allowed", "priority")
     if low_moderation and not client.low_moderation:
-        text = "moderation: low is not allowed with this key"
+        text = "moderation: low needs a key that allows it"
         raise ApiError(403, text, "not_allowed", "moderation")
 
 
@@ -171,10 +171,6 @@ def _read(path: Path | None) -> list[_KeyEntry]:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-
-
-def _first(value: float | None, default: float) -> float:
-    return default if value is None or math.isnan(value) else value
 
 
 def _unauthorized(message: str, code: str) -> ApiError:

@@ -11,6 +11,7 @@ from server.engine_client import EngineClient
 from server.moderation.moderator import Moderator
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+_SIDES = (256, 512, 768, 1024, 1536, 2048)
 _STEP_SECONDS = (0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 # Of each replica, by the name in its statistics.
@@ -20,7 +21,10 @@ _ENGINE_COUNTERS = {
     "tokens": ("krea2_engine_pack_tokens", "Tokens of all forwards."),
     "encode_s": ("krea2_engine_encode_seconds", "Time in the text encoder."),
     "step_s": ("krea2_engine_step_seconds", "Time in denoising steps."),
-    "decode_s": ("krea2_engine_decode_seconds", "Time in VAE decodes."),
+    "decode_s": (
+        "krea2_engine_decode_seconds",
+        "Time in VAE decodes, but for those that run beside the steps.",
+    ),
     "busy_s": ("krea2_engine_busy_seconds", "Time in units of work."),
     "out_of_memory": ("krea2_engine_out_of_memory", "Times that memory ran out."),
     "retried": ("krea2_engine_retried_sequences", "Sequences run again after a failed pack."),
@@ -33,7 +37,10 @@ _ENGINE_GAUGES = {
     "outstanding_s": ("krea2_engine_outstanding_seconds", "Estimated work in the engine."),
     "pack_tokens_budget": ("krea2_engine_pack_tokens_budget", "Most tokens in one forward."),
     "longest_turn_ms": ("krea2_engine_longest_turn_milliseconds", "Longest unit of work."),
-    "device_memory_bytes": ("krea2_engine_device_memory_bytes", "Memory in use on the device."),
+    "device_memory_bytes": (
+        "krea2_engine_device_memory_bytes",
+        "Memory that the engine has reserved on the device.",
+    ),
     "device_memory_peak_bytes": ("krea2_engine_device_memory_peak_bytes", "The most of it so far."),
     "context_cache_bytes": ("krea2_engine_prompt_cache_bytes", "Memory of encoded prompts."),
 }
@@ -56,11 +63,15 @@ class Metrics:
             registry=self._registry,
         )
         self._images = Counter(
-            "krea2_images", "Images sent to clients, by size.", ["size"], registry=self._registry
+            "krea2_images",
+            "Images sent to clients, by the smallest of some squares that has as many pixels.",
+            ["up_to"],
+            registry=self._registry,
         )
         self._request_seconds = Histogram(
             "krea2_request_seconds",
-            "Time of requests that were done, in this process and the engine.",
+            "Time of requests that were done, in this process and the engine, until there was "
+            "something to send.",
             buckets=_SECONDS,
             registry=self._registry,
         )
@@ -73,40 +84,38 @@ class Metrics:
         )
         self._step_seconds = Histogram(
             "krea2_step_seconds",
-            "Denoising time of requests that were done, divided by their steps.",
+            "Denoising time of requests that were done, divided by their steps: what a step takes "
+            "with all that a request shares the engine with.",
             buckets=_STEP_SECONDS,
             registry=self._registry,
         )
         self.previews = Counter(
             "krea2_previews", "Partial images sent to clients.", registry=self._registry
         )
-        self._in_progress = Gauge(
-            "krea2_replicas_ready", "Replicas that take requests.", registry=self._registry
+        replicas_ready = Gauge(
+            "krea2_replicas_ready", "Replicas that answer.", registry=self._registry
         )
-        self._in_progress.set_function(lambda: len(engine.routing.live))
+        replicas_ready.set_function(lambda: engine.num_ready)
         self._registry.register(_EngineCollector(engine))
         if moderator is not None:
             self._registry.register(_ModerationCollector(moderator))
 
-    def refused(self, code: str | None) -> None:
-        """Count a request that never became one to draw, by its error's code."""
-        self._requests.labels(code or "refused").inc()
-
-    def ended(
-        self, drawing: Drawing, outcome: str, seconds: float, generated: Generated | None
-    ) -> None:
-        """Count a request.
+    def ended(self, outcome: str) -> None:
+        """Count a request for images.
 
         Args:
             outcome: ``done``, ``cancelled`` or an error's code.
-            seconds: from its validation to its end.
-            generated: of one that is done.
         """
         self._requests.labels(outcome).inc()
-        if generated is None:
-            return
+
+    def done(self, drawing: Drawing, generated: Generated, seconds: float) -> None:
+        """Count what one that is done has taken.
+
+        Args:
+            seconds: from its validation until its images were there.
+        """
         self._request_seconds.observe(seconds)
-        self._images.labels(drawing.size).inc(len(generated.images))
+        self._images.labels(_size_class(drawing)).inc(len(generated.images))
         for stage, ms in generated.stage_ms.items():
             self._stage_seconds.labels(stage).observe(ms / 1e3)
         step_ms = generated.stage_ms.get("denoise", 0.0) / drawing.image.steps
@@ -115,6 +124,13 @@ class Metrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _size_class(drawing: Drawing) -> str:
+    # Not the size itself: clients could make as many series as there are sizes.
+    pixels = drawing.image.width * drawing.image.height
+    side = next((side for side in _SIDES if pixels <= side**2), None)
+    return f"{side}x{side}" if side else "more"
 
 
 class _EngineCollector:

@@ -65,8 +65,8 @@ def operations_router(services: Services) -> APIRouter:
         return QueueState(
             waiting=waiting,
             running=sum(s.get("requests", 0) for s in live) - waiting,
-            estimated_wait_s=min((s.get("outstanding_s", 0.0) for s in live), default=0.0),
-            replicas_ready=len(live),
+            estimated_wait_s=min((s.get("outstanding_s", 0.0) for s in live), default=None),
+            replicas_ready=engine.num_ready,
             replicas=len(engine.replicas),
         )
 

@@ -11,14 +11,19 @@ Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 MAX_PROMPT = 32_000
-"""Characters, by OpenAI's contract; the model reads the first 512 tokens."""
+"""Characters, by OpenAI's contract; the model reads 512 tokens, 5 of them its template's."""
 
 MAX_IMAGES = 10
 MAX_PARTIAL_IMAGES = 3
 _MAX_IDENTIFIER = 512
 
-# Fields of OpenAI's contract that this model has nothing for.
-UNSUPPORTED = {
+# Fields and values of OpenAI's contract that this model has nothing for.
+_UNSUPPORTED_VALUES = {
+    ("background", "transparent"): "it must be opaque or auto",
+    ("output_format", "gif"): "it must be png, jpeg or webp",
+    ("output_format", "svg"): "it must be png, jpeg or webp",
+}
+_UNSUPPORTED_FIELDS = {
     "style": "describe the style in the prompt instead",
     "complexity": "this model does not plan its images",
     "frame_count": "only single images are drawn",
@@ -30,12 +35,14 @@ UNSUPPORTED = {
 }
 
 
-class UnsupportedFieldError(ValueError):
-    """A field that is known, and that this model can do nothing with."""
+class UnsupportedError(ValueError):
+    """A field, or a value of it, that is known, and that this model can do nothing with."""
 
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field} is not supported: {reason}")
+    def __init__(self, field: str, reason: str, value: str | None = None) -> None:
+        what = field if value is None else f"{field}: {value}"
+        super().__init__(f"{what} is not supported: {reason}")
         self.field = field
+        self.code = "unsupported_parameter" if value is None else "unsupported_value"
 
 
 class ImageGenerationRequest(BaseModel):
@@ -60,15 +67,13 @@ class ImageGenerationRequest(BaseModel):
     quality: Quality | None = Field(
         default=None, description="Steps, and the size where that is auto; see docs/server.md."
     )
-    background: Literal["transparent", "opaque", "auto"] | None = Field(
+    background: Literal["opaque", "auto"] | None = Field(
         default=None, description="Always opaque; transparent is refused."
     )
     moderation: Literal["low", "auto"] | None = Field(
         default=None, description="low needs a key that allows it."
     )
-    output_format: Literal["png", "webp", "jpeg", "gif", "svg"] | None = Field(
-        default=None, description="png by default; gif and svg are refused."
-    )
+    output_format: OutputFormat | None = Field(default=None, description="png by default.")
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp; 100 by default."
     )
@@ -114,10 +119,13 @@ class ImageGenerationRequest(BaseModel):
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for field, reason in UNSUPPORTED.items():
+            for field, reason in _UNSUPPORTED_FIELDS.items():
                 if values.get(field) is not None:
-                    raise UnsupportedFieldError(field, reason)
-            return {name: value for name, value in values.items() if name not in UNSUPPORTED}
+                    raise UnsupportedError(field, reason)
+            for (field, value), reason in _UNSUPPORTED_VALUES.items():
+                if values.get(field) == value:
+                    raise UnsupportedError(field, reason, value)
+            return {k: value for k, value in values.items() if k not in _UNSUPPORTED_FIELDS}
         return values
 
 
@@ -127,12 +135,7 @@ class LenientImageGenerationRequest(ImageGenerationRequest):
     model_config = ConfigDict(extra="ignore")
 
 
-class InputTokens(BaseModel):
-    image_tokens: int
-    text_tokens: int
-
-
-class OutputTokens(BaseModel):
+class TokensDetails(BaseModel):
     image_tokens: int
     text_tokens: int
 
@@ -141,18 +144,18 @@ class Usage(BaseModel):
     """Text tokens that the model has read, and latent tokens that it has denoised."""
 
     input_tokens: int
-    input_tokens_details: InputTokens
+    input_tokens_details: TokensDetails
     output_tokens: int
-    output_tokens_details: OutputTokens
+    output_tokens_details: TokensDetails
     total_tokens: int
 
     @classmethod
     def of(cls, text_tokens: int, image_tokens: int) -> "Usage":
         return cls(
             input_tokens=text_tokens,
-            input_tokens_details=InputTokens(image_tokens=0, text_tokens=text_tokens),
+            input_tokens_details=TokensDetails(image_tokens=0, text_tokens=text_tokens),
             output_tokens=image_tokens,
-            output_tokens_details=OutputTokens(image_tokens=image_tokens, text_tokens=0),
+            output_tokens_details=TokensDetails(image_tokens=image_tokens, text_tokens=0),
             total_tokens=text_tokens + image_tokens,
         )
 
@@ -211,11 +214,13 @@ class PartialImageEvent(Drawn):
 
 
 class CompletedEvent(Drawn):
-    """An image in a stream; usage and timings are its request's."""
+    """An image in a stream. Its usage has its own image tokens and, of the first image, the text
+    tokens, so that all of them add up to the request's; timings are the request's.
+    """
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
-    b64_json: str | None = None
-    url: str | None = None
+    b64_json: str
+    url: str | None = Field(default=None, description="Where response_format is url.")
     created_at: int
     image_index: int
     prompt_truncated: bool
@@ -266,7 +271,9 @@ class QueueState(BaseModel):
 
     waiting: int = Field(description="Requests that have not begun.")
     running: int = Field(description="Requests that have begun.")
-    estimated_wait_s: float = Field(description="Of a new request behind all of them.")
+    estimated_wait_s: float | None = Field(
+        description="Of a new request behind all of them; null where no replica answers."
+    )
     replicas_ready: int
     replicas: int
 

@@ -8,13 +8,16 @@ from uuid import uuid4
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ApiError
+from server.errors import ApiError, internal_error, set_outcome
 from server.logs import request_id
+from server.metrics import Metrics
 
 logger = logging.getLogger("server.access")
 
 _QUIET = frozenset({"/health", "/ready", "/metrics", "/v1/queue"})
 """Asked for every few seconds by machines: told at debug level."""
+
+_COUNTED = "/v1/images/generations"
 
 _MAX_LOGGED_PATH = 200
 
@@ -23,12 +26,14 @@ class RequestContext:
     """ASGI middleware, the outermost.
 
     Args:
-        max_requests: at a time, beyond which new ones are refused.
+        max_requests: for images, at a time, beyond which new ones are refused.
+        metrics: told how each of them ended.
     """
 
-    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+    def __init__(self, app: ASGIApp, max_requests: int, metrics: Metrics) -> None:
         self.app = app
         self._max_requests = max_requests
+        self._metrics = metrics
         self._requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,23 +55,26 @@ class RequestContext:
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
-        self._requests += 1
+        counted = scope["path"] == _COUNTED and scope["method"] == "POST"
+        self._requests += counted
         try:
-            if self._requests > self._max_requests:
+            if counted and self._requests > self._max_requests:
                 text = "too many requests are under way; try again later"
                 full = ApiError(503, text, "too_many_requests", retry_after_s=5.0, retry=True)
-                await full.response()(scope, receive, send_with_id)
+                await full.answer(scope, receive, send_with_id)
             else:
                 await self.app(scope, receive, send_with_id)
         except Exception:
             logger.exception("a request failed")
+            set_outcome(scope, "internal_error")
             if status:
                 raise  # the client has half an answer: the connection must break
-            error = ApiError(500, "an error of the server's; it is logged", "internal_error")
-            error.message += f" under {own_id}"
-            await error.response()(scope, receive, send_with_id)
+            await internal_error(own_id).answer(scope, receive, send_with_id)
         finally:
-            self._requests -= 1
+            self._requests -= counted
+            if counted:
+                # Whoever knows has said so; nobody has where the client was gone before that.
+                self._metrics.ended(scope["state"].get("outcome") or "cancelled")
             self._log(scope, status, (time.perf_counter() - started) * 1e3)
             request_id.reset(token)
 

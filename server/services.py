@@ -18,7 +18,7 @@ class Services:
     engine: EngineClient
     keys: Keys
     images: ImageService
-    store: ImageStore
+    store: ImageStore | None
     metrics: Metrics
     started: int
     """Unix time in seconds."""

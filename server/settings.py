@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -29,25 +29,37 @@ _NESTED = "__"
 _CONFIG = "config"
 
 
+_DEFAULTS = EngineConfig()
+
+
+def _of_engine(text: str, name: str) -> Any:
+    """A setting whose default is the engine's own."""
+    return Field(None, description=f"{text}; default {getattr(_DEFAULTS, name)}")
+
+
 class EngineSettings(BaseModel):
-    """The engine's own settings; unset ones are the engine's defaults. See docs/scheduling.md."""
+    """of the engine's step scheduler; see docs/scheduling.md"""
 
     model_config = ConfigDict(extra="forbid")
 
-    policy: str | None = Field(None, description="order of the queue: edf, srpt or fcfs")
-    max_turn_ms: float | None = Field(None, description="longest planned unit of work")
-    max_pack_tokens: int | None = Field(None, description="most tokens in one forward")
-    max_pack_sequences: int | None = Field(None, description="most images in one forward")
-    max_active_sequences: int | None = Field(None, description="most images begun and not ended")
-    max_held_steps: int | None = Field(None, description="most steps waiting between two slices")
-    max_queue_s: float | None = Field(
-        None, description="estimated seconds of work beyond which requests are refused with 429"
+    policy: str | None = _of_engine("order of the queue: edf, srpt or fcfs", "policy")
+    max_turn_ms: float | None = _of_engine("longest planned unit of work", "max_turn_ms")
+    max_pack_tokens: int | None = _of_engine("most tokens in one forward", "max_pack_tokens")
+    max_pack_sequences: int | None = _of_engine("most images in one forward", "max_pack_sequences")
+    max_active_sequences: int | None = _of_engine(
+        "most images begun and not ended", "max_active_sequences"
     )
-    max_side: int | None = Field(None, description="pixels of an image's longer side")
-    max_pixels: int | None = Field(None, description="width times height of an image")
-    max_steps: int | None = Field(None, description="denoising steps of an image")
-    max_images: int | None = Field(None, description="images of one request, whoever asks")
-    max_guidance: float | None = Field(None, description="largest guidance scale")
+    max_held_steps: int | None = _of_engine(
+        "most steps waiting between two slices", "max_held_steps"
+    )
+    max_queue_s: float | None = _of_engine(
+        "estimated seconds of work beyond which requests are refused with 429", "max_queue_s"
+    )
+    max_side: int | None = _of_engine("pixels of an image's longer side", "max_side")
+    max_pixels: int | None = _of_engine("width times height of an image", "max_pixels")
+    max_steps: int | None = _of_engine("denoising steps of an image", "max_steps")
+    max_images: int | None = _of_engine("images of one request, whoever asks", "max_images")
+    max_guidance: float | None = _of_engine("largest guidance scale", "max_guidance")
 
     def environment(self) -> dict[str, str]:
         """As the engine reads them."""
@@ -57,8 +69,21 @@ class EngineSettings(BaseModel):
         }
 
 
+# Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
+Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]
+HttpUrl = Annotated[str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$")]
+Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
+
+NO_STORAGE = "none"
+
+
 class Settings(BaseSettings):
-    """Of ``krea2-serve``; a description is what ``--help`` says."""
+    # The text that `--help` begins with; each description is what it says of a setting.
+    """Serve a Krea 2 checkpoint behind OpenAI's images API, with a playground at /. Every flag is
+    also a setting in the file of --config, max_n: 4, and a variable, KREA2_SERVE_MAX_N=4; flags
+    come first, then variables, then the file. Lists are given by repeating the flag, and as JSON in
+    a variable.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_nested_delimiter=_NESTED, extra="forbid", hide_input_in_errors=True
@@ -71,45 +96,59 @@ class Settings(BaseSettings):
         "krea/Krea-2-Turbo", description="folder or repo id of a Krea 2 checkpoint"
     )
     served_model_name: str = Field(
-        "", description="what clients call it; the last part of the model path by default"
+        "", description="what clients call the model; by default the last part of its path"
     )
     model_aliases: list[str] = Field([], description="other names that clients may use for it")
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
-    sglang_args: str = Field("", description="further options of SGLang, as on a command line")
-    engine_endpoints: list[str] = Field(
-        [], description="use schedulers that run already, tcp://host:port, and start none"
+    sglang_args: str = Field(
+        "", description="further options of SGLang for them, as on a command line"
+    )
+    engine_endpoints: list[Endpoint] = Field(
+        [], description="start no schedulers, but use those that listen at tcp://host:port"
     )
     engine: EngineSettings = EngineSettings()
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
-    public_url: str = Field(
-        "", description="how clients reach this server, for URLs of images; default: as they asked"
+    public_url: HttpUrl = Field(
+        "",
+        description="what the URLs of images begin with; by default the address that a client "
+        "has asked",
     )
     playground: bool = Field(True, description="serve the playground at /")
 
     # Who may ask, and how much.
     api_keys_file: Path | None = Field(None, description="YAML file of keys; see docs/server.md")
     api_keys: SecretStr = Field(
-        SecretStr(""), description="keys with the default limits, separated by commas"
+        SecretStr(""),
+        description="keys with the default limits, separated by commas; better as a variable, "
+        "which other users of this machine cannot see",
     )
     allow_anonymous: bool = Field(
-        False, description="without keys, listen on other addresses than loopback too"
+        False, description="let anybody ask who can reach --host, which is not loopback"
     )
-    requests_per_minute: float = Field(0, ge=0, description="of one key; 0 is no limit")
-    max_concurrent: int = Field(0, ge=0, description="requests of one key at a time; 0: no limit")
+    requests_per_minute: float = Field(
+        0, ge=0, allow_inf_nan=False, description="of each key, or of all without one; 0: any"
+    )
+    max_concurrent: int = Field(
+        0, ge=0, description="requests at a time of each key, or of all without one; 0: any"
+    )
     max_requests: int = Field(
         4096, ge=1, description="requests at a time beyond which new ones are answered with 503"
     )
     max_n: int = Field(10, ge=1, le=10, description="images of one request")
     max_prompt: int = Field(32_000, ge=1, le=32_000, description="characters of a prompt")
-    max_body_bytes: int = Field(2**20, ge=1024, description="of a request")
-    max_header_bytes: int = Field(32_768, ge=1024, description="of a request's line and headers")
-    header_timeout_s: float = Field(10, gt=0, description="for a request's headers to arrive")
-    body_timeout_s: float = Field(30, gt=0, description="for a request's body to arrive")
-    send_timeout_s: float = Field(
-        60, gt=0, description="without a byte taken, after which a client is hung up on"
+    max_body_bytes: int = Field(2**20, ge=1024, description="size of a request's body")
+    max_header_bytes: int = Field(
+        32_768, ge=1024, description="size of a request's line and headers"
     )
-    allow_unknown_fields: bool = Field(False, description="ignore fields that are not known")
+    header_timeout_s: Seconds = Field(10, description="for a request's headers to arrive")
+    body_timeout_s: Seconds = Field(30, description="for a request's body to arrive")
+    send_timeout_s: Seconds = Field(
+        60, description="after which a client that takes nothing of its answer is hung up on"
+    )
+    allow_unknown_fields: bool = Field(
+        False, description="ignore fields of requests that are not known, instead of a 400"
+    )
 
     # What is drawn.
     moderation_policy: Path | None = Field(
@@ -118,25 +157,32 @@ class Settings(BaseSettings):
 
     # Where response_format=url puts images.
     storage: str = Field(
-        "", description="folder, or s3://bucket/prefix; default: a folder in the user's cache"
+        "",
+        description=f"folder, s3://bucket/prefix, or {NO_STORAGE}: no URLs; by default a folder "
+        "in the user's cache",
     )
     storage_options: dict[str, Any] = Field({}, description="of the S3 file system, as JSON")
     storage_key: SecretStr = Field(
-        SecretStr(""), description="signs URLs; default: a random one, kept in the folder"
+        SecretStr(""),
+        description="signs the URLs of a folder; by default a random one, kept beside it",
     )
-    url_expiry_s: float = Field(3600, gt=0, description="life of a URL")
-    max_storage_bytes: int = Field(10 * 2**30, gt=0, description="beyond it the oldest go")
+    url_expiry_s: Seconds = Field(3600, description="seconds after which a URL ends")
+    max_storage_bytes: int = Field(
+        10 * 2**30, gt=0, description="size of a folder beyond which the oldest images go"
+    )
 
     # Running it.
-    keepalive_s: float = Field(10, gt=0, description="between comments in a silent stream")
-    drain_timeout_s: float = Field(120, gt=0, description="for requests to end after SIGTERM")
-    start_timeout_s: float = Field(1800, gt=0, description="for an engine to load the model")
-    hang_timeout_s: float = Field(
-        300, gt=0, description="without an answer after which an engine is killed"
+    keepalive_s: Seconds = Field(10, description="between comments in a silent stream")
+    drain_timeout_s: Seconds = Field(120, description="for requests to end after SIGTERM")
+    start_timeout_s: Seconds = Field(1800, description="for a scheduler to load the model")
+    hang_timeout_s: Seconds = Field(
+        300, description="after which a scheduler that does not answer is started anew"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least")
-    log_format: Literal["text", "json"] = Field("text", description="one line an event, either way")
-    otlp_endpoint: str = Field(
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least important lines to log"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="of a line, one an event")
+    otlp_endpoint: HttpUrl = Field(
         "", description="send OpenTelemetry traces there, http://collector:4318/v1/traces"
     )
 
@@ -169,15 +215,25 @@ class Settings(BaseSettings):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         return cache / "krea2-srt" / f"images-{self.port}"
 
+    @property
+    def plain_api_keys(self) -> list[str]:
+        """Those that are no file's."""
+        texts = self.api_keys.get_secret_value().split(",")
+        return [key for text in texts if (key := text.strip())]
+
     @model_validator(mode="after")
-    def _check(self) -> "Settings":
-        has_keys = self.api_keys_file is not None or self.api_keys.get_secret_value().strip()
+    def _check_access(self) -> "Settings":
+        has_keys = self.api_keys_file is not None or self.plain_api_keys
         if not has_keys and not self.allow_anonymous and not _is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host} can be reached from outside, and there are no API keys; give "
                 "--api-keys-file, or --allow-anonymous if that is meant"
             )
-        visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "Settings":
+        visible = visible_gpus()
         if visible and self.replicas > len(visible):
             raise ValueError(
                 f"replicas: {self.replicas} need as many GPUs, and CUDA_VISIBLE_DEVICES names "
@@ -190,8 +246,33 @@ class Settings(BaseSettings):
         try:
             EngineConfig.from_environment({**os.environ, **self.engine.environment()})
         except ConfigError as error:
-            raise ValueError(f"engine: {error}") from None
+            variable, _, problem = str(error).partition(":")
+            name = variable.removeprefix(ENGINE_PREFIX).lower()
+            ours = getattr(self.engine, name, None) is not None
+            raise ValueError(f"engine.{name}:{problem}" if ours else str(error)) from None
         return self
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> "Settings":
+        """Refuse what would be ignored."""
+        if self.engine_endpoints:
+            self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine")
+            self._refuse_with("engine_endpoints", "start_timeout_s")
+        if "://" in self.storage or self.storage == NO_STORAGE:
+            self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")
+        if "://" not in self.storage:
+            self._refuse_with("a folder as storage", "storage_options")
+        return self
+
+    def _refuse_with(self, what: str, *names: str) -> None:
+        for name in names:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: has no effect with {what}")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; empty where it names none or is not set."""
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
 
 
 def load_settings(argv: Sequence[str]) -> Settings:
@@ -223,11 +304,12 @@ def load_settings(argv: Sequence[str]) -> Settings:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    for index, argument in enumerate(argv):
-        if argument == "--config" and index + 1 < len(argv):
+    # As of any flag that is there twice, the last one counts.
+    for index in reversed(range(len(argv))):
+        if argv[index] == "--config" and index + 1 < len(argv):
             return argv[index + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
+        if argv[index].startswith("--config="):
+            return argv[index].removeprefix("--config=")
     return os.environ.get(PREFIX + _CONFIG.upper())
 
 
@@ -246,8 +328,11 @@ def _read_file(path: str) -> dict[str, Any]:
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     for variable in environment:
-        name = variable.removeprefix(PREFIX).lower()
-        if variable.startswith(PREFIX) and name.split(_NESTED)[0] not in Settings.model_fields:
+        if not variable.startswith(PREFIX):
+            continue
+        name, *parts = variable.removeprefix(PREFIX).lower().split(_NESTED)
+        known = EngineSettings.model_fields if name == "engine" else {}
+        if name not in Settings.model_fields or any(part not in known for part in parts):
             raise ConfigError(f"{variable}: is not known")
 
 

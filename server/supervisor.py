@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from contextlib import suppress
 from krea2_srt.cli.errors import USAGE_ERROR
 from server.engine_channel import EngineExitedError
 from server.engine_client import EngineClient
-from server.settings import Settings
+from server.settings import Settings, visible_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class EngineProcess:
         self._client = client
         self._process: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
-        self._has_run = False
+        self._ready_at: float | None = None
 
     async def run(self) -> None:
         """Start it, wait for its end, and so on, until `stop`.
@@ -56,13 +57,14 @@ class EngineProcess:
         Raises:
             EngineStartError: it has never run, and will not.
         """
-        failures = 0
+        failures, has_run = 0, False
         while True:
-            started = time.monotonic()
+            self._ready_at = None
             code = await self._run_once()
             if self._stop.is_set():
                 return
-            if not self._has_run:
+            has_run |= self._ready_at is not None
+            if not has_run:
                 failures += 1
                 if code == USAGE_ERROR or failures >= MAX_FIRST_STARTS:
                     raise EngineStartError(
@@ -70,7 +72,7 @@ class EngineProcess:
                         "messages are above"
                     )
             else:
-                failures = 1 if time.monotonic() - started > _LONG_RUN_S else failures + 1
+                failures = 1 if self._ran_long() else failures + 1
             wait_s = 0.0 if failures == 1 else _BACKOFF_S[min(failures - 2, len(_BACKOFF_S) - 1)]
             logger.error(
                 "engine %d has exited with code %s; starting it again in %.0f s",
@@ -95,6 +97,9 @@ class EngineProcess:
             logger.warning("engine %d does not end; killing it", self.index)
             self._kill(process)
             await process.wait()
+
+    def _ran_long(self) -> bool:
+        return self._ready_at is not None and time.monotonic() - self._ready_at > _LONG_RUN_S
 
     async def _run_once(self) -> int:
         """Returns the exit code, negative for a signal."""
@@ -141,15 +146,10 @@ class EngineProcess:
             logger.error("engine %d is not ready (%s); killing it", self.index, error)
             self._kill(process)
             return
-        self._has_run = True
-        logger.info("engine %d: ready after %.1f s", self.index, time.monotonic() - started)
-        while self._client.silent_s(self.index) < self._settings.hang_timeout_s:
-            await asyncio.sleep(_WATCH_S)
-        logger.error(
-            "engine %d has not answered for %.0f s; killing it",
-            self.index,
-            self._settings.hang_timeout_s,
-        )
+        self._ready_at = time.monotonic()
+        logger.info("engine %d: ready after %.1f s", self.index, self._ready_at - started)
+        await _until_silent(self._client, self.index, self._settings.hang_timeout_s)
+        logger.error("engine %d does not answer; killing it", self.index)
         self._kill(process)
 
     async def _relay_logs(self, process: asyncio.subprocess.Process) -> None:
@@ -199,11 +199,47 @@ class Supervisor:
         await asyncio.gather(*(process.stop() for process in self._processes))
 
 
-async def attach_running(endpoints: Sequence[str], client: EngineClient) -> None:
-    """Use schedulers that somebody else has started, and goes on looking after."""
-    for index, endpoint in enumerate(endpoints):
-        await client.attach(index, endpoint)
+async def attach_running(
+    endpoints: Sequence[str], client: EngineClient, hang_timeout_s: float
+) -> None:
+    """Use schedulers that somebody else starts and looks after: whenever one is there.
+
+    Args:
+        hang_timeout_s: without an answer after which one is given up until it answers again.
+    """
+    async with asyncio.TaskGroup() as group:
+        for index, endpoint in enumerate(endpoints):
+            group.create_task(_keep_attached(index, endpoint, client, hang_timeout_s))
+
+
+async def _keep_attached(
+    index: int, endpoint: str, client: EngineClient, hang_timeout_s: float
+) -> None:
+    while True:
+        try:
+            await client.attach(index, endpoint)
+        except (TimeoutError, EngineExitedError) as error:
+            logger.warning("engine %d: no answer from %s: %s", index, endpoint, error)
+            await asyncio.sleep(_WATCH_S)
+            continue
         logger.info("engine %d: at %s", index, endpoint)
+        ends = [
+            asyncio.create_task(client.disconnected(index)),
+            asyncio.create_task(_until_silent(client, index, hang_timeout_s)),
+        ]
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            client.detach(index)
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        logger.error("engine %d at %s has gone; waiting for it", index, endpoint)
+
+
+async def _until_silent(client: EngineClient, index: int, hang_timeout_s: float) -> None:
+    while client.silent_s(index) < hang_timeout_s:
+        await asyncio.sleep(_WATCH_S)
 
 
 def worker_command(settings: Settings, ready_fd: int) -> list[str]:
@@ -211,6 +247,8 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
     return [
         *(sys.executable, "-m", "krea2_srt.sglang.worker", "--ready-fd", str(ready_fd)),
         *("--model-path", settings.model_path, "--host", "127.0.0.1"),
+        # Left alone, schedulers that start together may choose the same.
+        *("--scheduler-port", str(_free_port())),
         *settings.sglang_options,
     ]
 
@@ -218,10 +256,16 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
 def worker_environment(settings: Settings, index: int) -> dict[str, str]:
     """Of replica ``index``: the engine's settings, and one GPU of those that we may use."""
     environment = {**os.environ, **settings.engine.environment()}
-    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    visible = visible_gpus()
     if visible or settings.replicas > 1:
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return environment
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 async def _read_line(descriptor: int) -> str:

@@ -15,34 +15,39 @@ class RequestSpan:
     Args:
         tracer: OpenTelemetry's; None where nothing is traced.
         span: its span of this request.
+
+    Attributes:
+        outcome: how it ends: ``done``, ``cancelled`` or an error's code.
     """
 
     def __init__(self, tracer: Any = None, span: Any = None) -> None:
+        self.outcome = "cancelled"
         self._tracer = tracer
         self._span = span
 
-    def end(self, outcome: str, generated: Generated | None) -> None:
-        """Tell how the request ended.
-
-        Args:
-            outcome: ``done``, ``cancelled`` or an error's code.
-            generated: of one that is done; its stages become spans, one behind the other.
-        """
+    def add_stages(self, generated: Generated) -> None:
+        """The engine has just answered: its stages become spans, one behind the other."""
         if self._span is None:
             return
         from opentelemetry import trace
 
-        self._span.set_attribute("krea2.outcome", outcome)
-        if outcome not in ("done", "cancelled"):
-            self._span.set_status(trace.StatusCode.ERROR, outcome)
-        stages = generated.stage_ms if generated is not None else {}
-        # The engine's clock is another: its stages end now, but for the reply's way here.
-        at = time.time_ns() - int(sum(stages.values()) * 1e6)
+        # The engine's clock is another: its stages end now, but for the answer's way here.
+        at = time.time_ns() - int(sum(generated.stage_ms.values()) * 1e6)
         context = trace.set_span_in_context(self._span)
-        for stage, ms in stages.items():
+        for stage, ms in generated.stage_ms.items():
             child = self._tracer.start_span(f"krea2.{stage}", context, start_time=at)
             at += int(ms * 1e6)
             child.end(at)
+
+    def end(self) -> None:
+        if self._span is None:
+            return
+        from opentelemetry import trace
+
+        self._span.set_attribute("krea2.outcome", self.outcome)
+        if self.outcome not in ("done", "cancelled"):
+            self._span.set_status(trace.StatusCode.ERROR, self.outcome)
+        self._span.end()
 
 
 class Tracing:
@@ -80,9 +85,9 @@ class Tracing:
             "krea2.images": image.num_images,
             "krea2.stream": drawing.stream,
         }
-        span = tracer.start_span("images.generations", attributes=attributes)
+        span = RequestSpan(tracer, tracer.start_span("images.generations", attributes=attributes))
         try:
-            yield RequestSpan(tracer, span)
+            yield span
         finally:
             span.end()
 

@@ -59,6 +59,14 @@ class Subscribe:
     version: int = VERSION
 
 
+def preview_steps(total: int, previews: int) -> frozenset[int]:
+    """After which of a sequence's steps to send a preview: evenly spread, never after the last."""
+    previews = min(previews, total - 1)
+    return frozenset(
+        step for step in (round(total * i / (previews + 1)) for i in range(1, previews + 1))
+    )
+
+
 @dataclass(frozen=True)
 class GetStatistics:
     """Answer: the engine's statistics, a dict; of several replicas, through SGLang's client, a list

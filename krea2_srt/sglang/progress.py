@@ -1,6 +1,7 @@
 """Telling clients how far their requests are."""
 
 import pickle
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,12 @@ from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, Sequence, State
 from krea2_srt.errors import first_line
 from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.sglang.messages import ProgressUpdate, RequestEnded, Subscribe
+from krea2_srt.sglang.messages import (
+    ProgressUpdate,
+    RequestEnded,
+    Subscribe,
+    preview_steps,
+)
 from krea2_srt.sglang.replies import Item, engine_error
 
 logger = init_logger(__name__)
@@ -31,14 +37,6 @@ def report_to_sglang(item: Item, request: Request) -> None:
                 completed=sum(sequence.step for sequence in request.sequences),
                 total=sum(sequence.image.steps for sequence in request.sequences),
             )
-
-
-def preview_steps(total: int, previews: int) -> frozenset[int]:
-    """After which of a sequence's steps to send a preview: evenly spread, never after the last."""
-    previews = min(previews, total - 1)
-    return frozenset(
-        step for step in (round(total * i / (previews + 1)) for i in range(1, previews + 1))
-    )
 
 
 @dataclass
@@ -106,29 +104,24 @@ class Subscriptions:
         if due:
             self._due.append(_Preview(sequence, self._executor.predict(sequence), due))
 
-    def draw(self) -> None:
-        """Draw the preview that has been due for longest, if there is one.
+    def draw(self, max_ms: float) -> bool:
+        """Draw previews, those first that have been due for longest; whether there was one.
 
-        One at a time: nothing should wait for more.
+        Args:
+            max_ms: after which no further one is begun: nothing should wait for more.
         """
-        if not self._due:
-            return
-        preview = self._due.popleft()
-        if preview.latents is None or preview.sequence.request.ended:
-            return
-        try:
-            pixels = self._executor.draw_preview(preview.latents)
-        except Exception as error:
-            # The picture itself may still succeed.
-            logger.warning("krea2-srt: no preview: %s", first_line(error))
-            return
-        for subscriber, update in preview.updates:
-            self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
+        until = time.monotonic() + max_ms / 1e3
+        drawn = False
+        while self._due and not (drawn and time.monotonic() >= until):
+            preview = self._due.popleft()
+            # Of a request that has ended, the picture itself is there.
+            if preview.latents is not None and not preview.sequence.request.ended:
+                self._draw(preview, preview.latents)
+                drawn = True
+        return drawn
 
     def end(self, request: Request, request_id: str) -> None:
-        """A request has ended: the last message, after all that is due."""
-        while any(preview.sequence.request is request for preview in self._due):
-            self.draw()
+        """A request has ended: the last message."""
         for subscriber in self._subscribers.pop(request, ()):
             if not subscriber.tell_end:
                 continue
@@ -145,3 +138,13 @@ class Subscriptions:
                 self._subscribers[request] = left
             else:
                 del self._subscribers[request]
+
+    def _draw(self, preview: _Preview, latents: Tensor) -> None:
+        try:
+            pixels = self._executor.draw_preview(latents)
+        except Exception as error:
+            # The picture itself may still succeed.
+            logger.warning("krea2-srt: no preview: %s", first_line(error))
+            return
+        for subscriber, update in preview.updates:
+            self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))

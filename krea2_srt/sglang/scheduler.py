@@ -108,6 +108,7 @@ class Krea2Scheduler(Scheduler):
             cost.step([4160]),
         )
         self._limits = config.limits
+        self._max_turn_ms = config.max_turn_ms
         self.receiver = WatchedRouter(self.receiver)
         self._items: dict[Request, Item | Generation] = {}
         self._subscriptions = Subscriptions(self._executor, self._send)
@@ -144,11 +145,10 @@ class Krea2Scheduler(Scheduler):
             while not self._finished():
                 self._receive()
                 self._cancel_lost()
-                if (events := self._turn()) is None:
-                    self._rest()
-                else:
+                if (events := self._turn()) is not None:
                     self._handle(events)
-                    self._subscriptions.draw()
+                if not self._subscriptions.draw(self._max_turn_ms) and events is None:
+                    self._rest()
         finally:
             self._stop()
 
@@ -175,6 +175,16 @@ class Krea2Scheduler(Scheduler):
             except Exception as error:
                 # Nothing that a client sends may end the loop.
                 logger.error("krea2-srt: a message failed: %s", error, exc_info=True)
+                self._reply_failure(identity, payload, error)
+
+    def _reply_failure(self, identity: bytes, payload: Any, error: Exception) -> None:
+        match payload:
+            case Generate():
+                answer = Generation(identity, payload).failed(error)
+                self._send(identity, pickle.dumps(answer))
+            case Ask(question_id):
+                self._send(identity, pickle.dumps(Answer(question_id, error=str(error))))
+            case _:
                 self._reply(Item(identity, payload), OutputBatch(error=str(error)))
 
     def _accept(self, identity: bytes, payload: Any) -> None:

@@ -6,10 +6,10 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from krea2_srt.image_files import FORMATS
-from server.storage.store import StorageFullError
+from server.storage.store import ImageTooLargeError, StorageFullError
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ class _File(NamedTuple):
 class ImageFolder:
     """Files named by when they expire and what their URL calls them: a restart finds both.
 
-    All but `find` is for one thread. Other programs must not write there, not even a second server:
-    neither would know what the other has stored.
+    All but `open_file` is for one thread. Other programs must not write there, not even a second
+    server: neither would know what the other has stored.
 
     Args:
         path: for the images alone; made where it is missing.
@@ -85,17 +85,22 @@ class ImageFolder:
             OSError: it cannot be written.
         """
         if len(data) > self._max_bytes:
-            raise StorageFullError("the image is larger than all of the storage")
+            raise ImageTooLargeError("the image is larger than all of the storage")
         self.remove_expired(now)
         self._make_room(len(data))
         file_name = f"{expires}-{name}"
         self._write(file_name, data)
         self._count(file_name, len(data))
 
-    def find(self, name: str, expires: int) -> Path | None:
-        """Where a file is, if it still is. Any thread may ask."""
+    def open_file(self, name: str, expires: int) -> BinaryIO | None:
+        """A file, open to be read, if it is still there. Any thread may ask."""
         path = self.path / f"{expires}-{name}"
-        return path if path.is_file() and not path.is_symlink() else None
+        try:
+            # No link leads out of here, and nothing but a file is read.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            return os.fdopen(descriptor, "rb")
+        except OSError:
+            return None
 
     def remove_expired(self, now: float) -> None:
         """Remove the files whose time has come."""

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
+from typing import BinaryIO
 
 from krea2_srt.image_files import MEDIA_TYPES
 from server.storage.image_folder import ImageFolder
@@ -30,10 +32,18 @@ class ExpiredFileError(Exception):
 
 @dataclass(frozen=True)
 class StoredFile:
-    """An image that is there."""
+    """An image that is there.
 
-    path: Path
+    Attributes:
+        file: open, so that it can be read to its end even if it is removed meanwhile.
+        size: in bytes.
+        remaining_s: until its URL ends.
+    """
+
+    file: BinaryIO
+    size: int
     media_type: str
+    remaining_s: float
 
 
 class LocalStore:
@@ -56,7 +66,7 @@ class LocalStore:
         signing_key: bytes,
         expiry_s: float,
         max_bytes: int,
-        path: str = "/v1/images/files",
+        path: str,
         clock: Callable[[], float] = time.time,
         sweep_s: float = 60.0,
     ) -> None:
@@ -117,10 +127,12 @@ class LocalStore:
             raise UnknownFileError
         if until <= self._clock():
             raise ExpiredFileError
-        path = await asyncio.to_thread(self._folder.find, name, until)
-        if path is None:
+        file = await asyncio.to_thread(self._folder.open_file, name, until)
+        if file is None:
             raise ExpiredFileError
-        return StoredFile(path, MEDIA_TYPES[path.suffix[1:]])
+        media_type = MEDIA_TYPES[name.rpartition(".")[2]]
+        size = os.fstat(file.fileno()).st_size
+        return StoredFile(file, size, media_type, until - self._clock())
 
     async def _sweep(self) -> None:
         while True:

@@ -11,6 +11,10 @@ class StorageFullError(StorageError):
     """There is no room for it."""
 
 
+class ImageTooLargeError(StorageFullError):
+    """It is larger than all of the store may be."""
+
+
 class ImageStore(Protocol):
     """A place for images, each behind a URL."""
 

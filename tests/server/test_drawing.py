@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from pydantic import ValidationError
 
 from benchmarks.fake_engine import MODEL
 from krea2_srt.engine.request import RequestLimits
+from server.app import as_api_error
 from server.drawing import resolve
 from server.errors import ApiError
 from server.protocol import ImageGenerationRequest
@@ -91,14 +93,15 @@ def test_width_and_height_are_another_way_to_say_size():
         ({"width": 512}, "height"),
         ({"height": 512}, "width"),
         ({"width": 100, "height": 64}, "width"),
+        ({"width": 512, "height": 100}, "height"),
+        ({"width": 512, "height": 0}, "height"),
+        ({"width": 512, "height": 64}, "width"),
+        ({"width": 64, "height": 512}, "height"),
         ({"width": 512, "height": 512, "size": "256x256"}, "size"),
         ({"num_inference_steps": 201}, "num_inference_steps"),
         ({"num_inference_steps": 10**8}, "num_inference_steps"),
         ({"guidance_scale": 101.0}, "guidance_scale"),
         ({"negative_prompt": "blue"}, "negative_prompt"),
-        ({"background": "transparent"}, "background"),
-        ({"output_format": "gif"}, "output_format"),
-        ({"output_format": "svg"}, "output_format"),
         ({"output_compression": 50}, "output_compression"),
         ({"output_compression": 50, "output_format": "png"}, "output_compression"),
         ({"partial_images": 1}, "partial_images"),
@@ -113,6 +116,25 @@ def test_what_is_not_possible_names_its_field(fields, param):
     assert caught.value.status == 400
     assert caught.value.param == param
     assert param in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"),
+    [
+        ("background", "transparent", "unsupported_value"),
+        ("output_format", "gif", "unsupported_value"),
+        ("output_format", "svg", "unsupported_value"),
+        ("style", "vivid", "unsupported_parameter"),
+        ("image", "aGVsbG8=", "unsupported_parameter"),
+        ("complexity", "high", "unsupported_parameter"),
+    ],
+)
+def test_what_the_model_cannot_do_is_told(field, value, code):
+    with pytest.raises(ValidationError) as caught:
+        ImageGenerationRequest.model_validate({"prompt": "x", field: value})
+    error = as_api_error(caught.value.errors())
+    assert (error.status, error.param, error.code) == (400, field, code)
+    assert "is not supported" in error.message
 
 
 def test_the_identifier_of_a_user_may_have_its_older_name():

@@ -112,7 +112,7 @@ def test_a_wrong_file_is_told_without_its_keys(keys_of, text, said):
 
 
 def test_a_missing_file_and_a_short_key_in_the_environment_are_told(monkeypatch):
-    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         Keys.from_settings(load_settings(["--api-keys-file", "nowhere.yaml"]))
     monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-secret")
     with pytest.raises(ConfigError, match="key 0 has fewer than 16") as caught:

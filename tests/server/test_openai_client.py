@@ -103,12 +103,14 @@ def test_a_stream_has_previews_and_then_the_pictures(fake_server, engine):
     for image in range(2):
         mine = [e for e in partial if e.model_extra["image_index"] == image]
         assert [e.partial_image_index for e in mine] == [0, 1, 2]
-        assert [e.model_extra["step"] for e in mine] == [1, 2, 3]
+        assert [e.model_extra["step"] for e in mine] == [2, 4, 6]
         assert all(picture(e).format == "PNG" for e in mine)
     assert [e.model_extra["image_index"] for e in completed] == [0, 1]
     assert [e.model_extra["seed"] for e in completed] == [5, 6]
     assert [picture(e).getpixel((0, 0)) for e in completed] == [(5, 5, 5), (6, 6, 6)]
-    assert completed[0].usage.output_tokens == 2 * 16
+    # An image's own each, so that they add up to what the request has cost.
+    assert [e.usage.output_tokens for e in completed] == [16, 16]
+    assert [e.usage.input_tokens for e in completed] == [5, 0]
     assert completed[0].size == "64x64"
 
 

@@ -61,9 +61,7 @@ def test_every_answer_fits_its_description(operations, fake_server, engine, mode
             continue  # nothing in it can be wrong
         examples = 200 if operation.path == GENERATIONS else 25
 
-        @settings(
-            max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck)
-        )
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case):
             response = case.call()

@@ -74,9 +74,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(moderator, run):
 
 def test_whoever_stops_waiting_stops_the_work(moderator, run):
     async def check() -> None:
-        tasks = [
-            asyncio.create_task(moderator.check_prompts(["fox " * 8000])) for _ in range(30)
-        ]
+        tasks = [asyncio.create_task(moderator.check_prompts(["fox " * 8000])) for _ in range(30)]
         await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()

@@ -9,6 +9,7 @@ from server.storage.local import ExpiredFileError, LocalStore
 
 KEY = b"a key of thirty-two bytes, or so"
 BASE_URL = "http://images.example:8000"
+PATH = "/v1/images/files"
 
 
 class Clock:
@@ -23,7 +24,7 @@ class Clock:
 
 @asynccontextmanager
 async def local_store(folder: Path, **options) -> AsyncIterator[LocalStore]:
-    defaults = {"signing_key": KEY, "expiry_s": 100.0, "max_bytes": 10**6}
+    defaults = {"signing_key": KEY, "expiry_s": 100.0, "max_bytes": 10**6, "path": PATH}
     store = LocalStore(folder, **{**defaults, **options})
     await store.start()
     try:
@@ -45,10 +46,24 @@ def bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
+async def read(store: LocalStore, url: str) -> bytes:
+    found = await store.get(*parts(url))
+    with found.file as file:
+        data = file.read()
+    assert len(data) == found.size
+    return data
+
+
+def file_of(folder: Path, url: str) -> Path:
+    """Where a local store has put an image."""
+    name, expires, _ = parts(url)
+    return folder / f"{expires}-{name}"
+
+
 async def holds(store: LocalStore, url: str) -> bool:
     """Whether the image of a URL of ours is still there."""
     try:
-        found = await store.get(*parts(url))
+        await read(store, url)
     except ExpiredFileError:
         return False
-    return found.path.is_file()
+    return True

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
 from server.storage.signatures import new_name, sign, verify
-from tests.server.storage.stores import BASE_URL, KEY, Clock, local_store, parts
+from tests.server.storage.stores import BASE_URL, KEY, PATH, Clock, local_store, parts
 
 NAME, EXPIRES = "0123456789abcdef" * 2 + ".png", 1_700_000_100
 SIGNATURE = sign(KEY, NAME, EXPIRES)
@@ -48,7 +48,9 @@ TRAVERSALS = [
 
 
 def unknown(name, expires, signature, folder):
-    store = LocalStore(folder, signing_key=KEY, expiry_s=100, max_bytes=100, clock=Clock())
+    store = LocalStore(
+        folder, signing_key=KEY, expiry_s=100, max_bytes=100, path=PATH, clock=Clock()
+    )
     with pytest.raises(UnknownFileError) as raised:
         asyncio.run(store.get(name, expires, signature))
     assert str(raised.value) == ""

@@ -10,7 +10,16 @@ import pytest
 
 from server.storage.local import ExpiredFileError
 from server.storage.store import StorageError, StorageFullError
-from tests.server.storage.stores import BASE_URL, Clock, bytes_in, holds, local_store, parts
+from tests.server.storage.stores import (
+    BASE_URL,
+    Clock,
+    bytes_in,
+    file_of,
+    holds,
+    local_store,
+    parts,
+    read,
+)
 
 
 async def until(condition, timeout_s=5.0):
@@ -31,7 +40,10 @@ def test_an_image_comes_back_as_it_was(tmp_path, extension):
             assert re.fullmatch(rf"[0-9a-f]{{32}}\.{extension}", name)
             for expiry in (expires, int(expires)):
                 found = await store.get(name, expiry, signature)
-                assert found.path.read_bytes() == data
+                with found.file as file:
+                    assert file.read() == data
+                assert found.size == len(data)
+                assert 99 <= found.remaining_s <= 101
                 assert found.media_type == f"image/{extension}"
 
     asyncio.run(check())
@@ -145,7 +157,7 @@ def test_hundreds_at_once_stay_below_the_limit_and_none_is_lost(tmp_path, monkey
             assert sum(sizes[kept:]) == store.num_bytes == bytes_in(tmp_path)
             assert sum(sizes[kept - 1 :]) > limit
             for url, each in list(zip(urls, data, strict=True))[kept:]:
-                assert (await store.get(*parts(url))).path.read_bytes() == each
+                assert await read(store, url) == each
 
     asyncio.run(check())
 
@@ -214,7 +226,7 @@ def test_a_file_that_cannot_be_removed_is_still_counted(tmp_path, caplog):
         async with local_store(tmp_path, max_bytes=30) as store:
             first = await store.put(b"0123456789", "png", BASE_URL)
             second = await store.put(b"0123456789", "png", BASE_URL)
-            file = (await store.get(*parts(first))).path
+            file = file_of(tmp_path, first)
             file.unlink()
             file.mkdir()  # which unlink refuses
             last = await store.put(b"0123456789abcdef", "png", BASE_URL)
@@ -235,7 +247,7 @@ def test_a_link_in_the_folder_leads_nowhere(tmp_path):
     async def check():
         async with local_store(tmp_path / "images") as store:
             url = await store.put(b"x", "png", BASE_URL)
-            file = (await store.get(*parts(url))).path
+            file = file_of(tmp_path / "images", url)
             file.unlink()
             file.symlink_to(outside)
             with pytest.raises(ExpiredFileError):

@@ -7,7 +7,17 @@ import pytest
 
 from server.storage.local import LocalStore, UnknownFileError
 from server.storage.store import StorageError
-from tests.server.storage.stores import BASE_URL, KEY, Clock, bytes_in, holds, local_store, parts
+from tests.server.storage.stores import (
+    BASE_URL,
+    KEY,
+    PATH,
+    Clock,
+    bytes_in,
+    holds,
+    local_store,
+    parts,
+    read,
+)
 
 
 def test_urls_outlive_a_restart_until_they_expire(tmp_path):
@@ -19,8 +29,8 @@ def test_urls_outlive_a_restart_until_they_expire(tmp_path):
             late = await store.put(b"late", "webp", BASE_URL)
         # A shorter expiry is for new images: these were promised more.
         async with local_store(tmp_path, clock=clock, expiry_s=1) as store:
-            assert (await store.get(*parts(early))).path.read_bytes() == b"early"
-            assert (await store.get(*parts(late))).path.read_bytes() == b"late"
+            assert await read(store, early) == b"early"
+            assert await read(store, late) == b"late"
             assert store.num_bytes == len(b"early" + b"late")
         clock.now += 50
         async with local_store(tmp_path, clock=clock) as store:
@@ -55,7 +65,7 @@ def test_a_start_removes_what_is_partial_or_too_much_and_nothing_of_others(tmp_p
 
 @pytest.mark.parametrize("where", ["/proc/images", "/dev/null", "/dev/null/images"])
 def test_a_start_without_a_usable_folder_names_the_setting(where, tmp_path):
-    store = LocalStore(tmp_path / where, signing_key=KEY, expiry_s=1, max_bytes=1)
+    store = LocalStore(tmp_path / where, signing_key=KEY, expiry_s=1, max_bytes=1, path=PATH)
     with pytest.raises(StorageError, match=rf"^storage: {where}: \w+"):
         asyncio.run(store.start())
 
@@ -63,12 +73,12 @@ def test_a_start_without_a_usable_folder_names_the_setting(where, tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_start_without_the_right_to_write_names_the_setting(tmp_path):
     tmp_path.chmod(0o500)
-    store = LocalStore(tmp_path, signing_key=KEY, expiry_s=1, max_bytes=1)
+    store = LocalStore(tmp_path, signing_key=KEY, expiry_s=1, max_bytes=1, path=PATH)
     with pytest.raises(StorageError, match=r"^storage: .*Permission denied"):
         asyncio.run(store.start())
 
 
 def test_a_short_key_is_refused(tmp_path):
-    store = LocalStore(tmp_path, signing_key=b"x" * 15, expiry_s=1, max_bytes=1)
+    store = LocalStore(tmp_path, signing_key=b"x" * 15, expiry_s=1, max_bytes=1, path=PATH)
     with pytest.raises(StorageError, match=r"^storage_key: "):
         asyncio.run(store.start())

@@ -1,14 +1,11 @@
 """Images as URLs, on the whole server: a folder, a disk that is full, and S3."""
 
 import os
-import subprocess
 import time
 
 import httpx
-import pytest
 
 from tests.server.serving import serve
-from tests.server.storage.conftest import bucket, endpoint  # noqa: F401 (fixtures)
 
 FIELDS = {"prompt": "x", "size": "64x64", "response_format": "url"}
 
@@ -54,17 +51,6 @@ def test_a_stream_can_end_in_urls(fake_server, engine):
     assert all(httpx.get(url).status_code == 200 for url in urls)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "images", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("file systems cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_full_disk_is_told_and_the_server_goes_on(shared_engine, engine, small_disk, tmp_path):
     storage = small_disk / "images"
     flags = ["--engine-endpoints", engine.endpoint, "--storage", str(storage)]
@@ -97,7 +83,7 @@ def test_a_cap_lets_the_oldest_go(shared_engine, engine, tmp_path):
         assert httpx.get(second).content == httpx.get(third).content == engine.picture
 
 
-def test_s3_serves_images_itself(shared_engine, engine, tmp_path, bucket, endpoint):  # noqa: F811
+def test_s3_serves_images_itself(shared_engine, engine, tmp_path, bucket, endpoint):
     flags = ["--engine-endpoints", engine.endpoint, "--storage", f"s3://{bucket}/krea/pictures"]
     options = f'{{"endpoint_url": "{endpoint}", "key": "test", "secret": "test-secret"}}'
     with serve(tmp_path, *flags, f"--storage-options={options}") as server:

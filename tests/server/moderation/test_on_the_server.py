@@ -1,4 +1,4 @@
-"""Content checks on the whole server: what is refused is neither drawn, shown, stored nor logged."""
+"""The whole server: what is refused is neither drawn, shown, stored nor logged."""
 
 import openai
 import pytest
@@ -6,11 +6,6 @@ import yaml
 
 from krea2_srt.sglang.messages import EngineError
 from tests.server.moderation.address import Address, inputs, moderations_address, result
-from tests.server.moderation.conftest import (  # noqa: F401 (fixtures)
-    image_model,
-    models_policy,
-    text_model,
-)
 from tests.server.serving import serve
 from tests.sglang.channel import wait_until
 
@@ -166,4 +161,3 @@ def test_classifiers_on_the_server(shared_engine, engine, models_policy, tmp_pat
         check_refused(server.post(prompt="a forbidden fox", size="64x64"), "toxic")
         # The fake engine draws in the shade of the seed.
         check_refused(server.post(prompt="a red fox", size="64x64", seed=250), "nsfw")
-
