@@ -52,6 +52,7 @@ class FakeEngine:
         requests: that have come.
         cancelled: ids that were cancelled while they were under way.
         on_preview: called with a request's id just before a preview of it is sent.
+        port: to listen on; 0 is any free one.
     """
 
     step_s: float = 0.0
@@ -62,13 +63,15 @@ class FakeEngine:
     requests: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     on_preview: Callable[[str], None] = lambda _: None
+    port: int = 0
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
         self._socket = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.set_hwm(0)
         self._socket.linger = 0
-        self.endpoint = f"tcp://127.0.0.1:{self._socket.bind_to_random_port('tcp://127.0.0.1')}"
+        self._socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stop = False
         self._running: dict[tuple[bytes, str], _Running] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -29,18 +29,20 @@ class Answers:
         self._ticket: Ticket | None = None
         self._stepped = False
 
-    def response(self, result: Result) -> bytes:
-        """Body of the response, an `ImagesResponse`."""
-        images = [
-            {**picture, "seed": seed}
-            for picture, seed in zip(_pictures(result), self._drawing.image.seeds, strict=True)
-        ]
-        first = self._drawn(self._drawing.image.seed)
+    def response(self, result: Result) -> Iterator[bytes]:
+        """Body of the response, an `ImagesResponse`, in pieces: each may be many megabytes."""
         generated = result.generated
         usage = Usage.of(generated.text_tokens, generated.image_tokens)
-        return orjson.dumps(
-            {"created": _now(), "data": images, **first, **_accounts(generated, usage)}
-        )
+        first = self._drawn(self._drawing.image.seed)
+        common = {"created": _now(), **first, **_accounts(generated, usage)}
+        yield _opened(common) + b',"data":['
+        for index, seed in enumerate(self._drawing.image.seeds):
+            yield b"," if index else b""
+            if result.urls is not None:
+                yield orjson.dumps({"url": result.urls[index], "seed": seed})
+            else:
+                yield from _with_picture({"seed": seed}, generated.images[index])
+        yield b"]}"
 
     def events(self, update: Update) -> Iterator[bytes]:
         """What a stream says of an update."""
@@ -54,10 +56,14 @@ class Answers:
                 image, step, total = update.sequence, update.step, update.total
                 yield comment(f"step image={image} step={step} total={total}")
             case Preview():
-                yield event("image_generation.partial_image", self._partial(update))
+                data = _with_picture(self._partial(update), update.data)
+                yield event("image_generation.partial_image", b"".join(data))
             case Result():
                 for index in range(len(update.generated.images)):
-                    yield event("image_generation.completed", self._completed(index, update))
+                    data = _with_picture(
+                        self._completed(index, update), update.generated.images[index]
+                    )
+                    yield event("image_generation.completed", b"".join(data))
 
     def waiting(self) -> bytes:
         """A comment that keeps a silent stream open."""
@@ -68,7 +74,6 @@ class Answers:
     def _partial(self, preview: Preview) -> dict[str, Any]:
         return {
             "type": "image_generation.partial_image",
-            "b64_json": _base64(preview.data),
             "created_at": _now(),
             "partial_image_index": preview.index,
             "image_index": preview.image,
@@ -79,10 +84,6 @@ class Answers:
 
     def _completed(self, index: int, result: Result) -> dict[str, Any]:
         generated = result.generated
-        # The official client counts on it; a URL comes beside it.
-        picture = {"b64_json": _base64(generated.images[index])}
-        if result.urls is not None:
-            picture["url"] = result.urls[index]
         # An image's own, so that a stream's events add up to its request.
         usage = Usage.of(
             generated.text_tokens if index == 0 else 0,
@@ -90,7 +91,7 @@ class Answers:
         )
         return {
             "type": "image_generation.completed",
-            **picture,
+            **({} if result.urls is None else {"url": result.urls[index]}),
             "created_at": _now(),
             "image_index": index,
             **self._drawn(self._drawing.image.seeds[index]),
@@ -124,16 +125,17 @@ def _accounts(generated: Generated, usage: Usage) -> dict[str, Any]:
     }
 
 
-def _pictures(result: Result) -> Iterator[dict[str, str]]:
-    if result.urls is not None:
-        yield from ({"url": url} for url in result.urls)
-    else:
-        yield from ({"b64_json": _base64(data)} for data in result.generated.images)
-
-
-def _base64(data: bytes) -> str:
+def _with_picture(values: dict[str, Any], picture: bytes) -> Iterator[bytes]:
+    """JSON of an object with a picture in it, which no JSON encoder need look at."""
+    yield _opened(values) + b',"b64_json":"'
     # Python's own takes half of the time of a whole request.
-    return pybase64.b64encode_as_string(data)
+    yield pybase64.b64encode(picture)
+    yield b'"}'
+
+
+def _opened(values: dict[str, Any]) -> bytes:
+    """JSON of an object that is not empty, without its end."""
+    return orjson.dumps(values)[:-1]
 
 
 def _now() -> int:

@@ -18,7 +18,7 @@ from server.images_api import FILES_PATH, images_router
 from server.keys import Keys
 from server.operations_api import operations_router
 from server.playground import playground_files
-from server.protocol import UnsupportedError
+from server.protocol import UnknownFieldError, UnsupportedError
 from server.request_context import RequestContext
 from server.services import Services
 
@@ -146,13 +146,12 @@ def as_api_error(problems: Any) -> ApiError:
     reason = problem.get("ctx", {}).get("error")
     if isinstance(reason, UnsupportedError):
         return invalid(reason.field, str(reason), reason.code)
-    location = [str(part) for part in problem["loc"] if part != "body"]
+    if isinstance(reason, UnknownFieldError):
+        return invalid(reason.field, str(reason), "unknown_parameter")
+    location = [str(part) for part in problem["loc"][1:]]
     match problem["type"]:
         case "json_invalid":
             return invalid(None, "the body is not valid JSON", "invalid_json")
-        case "extra_forbidden":
-            name = location[0][:64]
-            return invalid(name, f"{name!r} is not known", "unknown_parameter")
         case "missing" if location:
             return invalid(location[0], f"{location[0]} is missing", "missing_parameter")
     if not location:

@@ -1,6 +1,7 @@
 """krea2-serve: the images server and its engine, until SIGTERM."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = load_settings(sys.argv[1:] if argv is None else argv)
         keys = Keys.from_settings(settings)
         moderator = _moderator(settings)
+        _check_model(settings)
     configure_logs(settings.log_level, settings.log_format)
     _raise_file_limit()
     try:
@@ -63,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ConfigError, StorageError, ModerationConfigError, EngineStartError) as error:
         print(f"{COMMAND}: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
+    except asyncio.CancelledError:
+        pass  # by a signal, before there was anything to end
 
 
 async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> None:
@@ -72,6 +76,7 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
         ConfigError, EngineStartError, StorageError, ModerationConfigError: it cannot serve.
     """
     async with AsyncExitStack() as stack:
+        ending = stack.enter_context(Ending())
         listener = stack.enter_context(_listen(settings))
         count = len(settings.engine_endpoints) or settings.replicas
         engine = EngineClient(count)
@@ -88,10 +93,14 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
         metrics = Metrics(engine, moderator)
         images = ImageService(engine, RateLimits(), store, moderator, metrics, tracing)
         services = Services(settings, engine, keys, images, store, metrics, int(time.time()))
-        server = ImagesServer(services)
+        server, supervisor = ImagesServer(services), Supervisor(settings, engine)
+        ending.started(server, supervisor)
+        # What is there by now stays: the collector need not look at it during requests.
+        gc.collect()
+        gc.freeze()
         await _until_first_end(
             server.serve([listener]),
-            _run_engines(settings, engine),
+            _run_engines(settings, engine, supervisor),
             _say_when_ready(address_of(listener), services),
         )
 
@@ -125,28 +134,58 @@ class ImagesServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which ends the process by the signal: an orderly end is 0."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._end, loop)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        """In place of uvicorn's, which ends the process by the signal: `Ending` has them."""
+        yield
 
-    def _end(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.should_exit:
-            logger.warning("told twice: ending at once")
-            self.force_exit = True
-            return
-        logger.info("ending; requests under way are finished")
+    def drain(self) -> None:
+        """Take nothing new, and end when what was accepted is finished."""
         self._services.images.draining = True
         self.should_exit = True
         # Nobody should wait without an answer: those that are not done by then get an error.
         timeout_s = self._services.settings.drain_timeout_s
-        text = "the server has shut down before the image was done"
-        loop.call_later(timeout_s, self._services.engine.detach_all, text)
+        asyncio.get_running_loop().call_later(timeout_s, self.give_up)
+
+    def give_up(self) -> None:
+        """Answer what is not finished with an error."""
+        self._services.engine.detach_all("the server has shut down before the image was done")
+
+
+class Ending:
+    """What SIGTERM and SIGINT do, from the first moment to the last.
+
+    The first signal ends the server in order, with exit code 0; the second at once.
+    """
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._server: ImagesServer | None = None
+        self._supervisor: Supervisor | None = None
+
+    def started(self, server: ImagesServer, supervisor: Supervisor) -> None:
+        """There is something now that has to end in order."""
+        self._server, self._supervisor = server, supervisor
+
+    def __enter__(self) -> "Ending":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+    def _end(self) -> None:
+        if self._server is None or self._supervisor is None:
+            assert self._task is not None
+            self._task.cancel()
+        elif self._server.should_exit:
+            logger.warning("told twice: ending at once")
+            self._server.force_exit = True
+            self._server.give_up()
+            self._supervisor.kill()
+        else:
+            logger.info("ending; requests under way are finished")
+            self._server.drain()
 
 
 def make_store(settings: Settings) -> ImageStore | None:
@@ -200,11 +239,18 @@ def _moderator(settings: Settings) -> Moderator | None:
         raise ConfigError(f"moderation_policy: {error}") from None
 
 
-async def _run_engines(settings: Settings, engine: EngineClient) -> None:
+def _check_model(settings: Settings) -> None:
+    """What a folder lacks can be told at once, and not after the minute that an engine takes."""
+    path = Path(settings.model_path).expanduser()
+    local = settings.model_path.startswith(("/", ".", "~")) or path.exists()
+    if local and not settings.engine_endpoints and not (path / "model_index.json").is_file():
+        raise ConfigError(f"model_path: {path} holds no checkpoint: no model_index.json is there")
+
+
+async def _run_engines(settings: Settings, engine: EngineClient, supervisor: Supervisor) -> None:
     if settings.engine_endpoints:
         await attach_running(settings.engine_endpoints, engine, settings.hang_timeout_s)
         return
-    supervisor = Supervisor(settings, engine)
     try:
         await supervisor.run()
     finally:

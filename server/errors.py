@@ -59,7 +59,7 @@ class ApiError(Exception):
     def response(self) -> Response:
         """With the headers that tell the official client when to try again."""
         headers = dict(self.headers)
-        if self.retry_after_s is not None:
+        if self.retry_after_s is not None and math.isfinite(self.retry_after_s):
             wait_s = min(max(self.retry_after_s, 0.0), MAX_RETRY_AFTER_S)
             headers["retry-after"] = str(math.ceil(wait_s))
             headers["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
@@ -113,7 +113,8 @@ def field_name(engine_field: str) -> str:
 
 def from_engine(error: EngineError) -> ApiError:
     """What the engine says, as HTTP says it."""
-    message = error.message
+    # Whatever it is, it must get into JSON.
+    message = error.message.encode(errors="replace").decode()
     match error.code:
         case "invalid_request":
             name = field_name(error.field or "")

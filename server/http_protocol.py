@@ -2,14 +2,38 @@
 
 import asyncio
 import logging
+from typing import Any
 from uuid import uuid4
 
+import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from server.errors import ApiError
 
 logger = logging.getLogger(__name__)
+
+Headers = list[tuple[bytes, bytes]]
+
+_MAX_PIPELINED = 8
+"""Requests of a connection that are read while the first of them has no answer yet."""
+
+
+def _without_upgrade(headers: Headers) -> Headers:
+    """Without what offers another protocol."""
+    offers = {b"upgrade", b"http2-settings"}
+    left = []
+    for name, value in headers:
+        if name == b"connection":
+            tokens = [token.strip() for token in value.split(b",")]
+            value = b", ".join(token for token in tokens if token.lower() not in offers)
+        if value and name not in offers:
+            left.append((name, value))
+    return left
 
 
 def bounded_protocol(
@@ -32,6 +56,10 @@ def bounded_protocol(
         _pending_bytes = 0
         """Received since the parser last had something to say: what it keeps to itself."""
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._unanswered: list[RequestResponseCycle] = []
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._await_headers()
@@ -39,6 +67,10 @@ def bounded_protocol(
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
             self._stop_send_timer()
+            # uvicorn tells only the request that came last.
+            for cycle in self._unanswered:
+                cycle.disconnected = not cycle.response_complete
+                cycle.message_event.set()
             super().connection_lost(exc)
 
         # uvicorn hands a whole answer to the transport, which would keep it for ever.
@@ -58,8 +90,14 @@ def bounded_protocol(
                 super().timeout_keep_alive_handler()
 
         def data_received(self, data: bytes) -> None:
+            self._unset_keepalive_if_required()
             self._pending_bytes += len(data)
-            super().data_received(data)
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._go_on_without_upgrade(data[upgrade.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("this is no HTTP request")
             # A header or trailer that has no end reaches no callback.
             if self._pending_bytes > max_header_bytes + len(data):
                 self._refuse(431, too_large)
@@ -80,7 +118,31 @@ def bounded_protocol(
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
+            if self.parser.should_upgrade():
+                return
             super().on_headers_complete()
+            self._unanswered = [each for each in self._unanswered if not each.response_complete]
+            self._unanswered.append(self.cycle)
+            if len(self._unanswered) <= _MAX_PIPELINED:
+                # Else a client that hangs up would not be noticed before its first answer.
+                self.flow.resume_reading()
+
+        def _go_on_without_upgrade(self, rest: bytes) -> None:
+            """Read a request that offers another protocol as if it had not: a server may do that.
+
+            The parser has stopped after the headers, for the other protocol to take over.
+            """
+            method, headers = self.parser.get_method(), self.headers
+            if method == b"CONNECT":
+                self.send_400_response("CONNECT is not for this server")
+                return
+            lines = [name + b": " + value for name, value in _without_upgrade(headers)]
+            head = b"\r\n".join([method + b" " + self.url + b" HTTP/1.1", *lines, b"\r\n"])
+            self.parser = httptools.HttpRequestParser(self)
+            try:
+                self.parser.feed_data(head + rest)
+            except httptools.HttpParserError:
+                self.send_400_response("this is no HTTP request")
 
         def on_body(self, body: bytes) -> None:
             self._pending_bytes = 0
@@ -88,7 +150,14 @@ def bounded_protocol(
 
         def on_message_complete(self) -> None:
             self._pending_bytes = 0
-            super().on_message_complete()
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
+
+        def on_response_complete(self) -> None:
+            if self._send_timer is None and self.transport.get_write_buffer_size():
+                # Too little for the transport to say so, but it may still lie there for ever.
+                self._watch_sending()
+            super().on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
             # Called for what a callback raises too.
@@ -99,7 +168,7 @@ def bounded_protocol(
 
         @property
         def _answering(self) -> bool:
-            return self.cycle is not None and not self.cycle.response_complete
+            return any(not cycle.response_complete for cycle in self._unanswered)
 
         def _count(self, size: int) -> None:
             self._pending_bytes = 0
@@ -121,11 +190,16 @@ def bounded_protocol(
                 self.transport.close()
 
         def _watch_sending(self) -> None:
+            self._stop_send_timer()
             left = self.transport.get_write_buffer_size()
             self._send_timer = self.loop.call_later(send_timeout_s, self._check_sending, left)
 
         def _check_sending(self, left: int) -> None:
-            if self.transport.get_write_buffer_size() < left:
+            self._send_timer = None
+            size = self.transport.get_write_buffer_size()
+            if size == 0:
+                return
+            if size < left:
                 self._watch_sending()
                 return
             logger.info("a client does not take its answer; hanging up")

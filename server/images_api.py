@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, BinaryIO
 
+import orjson
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -16,6 +17,7 @@ from server.event_schemas import event_stream_content
 from server.event_stream import EventStreamResponse, comment, event
 from server.image_service import Result, Update
 from server.keys import Client
+from server.pieces import PiecesResponse
 from server.protocol import (
     ErrorResponse,
     ImageGenerationRequest,
@@ -71,7 +73,7 @@ def images_router(services: Services) -> APIRouter:
                 async for update in updates:
                     if isinstance(update, Result):
                         set_outcome(request.scope, "done")
-                        return Response(answers.response(update), media_type="application/json")
+                        return PiecesResponse(answers.response(update))
             raise AssertionError("a drawing ends with its result or an error")
         # The first words of the engine come before ours: a refusal is a refusal still.
         beginning = [update async for update in _until_accepted(updates)]
@@ -162,11 +164,12 @@ async def _events(
                     yield chunk
     except ApiError as error:
         set_outcome(request.scope, error.code)
-        yield event("error", error.body())
+        yield event("error", orjson.dumps(error.body()))
     except Exception:
         logger.exception("a stream failed")
         set_outcome(request.scope, "internal_error")
-        yield event("error", internal_error(request.state.request_id).body())
+        body = internal_error(request.state.request_id).body()
+        yield event("error", orjson.dumps(body))
     yield comment("end")
 
 

@@ -4,15 +4,14 @@ import hashlib
 import hmac
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from krea2_srt.engine.engine import MAX_PRIORITY
 from krea2_srt.errors import ConfigError
 from server.errors import ApiError
 from server.settings import Settings
+from server.yaml_files import YamlFileError, read_yaml
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,8 @@ class _KeyEntry(BaseModel):
     def _check(self) -> "_KeyEntry":
         if (self.key is None) == (self.sha256 is None):
             raise ValueError("give either key or sha256")
-        if self.key is not None and len(self.key.get_secret_value()) < _MIN_KEY:
-            raise ValueError(f"key: must have at least {_MIN_KEY} characters")
+        if self.key is not None and (problem := _problem(self.key.get_secret_value())):
+            raise ValueError(f"key: {problem}")
         return self
 
     @property
@@ -86,8 +85,8 @@ class Keys:
         default = Client("anonymous", settings.requests_per_minute, settings.max_concurrent)
         clients: dict[bytes, Client] = {}
         for index, key in enumerate(settings.plain_api_keys):
-            if len(key) < _MIN_KEY:
-                raise ConfigError(f"api_keys: key {index} has fewer than {_MIN_KEY} characters")
+            if problem := _problem(key):
+                raise ConfigError(f"api_keys: key {index} {problem}")
             clients[_digest(key)] = Client(
                 f"key-{index}", settings.requests_per_minute, settings.max_concurrent
             )
@@ -149,11 +148,9 @@ def _read(path: Path | None) -> list[_KeyEntry]:
     if path is None:
         return []
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        # An error of YAML quotes the file, and so perhaps a key.
-        reason = error.strerror if isinstance(error, OSError) else "is no YAML"
-        raise ConfigError(f"api_keys_file: {path}: {reason}") from None
+        values = read_yaml(path)
+    except YamlFileError as error:
+        raise ConfigError(f"api_keys_file: {path}: {error}") from None
     entries = values.get("keys") if isinstance(values, dict) else None
     if not isinstance(entries, list) or not entries or len(values) != 1:
         raise ConfigError(f"api_keys_file: {path}: must hold a list named keys, and only that")
@@ -167,6 +164,16 @@ def _read(path: Path | None) -> list[_KeyEntry]:
             message = problem["msg"].removeprefix("Value error, ")
             raise ConfigError(f"api_keys_file: {path}: {where}: {message}") from None
     return found
+
+
+def _problem(key: str) -> str | None:
+    """What is wrong with a key."""
+    if len(key) < _MIN_KEY:
+        return f"must have at least {_MIN_KEY} characters"
+    if not key.isascii() or not key.isprintable() or " " in key:
+        # HTTP knows no others in headers.
+        return "must have printable ASCII characters only, without spaces"
+    return None
 
 
 def _digest(key: str) -> bytes:

@@ -16,6 +16,7 @@ MAX_PROMPT = 32_000
 MAX_IMAGES = 10
 MAX_PARTIAL_IMAGES = 3
 _MAX_IDENTIFIER = 512
+_MAX_TOLD = 64
 
 # Fields and values of OpenAI's contract that this model has nothing for.
 _UNSUPPORTED_VALUES = {
@@ -43,6 +44,14 @@ class UnsupportedError(ValueError):
         super().__init__(f"{what} is not supported: {reason}")
         self.field = field
         self.code = "unsupported_parameter" if value is None else "unsupported_value"
+
+
+class UnknownFieldError(ValueError):
+    """A field that is not known."""
+
+    def __init__(self, field: str) -> None:
+        super().__init__(f"{field!r} is not known")
+        self.field = field
 
 
 class ImageGenerationRequest(BaseModel):
@@ -125,7 +134,13 @@ class ImageGenerationRequest(BaseModel):
             for (field, value), reason in _UNSUPPORTED_VALUES.items():
                 if values.get(field) == value:
                     raise UnsupportedError(field, reason, value)
-            return {k: value for k, value in values.items() if k not in _UNSUPPORTED_FIELDS}
+            known = {k: value for k, value in values.items() if k not in _UNSUPPORTED_FIELDS}
+            if cls.model_config["extra"] == "forbid":
+                # One is enough to refuse; pydantic would tell of each of a hundred thousand.
+                for name in known:
+                    if name not in cls.model_fields:
+                        raise UnknownFieldError(str(name)[:_MAX_TOLD])
+            return known
         return values
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -20,6 +19,7 @@ from pydantic_settings import (
 from krea2_srt.engine.config import PREFIX as ENGINE_PREFIX
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.errors import ConfigError
+from server.yaml_files import YamlFileError, read_yaml
 
 COMMAND = "krea2-serve"
 PREFIX = "KREA2_SERVE_"
@@ -315,9 +315,9 @@ def _config_path(argv: Sequence[str]) -> str | None:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: {path} cannot be read: {error}") from None
+        values = read_yaml(Path(path)) or {}
+    except YamlFileError as error:
+        raise ConfigError(f"config: {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} must hold settings, name: value")
     unknown = sorted(map(str, values.keys() - Settings.model_fields.keys() - {_CONFIG}))

@@ -101,6 +101,12 @@ class EngineProcess:
     def _ran_long(self) -> bool:
         return self._ready_at is not None and time.monotonic() - self._ready_at > _LONG_RUN_S
 
+    def kill(self) -> None:
+        """End it at once."""
+        self._stop.set()
+        if self._process is not None and self._process.returncode is None:
+            self._kill(self._process)
+
     async def _run_once(self) -> int:
         """Returns the exit code, negative for a signal."""
         reader, writer = os.pipe()
@@ -135,15 +141,15 @@ class EngineProcess:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self, process: asyncio.subprocess.Process, reader: int) -> None:
-        started = time.monotonic()
+        started, line = time.monotonic(), ""
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 line = await _read_line(reader)
-                if not line:
-                    return  # it has died; whoever waits for the process says so
+                # An empty one, of a process that dies, or is no use alive.
                 await self._client.attach(self.index, json.loads(line)["endpoint"])
-        except (TimeoutError, EngineExitedError, ValueError, KeyError) as error:
-            logger.error("engine %d is not ready (%s); killing it", self.index, error)
+        except Exception as error:
+            if line or isinstance(error, TimeoutError):
+                logger.error("engine %d is not ready: %s; killing it", self.index, error)
             self._kill(process)
             return
         self._ready_at = time.monotonic()
@@ -194,6 +200,11 @@ class Supervisor:
         async with asyncio.TaskGroup() as group:
             for process in self._processes:
                 group.create_task(process.run())
+
+    def kill(self) -> None:
+        """End all of them at once, while `stop` still waits for them."""
+        for process in self._processes:
+            process.kill()
 
     async def stop(self) -> None:
         await asyncio.gather(*(process.stop() for process in self._processes))
@@ -246,6 +257,7 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
     """What starts a scheduler process; see `krea2_srt.sglang.worker`."""
     return [
         *(sys.executable, "-m", "krea2_srt.sglang.worker", "--ready-fd", str(ready_fd)),
+        *("--parent-pid", str(os.getpid())),
         *("--model-path", settings.model_path, "--host", "127.0.0.1"),
         # Left alone, schedulers that start together may choose the same.
         *("--scheduler-port", str(_free_port())),

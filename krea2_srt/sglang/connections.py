@@ -32,11 +32,15 @@ class WatchedRouter:
     def recv_multipart(self, flags: int = 0) -> list[bytes]:
         """As the socket's own; notes where the message came from."""
         frames = self._socket.recv_multipart(flags, copy=False)
-        descriptor = frames[0].get(zmq.SRCFD)
+        identity = frames[0].bytes
+        try:
+            descriptor = frames[0].get(zmq.SRCFD)
+        except zmq.ZMQError:
+            # Not from ZeroMQ of this century, or no ZeroMQ at all: a port scanner, a browser.
+            return [frame.bytes for frame in frames]
         # The events that made this descriptor the client's are older than its message: read
         # them first, or its predecessor's end would count as its own.
         self._read_events()
-        identity = frames[0].bytes
         if descriptor in self._closed:
             self._lost.add(identity)
         else:

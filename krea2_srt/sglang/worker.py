@@ -11,11 +11,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from krea2_srt.cli.errors import one_line_errors
-from krea2_srt.errors import ConfigError
+from krea2_srt.errors import ConfigError, first_line
 from krea2_srt.plugin import SWITCH, WORKER_NAME, enabled
 
 
@@ -56,14 +56,23 @@ def check_served_by_us(server_args: Any) -> None:
         raise ConfigError(f"not supported yet: {', '.join(options)}")
 
 
+def _server_args(prepare: Callable[[Sequence[str]], Any], options: Sequence[str]) -> Any:
+    try:
+        return prepare(options)
+    except ValueError as error:
+        # Such as of a model that is not there: to start again would not help.
+        raise ConfigError(first_line(error)) from None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model and run the scheduler until SIGTERM.
 
     Args:
-        argv: ``--ready-fd N``, and then SGLang's own options.
+        argv: ``--ready-fd N --parent-pid N``, and then SGLang's own options.
     """
     parser = argparse.ArgumentParser(prog="krea2_srt.sglang.worker", allow_abbrev=False)
     parser.add_argument("--ready-fd", type=int, required=True, help="told when we are ready")
+    parser.add_argument("--parent-pid", type=int, required=True, help="ends us by its own end")
     ours, sglang_options = parser.parse_known_args(argv)
     # Our plugin registers for a worker's needs, and SGLang names its processes in the log.
     multiprocessing.current_process().name = WORKER_NAME
@@ -77,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     kill_itself_when_parent_died()
+    if os.getppid() != ours.parent_pid:
+        return  # it had died before that
     with defer_full_gc_for_imports():
         from sglang.multimodal_gen.runtime.platforms import initialize_current_platform
 
@@ -90,11 +101,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         apply_plugin_hooks()
         from sglang.multimodal_gen.runtime.server_args import prepare_server_args
 
-        server_args = prepare_server_args(sglang_options)
+        with one_line_errors("krea2-srt"):
+            server_args = _server_args(prepare_server_args, sglang_options)
+            check_served_by_us(server_args)
         from sglang.multimodal_gen.runtime.managers import gpu_worker
 
-    with one_line_errors("krea2-srt"):
-        check_served_by_us(server_args)
     pipe: Any = ReadyPipe(ours.ready_fd, server_args.scheduler_endpoint)
     gpu_worker.run_scheduler_process(
         local_rank=0, rank=0, server_args=server_args, pipe_writer=pipe

@@ -1,12 +1,13 @@
 """The content policy: which checkers there are, and from which score on they refuse."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from server.yaml_files import YamlFileError, read_yaml
 
 Stage = Literal["prompt", "image"]
 
@@ -116,19 +117,9 @@ def load_policy(file: Path) -> Policy:
         ModerationConfigError: it cannot be read, or something in it is wrong.
     """
     try:
-        # A safe loader, with one more check.
-        values = yaml.load(file.read_text(encoding="utf-8"), _UniqueKeysLoader)
-    except OSError as error:
-        raise ModerationConfigError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ModerationConfigError(f"{file}: is not UTF-8") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise ModerationConfigError(f"{file}: {line}{error.problem}") from None
-    except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
-        raise ModerationConfigError(f"{file}: is not YAML: {reason}") from None
+        values = read_yaml(file)
+    except YamlFileError as error:
+        raise ModerationConfigError(f"{file}: {error}") from None
     try:
         policy = Policy.model_validate(values)
     except ValidationError as error:
@@ -163,18 +154,3 @@ def _refuse(file: Path, values: Any, location: tuple[int | str, ...], message: s
     index = int(location[1])
     kind = str(location[2]) if len(location) > 2 else ""
     raise field_error(file, index, kind, ".".join(map(str, location[3:])), message)
-
-
-class _UniqueKeysLoader(yaml.SafeLoader):
-    """Does not let a second ``checkers`` quietly take the place of the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"{name} is there twice", problem_mark=key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)

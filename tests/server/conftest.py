@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.fake_engine import FakeEngine
 from tests.server.serving import Served, serve
+from tests.sglang.channel import wait_until
 
 START_TIMEOUT_S = 300
 
@@ -43,6 +44,8 @@ def fake_server(
 @pytest.fixture
 def engine(shared_engine: FakeEngine) -> Iterator[FakeEngine]:
     """The engine of `fake_server`, quick and willing at the start of each test."""
+    shared_engine.reset()
+    wait_until(lambda: not shared_engine.waiting)
     shared_engine.reset()
     yield shared_engine
     shared_engine.reset()

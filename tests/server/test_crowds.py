@@ -246,3 +246,64 @@ def _refuses_connections(server: Served) -> bool:
     except ConnectionError:
         return True
     return False
+
+
+@pytest.mark.parametrize(
+    "second", [HEAD + BODY, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"GET /h"]
+)
+def test_a_client_that_pipelines_and_hangs_up_is_noticed(fake_server, engine, second):
+    engine.hold.set()
+    with connect(fake_server) as connection:
+        connection.sendall(HEAD.replace(b"connection: close\r\n", b"") + BODY + second)
+        wait_until(lambda: engine.waiting == 1)
+    wait_until(lambda: engine.waiting == 0, 5)
+    assert len(engine.cancelled) == 1
+    engine.hold.clear()
+    still_works(fake_server)
+    assert "Traceback" not in fake_server.log
+
+
+def test_slow_readers_that_want_to_close_are_let_go(impatient, engine):
+    """What is left may be too little for the transport to tell of it."""
+    engine.picture = b"x" * 1_750_000
+    before = open_files(impatient)
+    connections = []
+    for size in range(10):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+        connection.connect(("127.0.0.1", impatient.port))
+        connection.sendall(HEAD + BODY)
+        connections.append(connection)
+        engine.picture = b"x" * (1_690_000 + size * 12_000)
+    wait_until(lambda: not engine.waiting and len(engine.requests) == 10)
+    wait_until(lambda: open_files(impatient) <= before, 15)
+    for connection in connections:
+        connection.close()
+
+
+def test_one_client_does_not_keep_the_others_waiting(fake_server, engine):
+    """Bodies that take longest to refuse, and answers that take longest to make."""
+    unknown = json.dumps({"prompt": "x", **{f"key{i}": 1 for i in range(70_000)}}).encode()
+    lists = b'{"prompt": "x", "user": [' + b",".join([b"[]"] * 300_000) + b"]}"
+    engine.picture = b"x" * 12_000_000
+    large = json.dumps({"prompt": "x", "size": "64x64", "n": 4}).encode()
+    url, headers = f"{fake_server.url}/v1/images/generations", {"content-type": "application/json"}
+    waits: list[float] = []
+    ended = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client() as client:
+            while not ended.is_set():
+                started = time.monotonic()
+                client.get(f"{fake_server.url}/health")
+                waits.append(time.monotonic() - started)
+                time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with httpx.Client(timeout=60) as client:
+        for body, status in ((unknown, 400), (lists, 400), (large, 200)) * 4:
+            assert client.post(url, content=body, headers=headers).status_code == status
+    ended.set()
+    watcher.join()
+    assert max(waits) < 0.3, max(waits)

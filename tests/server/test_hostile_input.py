@@ -5,11 +5,13 @@ import socket
 import time
 
 import httpx
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.protocol import ErrorResponse, ImageGenerationRequest, ImagesResponse
+from tests.server.serving import serve
 
 JSON = {"content-type": "application/json"}
 
@@ -221,6 +223,73 @@ def test_what_is_hardly_http(fake_server, engine, data, status):
     still_works(fake_server)
 
 
+@pytest.mark.parametrize("path", ["edits", "variations"])
+def test_edits_are_refused_whatever_is_sent_for_them(fake_server, engine, path):
+    url = f"{fake_server.url}/v1/images/{path}"
+    picture = {"image": ("fox.png", b"x" * 5_000_000, "image/png")}
+    for response in (
+        httpx.post(url, json={"prompt": "x"}),
+        httpx.post(url, data={"prompt": "x"}, files=picture),
+    ):
+        error = check_error(response, 400)
+        assert error["code"] == "unsupported_operation"
+        assert "cannot be edited" in error["message"]
+    with pytest.raises(openai.BadRequestError, match="cannot be edited"):
+        fake_server.client().images.edit(image=b"x" * 3_000_000, prompt="x")
+    still_works(fake_server)
+
+
+def test_an_answer_before_the_body_is_the_only_one(shared_engine, engine, tmp_path):
+    """And what comes of the body later is not taken for another request."""
+    environment = {"KREA2_SERVE_API_KEYS": "sk-0123456789abcdef"}
+    flags = ["--engine-endpoints", engine.endpoint, "--header-timeout-s", "1"]
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n"
+    with (
+        serve(tmp_path, *flags, environment=environment) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        connection.settimeout(5)
+        connection.sendall(head + b"x" * 100)
+        received = connection.recv(65536)
+        try:
+            for _ in range(10):
+                connection.sendall(b"x" * 6000)
+                time.sleep(0.05)
+            while chunk := connection.recv(65536):
+                received += chunk
+        except OSError:
+            pass
+        assert received.count(b"HTTP/1.1") == 1
+        assert b"HTTP/1.1 401" in received
+        assert b"connection: close" in received
+
+
+def test_a_large_request_may_wait_behind_another_on_its_connection(fake_server, engine):
+    engine.step_s = 0.05
+    small = b'{"prompt": "x", "size": "64x64"}'
+    large = json.dumps({"prompt": "x" * 30_000, "size": "64x64"}).encode() + b" " * 30_000
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
+        connection.settimeout(10)
+        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(small) + small)
+        close = b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(large)
+        connection.sendall(head + close)
+        for start in range(0, len(large), 5000):
+            connection.sendall(large[start : start + 5000])
+            time.sleep(0.02)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    assert received.count(b"HTTP/1.1 200") == received.count(b"HTTP/1.1") == 2
+
+
+def test_trailers_without_an_end_are_cut_off(fake_server, engine):
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    answer = raw(fake_server, head + b"2\r\n{}\r\n0\r\nx: " + b"y" * 5_000_000)
+    assert not answer or answer.startswith(b"HTTP/1.1 431")
+    still_works(fake_server)
+
+
 def test_two_requests_in_one_packet_both_get_an_answer(fake_server, engine):
     body = b'{"prompt": "x", "size": "64x64"}'
     head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -270,9 +339,34 @@ def test_any_mixture_of_values_gets_an_answer_that_fits(fake_server, engine, fie
 
 
 def test_unknown_fields_can_be_let_through_but_impossible_ones_cannot(tmp_path, engine):
-    from tests.server.serving import serve
-
     flags = ["--engine-endpoints", engine.endpoint, "--allow-unknown-fields"]
     with serve(tmp_path, *flags) as server:
         assert server.post(prompt="x", size="64x64", no_such_field=1).status_code == 200
         check_error(server.post(prompt="x", size="64x64", style="vivid"), 400)
+
+
+def test_an_offer_of_another_protocol_is_passed_over(fake_server, engine):
+    """Java's client makes it with every first request."""
+    body = b'{"prompt": "x", "size": "64x64"}'
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    post = head + offer + b"content-length: %d\r\n\r\n" % len(body)
+    last = offer.replace(b"Upgrade,", b"Upgrade, close,")
+    with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
+        connection.settimeout(5)
+        connection.sendall(post)
+        time.sleep(0.1)
+        connection.sendall(body + b"GET /health HTTP/1.1\r\nhost: x\r\n" + last + b"\r\n")
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    assert answer.count(b"HTTP/1.1 200") == 2
+    assert answer.endswith(b'{"status":"ok"}')
+    refused = raw(fake_server, b"CONNECT x:443 HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert refused.startswith(b"HTTP/1.1 400")
+
+
+def test_health_can_be_asked_by_its_head_alone(fake_server, engine):
+    for path in ("/health", "/ready"):
+        answer = httpx.head(fake_server.url + path)
+        assert (answer.status_code, answer.content) == (200, b"")

@@ -89,8 +89,9 @@ def test_without_keys_all_are_one_client_with_the_default_limits():
         ("[]", "a list named keys"),
         ("keys: []", "a list named keys"),
         ("keys: {}", "a list named keys"),
-        ("keys: [\n  - :", "is no YAML"),
+        ("keys: [\n  - :", "line 2: expected the node"),
         ("keys: [{name: a, key: short}]", "keys.0: key: must have at least 16"),
+        ("keys: [{name: a, key: sk-0123456789-ü-abc}]", "printable ASCII"),
         ("keys: [{name: a}]", "either key or sha256"),
         (f"keys: [{{name: a, key: {TEAM}, sha256: {'ab' * 32}}}]", "either key or sha256"),
         (f"keys: [{{key: {TEAM}}}]", "keys.0.name: Field required"),
@@ -115,7 +116,7 @@ def test_a_missing_file_and_a_short_key_in_the_environment_are_told(monkeypatch)
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: No such file"):
         Keys.from_settings(load_settings(["--api-keys-file", "nowhere.yaml"]))
     monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-secret")
-    with pytest.raises(ConfigError, match="key 0 has fewer than 16") as caught:
+    with pytest.raises(ConfigError, match="key 0 must have at least 16") as caught:
         Keys.from_settings(load_settings([]))
     assert "sk-secret" not in str(caught.value)
 

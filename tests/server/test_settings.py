@@ -36,12 +36,23 @@ def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
         (["--max-n", "11"], "max_n"),
         (["--replicas", "0"], "replicas"),
         (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--engine.policy", "lifo"], "POLICY"),
-        (["--engine.max-turn-ms", "-1"], "MAX_TURN_MS"),
+        (["--engine.policy", "lifo"], "engine.policy:"),
+        (["--engine.max-turn-ms", "-1"], "engine.max_turn_ms:"),
         (["--sglang-args", "'unbalanced"], "sglang_args"),
         (["--config", "/nonexistent.yaml"], "config"),
         (["--host", "0.0.0.0"], "--allow-anonymous"),
+        (["--host", "0.0.0.0", "--api-keys", " , "], "--allow-anonymous"),
         (["--log-level", "loud"], "log_level"),
+        (["--drain-timeout-s", "inf"], "drain_timeout_s"),
+        (["--url-expiry-s", "nan"], "url_expiry_s"),
+        (["--requests-per-minute", "inf"], "requests_per_minute"),
+        (["--public-url", "nonsense"], "public_url"),
+        (["--otlp-endpoint", "collector:4318"], "otlp_endpoint"),
+        (["--engine-endpoints", "nonsense"], "engine_endpoints"),
+        (["--engine-endpoints", "tcp://h:1", "--replicas", "2"], "replicas: has no effect"),
+        (["--engine-endpoints", "tcp://h:1", "--engine.policy", "srpt"], "engine: has no effect"),
+        (["--storage", "s3://b/p", "--max-storage-bytes", "9"], "max_storage_bytes: has no"),
+        (["--storage", "/tmp", "--storage-options", "{}"], "storage_options: has no effect"),
     ],
 )
 def test_a_bad_value_names_itself(flags, named):
@@ -55,9 +66,24 @@ def test_an_unknown_name_in_the_environment_or_the_file_is_an_error(tmp_path, mo
     (tmp_path / "config.yaml").write_text("prot: 4\n")
     with pytest.raises(ConfigError, match="prot: is not known"):
         load_settings(["--config", str(tmp_path / "config.yaml")])
-    monkeypatch.setenv("KREA2_SERVE_PROT", "4")
-    with pytest.raises(ConfigError, match="KREA2_SERVE_PROT: is not known"):
-        load_settings([])
+    for variable in ("KREA2_SERVE_PROT", "KREA2_SERVE_PORT__X", "KREA2_SERVE_ENGINE__POLITIK"):
+        monkeypatch.setenv(variable, "4")
+        with pytest.raises(ConfigError, match=f"{variable}: is not known"):
+            load_settings([])
+        monkeypatch.delenv(variable)
+
+
+def test_nested_settings_and_lists_have_variables_too(monkeypatch):
+    monkeypatch.setenv("KREA2_SERVE_ENGINE__POLICY", "srpt")
+    monkeypatch.setenv("KREA2_SERVE_MODEL_ALIASES", '["a", "b"]')
+    settings = load_settings([])
+    assert (settings.engine.policy, settings.model_aliases) == ("srpt", ["a", "b"])
+
+
+def test_of_two_configuration_files_the_last_counts(tmp_path):
+    for name, n in (("a", 1), ("b", 2)):
+        (tmp_path / name).write_text(f"max_n: {n}\n")
+    assert load_settings([f"--config={tmp_path / 'a'}", "--config", str(tmp_path / "b")]).max_n == 2
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -1,5 +1,7 @@
 """Knowing that a client has gone, on real sockets."""
 
+import contextlib
+import socket
 import time
 
 import pytest
@@ -88,3 +90,21 @@ def test_a_client_gone_before_its_message_was_read_is_lost(context, router):
 def test_nothing_to_read_is_the_sockets_own_answer(router):
     with pytest.raises(zmq.Again):
         router.recv_multipart(zmq.NOBLOCK)
+
+
+def test_what_does_not_speak_zeromq_does_no_harm(context, router):
+    port = int(router.address.rsplit(":", 1)[1])
+    for data in (
+        b"GET /metrics HTTP/1.1\r\nhost: x\r\nuser-agent: a scanner\r\n\r\n" + b"x" * 200,
+        b"\x01\x00\x01\x01\x03\x00hi",
+        b"\x16\x03\x01\x00\xc8\x01\x00\x00\xc4\x03\x03" + bytes(range(190)),
+        b"\xff" * 64,
+    ):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(data)
+            time.sleep(0.1)
+            with contextlib.suppress(zmq.Again):
+                while True:
+                    router.recv_multipart(zmq.NOBLOCK)
+    connect(context, router, b"still")
+    assert router.recv_multipart()[-1] == b"still"

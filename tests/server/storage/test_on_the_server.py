@@ -21,7 +21,7 @@ def test_a_url_ends_with_its_time_and_outlives_a_restart(shared_engine, engine, 
         url = url_of(server.post(**FIELDS, stream=False))
         found = httpx.get(url)
         assert found.status_code == 200
-        assert found.headers["cache-control"] == "private, immutable"
+        assert found.headers["cache-control"].startswith("private, immutable, max-age=")
         assert found.headers["x-content-type-options"] == "nosniff"
         port = server.port
     with serve(tmp_path / "second", *flags, "--url-expiry-s", "1") as server:
@@ -95,3 +95,30 @@ def test_s3_serves_images_itself(shared_engine, engine, tmp_path, bucket, endpoi
         # There are no files of the server's own, so there is no such route.
         assert server.get("/v1/images/files/x.png").status_code == 404
         assert "test-secret" not in server.log
+
+
+def test_a_range_is_not_for_images(fake_server, engine):
+    url = url_of(fake_server.post(**FIELDS))
+    whole = httpx.get(url)
+    for asked in ("bytes=0-3", "bytes=abc", "bytes=999999-", "items=0-1"):
+        answer = httpx.get(url, headers={"range": asked})
+        assert (answer.status_code, answer.content) == (200, whole.content)
+
+
+def test_a_server_without_storage_has_no_urls(shared_engine, engine, tmp_path):
+    with serve(tmp_path, "--engine-endpoints", engine.endpoint, "--storage", "none") as server:
+        refused = server.post(**FIELDS)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "response_format"
+        assert server.post(**{**FIELDS, "response_format": "b64_json"}).status_code == 200
+        assert '"response_format": "url"' not in server.log
+    assert not (tmp_path / "images").exists()
+
+
+def test_what_never_fits_is_not_tried_again(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--max-storage-bytes", "1000"]
+    with serve(tmp_path, *flags) as server:
+        engine.picture = b"x" * 2000
+        full = server.post(**FIELDS)
+        assert full.status_code == 503
+        assert full.headers["x-should-retry"] == "false"

@@ -1,0 +1,144 @@
+"""krea2-serve as a command: what it prints, and what it says of what it cannot do."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import openai
+import pytest
+
+from benchmarks.fake_engine import FakeEngine
+from tests.server.serving import SERVE, serve
+from tests.sglang.channel import wait_until
+
+KEY = "sk-command-line-0123456789"
+
+
+def failure(*flags: str, **environment: str) -> str:
+    """The one line of a start that fails."""
+    result = subprocess.run(
+        [SERVE, "--port", "0", "--storage", "none", *flags],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("krea2-serve: error: "), result.stderr
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_the_curl_line_that_it_prints_works(shared_engine, engine, tmp_path):
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    flags = ["--engine-endpoints", engine.endpoint]
+    with serve(tmp_path, *flags, environment={"KREA2_SERVE_API_KEYS": KEY}) as server:
+        wait_until(lambda: "playground: " in server.log)
+        command = re.search(r"^  (curl .*\n.*)$", server.log, re.MULTILINE)[1]
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "KEY": KEY}
+        )
+        url = re.search(r'"url":"([^"]+)"', done.stdout)[1]
+        shown = subprocess.run(["curl", "-s", url], capture_output=True)
+        assert shown.stdout.startswith(b"\x89PNG")
+        page = re.search(r"playground: (\S+)", server.log)[1]
+        assert (
+            b"Krea 2 playground" in subprocess.run(["curl", "-s", page], capture_output=True).stdout
+        )
+
+
+def test_a_port_that_is_taken_is_told_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started = time.monotonic()
+        said = failure("--port", str(port))
+        assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
+        assert time.monotonic() - started < 20
+
+
+def test_a_host_that_is_not_here_is_told():
+    assert "host, port" in failure("--host", "192.0.2.1", "--allow-anonymous")
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "broken.yaml").write_text("{")
+    broken = str(tmp_path / "broken.yaml")
+    assert "config: " in failure("--config", broken)
+    assert "api_keys_file: " in failure("--api-keys-file", broken)
+    assert "moderation_policy: " in failure("--moderation-policy", broken)
+    assert "KREA2_SERVE_PROT" in failure(KREA2_SERVE_PROT="1")
+    assert "storage: " in failure("--storage", str(tmp_path / "broken.yaml" / "images"))
+
+
+def test_the_http_process_stays_light(shared_engine, engine, tmp_path):
+    with serve(tmp_path, "--engine-endpoints", engine.endpoint) as server:
+        server.post(prompt="x", size="64x64", stream=True, partial_images=1)
+        with open(f"/proc/{server.pid}/maps") as maps:
+            assert "torch" not in maps.read()
+
+
+def test_an_engine_elsewhere_may_go_and_come_back(tmp_path):
+    with FakeEngine() as first:
+        endpoint = first.endpoint
+        with serve(tmp_path, "--engine-endpoints", endpoint) as server:
+            first.hold.set()
+            stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
+            assert first.waiting == 1
+            first.__exit__()
+            # What was there fails, and so does what comes.
+            with pytest.raises(openai.APIError, match="the engine has exited"):
+                list(stream)
+            assert server.get("/ready").status_code == 503
+            assert server.get("/v1/queue").json()["estimated_wait_s"] is None
+            refused = server.post(prompt="x", size="64x64")
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "engine_unavailable"
+            with FakeEngine(port=int(endpoint.rsplit(":", 1)[1])):
+                wait_until(lambda: server.get("/ready").status_code == 200)
+                assert server.post(prompt="x", size="64x64").status_code == 200
+
+
+def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):
+    """Listening, and never a word."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with serve(tmp_path, "--engine-endpoints", endpoint, ready=False) as server:
+            assert server.get("/health").status_code == 200
+            assert server.get("/ready").status_code == 503
+            started = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(10) == 0
+            assert time.monotonic() - started < 5
+
+
+def test_operators_are_answered_when_the_server_is_full(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "1"]
+    with serve(tmp_path, *flags) as server:
+        engine.hold.set()
+        stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
+        assert server.post(prompt="x", size="64x64").status_code == 503
+        for path in ("/health", "/ready", "/metrics", "/v1/queue", "/v1/models"):
+            assert server.get(path).status_code == 200
+        engine.hold.clear()
+        list(stream)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_server_at_once(shared_engine, engine, tmp_path, number):
+    with serve(tmp_path, "--engine-endpoints", engine.endpoint) as server:
+        engine.hold.set()
+        stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
+        server.process.send_signal(number)
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.send_signal(number)
+        assert server.process.wait(10) == 0
+        assert "Traceback" not in server.log
+        with pytest.raises(openai.APIError, match="shut down"):
+            list(stream)
+        engine.hold.clear()
