@@ -119,8 +119,6 @@ class EngineProcess:
                 stdout=asyncio.subprocess.PIPE if with_logs else None,
                 stderr=asyncio.subprocess.STDOUT if with_logs else None,
                 limit=_MAX_LINE,
-                # Ctrl-C in a terminal is for us; the engine is told by us.
-                start_new_session=True,
             )
         except BaseException:
             os.close(reader)
@@ -174,7 +172,9 @@ class EngineProcess:
 
     def _kill(self, process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
-            # Its session is its own: what it has started goes with it.
+            process.kill()
+        with suppress(ProcessLookupError):
+            # Its group is its own: what it has started goes with it.
             os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready-fd", type=int, required=True, help="told when we are ready")
     parser.add_argument("--parent-pid", type=int, required=True, help="ends us by its own end")
     ours, sglang_options = parser.parse_known_args(argv)
+    # Ctrl-C in a terminal is for the images server, which then tells us. No session of our own:
+    # Linux shares the CPUs among sessions first, and the server would starve beside a busy engine
+    # (waits of 7 s were seen on two cores).
+    os.setpgid(0, 0)
     # Our plugin registers for a worker's needs, and SGLang names its processes in the log.
     multiprocessing.current_process().name = WORKER_NAME
     # Before the engine runs there is nothing to finish.

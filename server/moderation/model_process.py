@@ -100,14 +100,13 @@ class ModelProcess:
 
     async def _open(self) -> tuple[tuple[str, ...], ...]:
         # A command of its own, not multiprocessing's: that leaves a second process behind, and
-        # imports the whole server again. A session of its own: a terminal's Ctrl-C is not for it.
+        # imports the whole server again.
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "server.moderation.worker",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,
         )
         self._send(Load(self._models))
         match await self._receive():
