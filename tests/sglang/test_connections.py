@@ -106,5 +106,6 @@ def test_what_does_not_speak_zeromq_does_no_harm(context, router):
             with contextlib.suppress(zmq.Again):
                 while True:
                     router.recv_multipart(zmq.NOBLOCK)
-    connect(context, router, b"still")
+    client = connect(context, router, b"still")
     assert router.recv_multipart()[-1] == b"still"
+    client.close()

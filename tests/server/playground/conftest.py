@@ -27,7 +27,8 @@ ARGUMENTS = [
 TIMEOUT_MS = 10_000
 
 
-@pytest.fixture(scope="session")
+# Not of the session: Playwright has a loop of its own in this thread, beside which there is no other.
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
     if not chromium:

@@ -215,7 +215,8 @@ def _serving(content: bytes, media_type: str) -> Any:
 def running(stand_in: StandIn) -> Iterator[str]:
     """Serve it on a free port of this machine; gives its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(stand_in.app, log_level="critical", timeout_graceful_shutdown=1)
+    # log_config: uvicorn's levels would be those of all tests.
+    config = uvicorn.Config(stand_in.app, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
