@@ -27,7 +27,7 @@ ARGUMENTS = [
 TIMEOUT_MS = 10_000
 
 
-# Not of the session: Playwright has a loop of its own in this thread, beside which there is no other.
+# Not of the session: Playwright runs a loop in this thread, beside which there can be no other.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     chromium = shutil.which("chromium")
