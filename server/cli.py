@@ -184,7 +184,7 @@ class Ending:
             self._server.give_up()
             self._supervisor.kill()
         else:
-            logger.info("ending; requests under way are finished")
+            logger.info("ending when the requests under way are finished")
             self._server.drain()
 
 
