@@ -31,13 +31,21 @@ _PAGE_POLICY = (
 
 
 class App(FastAPI):
-    """FastAPI, with a stream's events in its description."""
+    """FastAPI, with a stream's events in its description and without what is never sent."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            super().openapi()["components"]["schemas"] |= event_components()
-        document: dict[str, Any] = super().openapi()
-        return document
+            document = super().openapi()
+            schemas = document["components"]["schemas"]
+            schemas |= event_components()
+            # FastAPI's own form of errors; ours is in `validation_error`.
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        found: dict[str, Any] = super().openapi()
+        return found
 
 
 def create_app(services: Services) -> FastAPI:

@@ -95,6 +95,12 @@ def test_a_streams_events_are_described(fake_server):
     assert document["components"]["schemas"].keys() >= set(described.values())
 
 
+def test_no_error_is_described_that_is_never_sent(fake_server):
+    text = fake_server.get("/openapi.json").text
+    assert '"422"' not in text
+    assert "ValidationError" not in text
+
+
 def test_all_fields_are_described(fake_server):
     document = fake_server.get("/openapi.json").json()
     request = document["components"]["schemas"]["ImageGenerationRequest"]
