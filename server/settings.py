@@ -1,7 +1,9 @@
 """All settings of the images server: one object, from a file, the environment and flags."""
 
+import argparse
 import ipaddress
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -295,12 +297,20 @@ def load_settings(argv: Sequence[str]) -> Settings:
             cli_avoid_json=True,
             cli_hide_none_type=True,
             cli_exit_on_error=False,
+            formatter_class=_HelpFormatter,
         )
         return Settings(_cli_settings_source=flags, **values)
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
     except SettingsError as error:
         raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Leaves away defaults that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return re.sub(r" \(default: (None|\[\]|\{\}|)\)$", "", action.help or "")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
