@@ -52,6 +52,7 @@ def bounded_protocol(
     class BoundedHttpProtocol(HttpToolsProtocol):
         _header_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
+        _in_headers = False
         _header_bytes = 0
         _pending_bytes = 0
         """Received since the parser last had something to say: what it keeps to itself."""
@@ -92,32 +93,58 @@ def bounded_protocol(
         def data_received(self, data: bytes) -> None:
             self._unset_keepalive_if_required()
             self._pending_bytes += len(data)
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._go_on_without_upgrade(data[upgrade.args[0] :])
-            except httptools.HttpParserError:
-                self.send_400_response("this is no HTTP request")
+            self._feed(data)
             # A header or trailer that has no end reaches no callback.
             if self._pending_bytes > max_header_bytes + len(data):
                 self._refuse(431, too_large)
+            elif self._header_timer is None and not self._answering:
+                # The next request of a connection that was kept alive, or empty lines before it.
+                self._await_headers()
+
+        def _feed(self, data: bytes) -> None:
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                    return
+                except httptools.HttpParserUpgrade as upgrade:
+                    if self.parser.get_method() == b"CONNECT":
+                        self.send_400_response("CONNECT is not for this server")
+                        return
+                    # The parser has stopped after the headers, for the other protocol to take
+                    # over. A server may pass over such an offer.
+                    rest = data[upgrade.args[0] :]
+                    data = self._head_without_upgrade() + rest
+                    self.parser = httptools.HttpRequestParser(self)
+                    self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                except httptools.HttpParserError:
+                    self.send_400_response("this is no HTTP request")
+                    return
+
+        def _head_without_upgrade(self) -> bytes:
+            """Of the request that was just read, as if it had offered nothing."""
+            lines = [name + b": " + value for name, value in _without_upgrade(self.headers)]
+            first = self.parser.get_method() + b" " + self.url + b" HTTP/1.1"
+            return b"\r\n".join([first, *lines, b"\r\n"])
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self._in_headers = True
             self._header_bytes = self._pending_bytes = 0
             if self._header_timer is None:
-                self._await_headers()  # the next request of a connection that was kept alive
+                self._await_headers()
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
             self._count(len(url))
 
         def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
+            if self._in_headers:  # else a trailer, which may say nothing of its request
+                super().on_header(name, value)
             self._count(len(name) + len(value))
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
+            self._in_headers = False
             if self.parser.should_upgrade():
                 return
             super().on_headers_complete()
@@ -126,23 +153,6 @@ def bounded_protocol(
             if len(self._unanswered) <= _MAX_PIPELINED:
                 # Else a client that hangs up would not be noticed before its first answer.
                 self.flow.resume_reading()
-
-        def _go_on_without_upgrade(self, rest: bytes) -> None:
-            """Read a request that offers another protocol as if it had not: a server may do that.
-
-            The parser has stopped after the headers, for the other protocol to take over.
-            """
-            method, headers = self.parser.get_method(), self.headers
-            if method == b"CONNECT":
-                self.send_400_response("CONNECT is not for this server")
-                return
-            lines = [name + b": " + value for name, value in _without_upgrade(headers)]
-            head = b"\r\n".join([method + b" " + self.url + b" HTTP/1.1", *lines, b"\r\n"])
-            self.parser = httptools.HttpRequestParser(self)
-            try:
-                self.parser.feed_data(head + rest)
-            except httptools.HttpParserError:
-                self.send_400_response("this is no HTTP request")
 
         def on_body(self, body: bytes) -> None:
             self._pending_bytes = 0
@@ -184,7 +194,7 @@ def bounded_protocol(
                 self._await_headers()  # the one before this is not to be spoiled
                 return
             self._header_timer = None
-            if self._pending_bytes or self._header_bytes:
+            if self._in_headers:
                 self._refuse(408, f"no request arrived within {header_timeout_s:g} s")
             else:
                 self.transport.close()

@@ -147,7 +147,8 @@ class EngineProcess:
                 await self._client.attach(self.index, json.loads(line)["endpoint"])
         except Exception as error:
             if line or isinstance(error, TimeoutError):
-                logger.error("engine %d is not ready: %s; killing it", self.index, error)
+                reason = str(error) or f"no word in {self._settings.start_timeout_s:g} s"
+                logger.error("engine %d is not ready: %s; killing it", self.index, reason)
             self._kill(process)
             return
         self._ready_at = time.monotonic()

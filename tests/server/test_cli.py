@@ -103,6 +103,20 @@ def test_an_engine_elsewhere_may_go_and_come_back(tmp_path):
                 assert server.post(prompt="x", size="64x64").status_code == 200
 
 
+def test_engines_that_come_and_go_leave_no_files_open(tmp_path):
+    with FakeEngine() as engine:
+        port = int(engine.endpoint.rsplit(":", 1)[1])
+    with serve(tmp_path, "--engine-endpoints", engine.endpoint, ready=False) as server:
+        counts = []
+        for _ in range(12):
+            with FakeEngine(port=port):
+                wait_until(lambda: server.get("/ready").status_code == 200)
+                assert server.post(prompt="x", size="64x64").status_code == 200
+                counts.append(len(os.listdir(f"/proc/{server.pid}/fd")))
+            wait_until(lambda: server.get("/ready").status_code == 503)
+    assert max(counts[6:]) <= max(counts[:3]) + 2, counts
+
+
 def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):
     """Listening, and never a word."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

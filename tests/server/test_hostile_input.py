@@ -371,3 +371,33 @@ def test_health_can_be_asked_by_its_head_alone(fake_server, engine):
     for path in ("/health", "/ready"):
         answer = httpx.head(fake_server.url + path)
         assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_offers_in_a_row_and_what_comes_after_the_last_request(fake_server, engine):
+    offer = b"connection: Upgrade\r\nupgrade: h2c\r\n"
+    get = b"GET /health HTTP/1.1\r\nhost: x\r\n"
+    last = get + b"connection: Upgrade, close\r\nupgrade: h2c\r\n\r\n"
+    answer = raw(fake_server, (get + offer + b"\r\n") * 600 + last + b"more than that")
+    assert answer.count(b"HTTP/1.1 200") == 601
+
+
+def test_empty_lines_do_not_keep_a_connection_open(shared_engine, engine, tmp_path):
+    flags = ["--engine-endpoints", engine.endpoint, "--header-timeout-s", "1"]
+    with (
+        serve(tmp_path, *flags) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
+        connection.settimeout(5)
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"\r\n")
+        assert connection.recv(65536) == b""  # and not an answer to nothing
+
+
+def test_trailers_say_nothing_of_their_request(fake_server, engine):
+    body = b'{"prompt": "x", "size": "64x64", "response_format": "url"}'
+    head = b"POST /v1/images/generations HTTP/1.1\r\ncontent-type: application/json\r\n"
+    chunked = b"transfer-encoding: chunked\r\nconnection: close\r\n\r\n%x\r\n" % len(body)
+    answer = raw(fake_server, head + chunked + body + b"\r\n0\r\nhost: evil.example\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"evil.example" not in answer

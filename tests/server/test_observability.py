@@ -4,6 +4,7 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
@@ -114,16 +115,7 @@ def test_a_json_log_has_one_object_a_line_and_the_requests_id(shared_engine, eng
 
 
 def test_metrics_are_prometheus_and_add_up(fake_server, engine):
-    def outcomes() -> dict[str, float]:
-        text = fake_server.get("/metrics").text
-        families = {family.name: family for family in text_string_to_metric_families(text)}
-        return {
-            sample.labels["outcome"]: sample.value
-            for sample in families["krea2_requests"].samples
-            if sample.name == "krea2_requests_total"
-        }
-
-    before = outcomes()
+    before = outcomes(fake_server)
     fake_server.post(prompt="x", size="64x64")
     fake_server.post(prompt="x", size="63x64")
     fake_server.post(prompt="x", nonsense=1)
@@ -131,7 +123,7 @@ def test_metrics_are_prometheus_and_add_up(fake_server, engine):
     engine.refuse = EngineError("queue_full", "full", retry_after_s=1.0)
     fake_server.post(prompt="x", size="64x64")
     engine.refuse = None
-    after = outcomes()
+    after = outcomes(fake_server)
     new = {name: after[name] - before.get(name, 0) for name in after}
     assert {name: count for name, count in new.items() if count} == {
         "done": 1,
@@ -164,3 +156,55 @@ def test_the_queue_tells_what_the_engine_says(fake_server, engine):
     engine.hold.clear()
     for thread in threads:
         thread.join()
+
+
+def outcomes(server) -> dict[str, float]:
+    """How many requests have ended in which way."""
+    families = {f.name: f for f in text_string_to_metric_families(server.get("/metrics").text)}
+    return {
+        sample.labels["outcome"]: sample.value
+        for sample in families["krea2_requests"].samples
+        if sample.name == "krea2_requests_total"
+    }
+
+
+def test_every_request_of_a_storm_is_counted_once(shared_engine, engine, tmp_path):
+    engine.step_s = 0.01
+    kinds = [
+        {"size": "64x64"},
+        {"size": "64x64", "stream": True, "partial_images": 2},
+        {"size": "63x64"},
+        {"nonsense": 1},
+        {"size": "64x64", "response_format": "url", "n": 2},
+        {"prompt": "x" * 40_000},
+    ]
+    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "20"]
+    with serve(tmp_path, *flags) as server:
+        statuses: list[int] = []
+        url = f"{server.url}/v1/images/generations"
+
+        def send(number: int) -> None:
+            body = {"prompt": "x", **kinds[number % len(kinds)]}
+            try:
+                # Every third hangs up, some before and some after the answer has begun.
+                timeout = 0.05 if number % 3 == 0 else 60
+                statuses.append(httpx.post(url, json=body, timeout=timeout).status_code)
+            except httpx.TimeoutException:
+                statuses.append(0)
+
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(120)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert httpx.post(url, content=b"x" * 2_000_000).status_code == 413
+        json_type = {"content-type": "application/json"}
+        assert httpx.post(url, content=b"{", headers=json_type).status_code == 400
+        wait_until(lambda: sum(outcomes(server).values()) == 122)
+        found = outcomes(server)
+        assert found["request_too_large"] == 1
+        assert found["invalid_json"] == 1
+        assert found["done"] >= sum(status == 200 for status in statuses)
+        assert found.get("cancelled", 0) <= statuses.count(0)
+        assert found.get("too_many_requests", 0) == statuses.count(503)
+        assert server.get("/v1/queue").json()["running"] == 0
