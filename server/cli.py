@@ -89,7 +89,8 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
             await moderator.start()
             stack.push_async_callback(moderator.close)
         tracing = Tracing(settings.otlp_endpoint)
-        stack.callback(tracing.close)
+        # In a thread: a collector that is away is waited for.
+        stack.push_async_callback(asyncio.to_thread, tracing.close)
         metrics = Metrics(engine, moderator)
         images = ImageService(engine, RateLimits(), store, moderator, metrics, tracing)
         services = Services(settings, engine, keys, images, store, metrics, int(time.time()))

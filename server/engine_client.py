@@ -92,7 +92,7 @@ class EngineClient:
         """
         channel = EngineChannel(self._context, endpoint)
         try:
-            self.model = await channel.model(MODEL_TIMEOUT_S)
+            self.model = await _model(channel)
         except BaseException:
             channel.close()
             raise
@@ -171,3 +171,18 @@ class EngineClient:
             except (TimeoutError, EngineExitedError) as error:
                 logger.debug("%s has not answered: %s", replica.channel.endpoint, error)
             await asyncio.sleep(POLL_S)
+
+
+async def _model(channel: EngineChannel) -> ModelInfo:
+    """What is served there; whoever dies with the question in hand answers no more."""
+    model = asyncio.create_task(channel.model(MODEL_TIMEOUT_S))
+    lost = asyncio.create_task(channel.disconnected())
+    try:
+        await asyncio.wait((model, lost), return_when=asyncio.FIRST_COMPLETED)
+        if not model.done():
+            raise EngineExitedError("the connection was lost")
+        return model.result()
+    finally:
+        model.cancel()
+        lost.cancel()
+        await asyncio.gather(model, lost, return_exceptions=True)

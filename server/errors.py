@@ -43,6 +43,9 @@ class ApiError(Exception):
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Whatever clients and engines send, it must get into JSON.
+        self.message = _printable(self.message)
+        self.param = self.param and _printable(self.param)
         super().__init__(self.message)
         self.type = self.type or _type_of(self.status)
 
@@ -113,8 +116,7 @@ def field_name(engine_field: str) -> str:
 
 def from_engine(error: EngineError) -> ApiError:
     """What the engine says, as HTTP says it."""
-    # Whatever it is, it must get into JSON.
-    message = error.message.encode(errors="replace").decode()
+    message = error.message
     match error.code:
         case "invalid_request":
             name = field_name(error.field or "")
@@ -135,6 +137,11 @@ def from_engine(error: EngineError) -> ApiError:
         case _:
             # The engine has tried it again alone where others may have been to blame.
             return ApiError(500, message, "generation_failed", retry=False)
+
+
+def _printable(text: str) -> str:
+    """Without halves of surrogate pairs."""
+    return text.encode(errors="replace").decode()
 
 
 def _type_of(status: int) -> str:

@@ -36,6 +36,10 @@ def _without_upgrade(headers: Headers) -> Headers:
     return left
 
 
+def _done(cycle: RequestResponseCycle) -> bool:
+    return cycle.response_complete or cycle.disconnected
+
+
 def bounded_protocol(
     max_header_bytes: int, header_timeout_s: float, send_timeout_s: float
 ) -> type[asyncio.Protocol]:
@@ -53,6 +57,7 @@ def bounded_protocol(
         _header_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
         _in_headers = False
+        _deaf = False
         _header_bytes = 0
         _pending_bytes = 0
         """Received since the parser last had something to say: what it keeps to itself."""
@@ -91,6 +96,8 @@ def bounded_protocol(
                 super().timeout_keep_alive_handler()
 
         def data_received(self, data: bytes) -> None:
+            if self._deaf:
+                return
             self._unset_keepalive_if_required()
             self._pending_bytes += len(data)
             self._feed(data)
@@ -123,7 +130,8 @@ def bounded_protocol(
         def _head_without_upgrade(self) -> bytes:
             """Of the request that was just read, as if it had offered nothing."""
             lines = [name + b": " + value for name, value in _without_upgrade(self.headers)]
-            first = self.parser.get_method() + b" " + self.url + b" HTTP/1.1"
+            version = self.parser.get_http_version().encode()
+            first = self.parser.get_method() + b" " + self.url + b" HTTP/" + version
             return b"\r\n".join([first, *lines, b"\r\n"])
 
         def on_message_begin(self) -> None:
@@ -148,7 +156,7 @@ def bounded_protocol(
             if self.parser.should_upgrade():
                 return
             super().on_headers_complete()
-            self._unanswered = [each for each in self._unanswered if not each.response_complete]
+            self._unanswered = [each for each in self._unanswered if not _done(each)]
             self._unanswered.append(self.cycle)
             if len(self._unanswered) <= _MAX_PIPELINED:
                 # Else a client that hangs up would not be noticed before its first answer.
@@ -178,7 +186,7 @@ def bounded_protocol(
 
         @property
         def _answering(self) -> bool:
-            return any(not cycle.response_complete for cycle in self._unanswered)
+            return not all(map(_done, self._unanswered))
 
         def _count(self, size: int) -> None:
             self._pending_bytes = 0
@@ -229,10 +237,19 @@ def bounded_protocol(
             """Answer what never became a request, and hang up."""
             if self.transport is None or self.transport.is_closing():
                 return
-            if self._answering:
-                # In the middle of an answer another would be taken for a part of it.
-                self.transport.close()
+            whole = [each for each in self._unanswered if not (each.more_body or _done(each))]
+            if whole:
+                # They are answered, and what came behind them is not.
+                whole[-1].keep_alive = False
+                self._deaf = True
                 return
+            for broken in self._unanswered:
+                if broken.response_started:
+                    # In the middle of an answer another would be taken for a part of it.
+                    self.transport.close()
+                    return
+                broken.disconnected = True
+                broken.message_event.set()
             codes = {400: "bad_request", 408: "request_timeout", 431: "headers_too_large"}
             body = orjson.dumps(ApiError(status, message, codes[status]).body())
             headers = (

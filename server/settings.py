@@ -268,7 +268,7 @@ class Settings(BaseSettings):
 
     def _refuse_with(self, what: str, *names: str) -> None:
         for name in names:
-            if name in self.model_fields_set:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: has no effect with {what}")
 
 

@@ -50,6 +50,8 @@ class Generation:
             raise RequestError("version", f"must be {VERSION}, got {self.message.version}")
         if not isinstance(self.message.image, ImageRequest):
             raise RequestError("image", "must be an ImageRequest")
+        if not isinstance(self.message.previews, int) or self.message.previews < 0:
+            raise RequestError("previews", "must be a whole number from 0 on")
         if self.message.output_format not in FORMATS:
             raise RequestError("output_format", f"must be one of {', '.join(FORMATS)}")
 

@@ -10,6 +10,7 @@ import time
 
 import openai
 import pytest
+import zmq
 
 from benchmarks.fake_engine import FakeEngine
 from tests.server.serving import SERVE, serve
@@ -115,6 +116,20 @@ def test_engines_that_come_and_go_leave_no_files_open(tmp_path):
                 counts.append(len(os.listdir(f"/proc/{server.pid}/fd")))
             wait_until(lambda: server.get("/ready").status_code == 503)
     assert max(counts[6:]) <= max(counts[:3]) + 2, counts
+
+
+def test_an_engine_elsewhere_may_die_before_its_first_word(tmp_path):
+    with zmq.Context() as context:
+        router = context.socket(zmq.ROUTER)
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        endpoint = f"tcp://127.0.0.1:{port}"
+        with serve(tmp_path, "--engine-endpoints", endpoint, ready=False) as server:
+            assert router.poll(10_000)
+            router.recv_multipart()
+            router.close()
+            with FakeEngine(port=port):
+                wait_until(lambda: server.get("/ready").status_code == 200, 15)
 
 
 def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):

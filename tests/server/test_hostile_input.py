@@ -389,7 +389,9 @@ def test_empty_lines_do_not_keep_a_connection_open(shared_engine, engine, tmp_pa
     ):
         connection.settimeout(5)
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        answer = b""
+        while b'{"status":"ok"}' not in answer:
+            answer += connection.recv(65536)
         connection.sendall(b"\r\n")
         assert connection.recv(65536) == b""  # and not an answer to nothing
 
@@ -401,3 +403,41 @@ def test_trailers_say_nothing_of_their_request(fake_server, engine):
     answer = raw(fake_server, head + chunked + body + b"\r\n0\r\nhost: evil.example\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200")
     assert b"evil.example" not in answer
+
+
+def test_a_name_that_is_no_text_is_refused_like_any_other(fake_server, engine):
+    for name in (b"\\ud800", b"\\ude00abc"):
+        error = check_error(post(fake_server, b'{"prompt": "x", "' + name + b'": 1}'), 400)
+        assert error["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize(
+    ("header", "body"),
+    [
+        (b"transfer-encoding: chunked", b"zz\r\n"),
+        (b"transfer-encoding: chunked", b"-1\r\n"),
+        (b"transfer-encoding: chunked", b"fffffffffffffffffff\r\n"),
+        (b"transfer-encoding: chunked", b"2\r\n{}\r\n0\r\ncontent-length: 3\r\n\r\n"),
+        (b"transfer-encoding: xchunked", b""),
+    ],
+)
+def test_a_broken_body_is_answered(fake_server, engine, header, body):
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    answer = raw(fake_server, head + header + b"\r\n\r\n" + body)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+    still_works(fake_server)
+
+
+def test_junk_behind_a_request_does_not_take_its_answer(fake_server, engine):
+    engine.step_s = 0.01
+    body = b'{"prompt": "x", "size": "64x64"}'
+    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    for good in (
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+        head + b"content-length: %d\r\n\r\n" % len(body) + body,
+    ):
+        answer = raw(fake_server, good + b"JUNK\r\n\r\n" + b"\xff" * 1000)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.count(b"HTTP/1.1") == 1
+    still_works(fake_server)

@@ -52,7 +52,7 @@ def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
         (["--engine-endpoints", "tcp://h:1", "--replicas", "2"], "replicas: has no effect"),
         (["--engine-endpoints", "tcp://h:1", "--engine.policy", "srpt"], "engine: has no effect"),
         (["--storage", "s3://b/p", "--max-storage-bytes", "9"], "max_storage_bytes: has no"),
-        (["--storage", "/tmp", "--storage-options", "{}"], "storage_options: has no effect"),
+        (["--storage", "/tmp", "--storage-options", '{"a": 1}'], "storage_options: has no effect"),
     ],
 )
 def test_a_bad_value_names_itself(flags, named):
