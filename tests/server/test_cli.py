@@ -127,7 +127,7 @@ def test_an_engine_elsewhere_may_die_before_its_first_word(tmp_path):
         with serve(tmp_path, "--engine-endpoints", endpoint, ready=False) as server:
             assert router.poll(10_000)
             router.recv_multipart()
-            router.close()
+            context.destroy(0)  # waits until the port is free again
             with FakeEngine(port=port):
                 wait_until(lambda: server.get("/ready").status_code == 200, 15)
 
