@@ -14,6 +14,7 @@ from server.protocol import ErrorResponse, ImageGenerationRequest, ImagesRespons
 from tests.server.serving import serve
 
 JSON = {"content-type": "application/json"}
+POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
 def check_error(response: httpx.Response, status: int | None = None) -> dict:
@@ -269,12 +270,11 @@ def test_a_large_request_may_wait_behind_another_on_its_connection(fake_server, 
     engine.step_s = 0.05
     small = b'{"prompt": "x", "size": "64x64"}'
     large = json.dumps({"prompt": "x" * 30_000, "size": "64x64"}).encode() + b" " * 30_000
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
         connection.settimeout(10)
-        connection.sendall(head + b"content-length: %d\r\n\r\n" % len(small) + small)
+        connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(small) + small)
         close = b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(large)
-        connection.sendall(head + close)
+        connection.sendall(POST + close)
         for start in range(0, len(large), 5000):
             connection.sendall(large[start : start + 5000])
             time.sleep(0.02)
@@ -293,8 +293,7 @@ def test_trailers_without_an_end_are_cut_off(fake_server, engine):
 
 def test_two_requests_in_one_packet_both_get_an_answer(fake_server, engine):
     body = b'{"prompt": "x", "size": "64x64"}'
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    one = head + b"content-length: %d\r\n\r\n" % len(body) + body
+    one = POST + b"content-length: %d\r\n\r\n" % len(body) + body
     answer = raw(fake_server, one + one.replace(b"host: x", b"connection: close"))
     assert answer.count(b"HTTP/1.1 200") == 2
 
@@ -350,8 +349,7 @@ def test_an_offer_of_another_protocol_is_passed_over(fake_server, engine):
     """Java's client makes it with every first request."""
     body = b'{"prompt": "x", "size": "64x64"}'
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n"
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    post = head + offer + b"content-length: %d\r\n\r\n" % len(body)
+    post = POST + offer + b"content-length: %d\r\n\r\n" % len(body)
     last = offer.replace(b"Upgrade,", b"Upgrade, close,")
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
         connection.settimeout(5)
@@ -422,8 +420,7 @@ def test_a_name_that_is_no_text_is_refused_like_any_other(fake_server, engine):
     ],
 )
 def test_a_broken_body_is_answered(fake_server, engine, header, body):
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    answer = raw(fake_server, head + header + b"\r\n\r\n" + body)
+    answer = raw(fake_server, POST + header + b"\r\n\r\n" + body)
     assert answer.startswith(b"HTTP/1.1 400")
     assert answer.count(b"HTTP/1.1") == 1
     still_works(fake_server)
@@ -432,10 +429,9 @@ def test_a_broken_body_is_answered(fake_server, engine, header, body):
 def test_junk_behind_a_request_does_not_take_its_answer(fake_server, engine):
     engine.step_s = 0.01
     body = b'{"prompt": "x", "size": "64x64"}'
-    head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     for good in (
         b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
-        head + b"content-length: %d\r\n\r\n" % len(body) + body,
+        POST + b"content-length: %d\r\n\r\n" % len(body) + body,
     ):
         answer = raw(fake_server, good + b"JUNK\r\n\r\n" + b"\xff" * 1000)
         assert answer.startswith(b"HTTP/1.1 200")

@@ -38,6 +38,19 @@ def in_engine(server) -> float:
     return sum(server.get("/v1/queue").json()[key] for key in ("waiting", "running"))
 
 
+def long_stream(server):
+    """A request that takes seconds, under way."""
+    stream = server.client().images.generate(
+        prompt="x",
+        size="512x512",
+        stream=True,
+        partial_images=3,
+        extra_body={"num_inference_steps": 100},
+    )
+    next(iter(stream))
+    return stream
+
+
 def test_the_same_seed_gives_the_same_bytes_alone_and_in_company(real_server):
     client = real_server.client()
     fields = {"prompt": "a red fox", "size": "256x192"}
@@ -199,14 +212,7 @@ def test_formats_are_encoded_by_the_engine(real_server, output_format, compressi
 
 
 def test_closing_a_stream_frees_the_engine(real_server):
-    stream = real_server.client().images.generate(
-        prompt="x",
-        size="512x512",
-        stream=True,
-        partial_images=3,
-        extra_body={"num_inference_steps": 100},
-    )
-    next(iter(stream))
+    stream = long_stream(real_server)
     stream.close()
     wait_until(lambda: in_engine(real_server) == 0)
 
@@ -287,14 +293,7 @@ def test_the_server_answers_at_once_while_the_engine_works(real_server):
 
 
 def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(real_server):
-    stream = real_server.client().images.generate(
-        prompt="x",
-        size="512x512",
-        stream=True,
-        partial_images=3,
-        extra_body={"num_inference_steps": 100},
-    )
-    next(iter(stream))
+    stream = long_stream(real_server)
     answers: list[httpx.Response] = []
     fields = {"prompt": "x", "size": "512x512", "num_inference_steps": 100}
     plain = threading.Thread(target=lambda: answers.append(real_server.post(**fields)))
