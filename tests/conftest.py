@@ -11,6 +11,7 @@ import torch
 # Nothing in the tests may reach for the network, whatever a library would like to look up.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import tests.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner

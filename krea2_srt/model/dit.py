@@ -1,61 +1,27 @@
 """The Krea 2 DiT: one stream of text and image tokens, for a pack of sequences."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, parameter
 from krea2_srt.model.modulation import Modulation, timestep_embedding
-from krea2_srt.model.pack import Pack, Segments, Span
+from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.text_fusion import TextFusion
 from krea2_srt.model.weights import Target
 
 
-def norm_scale_shift(
-    x: Tensor, scale: Tensor, shift: Tensor, spans: Sequence[Span], eps: float
-) -> Tensor:
-    """RMSNorm, scale and shift of some spans of tokens, each with its row of scale and shift.
-
-    Args:
-        x: [T, hidden].
-        scale, shift: float32 [spans, hidden].
-        spans: (start, end) in T; other tokens are left out of the result.
-        eps: of the norm.
-
-    Returns:
-        [sum of spans, hidden] in x's dtype; computed in float32.
-    """
-    pieces = [
-        F.rms_norm(x[start:end].float(), scale.shape[1:], scale[row], eps).add_(shift[row])
-        for row, (start, end) in enumerate(spans)
-    ]
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(x.dtype)
-
-
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor, spans: Sequence[Span]) -> Tensor:
-    """``x + gate * branch`` in place, each span with its row of gate.
-
-    Args:
-        x, branch: [T, hidden].
-        gate: [spans, hidden].
-        spans: (start, end) in T.
-    """
-    for row, (start, end) in enumerate(spans):
-        x[start:end].addcmul_(gate[row], branch[start:end])
-    return x
-
-
 class DiTBlock(nn.Module):
-    """Gated attention and SwiGLU, both modulated by the timestep."""
+    """Gated attention and SwiGLU, both modulated by the timestep: the weights of one block."""
 
     def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
         super().__init__()
         size = config.hidden_size
-        self.eps = config.norm_eps
         self.norm1 = RMSNorm(size, config.norm_eps)
         self.norm2 = RMSNorm(size, config.norm_eps)
         self.scale_shift_table = parameter(6, size, dtype=torch.float32)
@@ -68,30 +34,6 @@ class DiTBlock(nn.Module):
             dtype,
         )
         self.ff = SwiGLU(size, config.intermediate_size, dtype)
-
-    def forward(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        gate: Tensor,
-        pack: Pack,
-        attention: VarlenAttention,
-    ) -> Tensor:
-        """Run the block in place.
-
-        Args:
-            x: [T, hidden]; overwritten with the result.
-            scale, shift: float32 [2, S, hidden], for the attention and the MLP branch.
-            gate: [2, S, hidden].
-            pack: whose tokens ``x`` are.
-            attention: how to attend.
-        """
-        spans = pack.segments.spans
-        h = norm_scale_shift(x, scale[0], shift[0], spans, self.eps)
-        x = add_gated(x, gate[0], self.attn(h, attention, pack.segments, pack.rope), spans)
-        h = norm_scale_shift(x, scale[1], shift[1], spans, self.eps)
-        return add_gated(x, gate[1], self.ff(h), spans)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield f"{prefix}scale_shift_table", Target(self.scale_shift_table)
@@ -110,7 +52,12 @@ class Krea2DiT(nn.Module):
     Args:
         config: the architecture.
         dtype: compute dtype of matrices and of the token stream.
+
+    Attributes:
+        operations: what runs between the matrix multiplications of the blocks.
     """
+
+    operations: Operations = TORCH
 
     def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
         super().__init__()
@@ -147,16 +94,16 @@ class Krea2DiT(nn.Module):
         shared = shared.unflatten(-1, (6, -1))  # [n, 6, hidden]
         scales, shifts, gates = [], [], []
         for block in self.blocks:
-            vectors = (shared + block.scale_shift_table).transpose(0, 1)  # [6, n, hidden]
-            norms = torch.stack([block.norm1.scale, block.norm2.scale])[:, None]
-            scales.append(norms * (1 + vectors[[0, 3]]))
-            shifts.append(vectors[[1, 4]])
-            gates.append(vectors[[2, 5]].to(self.dtype))
+            vectors = shared + block.scale_shift_table
+            norms = torch.stack([block.norm1.scale, block.norm2.scale])
+            scales.append(norms * (1 + vectors[:, [0, 3]]))
+            shifts.append(vectors[:, [1, 4]])
+            gates.append(vectors[:, [2, 5]].to(self.dtype))
         final = time.float()[:, None] + self.final_table  # [n, 2, hidden]
         return Modulation(
-            torch.stack(scales),
-            torch.stack(shifts),
-            torch.stack(gates),
+            torch.stack(scales, dim=1),
+            torch.stack(shifts, dim=1),
+            torch.stack(gates, dim=1),
             self.final_norm.scale * (1 + final[:, 0]),
             final[:, 1].contiguous(),
         )
@@ -170,27 +117,19 @@ class Krea2DiT(nn.Module):
         """Context tokens of one or several prompts; see `TextFusion.forward`."""
         return self.text_fusion(taps.to(self.dtype), prompts, attention)
 
-    def embed(self, image_tokens: Tensor, context: Tensor, pack: Pack) -> Tensor:
-        """Lay text and image tokens out as the pack says.
+    def embed(self, tokens: Tensor, context: Tensor, pack: Pack) -> Tensor:
+        """The token stream before the first block.
 
         Args:
-            image_tokens: [sum of image tokens, in_channels], sequence after sequence.
-            context: [sum of text tokens, hidden], sequence after sequence.
+            tokens: [T, in_channels], noisy patches (c ph pw) at the image tokens.
+            context: [T, hidden] from `fuse_text` at the text tokens.
             pack: the layout.
 
         Returns:
             [T, hidden] in the compute dtype.
         """
-        image = self.img_in(image_tokens.to(self.dtype))
-        pieces, text_at, image_at = [], 0, 0
-        for text_span, image_span in zip(pack.text_spans, pack.image_spans, strict=True):
-            text_len, image_len = text_span[1] - text_span[0], image_span[1] - image_span[0]
-            pieces += [
-                context[text_at : text_at + text_len].to(self.dtype),
-                image[image_at : image_at + image_len],
-            ]
-            text_at, image_at = text_at + text_len, image_at + image_len
-        return torch.cat(pieces)
+        image = self.img_in(tokens.to(self.dtype))
+        return torch.where(pack.is_text, context.to(self.dtype), image)
 
     def run_blocks(
         self,
@@ -208,22 +147,40 @@ class Krea2DiT(nn.Module):
             modulation: one row per sequence.
             blocks: which blocks.
             attention: how to attend.
+
+        Returns:
+            x.
         """
+        do, m, rows, eps = self.operations, modulation, pack.rows, self.config.norm_eps
+        scale, shift = m.scales[:, blocks.start, 0], m.shifts[:, blocks.start, 0]
+        format = self.blocks[blocks.start].attn.qkvg.format
+        h = do.norm_scale_shift(x, scale, shift, rows, eps, format)
         for i in blocks:
-            m = modulation
-            x = self.blocks[i](x, m.scales[i], m.shifts[i], m.gates[i], pack, attention)
+            block = self.blocks[i]
+            branch = block.attn(h, attention, pack.segments, pack.rope, do)
+            scale, shift, format = m.scales[:, i, 1], m.shifts[:, i, 1], block.ff.gate_up.format
+            h = do.add_gated_norm(x, m.gates[:, i, 0], branch, scale, shift, rows, eps, format)
+            branch = block.ff(h, do)
+            if i + 1 == blocks.stop:
+                return do.add_gated(x, m.gates[:, i, 1], branch, rows)
+            scale, shift = m.scales[:, i + 1, 0], m.shifts[:, i + 1, 0]
+            format = self.blocks[i + 1].attn.qkvg.format
+            h = do.add_gated_norm(x, m.gates[:, i, 1], branch, scale, shift, rows, eps, format)
         return x
 
     def finish(self, x: Tensor, pack: Pack, modulation: Modulation) -> Tensor:
-        """Velocity of the image tokens: [T, hidden] -> [sum of image tokens, in_channels]."""
+        """Velocity of the image tokens: [T, hidden] -> [T, in_channels].
+
+        What it gives for text tokens means nothing.
+        """
         scale, shift = modulation.final_scale, modulation.final_shift
-        return self.final_linear(
-            norm_scale_shift(x, scale, shift, pack.image_spans, self.config.norm_eps)
-        )
+        weight, bias = self.final_linear.weight, self.final_linear.bias
+        eps = self.config.norm_eps
+        return self.operations.final_layer(x, scale, shift, pack.rows, eps, weight, bias)
 
     def forward(
         self,
-        image_tokens: Tensor,
+        tokens: Tensor,
         context: Tensor,
         pack: Pack,
         modulation: Modulation,
@@ -232,17 +189,14 @@ class Krea2DiT(nn.Module):
         """Velocity of a pack.
 
         Args:
-            image_tokens: [sum of image tokens, in_channels], noisy patches (c ph pw), sequence
-                after sequence.
-            context: [sum of text tokens, hidden] from `fuse_text`, sequence after sequence.
-            pack: the layout.
+            tokens, context, pack: see `embed`.
             modulation: one row per sequence, its current step's.
             attention: how to attend.
 
         Returns:
-            [sum of image tokens, in_channels] in the compute dtype.
+            [T, in_channels] in the compute dtype; see `finish`.
         """
-        x = self.embed(image_tokens, context, pack)
+        x = self.embed(tokens, context, pack)
         x = self.run_blocks(x, pack, modulation, range(len(self.blocks)), attention)
         return self.finish(x, pack, modulation)
 

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from krea2_srt.kernels.operations import TORCH, Operations
+from krea2_srt.kernels.quantize import TokenFormat, Tokens
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.pack import Segments
-from krea2_srt.model.rope import apply_rope
 from krea2_srt.model.weights import Target
 
 
@@ -31,6 +32,9 @@ class Linear(nn.Module):
         dtype: dtype of the weights.
     """
 
+    format: TokenFormat | None = None
+    """How it reads its input; None as it is."""
+
     def __init__(
         self, in_features: int, parts: dict[str, int], *, bias: bool = False, dtype: torch.dtype
     ) -> None:
@@ -40,7 +44,8 @@ class Linear(nn.Module):
         self.weight = parameter(rows, in_features, dtype=dtype)
         self.bias = parameter(rows, dtype=dtype) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tokens) -> Tensor:
+        assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -88,27 +93,39 @@ class GatedAttention(nn.Module):
         self.norm_k = RMSNorm(head_dim, eps)
         self.out = Linear(width, {"to_out.0": size}, dtype=dtype)
 
-    def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """[..., size] -> q [..., heads, hd], k, v [..., kv_heads, hd], gate [..., heads * hd]."""
-        q, k, v, gate = self.qkvg(x).split(self.widths, dim=-1)
-        q = self.norm_q(q.unflatten(-1, (self.heads, self.head_dim)))
-        k = self.norm_k(k.unflatten(-1, (self.kv_heads, self.head_dim)))
-        if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
-        v = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        return q.to(x.dtype), k.to(x.dtype), v, gate
+    def project(
+        self, x: Tokens, rope: Tensor | None = None, operations: Operations = TORCH
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[T, size] -> q [T, heads, hd], k, v [T, kv_heads, hd], gate [T, heads * hd].
+
+        All four are views of one matrix.
+        """
+        fused = self.qkvg(x)
+        operations.qk_norm_rope(
+            fused,
+            self.norm_q.scale,
+            self.norm_k.scale,
+            rope,
+            self.heads,
+            self.kv_heads,
+            self.norm_q.eps,
+        )
+        q, k, v, gate = fused.split(self.widths, dim=-1)
+        head = (-1, self.head_dim)
+        return q.unflatten(-1, head), k.unflatten(-1, head), v.unflatten(-1, head), gate
 
     def forward(
         self,
-        x: Tensor,
+        x: Tokens,
         attention: VarlenAttention,
         segments: Segments,
         rope: Tensor | None = None,
+        operations: Operations = TORCH,
     ) -> Tensor:
         """Attend within each segment: x [T, size] -> [T, size]."""
-        q, k, v, gate = self.project(x, rope)
-        out = attention(q, k, v, segments)
-        return self.out(out.flatten(-2) * torch.sigmoid(gate))
+        q, k, v, gate = self.project(x, rope, operations)
+        out = attention(q, k, v, segments).flatten(-2)
+        return self.out(operations.sigmoid_gate(out, gate, self.out.format))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.qkvg.targets(prefix)
@@ -125,9 +142,9 @@ class SwiGLU(nn.Module):
         self.gate_up = Linear(size, {"gate": hidden, "up": hidden}, dtype=dtype)
         self.down = Linear(hidden, {"down": size}, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+    def forward(self, x: Tokens, operations: Operations = TORCH) -> Tensor:
+        """[T, size] -> [T, size]."""
+        return self.down(operations.silu_mul(self.gate_up(x), self.down.format))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.gate_up.targets(prefix)

@@ -19,7 +19,7 @@ class Modulation:
     """Modulation vectors of all blocks, a row per step of a schedule or per sequence of a pack.
 
     Attributes:
-        scales: float32 [layers, 2, rows, hidden], effective norm scales before attention and
+        scales: float32 [rows, layers, 2, hidden], effective norm scales before attention and
             before the MLP.
         shifts: float32, same shape.
         gates: compute dtype, same shape, of the attention and the MLP branch.
@@ -34,34 +34,29 @@ class Modulation:
     final_shift: Tensor
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, rows first."""
+        return (self.scales, self.shifts, self.gates, self.final_scale, self.final_shift)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = (self.scales, self.shifts, self.gates, self.final_scale, self.final_shift)
-        return sum(t.nbytes for t in tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def row(self, index: int) -> "Modulation":
         """One row, without a copy."""
-        at = slice(index, index + 1)
-        return Modulation(
-            self.scales[:, :, at],
-            self.shifts[:, :, at],
-            self.gates[:, :, at],
-            self.final_scale[at],
-            self.final_shift[at],
-        )
+        return self.rows(index, index + 1)
+
+    def rows(self, start: int, end: int) -> "Modulation":
+        """Some rows, without a copy."""
+        return Modulation(*(tensor[start:end] for tensor in self.tensors))
 
     @staticmethod
     def stack(rows: "list[Modulation]") -> "Modulation":
         """The rows of several modulations, one below another."""
         if len(rows) == 1:
             return rows[0]
-        return Modulation(
-            torch.cat([r.scales for r in rows], dim=2),
-            torch.cat([r.shifts for r in rows], dim=2),
-            torch.cat([r.gates for r in rows], dim=2),
-            torch.cat([r.final_scale for r in rows]),
-            torch.cat([r.final_shift for r in rows]),
-        )
+        return Modulation(*map(torch.cat, zip(*(row.tensors for row in rows), strict=True)))
 
 
 def timestep_embedding(timesteps: Tensor, size: int) -> Tensor:

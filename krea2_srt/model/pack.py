@@ -7,6 +7,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from krea2_srt.kernels.token_rows import TokenRows
+
 Span = tuple[int, int]
 
 
@@ -40,21 +42,50 @@ class Pack:
     """Where each sequence's tokens lie. Holds nothing that changes from step to step.
 
     A sequence's tokens are its text tokens followed by its image tokens; sequences follow
-    each other in order. ``T`` is the total of tokens, ``S`` the number of sequences.
+    each other in order. ``T`` is the total of tokens, ``S`` the number of sequences. What goes
+    into a forward and comes out of it has a row for each of the T tokens, whatever its kind.
 
     Attributes:
         segments: the S sequences.
         text_spans: (start, end) of each sequence's text tokens.
         image_spans: (start, end) of each sequence's image tokens.
         rope: complex64 [T, head_dim / 2], the rotation of each token's query and key pairs.
+        rows: the sequence of each token.
+        is_text: bool [T, 1].
+        partner: int32 [T], see `krea2_srt.kernels.euler`.
     """
 
     segments: Segments
     text_spans: tuple[Span, ...]
     image_spans: tuple[Span, ...]
     rope: Tensor
+    rows: TokenRows
+    is_text: Tensor
+    partner: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.rope)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return self.rope.nbytes + self.segments.cu_seqlens.nbytes
+        tensors = (self.segments.cu_seqlens, self.rope, self.rows.index, self.is_text, self.partner)
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def place(self, spans: Iterable[Span], pieces: Iterable[Tensor]) -> Tensor:
+        """Lay pieces out at their spans, with zeros at all other tokens.
+
+        Args:
+            spans: ``text_spans`` or ``image_spans``.
+            pieces: one per span, [tokens of it, width].
+
+        Returns:
+            [T, width] in the pieces' dtype.
+        """
+        pieces = list(pieces)
+        placed = pieces[0].new_zeros(self.num_tokens, pieces[0].shape[1])
+        for (start, end), piece in zip(spans, pieces, strict=True):
+            placed[start:end] = piece
+        return placed

@@ -22,17 +22,3 @@ def rope_rotations(coordinates: Tensor, axes_dims: tuple[int, ...], theta: float
         angles.append(torch.outer(coordinates[:, axis].double(), theta**-exponent))
     angle = torch.cat(angles, dim=-1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
-def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate interleaved pairs of the last dimension.
-
-    Args:
-        x: [T, heads, head_dim], float32.
-        rotations: complex64 [T, head_dim / 2].
-
-    Returns:
-        float32, same shape.
-    """
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations[:, None]).flatten(-2)

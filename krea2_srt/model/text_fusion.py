@@ -36,14 +36,14 @@ class TextFusionBlock(nn.Module):
 
     def across_taps(self, x: Tensor) -> Tensor:
         """Attend across the taps of each token on its own: [tokens, taps, size], same out."""
-        q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype), rope=None)
+        q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype).flatten(0, 1))
         groups = self.attn.heads // self.attn.kv_heads
         if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        q, k, v = (t.unflatten(0, x.shape[:2]).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).flatten(-2)
-        x = x + self.attn.out(out * torch.sigmoid(gate))
+        x = x + self.attn.out(out * torch.sigmoid(gate.unflatten(0, x.shape[:2])))
         return x + self.ff(self.norm2(x).to(x.dtype))
 
     def across_tokens(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.modulation import Modulation
-from krea2_srt.runner.packing import PackCache, SequenceShape
+from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.packing import PackCache
 
 if TYPE_CHECKING:
     from krea2_srt.runner.model_runner import DenoisingSequence
@@ -35,19 +35,14 @@ class PackForward:
         packs: PackCache,
         sequences: "Sequence[DenoisingSequence]",
     ) -> None:
-        self.sequences = sequences
         self._dit = dit
         self._attention = attention
-        lanes = [(s, context) for s in sequences for context in s.lanes]
-        self._pack = packs.get(
-            tuple(SequenceShape(len(context), s.rows, s.columns) for s, context in lanes)
-        )
-        self._modulation = Modulation.stack([s.modulation.row(s.step) for s, _ in lanes])
-        self._x = dit.embed(
-            torch.cat([s.tokens for s, _ in lanes]),
-            torch.cat([context for _, context in lanes]),
-            self._pack,
-        )
+        self._lanes = Lanes.of(sequences)
+        self._pack = packs.get(self._lanes.shapes)
+        self._modulation = Modulation.stack(self._lanes.modulations)
+        self._tokens = self._pack.place(self._pack.image_spans, self._lanes.tokens)
+        context = self._pack.place(self._pack.text_spans, self._lanes.contexts)
+        self._x = dit.embed(self._tokens, context, self._pack)
 
     def run(self, blocks: range) -> None:
         """Run some blocks; those before them have run."""
@@ -61,22 +56,20 @@ class PackForward:
         Returns:
             The sequences whose latents are no longer finite.
         """
-        velocity = self._dit.finish(self._x, self._pack, self._modulation).float()
-        stepped: list[tuple[Tensor, Tensor | None]] = []
-        start = 0
-        for s in self.sequences:
-            size = s.rows * s.columns
-            v = velocity[start : start + size]
-            start += size
-            if s.negative_context is not None:
-                v = v + s.guidance * (v - velocity[start : start + size])
-                start += size
-            tokens = s.tokens + (s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step]) * v
-            stepped.append((tokens, v.clone() if s.keep_velocity else None))
-        # One look for all: on a GPU each would wait for the device.
-        finite = torch.stack([torch.isfinite(tokens).all() for tokens, _ in stepped]).tolist()
-        # From here on nothing can fail: all sequences step, or none.
-        for s, (tokens, v_kept) in zip(self.sequences, stepped, strict=True):
-            s.tokens, s.velocity = tokens, v_kept
-            s.step += 1
-        return [s for s, good in zip(self.sequences, finite, strict=True) if not good]
+        pack, lanes, tokens = self._pack, self._lanes, self._tokens
+        scalars = torch.tensor([lanes.dt, lanes.guidance]).to(tokens.device)
+        velocity = torch.empty_like(tokens)
+        broken = torch.empty(len(lanes.shapes), dtype=torch.int32, device=tokens.device)
+        self._dit.operations.euler_step(
+            tokens,
+            self._dit.finish(self._x, pack, self._modulation),
+            pack.rows.index,
+            pack.partner,
+            scalars[0],
+            scalars[1],
+            velocity,
+            broken,
+        )
+        flags = broken.tolist()
+        lanes.advance(pack, tokens, velocity)
+        return lanes.broken(flags)

@@ -6,19 +6,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from krea2_srt.kernels.token_rows import TokenRows
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.pack import Pack, Segments
+from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.rope import rope_rotations
 from krea2_srt.runner.byte_cache import ByteCache
 
 
 @dataclass(frozen=True)
 class SequenceShape:
-    """What a pack must know of a sequence: text tokens, and rows and columns of image tokens."""
+    """What a pack must know of a sequence.
+
+    Attributes:
+        text_tokens: of its prompt.
+        rows, columns: of image tokens.
+        guided: the next sequence of the pack is the same image with its negative prompt.
+    """
 
     text_tokens: int
     rows: int
     columns: int
+    guided: bool = False
 
     @property
     def image_tokens(self) -> int:
@@ -48,8 +56,9 @@ def build_pack(
     starts = [start for start, _ in segments.spans]
     text = [(at, at + shape.text_tokens) for at, shape in zip(starts, shapes, strict=True)]
     image = [(text_end, end) for (_, text_end), (_, end) in zip(text, segments.spans, strict=True)]
+    num_tokens = segments.spans[-1][1]
     rope = torch.ones(
-        (segments.spans[-1][1], config.attention_head_dim // 2),
+        (num_tokens, config.attention_head_dim // 2),
         dtype=torch.complex64,  # 1: text tokens sit at the origin, where nothing is rotated
         device=device,
     )
@@ -59,7 +68,33 @@ def build_pack(
             if rotations is not None
             else image_rotations(shape.rows, shape.columns, config, device)
         )
-    return Pack(segments, tuple(text), tuple(image), rope)
+    lengths = [shape.tokens for shape in shapes]
+    index = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    spans = tuple((start, end, row) for row, (start, end) in enumerate(segments.spans))
+    return Pack(
+        segments,
+        tuple(text),
+        tuple(image),
+        rope,
+        TokenRows(index.to(device), spans),
+        _is_text(text, num_tokens).to(device),
+        _partners(shapes, image, num_tokens).to(device),
+    )
+
+
+def _is_text(text: Sequence[Span], num_tokens: int) -> Tensor:
+    found = torch.zeros(num_tokens, 1, dtype=torch.bool)
+    for start, end in text:
+        found[start:end] = True
+    return found
+
+
+def _partners(shapes: Sequence[SequenceShape], image: Sequence[Span], num_tokens: int) -> Tensor:
+    found = torch.full((num_tokens,), -1, dtype=torch.int32)
+    for number, (shape, (start, end)) in enumerate(zip(shapes, image, strict=True)):
+        first = image[number + 1][0] if shape.guided else start
+        found[start:end] = torch.arange(first, first + end - start, dtype=torch.int32)
+    return found
 
 
 def image_rotations(rows: int, columns: int, config: Krea2Config, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
 from krea2_srt.model.layers import parameter
 from krea2_srt.model.weights import (
     Target,
@@ -28,16 +29,17 @@ from krea2_srt.model.weights import (
 )
 
 CLASS_NAME = "AutoencoderKLQwenImage"
-_SCORES_PER_SLICE = 2**25
-"""Attention scores computed at a time."""
+_SCORES_PER_SLICE = {"cpu": 2**25, "cuda": 2**23}
+"""Attention scores computed at a time; on a GPU as many as its cache holds in float32."""
 
 
 def default_tile(device: torch.device) -> int:
     """Pixels a side of the tiles in which the full-resolution stage runs.
 
-    Smaller on a CPU, whose caches then hold a tile.
+    Smaller on a CPU, whose caches then hold a tile. On a GPU they bound memory: at the released
+    width a tile of this size takes about a gigabyte.
     """
-    return 256 if device.type == "cpu" else 512
+    return 256 if device.type == "cpu" else 1024
 
 
 @dataclass(frozen=True)
@@ -125,16 +127,22 @@ class Conv(nn.Module):
 
 
 class ChannelNorm(nn.Module):
-    """RMSNorm over the channels of each pixel, in float32."""
+    """RMSNorm over the channels of each pixel, in float32.
+
+    Attributes:
+        fused: whether to run the kernel, which reads and writes every pixel once.
+    """
+
+    fused = False
 
     def __init__(self, channels: int, dims: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.stored_shape = (channels, *[1] * dims)
         self.gamma = parameter(channels, 1, 1, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.gamma.float() * x.shape[1] ** 0.5
-        return F.normalize(x.float(), dim=1).mul_(scale).to(x.dtype)
+    def forward(self, x: Tensor, silu: bool = False) -> Tensor:
+        norm = channel_norm_triton if self.fused else channel_norm
+        return norm(x, self.gamma, silu)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield f"{prefix}gamma", Target(self.gamma, self.stored_shape)
@@ -153,8 +161,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        x = self.conv1(F.silu(self.norm1(x), inplace=True))
-        x = self.conv2(F.silu(self.norm2(x), inplace=True))
+        x = self.conv1(self.norm1(x, silu=True))
+        x = self.conv2(self.norm2(x, silu=True))
         return x.add_(shortcut)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
@@ -181,16 +189,30 @@ class AttentionBlock(nn.Module):
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
         q, k, v = qkv.chunk(3, dim=-1)
         pieces: list[Tensor] = []
-        for some in q.split(max(1, _SCORES_PER_SLICE // k.shape[2]), dim=2):
+        scores = _SCORES_PER_SLICE[x.device.type]
+        for some in q.split(max(1, scores // k.shape[2]), dim=2):
             if pieces:
                 yield None
-            pieces.append(F.scaled_dot_product_attention(some, k, v))
+            pieces.append(_attend(some, k, v))
         out = torch.cat(pieces, dim=2).squeeze(1).transpose(1, 2).reshape(x.shape)
         yield x + self.proj(out)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         for name in ("norm", "to_qkv", "proj"):
             yield from getattr(self, name).targets(f"{prefix}{name}.")
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention with one wide head: [n, 1, rows, width] and [n, 1, pixels, width]."""
+    if not q.is_cuda or q.dtype is torch.float32:
+        return F.scaled_dot_product_attention(q, k, v)
+    # FlashAttention ends at a width of 256, and the kernel that torch would take for 384 runs at a
+    # tenth of the matmul rate. Scores stay in float32 until they are weights.
+    found = []
+    for q_, k_, v_ in zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True):
+        scores = torch.mm(q_ * q.shape[-1] ** -0.5, k_.t(), out_dtype=torch.float32)
+        found.append(torch.mm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype), v_))
+    return torch.stack(found).unflatten(0, q.shape[:2])
 
 
 class Upsample(nn.Module):
@@ -251,6 +273,12 @@ class VAEDecoder(nn.Module):
         # Receptive field of the last stage in its own pixels: the upsampler's convolution, two
         # per residual block, and the output convolution.
         self._margin = 1 + 2 * (config.num_res_blocks + 1) + 1
+
+    def use_kernels(self, fused: bool = True) -> None:
+        """Run norms on their kernel, which needs a GPU, or on torch again."""
+        for module in self.modules():
+            if isinstance(module, ChannelNorm):
+                module.fused = fused
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
@@ -313,7 +341,7 @@ class VAEDecoder(nn.Module):
         x = self.upsamplers[-1](x)
         for resnet in self.up_resnets[-1]:
             x = resnet(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+        return self.conv_out(self.norm_out(x, silu=True))
 
     def targets(self) -> dict[str, Target]:
         """Where each tensor of a released checkpoint goes; encoder and time convs have no place."""

@@ -54,10 +54,10 @@ def fused(dit, taps):
 @torch.inference_mode()
 def ours(dit, shapes, data):
     pack = build_pack([SequenceShape(*s[:3]) for s in shapes], dit.config, CPU)
-    context = torch.cat([fused(dit, taps) for _, taps in data])
+    context = pack.place(pack.text_spans, [fused(dit, taps) for _, taps in data])
     rows = Modulation.stack([dit.modulation(torch.tensor([s[3]])) for s in shapes])
-    velocity = dit(torch.cat([image for image, _ in data]), context, pack, rows)
-    return velocity.split([s[1] * s[2] for s in shapes])
+    velocity = dit(pack.place(pack.image_spans, [i for i, _ in data]), context, pack, rows)
+    return [velocity[start:end] for start, end in pack.image_spans]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -89,7 +89,8 @@ def test_a_step_in_slices_equals_the_whole_step(dit):
     with torch.inference_mode():
         pack = build_pack([SequenceShape(*shape[:3])], dit.config, CPU)
         rows = dit.modulation(torch.tensor([shape[3]]))
-        context = fused(dit, taps)
+        context = pack.place(pack.text_spans, [fused(dit, taps)])
+        image = pack.place(pack.image_spans, [image])
         whole = dit(image, context, pack, rows)
         x = dit.embed(image, context, pack)
         for blocks in (range(1), range(1, 3), range(3, 4)):
@@ -100,9 +101,10 @@ def test_a_step_in_slices_equals_the_whole_step(dit):
 def test_forward_leaves_its_inputs_alone(dit):
     shape = SHAPES[0]
     image, taps = inputs(shape)
-    context = fused(dit, taps)
-    before = image.clone(), context.clone()
     pack = build_pack([SequenceShape(*shape[:3])], dit.config, CPU)
+    context = pack.place(pack.text_spans, [fused(dit, taps)])
+    image = pack.place(pack.image_spans, [image])
+    before = image.clone(), context.clone()
     with torch.inference_mode():
         dit(image, context, pack, dit.modulation(torch.tensor([0.5])))
     assert torch.equal(image, before[0])

@@ -9,7 +9,7 @@ import torch
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.runner.vae import load_vae
-from tests.conftest import CPU, psnr
+from tests.conftest import CPU, psnr, relative_error
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,38 @@ def test_a_narrower_margin_would_show(vae, monkeypatch):
     whole = vae.decode(latents, tile=0)
     monkeypatch.setattr(vae, "_margin", vae._margin - 2)
     assert (vae.decode(latents, tile=48) - whole).abs().max() > 1e-6
+
+
+def test_pixels_on_the_kernels_are_those_on_torch(vae, demo_model, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    latents = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(1))
+    fused = load_vae(demo_model / "vae", CPU, torch.float32)
+    fused.use_kernels()
+    assert (fused.decode(latents) - vae.decode(latents)).abs().max() <= 1e-5
+    fused.use_kernels(False)
+    assert torch.equal(fused.decode(latents), vae.decode(latents))
+
+
+def test_the_attention_of_a_gpu_is_that_of_the_cpu(monkeypatch):
+    """torch multiplies bf16 into float32 on CUDA only; a stand-in does so here."""
+    from krea2_srt.runner import vae as module
+
+    multiply = torch.mm
+
+    def mm(a, b, out_dtype=None):
+        return multiply(a, b) if out_dtype is None else multiply(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, 48, generator=generator).bfloat16() for n in (7, 20, 20))
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    got = module._attend(q.as_subclass(OnCuda), k, v)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert got.shape == expected.shape
+    assert relative_error(torch.Tensor(got.float()), expected) <= 1e-2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""How kernels are launched: warps and tokens per program, by kernel and device.
+
+The figures were searched once per device by ``benchmarks/tune_kernels.py`` and lie in
+``configs/``. Nothing is searched when serving.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of one kernel on one device.
+
+    Attributes:
+        num_warps: of a program. Sums over a token are split over them, so that another number
+            gives other roundings: it never depends on how many tokens there are.
+        tokens: most consecutive tokens of a program.
+    """
+
+    num_warps: int
+    tokens: int = 1
+
+
+DEFAULTS = {
+    "norm": Launch(8, 4),
+    "norm_fp8": Launch(16, 4),
+    "qk_norm_rope": Launch(8, 1),
+    "sigmoid_gate": Launch(4, 1),
+    "sigmoid_gate_fp8": Launch(8, 1),
+    "silu_mul": Launch(4, 1),
+    "silu_mul_fp8": Launch(16, 1),
+    "final_layer": Launch(4, 16),
+    "euler": Launch(4, 32),
+    "channel_norm": Launch(4, 1),
+}
+"""For devices without a file."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What launches need to know of a device.
+
+    Attributes:
+        processors: that run programs side by side.
+        launches: by kernel.
+    """
+
+    processors: int
+    launches: dict[str, Launch]
+
+    def launch(self, kernel: str, tokens: int) -> tuple[Launch, int]:
+        """The launch of a kernel, and how many tokens each program takes: fewer where there are
+        too few tokens to give every processor some programs.
+        """
+        launch = self.launches[kernel]
+        return launch, max(1, min(launch.tokens, tokens // (4 * self.processors)))
+
+
+def config_file(name: str) -> Path:
+    """Of a device's name."""
+    return FOLDER / f"{name.replace(' ', '_').replace('/', '_')}.json"
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """What is known of a device."""
+    if device.type != "cuda":  # the interpreter
+        return Device(1, DEFAULTS)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.multi_processor_count, read_launches(config_file(properties.name)))
+
+
+def read_launches(file: Path) -> dict[str, Launch]:
+    """The launches in a file, and the default of what it does not name."""
+    if not file.is_file():
+        return DEFAULTS
+    stored = json.loads(file.read_text())["launches"]
+    return DEFAULTS | {name: Launch(**values) for name, values in stored.items()}

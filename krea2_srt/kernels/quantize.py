@@ -1,0 +1,164 @@
+"""Per-token dynamic quantisation, with an optional Hadamard rotation before it.
+
+    x' = x H                       H = blocks of an orthonormal Hadamard matrix on the diagonal
+    scale = max |x'| / largest     per token
+    values = round(x' / scale)     in e4m3 or int8
+
+The rotation spreads a token's outliers over their block. It is its own inverse, so a matrix that
+has been rotated the same way along its inputs gives the same product.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""Of the formats, the largest value that is used."""
+
+SMALLEST = 1e-12
+"""Largest magnitude of a token that counts as zero."""
+
+ROTATIONS = (64, 16)
+"""Block sizes, best first: powers of 4, so that the matrix's 1 / sqrt(size) is exact in bf16."""
+
+_MIN_DOT = 16
+"""Rows that a matrix multiplication in Triton needs at least."""
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """How a matrix multiplication reads its tokens.
+
+    Attributes:
+        dtype: float8_e4m3fn or int8.
+        rotation: block size of the Hadamard rotation along the width; 0 for none.
+    """
+
+    dtype: torch.dtype = torch.float8_e4m3fn
+    rotation: int = 0
+
+
+@dataclass(frozen=True)
+class QuantizedTokens:
+    """Tokens whose elements are ``values * scale``.
+
+    Attributes:
+        values: [T, width] in the format's dtype.
+        scale: float32 [T, 1].
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def dequantized(self) -> Tensor:
+        """float32 [T, width]; still rotated."""
+        return self.values.float() * self.scale
+
+
+Tokens = Tensor | QuantizedTokens
+
+
+def rotation_block(width: int) -> int:
+    """The best block that a width can be rotated in; 0 if there is none."""
+    padded = triton.next_power_of_2(width)
+    for block in ROTATIONS:
+        if width % block == 0 and padded // block >= _MIN_DOT:
+            return block
+    return 0
+
+
+@cache
+def hadamard(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The orthonormal, symmetric matrix [size, size]; size is a power of 4."""
+    matrix = torch.full((1, 1), 1 / math.sqrt(size))
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix.to(device, dtype)
+
+
+def rotate(x: Tensor, block: int) -> Tensor:
+    """Rotate the last dimension in blocks; float32, same shape."""
+    return (x.float().unflatten(-1, (-1, block)) @ hadamard(block, x.device)).flatten(-2)
+
+
+def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
+    """Quantise each token by its own scale.
+
+    Args:
+        x: [T, width].
+        format: how.
+    """
+    x = rotate(x, format.rotation) if format.rotation else x.float()
+    return quantize_rows(x, format.dtype)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedTokens:
+    """Quantise each row of a float32 matrix by its own scale."""
+    largest = LARGEST[dtype]
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / largest
+    values = x * (1 / scale)
+    if dtype is torch.int8:
+        values.round_()
+    return QuantizedTokens(values.clamp_(-largest, largest).to(dtype), scale)
+
+
+def finish_tokens(x: Tensor, dtype: torch.dtype, format: TokenFormat | None) -> Tokens:
+    """What a float32 result becomes: of the compute dtype, or quantised."""
+    return x.to(dtype) if format is None else quantize_tokens(x, format)
+
+
+def output_tokens(
+    like: Tensor, width: int, format: TokenFormat | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `store_token` writes to and reads: values [T, width], scales [T, 1], the matrix.
+
+    Those that a format does not need are stand-ins.
+    """
+    tokens = len(like)
+    if format is None:
+        return like.new_empty(tokens, width), like, like
+    assert format.dtype is torch.float8_e4m3fn, "kernels quantise to fp8 only"
+    return (
+        like.new_empty(tokens, width, dtype=format.dtype),
+        like.new_empty(tokens, 1, dtype=torch.float32),
+        hadamard(format.rotation, like.device, like.dtype) if format.rotation else like,
+    )
+
+
+@triton.jit
+def rotated(x, hadamard_ptr, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
+    """Rotate a token [BLOCK] in blocks; padding beyond its width is whole blocks of zeros."""
+    row = tl.arange(0, ROTATION)
+    matrix = tl.load(hadamard_ptr + row[:, None] * ROTATION + row[None, :])
+    blocks = tl.reshape(x, (BLOCK // ROTATION, ROTATION)).to(matrix.dtype)
+    return tl.reshape(tl.dot(blocks, matrix, input_precision="ieee"), (BLOCK,))
+
+
+@triton.jit
+def store_token(
+    x,
+    token,
+    columns,
+    mask,
+    out_ptr,
+    out_scale_ptr,
+    hadamard_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    """Store a token, float32 [BLOCK] with zeros beyond WIDTH, as it is or rotated and quantised."""
+    if FP8:
+        if ROTATION > 0:
+            x = rotated(x, hadamard_ptr, BLOCK, ROTATION)
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
+        x = x * (1.0 / scale)
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        tl.store(out_scale_ptr + token, scale)
+    tl.store(out_ptr + token.to(tl.int64) * WIDTH + columns, x.to(out_ptr.dtype.element_ty), mask)

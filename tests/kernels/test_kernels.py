@@ -1,0 +1,270 @@
+"""Triton kernels and their torch references, in Triton's interpreter, against float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from krea2_srt.kernels.operations import TORCH, TRITON
+from krea2_srt.kernels.quantize import (
+    QuantizedTokens,
+    TokenFormat,
+    hadamard,
+    rotate,
+    rotation_block,
+)
+from krea2_srt.kernels.token_rows import TokenRows
+
+EPS = 1e-5
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DTYPES = [torch.float32, torch.bfloat16]
+# Tokens of each sequence, and the width. Odd ones, single tokens, empty sequences, and widths
+# that are no power of two.
+PACKS = [((1,), 64), ((5, 0, 1, 17), 96), ((3, 3), 256), ((40, 1), 336)]
+FP8 = [TokenFormat(), TokenFormat(rotation=16)]
+
+both = pytest.mark.parametrize("do", [TORCH, TRITON], ids=lambda do: do.name)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+packs = pytest.mark.parametrize(("lengths", "width"), PACKS)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
+    """Memory that a kernel leaves unwritten holds NaNs, or the largest byte in fp8."""
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(torch.uint8).fill_(255).view(tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows_of(lengths, known: bool = True) -> TokenRows:
+    index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    spans, start = [], 0
+    for row, length in enumerate(lengths):
+        spans.append((start, start + length, row))
+        start += length
+    return TokenRows(index, tuple(spans) if known else None)
+
+
+def check(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert torch.isfinite(got.float()).all()
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE[dtype]
+
+
+def check_fp8(got: QuantizedTokens, expected: torch.Tensor, rotation: int) -> None:
+    """Within half a unit in the last of e4m3's 3 bits, or half its smallest step."""
+    if rotation:
+        expected = rotate(expected.float(), rotation).double()
+    values = got.values.double() * got.scale.double()
+    assert torch.isfinite(values).all()
+    largest = expected.abs().amax(1, keepdim=True)
+    # What comes before is computed in float32, and rotated in bf16.
+    bound = expected.abs() * 2**-4 + largest / 448 * 2**-10 + largest * 2**-8
+    assert ((values - expected).abs() <= bound).all()
+    assert torch.allclose(got.scale.double(), largest / 448, rtol=1e-2, atol=1e-14)
+
+
+def exact_norm(x, scale, shift, rows):
+    x = x.double()
+    x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return x * scale.double()[rows.index] + shift.double()[rows.index]
+
+
+def tables(lengths, width):
+    # Strided rows, as one block's part of a whole model's table.
+    many = random(len(lengths), 3, 2, width, seed=7)
+    return 1 + many[:, 1, 0], many[:, 2, 1]
+
+
+@both
+@dtypes
+@packs
+@pytest.mark.parametrize("known", [True, False])
+def test_norm_scale_shift(do, dtype, lengths, width, known):
+    rows = rows_of(lengths, known)
+    x, (scale, shift) = random(sum(lengths), width, dtype=dtype), tables(lengths, width)
+    check(do.norm_scale_shift(x, scale, shift, rows, EPS), exact_norm(x, scale, shift, rows), dtype)
+
+
+@both
+@dtypes
+@packs
+@pytest.mark.parametrize("known", [True, False])
+def test_add_gated(do, dtype, lengths, width, known):
+    rows = rows_of(lengths, known)
+    x, branch = (random(sum(lengths), width, dtype=dtype, seed=seed) for seed in (0, 1))
+    gate = random(len(lengths), 2, width, dtype=dtype, seed=2)[:, 1]
+    expected = x.double() + gate.double()[rows.index] * branch.double()
+    got = do.add_gated(x, gate, branch, rows)
+    assert got.data_ptr() == x.data_ptr()
+    check(x, expected, dtype)
+
+
+@both
+@dtypes
+@packs
+def test_add_gated_norm_is_one_after_the_other(do, dtype, lengths, width):
+    rows = rows_of(lengths)
+    x, branch = (random(sum(lengths), width, dtype=dtype, seed=seed) for seed in (0, 1))
+    gate = random(len(lengths), 2, width, dtype=dtype, seed=2)[:, 1]
+    scale, shift = tables(lengths, width)
+    alone = do.add_gated(x.clone(), gate, branch, rows)
+    expected = do.norm_scale_shift(alone, scale, shift, rows, EPS)
+    got = do.add_gated_norm(x, gate, branch, scale, shift, rows, EPS)
+    # To the bit: a step in slices norms in a kernel of its own what a whole step norms here.
+    assert torch.equal(x, alone)
+    assert torch.equal(got, expected)
+    check(got, exact_norm(x, scale, shift, rows), dtype)
+
+
+@both
+@dtypes
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 1, 32), (6, 2, 16), (1, 1, 128)])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_qk_norm_rope(do, dtype, heads, kv_heads, head_dim, rotated):
+    tokens, rest = 5, (kv_heads + heads) * head_dim
+    width = (heads + kv_heads) * head_dim
+    projection = random(tokens, width + rest, dtype=dtype)
+    q_scale, k_scale = 1 + random(head_dim, seed=1), 1 + random(head_dim, seed=2)
+    angle = random(tokens, head_dim // 2, seed=3) * 10
+    rope = torch.polar(torch.ones_like(angle), angle) if rotated else None
+    x = projection[:, :width].double().unflatten(1, (-1, head_dim))
+    scale = torch.stack([q_scale] * heads + [k_scale] * kv_heads).double()
+    x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * scale
+    if rope is not None:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        x = torch.view_as_real(pairs * rope.to(torch.complex128)[:, None]).flatten(-2)
+    before = projection.clone()
+    do.qk_norm_rope(projection, q_scale, k_scale, rope, heads, kv_heads, EPS)
+    check(projection[:, :width], x.flatten(1), dtype)
+    assert torch.equal(projection[:, width:], before[:, width:])
+
+
+@both
+@dtypes
+@packs
+def test_gates(do, dtype, lengths, width):
+    tokens = sum(lengths)
+    fused = random(tokens, 3 * width, dtype=dtype)
+    out, gate = random(tokens, width, dtype=dtype, seed=1), fused[:, width : 2 * width]
+    expected = out.double() * torch.sigmoid(gate.double())
+    check(do.sigmoid_gate(out, gate), expected, dtype)
+    gate_up = random(tokens, 2 * width, dtype=dtype, seed=2) * 3
+    gate, up = gate_up.double().chunk(2, dim=1)
+    check(do.silu_mul(gate_up), gate * torch.sigmoid(gate) * up, dtype)
+
+
+@both
+@pytest.mark.parametrize("format", FP8, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("lengths", "width"), [((5, 0, 1), 256), ((2, 3), 400)])
+def test_quantised_results(do, format, dtype, lengths, width):
+    tokens, rows = sum(lengths), rows_of(lengths)
+    # A few large channels, as real activations have.
+    heavy = torch.ones(width).index_fill_(0, torch.tensor([3, width - 1]), 30.0)
+    x = (random(tokens, width) * heavy).to(dtype)
+    x[0] = 0
+    scale, shift = tables(lengths, width)
+    expected = exact_norm(x, scale, shift, rows)
+    check_fp8(do.norm_scale_shift(x, scale, shift, rows, EPS, format), expected, format.rotation)
+    gate = random(len(lengths), width, dtype=dtype, seed=2)
+    branch = random(tokens, width, dtype=dtype, seed=3)
+    got = do.add_gated_norm(x, gate, branch, scale, shift, rows, EPS, format)
+    check_fp8(got, exact_norm(x, scale, shift, rows), format.rotation)
+    gate = random(tokens, width, dtype=dtype, seed=4)
+    expected = x.double() * torch.sigmoid(gate.double())
+    check_fp8(do.sigmoid_gate(x, gate, format), expected, format.rotation)
+    expected = torch.nn.functional.silu(gate.double()) * x.double()
+    check_fp8(do.silu_mul(torch.cat([gate, x], 1), format), expected, format.rotation)
+
+
+@both
+def test_a_token_of_zeros_is_quantised_to_zeros(do):
+    got = do.silu_mul(torch.zeros(3, 128, dtype=torch.bfloat16), TokenFormat())
+    assert torch.equal(got.values.float() * got.scale, torch.zeros(3, 64))
+
+
+@both
+@dtypes
+@packs
+def test_final_layer(do, dtype, lengths, width):
+    rows, channels = rows_of(lengths), 16
+    x, (scale, shift) = random(sum(lengths), width, dtype=dtype), tables(lengths, width)
+    weight = random(channels, width, dtype=dtype, seed=3) / math.sqrt(width)
+    bias = random(channels, dtype=dtype, seed=4)
+    expected = exact_norm(x, scale, shift, rows) @ weight.double().T + bias.double()
+    check(do.final_layer(x, scale, shift, rows, EPS, weight, bias), expected, dtype)
+
+
+def euler_case(dtype):
+    """Three lanes: an image, then another with its negative prompt; text tokens between."""
+    row = torch.tensor([0] * 4 + [1] * 5 + [2] * 6, dtype=torch.int32)
+    partner = torch.full((15,), -1, dtype=torch.int32)
+    partner[2:4] = torch.tensor([2, 3])
+    partner[6:9] = torch.tensor([12, 13, 14])
+    partner[12:15] = torch.tensor([12, 13, 14])
+    return {
+        "tokens": random(15, 64),
+        "velocity": random(15, 64, dtype=dtype, seed=1),
+        "row": row,
+        "partner": partner,
+        "dt": torch.tensor([-0.1, -0.02, -0.02]),
+        "guidance": torch.tensor([0.0, 3.5, 0.0]),
+        "guided": torch.full((15, 64), math.nan),
+        "broken": torch.full((3,), 9, dtype=torch.int32),
+    }
+
+
+@both
+@dtypes
+def test_euler_step(do, dtype):
+    case = euler_case(dtype)
+    before, v = case["tokens"].double(), case["velocity"].double()
+    expected, guided = before.clone(), torch.zeros(15, 64, dtype=torch.float64)
+    guided[2:4] = v[2:4]
+    guided[6:9] = v[6:9] + 3.5 * (v[6:9] - v[12:15])
+    guided[12:15] = v[12:15]
+    expected[2:4] -= 0.1 * guided[2:4]
+    expected[6:] -= 0.02 * guided[6:]
+    do.euler_step(**case)
+    assert torch.allclose(case["tokens"].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(case["guided"].double(), guided, rtol=1e-6, atol=1e-6)
+    assert case["broken"].tolist() == [0, 0, 0]
+
+
+@both
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_euler_step_tells_which_rows_are_no_longer_finite(do, value):
+    case = euler_case(torch.float32)
+    case["velocity"][13, 5] = value  # of the negative prompt: its image is broken too
+    case["tokens"][0, 0] = math.nan  # of a text token: means nothing
+    do.euler_step(**case)
+    assert case["broken"].tolist() == [0, 1, 1]
+
+
+def test_the_rotation_is_its_own_inverse():
+    for size in (16, 64):
+        matrix = hadamard(size, torch.device("cpu"))
+        assert torch.equal(matrix @ matrix, torch.eye(size))
+        assert torch.equal(matrix, matrix.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("width", "block"), [(6144, 64), (16384, 64), (768, 64), (256, 16), (100, 0), (16, 0)]
+)
+def test_the_block_of_a_rotation_fits_the_width(width, block):
+    assert rotation_block(width) == block
+
+
+def test_int8_is_left_to_torch():
+    with pytest.raises(AssertionError, match="fp8"):
+        TRITON.silu_mul(torch.zeros(2, 64), replace(TokenFormat(), dtype=torch.int8))
