@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from krea2_srt.engine.config import EngineConfig
+from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def register() -> None:
         return
 
     try:
-        EngineConfig.from_environment()
+        read_environment()
     except ConfigError as error:
         # SGLang would log any other exception, and serve without us.
         raise SystemExit(f"krea2-srt: error: {error}") from None

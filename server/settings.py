@@ -18,9 +18,11 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from krea2_srt.engine.config import PREFIX as ENGINE_PREFIX
 from krea2_srt.engine.config import EngineConfig
+from krea2_srt.environment import PREFIX as ENGINE_PREFIX
+from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.runner.config import RunnerConfig
 from server.yaml_files import YamlFileError, read_yaml
 
 COMMAND = "krea2-serve"
@@ -31,18 +33,35 @@ _NESTED = "__"
 _CONFIG = "config"
 
 
-_DEFAULTS = EngineConfig()
+_ENGINE_DEFAULTS = EngineConfig()
+_RUNNER_DEFAULTS = RunnerConfig()
 
 
 def _of_engine(text: str, name: str) -> Any:
     """A setting whose default is the engine's own."""
-    return Field(None, description=f"{text}; default {getattr(_DEFAULTS, name)}")
+    return Field(None, description=f"{text}; default {getattr(_ENGINE_DEFAULTS, name)}")
 
 
-class EngineSettings(BaseModel):
-    """of the engine's step scheduler; see docs/scheduling.md"""
+def _of_runner(text: str, name: str) -> Any:
+    """A setting whose default is the model runner's own."""
+    return Field(None, description=f"{text}; default {getattr(_RUNNER_DEFAULTS, name)}")
+
+
+class SchedulerSettings(BaseModel):
+    """What a scheduler process reads from its environment."""
 
     model_config = ConfigDict(extra="forbid")
+
+    def environment(self) -> dict[str, str]:
+        """As it reads them."""
+        return {
+            ENGINE_PREFIX + name.upper(): str(value)
+            for name, value in self.model_dump(exclude_none=True).items()
+        }
+
+
+class EngineSettings(SchedulerSettings):
+    """of the engine's step scheduler; see docs/scheduling.md"""
 
     policy: str | None = _of_engine("order of the queue: edf, srpt or fcfs", "policy")
     max_turn_ms: float | None = _of_engine("longest planned unit of work", "max_turn_ms")
@@ -63,12 +82,25 @@ class EngineSettings(BaseModel):
     max_images: int | None = _of_engine("images of one request, whoever asks", "max_images")
     max_guidance: float | None = _of_engine("largest guidance scale", "max_guidance")
 
-    def environment(self) -> dict[str, str]:
-        """As the engine reads them."""
-        return {
-            ENGINE_PREFIX + name.upper(): str(value)
-            for name, value in self.model_dump(exclude_none=True).items()
-        }
+
+class RunnerSettings(SchedulerSettings):
+    """of the model runner; see docs/gpu.md"""
+
+    attention: str | None = _of_runner("attention back end", "attention")
+    kernels: str | None = _of_runner("triton or torch between matrix multiplications", "kernels")
+    cuda_graphs: str | None = _of_runner("on or off", "cuda_graphs")
+    max_graph_tokens: int | None = _of_runner(
+        "most tokens in a pack that is replayed, 0 for what memory allows", "max_graph_tokens"
+    )
+    graph_capture_s: float | None = _of_runner(
+        "seconds of the start for capturing graphs", "graph_capture_s"
+    )
+    text_encoder: str | None = _of_runner(
+        "resident, or offload to host memory between uses", "text_encoder"
+    )
+    gpu_memory_gib: float | None = _of_runner(
+        "memory of the GPU to take, 0 for all that is free", "gpu_memory_gib"
+    )
 
 
 # Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
@@ -109,6 +141,7 @@ class Settings(BaseSettings):
         [], description="start no schedulers, but use those that listen at tcp://host:port"
     )
     engine: EngineSettings = EngineSettings()
+    runner: RunnerSettings = RunnerSettings()
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
     public_url: HttpUrl = Field(
@@ -223,6 +256,11 @@ class Settings(BaseSettings):
         texts = self.api_keys.get_secret_value().split(",")
         return [key for text in texts if (key := text.strip())]
 
+    @property
+    def scheduler_environment(self) -> dict[str, str]:
+        """What scheduler processes read from their environment."""
+        return {**self.engine.environment(), **self.runner.environment()}
+
     @model_validator(mode="after")
     def _check_access(self) -> "Settings":
         has_keys = self.api_keys_file is not None or self.plain_api_keys
@@ -246,19 +284,21 @@ class Settings(BaseSettings):
         except ValueError as error:
             raise ValueError(f"sglang_args: {error}") from None
         try:
-            EngineConfig.from_environment({**os.environ, **self.engine.environment()})
+            read_environment({**os.environ, **self.scheduler_environment})
         except ConfigError as error:
             variable, _, problem = str(error).partition(":")
             name = variable.removeprefix(ENGINE_PREFIX).lower()
-            ours = getattr(self.engine, name, None) is not None
-            raise ValueError(f"engine.{name}:{problem}" if ours else str(error)) from None
+            for part in ("engine", "runner"):
+                if getattr(getattr(self, part), name, None) is not None:
+                    raise ValueError(f"{part}.{name}:{problem}") from None
+            raise ValueError(str(error)) from None
         return self
 
     @model_validator(mode="after")
     def _check_effects(self) -> "Settings":
         """Refuse what would be ignored."""
         if self.engine_endpoints:
-            self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine")
+            self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
             self._refuse_with("engine_endpoints", "start_timeout_s")
         if "://" in self.storage or self.storage == NO_STORAGE:
             self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")

@@ -269,7 +269,7 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
 
 def worker_environment(settings: Settings, index: int) -> dict[str, str]:
     """Of replica ``index``: the engine's settings, and one GPU of those that we may use."""
-    environment = {**os.environ, **settings.engine.environment()}
+    environment = {**os.environ, **settings.scheduler_environment}
     visible = visible_gpus()
     if visible or settings.replicas > 1:
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)

@@ -39,6 +39,7 @@ class CostExecutor:
     host_ms: float
     slice_ms: float
     decodes_aside: bool = False
+    whole_schedules: bool = False
     _slices: dict[Sequence, int] = field(default_factory=dict)
 
     def encode(self, requests: Collection[Request]) -> None:

@@ -1,16 +1,11 @@
-"""How the engine runs: one validated object, read once from the environment."""
+"""How the engine runs: one validated object."""
 
 import dataclasses
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import ConfigError
-
-PREFIX = "KREA2_SRT_"
-"""Environment variables are this and the field's name in capitals, KREA2_SRT_MAX_TURN_MS."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +56,3 @@ class EngineConfig:
         return RequestLimits(
             self.max_side, self.max_pixels, self.max_steps, self.max_images, self.max_guidance
         )
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "EngineConfig":
-        """Read ``KREA2_SRT_*``.
-
-        Raises:
-            ConfigError: naming the variable whose value is wrong, or that is unknown.
-        """
-        default = cls()
-        fields = {f.name: type(getattr(default, f.name)) for f in dataclasses.fields(cls)}
-        values: dict[str, str | int | float] = {}
-        for variable, text in environment.items():
-            if not variable.startswith(PREFIX):
-                continue
-            name = variable.removeprefix(PREFIX).lower()
-            if name not in fields:
-                known = ", ".join(sorted(PREFIX + f.upper() for f in fields))
-                raise ConfigError(f"{variable}: is not known; known are {known}")
-            try:
-                values[name] = fields[name](text)
-            except ValueError:
-                kind = "a whole number" if fields[name] is int else "a number"
-                raise ConfigError(f"{variable}: must be {kind}, got {text!r}") from None
-        try:
-            return cls(**values)  # type: ignore[arg-type]
-        except ConfigError as error:
-            name, _, rest = str(error).partition(":")
-            raise ConfigError(f"{PREFIX}{name.upper()}:{rest}") from None

@@ -61,7 +61,9 @@ class Engine:
         self._clock = clock
         self._ledger = Ledger(cost, POLICIES[self.config.policy])
         self._admission = Admission(self.config.max_queue_s)
-        self._scheduler = StepScheduler(self.config, cost, executor.decodes_aside)
+        self._scheduler = StepScheduler(
+            self.config, cost, executor.decodes_aside, executor.whole_schedules
+        )
         self._pace = Pace()
         self._decoding: dict[ImageSequence, None] = {}
         self._deadlines = Deadlines()
@@ -216,12 +218,12 @@ class Engine:
             held.remove(step)
         self._scheduler.budget.succeeded()
         self.counters.packs += 1
-        self.counters.tokens += step.tokens
+        self.counters.tokens += step.tokens * step.steps
         events: list[Event] = []
         for sequence in step.sequences:
-            sequence.step += 1
+            sequence.step += step.steps
             self._scheduler.stepped(sequence)
-            self.counters.steps += 1
+            self.counters.steps += step.steps
             events.append(Progress(sequence))
             if sequence.step == sequence.image.steps:
                 sequence.move(State.DECODING)
@@ -348,7 +350,7 @@ class Engine:
     def _keep_pace(self, step: PackStep, blocks: range, measured_ms: float) -> None:
         """Correct all estimates when the machine proves faster or slower."""
         lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
-        estimated_ms = self.cost.step(lanes) * len(blocks) / step.total_blocks
+        estimated_ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
         factor = self._pace.observe(measured_ms, estimated_ms)
         if factor is None:
             return

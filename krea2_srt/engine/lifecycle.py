@@ -55,6 +55,7 @@ class Sequence:
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.
+        watched: whether somebody wants to see each of its steps.
     """
 
     request: "Request"
@@ -66,6 +67,7 @@ class Sequence:
     begun: bool = False
     decode_begun: bool = False
     decode_retried: bool = False
+    watched: bool = False
 
     def move(self, state: State) -> None:
         """Change the state.

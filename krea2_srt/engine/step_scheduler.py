@@ -29,12 +29,20 @@ class StepScheduler:
         config: limits.
         cost: estimates of time.
         decodes_aside: decodes run beside the steps, so they are no work of their own.
+        whole_schedules: a lone sequence does all its steps in one turn, where they fit into it.
     """
 
-    def __init__(self, config: EngineConfig, cost: CostModel, decodes_aside: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        cost: CostModel,
+        decodes_aside: bool = False,
+        whole_schedules: bool = False,
+    ) -> None:
         self.config = config
         self.cost = cost
         self.decodes_aside = decodes_aside
+        self.whole_schedules = whole_schedules
         self.budget = TokenBudget(config.max_pack_tokens)
         self.active: dict[Request, None] = {}
         self.held: list[PackStep] = []
@@ -134,7 +142,9 @@ class StepScheduler:
             self._let_join = False
             return self._encode(urgent, draft)
         self._let_join = True
-        return PackStep(tuple(draft.sequences), self.cost.blocks, self.cost.blocks)
+        alone = len(order) == len(urgent.sequences) == 1 and not self.num_waiting
+        steps = lead.image.steps if alone and self._may_run_whole(lead) else 1
+        return PackStep(tuple(draft.sequences), self.cost.blocks, self.cost.blocks, steps=steps)
 
     def _runnable(self, request: Request) -> bool:
         return not self.decodes_aside or any(
@@ -182,6 +192,16 @@ class StepScheduler:
         if blocks < self.cost.blocks and len(self.held) >= self.config.max_held_steps:
             return min(self.held, key=lambda step: step.sequences[0].request.key)
         return PackStep((lead,), self.cost.blocks, blocks)
+
+    def _may_run_whole(self, lead: Sequence) -> bool:
+        """Whether nothing is lost where a sequence that is alone does all its steps in one turn."""
+        return (
+            self.whole_schedules
+            and lead.step == 0
+            and not lead.watched
+            and not lead.image.guidance
+            and self.cost.step(lead.tokens) * lead.image.steps <= self.config.max_turn_ms
+        )
 
     def _company(self, lead: Sequence, order: list[Request]) -> Iterator[Sequence]:
         held = {id(sequence) for step in self.held for sequence in step.sequences}

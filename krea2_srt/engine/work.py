@@ -23,12 +23,14 @@ class PackStep:
         total_blocks: of the model.
         blocks_per_slice: how many fit into a turn.
         blocks_done: by the slices so far.
+        steps: done by each sequence; more than one only of a lone sequence, which then does all.
     """
 
     sequences: tuple[Sequence, ...]
     total_blocks: int
     blocks_per_slice: int
     blocks_done: int = 0
+    steps: int = 1
 
     @property
     def tokens(self) -> int:
@@ -66,11 +68,16 @@ class Executor(Protocol):
     def decodes_aside(self) -> bool:
         """Whether `decode` only starts and polls work that runs beside the steps."""
 
+    @property
+    def whole_schedules(self) -> bool:
+        """Whether all steps of a lone sequence are best run at once, where they fit into a turn."""
+
     def encode(self, requests: Collection[Request]) -> None:
         """Encode all prompts; sets the true `Sequence.tokens`."""
 
     def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
-        """Run some blocks of a step; with the last of them, step every sequence of the pack.
+        """Run some blocks of a step; with the last of them, step every sequence of the pack, as
+        many times as it says.
 
         Returns:
             The sequences whose latents are no longer finite; empty before the last block.

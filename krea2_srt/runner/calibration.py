@@ -139,8 +139,9 @@ def _digest(runner: Krea2Runner, name: str) -> str:
 
 
 def _forward(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
-    # Never finished, so that the sequences stay before their only step.
-    runner.begin_step(pack).run(range(runner.num_blocks))
+    runner.step(pack)
+    for sequence in pack:
+        sequence.step = 0  # to be stepped again; what its tokens are by then does not matter
 
 
 def _encode_ms(runner: Krea2Runner, prompt: str) -> tuple[int, float]:

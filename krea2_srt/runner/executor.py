@@ -40,17 +40,20 @@ class RunnerExecutor:
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
         self._aside: dict[Sequence, SideJob] = {}
         self._pixels: dict[Sequence, np.ndarray] = {}
-        self._watched: set[Sequence] = set()
 
     @property
     def decodes_aside(self) -> bool:
         return self._side_stream is not None
 
     @property
+    def whole_schedules(self) -> bool:
+        return self._runner.graphs is not None
+
+    @property
     def empty(self) -> bool:
         """Whether it holds nothing of any sequence."""
         held = (self._contexts, self._sequences, self._steps, self._decodes, self._aside)
-        return not any(held) and not self._pixels and not self._watched
+        return not any(held) and not self._pixels
 
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
@@ -69,15 +72,18 @@ class RunnerExecutor:
     @torch.inference_mode()
     def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
         with _memory_errors():
-            forward = self._steps.get(step)
-            if forward is None:
-                forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
-            forward.run(blocks)
-            if blocks.stop < step.total_blocks:
-                self._steps[step] = forward
-                self._wait()
-                return ()
-            broken = forward.finish()
+            if len(blocks) == step.total_blocks:
+                broken = self._runner.step([self._begun(s) for s in step.sequences], step.steps)
+            else:
+                forward = self._steps.get(step)
+                if forward is None:
+                    forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
+                forward.run(blocks)
+                if blocks.stop < step.total_blocks:
+                    self._steps[step] = forward
+                    self._wait()
+                    return ()
+                broken = forward.finish()
         self._steps.pop(step, None)
         # By identity: sequences hold tensors, which do not compare to one truth value.
         bad = {id(denoising) for denoising in broken}
@@ -110,7 +116,6 @@ class RunnerExecutor:
     def release(self, sequence: Sequence) -> None:
         for held in (self._contexts, self._sequences, self._decodes, self._aside):
             held.pop(sequence, None)
-        self._watched.discard(sequence)
 
     def take_pixels(self, sequence: Sequence) -> np.ndarray | None:
         """uint8 [height, width, 3] of a decoded sequence, forgotten here; None of any other."""
@@ -118,7 +123,7 @@ class RunnerExecutor:
 
     def watch(self, sequence: Sequence) -> None:
         """Keep, from its next step on, what `preview` needs."""
-        self._watched.add(sequence)
+        sequence.watched = True
         if (denoising := self._sequences.get(sequence)) is not None:
             denoising.keep_velocity = True
 
@@ -161,7 +166,7 @@ class RunnerExecutor:
                 image.guidance,
                 lanes[1] if image.guidance else None,
             )
-            denoising.keep_velocity = sequence in self._watched
+            denoising.keep_velocity = sequence.watched
             self._sequences[sequence] = denoising
         return denoising
 

@@ -8,14 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError, not_finite
-from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Segments
-from krea2_srt.runner.attention import BACKENDS, default_backend
+from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
+from krea2_srt.runner.graphs import Capture, StepGraphs
+from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
@@ -87,6 +88,9 @@ class Krea2Runner:
         recipe: Turbo's or Raw's sampling.
         attention: how packs attend.
         context_cache_bytes: bound of the prompt cache.
+
+    Attributes:
+        graphs: replay steps where it can; None runs all eagerly.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class Krea2Runner:
         text_encoder: TextEncoder,
         vae: VAEDecoder,
         recipe: Recipe,
-        attention: VarlenAttention,
+        attention: AttentionChoice,
         context_cache_bytes: int = CONTEXT_CACHE_BYTES,
     ) -> None:
         self.dit = dit
@@ -103,6 +107,7 @@ class Krea2Runner:
         self.vae = vae
         self.recipe = recipe
         self.attention = attention
+        self.graphs: StepGraphs | None = None
         self.device = dit.img_in.weight.device
         self.contexts: ByteCache[str, Tensor] = ByteCache(context_cache_bytes)
         self._modulations: ByteCache[Schedule, Modulation] = ByteCache(MODULATION_CACHE_BYTES)
@@ -117,7 +122,7 @@ class Krea2Runner:
         *,
         text_dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype | None = None,
-        attention: VarlenAttention | None = None,
+        attention: AttentionChoice | None = None,
         context_cache_bytes: int = CONTEXT_CACHE_BYTES,
     ) -> "Krea2Runner":
         """Load all parts straight onto one device.
@@ -127,7 +132,7 @@ class Krea2Runner:
             device: where they go.
             dtype: of the DiT, and of the other parts unless given.
             text_dtype, vae_dtype: of the text encoder and the VAE.
-            attention: overrides the choice by device and dtype.
+            attention: overrides the choice by device, dtype and measurement.
             context_cache_bytes: bound of the prompt cache.
 
         Raises:
@@ -154,7 +159,7 @@ class Krea2Runner:
             text_encoder,
             vae,
             checkpoint.recipe,
-            attention or BACKENDS[default_backend(device, dtype)],
+            attention or choose_attention(device, dtype),
             context_cache_bytes,
         )
 
@@ -179,7 +184,7 @@ class Krea2Runner:
             return []
         taps = self.text_encoder.encode(prompts)
         segments = Segments.of((len(tap) for tap in taps), self.device)
-        fused = self.dit.fuse_text(torch.cat(taps), segments, self.attention)
+        fused = self.dit.fuse_text(torch.cat(taps), segments, self.attention.eager.attend)
         # Clones, so that a remembered prompt does not keep its whole batch alive.
         return [fused[start:end].clone() for start, end in segments.spans]
 
@@ -224,18 +229,80 @@ class Krea2Runner:
         )
 
     @torch.inference_mode()
-    def step(self, sequences: Sequence[DenoisingSequence]) -> None:
+    def step(
+        self, sequences: Sequence[DenoisingSequence], steps: int = 1
+    ) -> list[DenoisingSequence]:
         """One Euler step of every sequence, each at its own step, in one packed forward.
 
         A sequence under guidance takes part twice, with its prompt and its negative prompt.
+
+        Args:
+            sequences: the pack.
+            steps: more than one only for a lone sequence before its first step: all that it has.
+
+        Returns:
+            The sequences whose latents are no longer finite.
         """
+        if steps > 1 and (found := self._replay(sequences, steps)) is not None:
+            return found
+        broken: list[DenoisingSequence] = []
+        for _ in range(steps):
+            found = self._replay(sequences, 1)
+            broken = self._run(sequences) if found is None else found
+        return broken
+
+    def use_graphs(self, capture: Capture, max_tokens: int, max_graphs: int) -> None:
+        """Replay what can be replayed from now on. The weights must stay where they are, or
+        `release_graphs` be called before they move.
+
+        Args:
+            capture: how graphs are captured.
+            max_tokens: of a pack that is replayed.
+            max_graphs: of packs, kept at a time.
+        """
+        assert self.attention.graph is not None
+        self.graphs = StepGraphs(
+            self.dit, self.attention.graph.attend, capture, max_tokens, max_graphs=max_graphs
+        )
+        self.text_encoder.use_graphs(capture)
+
+    def release_graphs(self) -> None:
+        """Forget all graphs; they are captured anew when their packs come."""
+        for graphs in (self.graphs, self.text_encoder.graphs):
+            if graphs is not None:
+                graphs.release()
+
+    @torch.inference_mode()
+    def prepare(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> bool:
+        """Capture the graph that `step` would replay; the sequences stay as they are.
+
+        Returns:
+            Whether there is one now.
+        """
+        if self.graphs is None:
+            return False
+        lanes = Lanes.of(sequences)
+        return self.graphs.prepare(lanes, self._packs.get(lanes.shapes), steps)
+
+    def _replay(
+        self, sequences: Sequence[DenoisingSequence], steps: int
+    ) -> list[DenoisingSequence] | None:
+        """The same on a graph; None where none serves."""
+        if self.graphs is None:
+            return None
+        lanes = Lanes.of(sequences)
+        flags = self.graphs.step(lanes, self._packs.get(lanes.shapes), steps)
+        return None if flags is None else lanes.broken(flags)
+
+    def _run(self, sequences: Sequence[DenoisingSequence]) -> list[DenoisingSequence]:
+        """One step without a graph."""
         forward = self.begin_step(sequences)
         forward.run(range(self.num_blocks))
-        forward.finish()
+        return forward.finish()
 
     def begin_step(self, sequences: Sequence[DenoisingSequence]) -> PackForward:
-        """The same, to be run in slices of blocks under `torch.inference_mode`."""
-        return PackForward(self.dit, self.attention, self._packs, sequences)
+        """The same, always eagerly, to be run in slices of blocks under `torch.inference_mode`."""
+        return PackForward(self.dit, self.attention.eager.attend, self._packs, sequences)
 
     @property
     def num_blocks(self) -> int:

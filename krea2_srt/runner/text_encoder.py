@@ -17,6 +17,8 @@ from krea2_srt.model.weights import (
     read_json,
     tensor_shapes,
 )
+from krea2_srt.runner.graphs import Capture
+from krea2_srt.runner.text_graphs import TextGraphs, padded
 
 # The template, and how much of it is cut away, as the released pipeline has it.
 PREFIX = (
@@ -43,6 +45,7 @@ class TextEncoder:
         self.model = model
         self.tokenizer = tokenizer
         self.taps = tuple(taps)
+        self.graphs: TextGraphs | None = None
         self._suffix_ids = self._ids(SUFFIX)
         if len(self._ids(PREFIX)) != PREFIX_TOKENS or len(self._suffix_ids) != SUFFIX_TOKENS:
             raise CheckpointError(
@@ -67,15 +70,25 @@ class TextEncoder:
             positions count real tokens only.
         """
         ids = [self.tokenize(prompt)[0] for prompt in prompts]
-        longest = max(len(x) for x in ids)
-        padded = torch.tensor([x + [0] * (longest - len(x)) for x in ids])
-        states = self.model(
-            input_ids=padded.to(self.model.embed_tokens.weight.device),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
-        tapped = torch.stack([states[i] for i in self.taps], dim=2)
-        return [tapped[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
+        if self.graphs is None:
+            tapped = self._tapped(padded(ids, len(ids), max(map(len, ids))).to(self.device))
+            return [tapped[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
+        tapped = self.graphs(ids)
+        return [tapped[row, PREFIX_TOKENS : len(x)].clone() for row, x in enumerate(ids)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Run the model on CUDA graphs from now on; its weights must stay where they are."""
+        self.graphs = TextGraphs(self._tapped, self.device, capture)
+
+    def _tapped(self, ids: Tensor) -> Tensor:
+        """Token ids [rows, length] -> [rows, length, taps, hidden]."""
+        states = self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        return torch.stack([states[i] for i in self.taps], dim=2)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])

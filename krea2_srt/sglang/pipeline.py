@@ -13,10 +13,11 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 
+from krea2_srt.runner.attention import choose_attention
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.vae import default_tile
-from krea2_srt.sglang.attention import select_attention
+from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.options import unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
@@ -62,7 +63,8 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         config = server_args.pipeline_config
         device = get_local_torch_device()
         dtype = PRECISION_TO_TYPE[config.dit_precision]
-        self.attention, attention = select_attention(device, dtype)
+        attention = choose_attention(device, dtype, candidates=backends())
+        self.attention = attention.name
         self.runner = Krea2Runner.load(
             Krea2Checkpoint.from_folder(Path(self.model_path)),
             device,

@@ -23,10 +23,10 @@ from sglang.multimodal_gen.runtime.pipelines_core import Req
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
-from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.environment import read_environment
 from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
@@ -97,7 +97,7 @@ class Krea2Scheduler(Scheduler):
         self._executor = RunnerExecutor(
             runner, pipeline.tile, CudaSideStream(runner.device) if cuda else None
         )
-        config = EngineConfig.from_environment()
+        config = read_environment().engine
         cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.attention}")
         self._engine = Engine(self._executor, cost, config)
         logger.info(

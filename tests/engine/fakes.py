@@ -54,6 +54,7 @@ class Ran(NamedTuple):
     start: float
     end: float
     failed: bool
+    num_steps: int = 1
 
     @property
     def ms(self) -> float:
@@ -71,6 +72,7 @@ class FakeExecutor:
     Attributes:
         decodes_aside: decodes take no time of the device; `decode` returns True when enough time
             has passed since it was first called.
+        whole_schedules: lone sequences may do all their steps at once.
         decode_slices: calls of `decode` that a sequence takes, where they are not aside.
         text_tokens: true length of every prompt; None keeps the estimates.
         slowdown: how many times as long as the cost model says everything takes.
@@ -89,6 +91,7 @@ class FakeExecutor:
     cost: CostModel
     clock: VirtualClock
     decodes_aside: bool = False
+    whole_schedules: bool = False
     decode_slices: int = 1
     text_tokens: int | None = None
     slowdown: float = 1.0
@@ -163,6 +166,13 @@ class FakeExecutor:
             self._require(sequence.state is State.DENOISING, "step in another state", sequence)
             done = self._steps_done[sequence]
             self._require(sequence.step == done < sequence.image.steps, "wrong step", sequence)
+            whole = (len(step.sequences), done, step.steps) == (1, 0, sequence.image.steps)
+            self._require(step.steps == 1 or whole, "some steps at once", sequence)
+            self._require(
+                step.steps == 1 or (self.whole_schedules and not sequence.watched),
+                "steps at once of a sequence that wants them one by one",
+                sequence,
+            )
             for other in self._slices:
                 self._require(
                     other is step or sequence not in other.sequences, "in two packs", sequence
@@ -173,11 +183,11 @@ class FakeExecutor:
         self._require(blocks.stop <= step.total_blocks, f"{blocks} does not exist")
 
         lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
-        ms = self.cost.step(lanes) * len(blocks) / step.total_blocks
+        ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
         fails = any(sequence in self.poisoned for sequence in step.sequences)
         self.begun.update(step.sequences)
         self._failed_step = step
-        with self._running("step", step.sequences, ms, fails, blocks):
+        with self._running("step", step.sequences, ms, fails, blocks, step.steps):
             self._allocate(step.tokens, step)
         self._failed_step = None
         if blocks.stop < step.total_blocks:
@@ -186,7 +196,7 @@ class FakeExecutor:
         self._slices.pop(step, None)
         self._void.add(step)
         for sequence in step.sequences:
-            self._steps_done[sequence] += 1
+            self._steps_done[sequence] += step.steps
         return [sequence for sequence in step.sequences if sequence in self.non_finite]
 
     def drop_step(self, step: PackStep) -> None:
@@ -246,8 +256,9 @@ class FakeExecutor:
         ms: float,
         fails: bool,
         blocks: range = range(0),
+        num_steps: int = 1,
     ) -> "_Running":
-        return _Running(self, kind, sequences, blocks, ms * self.slowdown, fails)
+        return _Running(self, kind, sequences, blocks, ms * self.slowdown, fails, num_steps)
 
     def _require(self, holds: bool, what: str, sequence: Sequence | None = None) -> None:
         if not holds:
@@ -266,6 +277,7 @@ class _Running:
     blocks: range
     ms: float
     fails: bool
+    num_steps: int
 
     def __enter__(self) -> None:
         self.start = self.executor.clock.now
@@ -275,7 +287,7 @@ class _Running:
         failed = self.fails or kind is not None
         end = self.executor.clock.now
         self.executor.ran.append(
-            Ran(self.kind, self.sequences, self.blocks, self.start, end, failed)
+            Ran(self.kind, self.sequences, self.blocks, self.start, end, failed, self.num_steps)
         )
         if self.fails and kind is None:
             raise DeviceError(self.kind)

@@ -530,3 +530,70 @@ def test_the_true_length_of_a_prompt_replaces_the_estimate():
     assert harness.engine.outstanding_ms > 1.5 * estimated
     harness.turn()
     assert harness.ran[-1].ms == pytest.approx(H200.step([556]))
+
+
+# All steps of a lone sequence in one turn.
+
+
+def whole(harness: Harness) -> list[int]:
+    return [ran.num_steps for ran in harness.steps()]
+
+
+def test_a_lone_sequence_does_all_its_steps_in_one_turn():
+    harness = Harness(whole_schedules=True)
+    harness.submit(256)
+    harness.run()
+    assert whole(harness) == [8]
+    assert harness.engine.counters.steps == 8
+    assert harness.engine.counters.packs == 1
+    assert harness.engine.counters.done == 1
+    harness.check_empty()
+
+
+def test_the_next_lone_sequence_does_so_while_the_last_one_is_decoded_aside():
+    harness = Harness(whole_schedules=True, decodes_aside=True)
+    harness.submit(256)
+    while not harness.steps():
+        harness.turn()
+    harness.submit(256)
+    harness.run()
+    assert whole(harness) == [8, 8]
+
+
+@pytest.mark.parametrize(
+    "case", ["two requests", "two images", "guided", "too long for a turn", "watched", "no graphs"]
+)
+def test_otherwise_steps_are_turns_of_their_own(case):
+    harness = Harness(whole_schedules=case != "no graphs")
+    request = harness.submit(
+        1024 if case == "too long for a turn" else 256,
+        num_images=2 if case == "two images" else 1,
+        guidance=3.5 if case == "guided" else 0.0,
+    )
+    if case == "two requests":
+        harness.submit(256)
+    for sequence in request.sequences:
+        sequence.watched = case == "watched"
+    harness.run_until(request)
+    assert {ran.num_steps for ran in harness.steps(request)} == {1}
+
+
+def test_all_steps_of_a_lone_sequence_keep_to_the_time_of_a_turn():
+    harness = Harness(EngineConfig(max_turn_ms=100), whole_schedules=True)
+    for steps in (4, 8, 12, 40):
+        harness.submit(256, steps=steps)
+        harness.run()
+    assert harness.engine.counters.longest_turn_ms <= 100
+    assert max(whole(harness)) > 4
+
+
+def test_one_that_comes_to_a_lone_sequence_under_way_steps_with_it():
+    harness = Harness(cost=ROOMY, whole_schedules=True)
+    first = harness.submit(256)
+    first.sequences[0].watched = True
+    while not harness.steps():
+        harness.turn()
+    harness.submit(256)
+    harness.run()
+    assert 2 in pack_sizes(harness)
+    assert set(whole(harness)) == {1}

@@ -22,6 +22,7 @@ class InstantExecutor:
     """Does nothing at once."""
 
     decodes_aside = False
+    whole_schedules = True
 
     def encode(self, requests):
         pass

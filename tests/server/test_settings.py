@@ -6,8 +6,10 @@ import subprocess
 import pytest
 
 from krea2_srt.engine.config import EngineConfig
+from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
-from server.settings import EngineSettings, Settings, load_settings
+from krea2_srt.runner.config import RunnerConfig
+from server.settings import EngineSettings, RunnerSettings, Settings, load_settings
 from tests.server.serving import SERVE
 
 
@@ -107,12 +109,17 @@ def test_secrets_are_not_shown(monkeypatch):
 
 def test_all_of_the_engines_settings_are_here():
     assert EngineSettings.model_fields.keys() == {f.name for f in dataclasses.fields(EngineConfig)}
+    assert RunnerSettings.model_fields.keys() == {f.name for f in dataclasses.fields(RunnerConfig)}
 
 
 def test_the_engine_reads_what_is_set_here():
     settings = Settings(engine=EngineSettings(policy="fcfs", max_side=512))
-    config = EngineConfig.from_environment(settings.engine.environment())
+    config = read_environment(settings.scheduler_environment).engine
     assert (config.policy, config.max_side) == ("fcfs", 512)
+    settings = load_settings(["--runner.cuda-graphs", "off"])
+    assert read_environment(settings.scheduler_environment).runner.cuda_graphs == "off"
+    with pytest.raises(ConfigError, match=r"^runner.kernels: .*'cuda'"):
+        load_settings(["--runner.kernels", "cuda"])
 
 
 def test_more_replicas_than_gpus_are_refused(monkeypatch):
@@ -126,8 +133,10 @@ def test_every_setting_is_explained():
     result = subprocess.run([SERVE, "--help"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
     for name, field in Settings.model_fields.items():
-        assert f"--{name.replace('_', '-')}" in result.stdout or name == "engine"
-        assert field.description or name == "engine", name
+        if name in ("engine", "runner"):
+            continue
+        assert f"--{name.replace('_', '-')}" in result.stdout
+        assert field.description, name
 
 
 def test_a_mistake_is_one_line_and_exit_code_2():

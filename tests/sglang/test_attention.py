@@ -1,4 +1,4 @@
-"""SGLang's FlashAttention kernels run on GPUs only; stand-ins check how we choose and call them."""
+"""SGLang's FlashAttention kernels run on GPUs only; stand-ins check how we call them."""
 
 import inspect
 
@@ -9,23 +9,14 @@ from krea2_srt.model.attention import sdpa_attention
 from krea2_srt.model.pack import Segments
 from tests.conftest import CPU
 
-CUDA = torch.device("cuda")
-
 
 @pytest.fixture
-def attention():
-    from krea2_srt.sglang import attention
-
-    return attention
-
-
-@pytest.fixture
-def kernels(monkeypatch):
+def called(monkeypatch):
     """Replace SGLang's kernel by SDPA behind its own signature; returns the versions called."""
     from sglang.kernels.ops.attention import flash_attention
 
     real = inspect.signature(flash_attention.flash_attn_varlen_func)
-    called: list[int] = []
+    versions: list[int] = []
 
     def stand_in(*args, **kwargs):
         call = real.bind(*args, **kwargs).arguments
@@ -33,49 +24,32 @@ def kernels(monkeypatch):
         assert call["cu_seqlens_q"].dtype == torch.int32
         assert call["max_seqlen_q"] == call["max_seqlen_k"] == 128
         assert not call["causal"]
-        called.append(call["ver"])
-        return sdpa_attention(call["q"], call["k"], call["v"], Segments.of([5, 128], CPU))
+        versions.append(call["ver"])
+        segments = Segments.of(call["cu_seqlens_q"].diff().tolist(), CPU)
+        return sdpa_attention(call["q"], call["k"], call["v"], segments)
 
     monkeypatch.setattr(flash_attention, "flash_attn_varlen_func", stand_in)
-    return called
+    return versions
 
 
-def select(attention, monkeypatch, major, dtype=torch.bfloat16):
-    """Choose for a GPU of a compute capability, with the trial run on the CPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
-    check = attention._check
-    monkeypatch.setattr(attention, "_check", lambda a, device, d: check(a, CPU, d))
-    return attention.select_attention(CUDA, dtype)[0]
+def test_sglangs_kernels_are_called_as_they_want_to_be(called):
+    from krea2_srt.sglang.attention import backends
+
+    segments = Segments.of([5, 128], CPU)
+    q, k, v = (torch.randn(133, heads, 16) for heads in (4, 2, 2))
+    under_a_graph = Segments(segments.cu_seqlens, (), segments.max_seqlen)
+    for name, version in (("fa3", 3), ("fa4", 4)):
+        backend = backends()[name]
+        assert backend.capturable
+        out = backend.attend(q, k, v, under_a_graph)
+        assert torch.equal(out, sdpa_attention(q, k, v, segments))
+        assert called.pop() == version
 
 
-@pytest.mark.parametrize(
-    ("major", "name", "versions"), [(9, "fa3", [3]), (10, "fa4", [4]), (8, "torch_varlen", [])]
-)
-def test_the_kernel_follows_the_gpu(attention, kernels, monkeypatch, major, name, versions):
-    assert select(attention, monkeypatch, major) == name
-    assert kernels == versions
+def test_they_are_candidates_beside_those_of_torch(called):
+    from krea2_srt.runner.attention import choose_attention
+    from krea2_srt.sglang.attention import backends
 
-
-def test_float32_and_cpu_get_sdpa(attention, kernels, monkeypatch):
-    assert select(attention, monkeypatch, 9, torch.float32) == "sdpa"
-    assert attention.select_attention(CPU, torch.bfloat16)[0] == "sdpa"
-    assert not kernels
-
-
-@pytest.mark.parametrize("fault", ["raises", "differs", "nan"])
-def test_a_kernel_that_fails_its_trial_is_passed_over(attention, monkeypatch, fault):
-    warnings: list[str] = []
-    monkeypatch.setattr(attention.logger, "warning", lambda text, *v: warnings.append(text % v))
-
-    def broken(version):
-        def attend(q, k, v, segments):
-            if fault == "raises":
-                raise RuntimeError("no kernel image")
-            return sdpa_attention(q, k, v, segments) + (1.0 if fault == "differs" else torch.nan)
-
-        return attend
-
-    monkeypatch.setattr(attention, "flash_attention", broken)
-    assert select(attention, monkeypatch, 9) == "torch_varlen"
-    assert len(warnings) == 1
-    assert "FlashAttention-3 is not used" in warnings[0]
+    assert {"sdpa", "torch_varlen", "cudnn", "fa3", "fa4"} <= backends().keys()
+    assert choose_attention(CPU, torch.bfloat16, candidates=backends()).name == "sdpa"
+    assert not called

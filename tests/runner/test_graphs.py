@@ -1,0 +1,312 @@
+"""Graphs without a GPU: buckets, buffers and replays, with a recorder in place of CUDA's."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from krea2_srt.engine.cost import roofline
+from krea2_srt.runner.buckets import FEW_TOKENS, MAX_PADDING, Buckets, token_buckets
+from krea2_srt.runner.graphs import StepGraphs
+from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.packing import PackCache
+from tests.conftest import CPU, relative_error
+from tests.runner.recorded_graph import record
+
+MAX_TOKENS = 700
+
+
+def device_attention(q, k, v, segments):
+    """Attention that knows segments from tensors alone, as a captured one must."""
+    assert segments.spans == ()
+    places = torch.arange(len(q), dtype=torch.int32)
+    segment = torch.searchsorted(segments.cu_seqlens, places, right=True)
+    mask = segment[:, None] == segment[None, :]
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1)
+
+
+class Captures:
+    """Counts captures; fails those it is told to."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.error: Exception | None = None
+
+    def __call__(self, function):
+        self.count += 1
+        if self.error is not None:
+            raise self.error
+        return record(function)
+
+
+@pytest.fixture
+def captures() -> Captures:
+    return Captures()
+
+
+@pytest.fixture
+def graphs(runner, captures) -> StepGraphs:
+    return StepGraphs(runner.dit, device_attention, captures, MAX_TOKENS, max_segments=8)
+
+
+@pytest.fixture(scope="module")
+def packs(runner) -> PackCache:
+    return PackCache(runner.dit.config, CPU, 2**20)
+
+
+def sequences(runner, *images, steps=4):
+    """Of (prompt, width, height, guidance), the later ones some steps ahead."""
+    found = []
+    for number, (prompt, width, height, guidance) in enumerate(images):
+        context, negative = runner.encode([prompt, "blurry"])
+        schedule = runner.schedule(steps + number, width, height)
+        sequence = runner.start(context, width, height, number, schedule, guidance, negative)
+        found.append(sequence)
+    return found
+
+
+def copies(those):
+    return [replace(s) for s in those]
+
+
+def step(graphs, packs, those, steps=1):
+    lanes = Lanes.of(those)
+    with torch.inference_mode():
+        return graphs.step(lanes, packs.get(lanes.shapes), steps)
+
+
+def stepped(graphs, packs, those, steps=1):
+    flags = step(graphs, packs, those, steps)
+    assert flags is not None
+    return those
+
+
+ONE = [("a cat", 64, 48, 0.0)]
+MIX = [("a dog in the rain", 64, 64, 0.0), ("x", 16, 16, 3.5), ("", 96, 32, 0.0)]
+
+
+def test_a_bucket_is_captured_when_it_comes_again(runner, graphs, packs, captures):
+    those = sequences(runner, *ONE)
+    assert step(graphs, packs, those) is None
+    assert captures.count == 0
+    assert those[0].step == 0
+    assert step(graphs, packs, those) == [0]
+    assert captures.count == 1
+    assert those[0].step == 1
+    assert step(graphs, packs, those) == [0]
+    assert captures.count == 1
+
+
+@pytest.mark.parametrize("images", [ONE, MIX, MIX[::-1]])
+def test_a_replay_is_the_eager_step(runner, graphs, packs, images):
+    eager = sequences(runner, *images)
+    graphed = copies(eager)
+    step(graphs, packs, graphed)
+    for _ in range(3):
+        runner.step(eager)
+        stepped(graphs, packs, graphed)
+        for got, expected in zip(graphed, eager, strict=True):
+            assert got.step == expected.step
+            assert relative_error(got.tokens, expected.tokens) <= 1e-5
+
+
+def test_one_graph_serves_all_packs_of_its_bucket(runner, graphs, packs, captures):
+    # Other sizes, prompts, steps and orders than it was captured with.
+    for images in (
+        [("a cat", 64, 64, 0.0), ("a dog in the rain", 32, 48, 0.0)],
+        [("one more dog", 48, 32, 0.0), ("cats", 64, 64, 0.0)],
+        [("the rain, again", 80, 48, 0.0), ("", 32, 32, 0.0)],
+    ):
+        eager = sequences(runner, *images)
+        graphed = copies(eager)
+        if not captures.count:
+            step(graphs, packs, graphed)
+        runner.step(eager)
+        stepped(graphs, packs, graphed)
+        for got, expected in zip(graphed, eager, strict=True):
+            assert relative_error(got.tokens, expected.tokens) <= 1e-5
+    assert captures.count == 1
+
+
+def test_a_replay_is_to_the_bit_what_the_same_forward_gives_uncaptured(runner, packs):
+    def uncaptured(function):
+        return function
+
+    found = []
+    for capture in (record, uncaptured):
+        graphs = StepGraphs(runner.dit, device_attention, capture, MAX_TOKENS)
+        those = sequences(runner, *MIX)
+        step(graphs, packs, those)
+        for _ in range(2):
+            stepped(graphs, packs, those)
+        found.append([s.tokens for s in those])
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_all_steps_of_a_lone_sequence_are_one_graph(runner, graphs, packs, captures):
+    eager = sequences(runner, *ONE)
+    for _ in range(4):
+        runner.step(eager)
+    for number in range(3):
+        graphed = sequences(runner, *ONE)
+        flags = step(graphs, packs, graphed, steps=4)
+        if number == 0:
+            assert flags is None
+            continue
+        assert flags == [0]
+        assert graphed[0].done
+        assert relative_error(graphed[0].tokens, eager[0].tokens) <= 1e-5
+    assert captures.count == 1
+
+
+def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
+    clean = sequences(runner, *MIX)
+    step(graphs, packs, clean)
+    stepped(graphs, packs, clean)
+    broken = sequences(runner, *MIX)
+    for s in broken:
+        s.tokens = s.tokens * math.nan
+    assert all(step(graphs, packs, broken)[lane] for lane in (0, 1, 3))
+    # The largest pack that fits, of NaNs: all of the buffers are poisoned now.
+    again = sequences(runner, *MIX)
+    stepped(graphs, packs, again)
+    for got, expected in zip(again, clean, strict=True):
+        assert torch.equal(got.tokens, expected.tokens)
+
+
+def test_only_the_broken_sequence_is_reported(runner, graphs, packs):
+    those = sequences(runner, *MIX)
+    step(graphs, packs, those)
+    those[1].guidance = math.inf
+    flags = step(graphs, packs, those)
+    assert [id(s) for s in Lanes.of(those).broken(flags)] == [id(those[1])]
+
+
+def test_velocities_are_kept_for_those_who_want_them(runner, graphs, packs):
+    eager = sequences(runner, *MIX)
+    graphed = copies(eager)
+    for those in (eager, graphed):
+        those[1].keep_velocity = True
+    step(graphs, packs, graphed)
+    runner.step(eager)
+    stepped(graphs, packs, graphed)
+    assert graphed[0].velocity is None
+    assert relative_error(graphed[1].velocity, eager[1].velocity) <= 1e-5
+    kept = graphed[1].velocity.clone()
+    graphed[1].keep_velocity = False
+    stepped(graphs, packs, graphed)
+    assert graphed[1].velocity is None
+    assert torch.isfinite(kept).all()
+
+
+def test_a_bucket_that_cannot_be_captured_runs_without_and_says_so_once(
+    runner, graphs, packs, captures, caplog
+):
+    captures.error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    those = sequences(runner, *ONE)
+    before = those[0].tokens.clone()
+    for _ in range(4):
+        assert step(graphs, packs, those) is None
+    assert torch.equal(those[0].tokens, before)
+    assert captures.count == 1
+    assert len([r for r in caplog.records if "not permitted" in r.message]) == 1
+    captures.error = None
+    other = sequences(runner, *MIX)
+    step(graphs, packs, other)
+    stepped(graphs, packs, other)
+
+
+def test_too_large_packs_have_no_graph(runner, graphs, packs, captures):
+    many = sequences(runner, *ONE * 8)
+    large = sequences(runner, ("a cat", 512, 512, 0.0))
+    for those in (many, large):
+        for _ in range(3):
+            assert step(graphs, packs, those) is None
+    assert captures.count == 0
+
+
+def test_the_graph_used_last_longest_ago_makes_room(runner, captures, packs):
+    graphs = StepGraphs(runner.dit, device_attention, captures, MAX_TOKENS, max_graphs=2)
+    shapes = [("a", 16 * side, 64, 0.0) for side in (4, 10, 16)]
+    for image in shapes:
+        those = sequences(runner, image)
+        step(graphs, packs, those)
+        stepped(graphs, packs, those)
+    assert len(graphs) == 2
+    assert captures.count == 3
+    stepped(graphs, packs, sequences(runner, shapes[2]))
+    assert captures.count == 3
+    stepped(graphs, packs, sequences(runner, shapes[0]))
+    assert captures.count == 4
+
+
+def test_graphs_are_captured_anew_after_a_release(runner, graphs, packs, captures):
+    those = sequences(runner, *ONE)
+    step(graphs, packs, those)
+    stepped(graphs, packs, those)
+    graphs.release()
+    assert len(graphs) == 0
+    stepped(graphs, packs, those)
+    assert captures.count == 2
+
+
+def test_prepared_buckets_need_no_uses(runner, graphs, packs, captures):
+    those = sequences(runner, *MIX)
+    before = [s.tokens.clone() for s in those]
+    lanes = Lanes.of(those)
+    with torch.inference_mode():
+        assert graphs.prepare(lanes, packs.get(lanes.shapes))
+        assert graphs.prepare(lanes, packs.get(lanes.shapes))
+    assert captures.count == 1
+    assert all(torch.equal(s.tokens, t) for s, t in zip(those, before, strict=True))
+    stepped(graphs, packs, those)
+
+
+# Buckets.
+
+
+def test_the_ladder_rises_to_exactly_its_end():
+    for most in (1, 31, 32, 33, 255, 256, 257, 300, 4160, 16448, 33792):
+        ladder = token_buckets(most)
+        assert ladder[-1] == most
+        assert all(a < b for a, b in pairwise(ladder))
+
+
+def test_padding_costs_less_than_three_percent_of_any_step():
+    cost = roofline()
+    buckets = Buckets(16448, 64)
+    for tokens in range(1, 16449):
+        key = buckets.key([tokens])
+        assert key.tokens >= tokens
+        padded = cost.step([tokens, key.tokens - tokens])
+        assert padded < cost.step([tokens]) * (1 + MAX_PADDING)
+        if tokens > FEW_TOKENS + 24:  # where arithmetic takes over
+            assert key.tokens < tokens * (1 + MAX_PADDING)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=70))
+def test_a_key_holds_its_pack(lengths):
+    key = Buckets(5000, 64).key(lengths)
+    if key is None:
+        assert sum(lengths) > 5000 or len(lengths) > 63
+        return
+    assert key.tokens >= sum(lengths)
+    assert key.segments > len(lengths)
+    assert key.longest >= max(lengths)
+    # The padding is a segment too.
+    assert key.longest >= key.tokens - sum(lengths)
+
+
+def test_the_number_of_graphs_for_lone_sequences_is_small():
+    buckets = Buckets(16448, 64)
+    assert len({buckets.key([tokens]) for tokens in range(1, 16449)}) <= 200

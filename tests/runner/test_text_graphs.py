@@ -1,0 +1,75 @@
+"""The text encoder on graphs, with a recorder in place of CUDA's."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.conftest import relative_error
+from tests.runner.recorded_graph import record
+
+SHORT, OTHER, LONG = "a cat", "two dogs in the rain", "a red fox in fresh snow " * 20
+
+
+@pytest.fixture
+def captures():
+    return []
+
+
+@pytest.fixture
+def encoder(runner, captures):
+    def capture(function):
+        captures.append(function)
+        return record(function)
+
+    encoder = copy.copy(runner.text_encoder)
+    encoder.use_graphs(capture)
+    return encoder
+
+
+def check(encoder, runner, prompts):
+    for got, expected in zip(
+        encoder.encode(prompts), runner.text_encoder.encode(prompts), strict=True
+    ):
+        assert got.shape == expected.shape
+        assert relative_error(got, expected) <= 1e-5
+
+
+def test_prompts_on_a_graph_are_those_without(encoder, runner, captures):
+    for prompts in ([SHORT], [OTHER], [SHORT], [LONG], [LONG], [SHORT, LONG, OTHER]):
+        check(encoder, runner, prompts)
+    # One for the two short ones, which have the same padded length, and one for the long one.
+    assert len(captures) == 2
+    check(encoder, runner, [LONG, OTHER, SHORT])
+    check(encoder, runner, [OTHER, SHORT, LONG, SHORT + "s"])
+    assert len(captures) == 3
+
+
+def test_states_stay_when_the_graph_is_replayed(encoder):
+    encoder.encode([SHORT])
+    (first,) = encoder.encode([SHORT])
+    before = first.clone()
+    encoder.encode([OTHER])
+    assert torch.equal(first, before)
+
+
+def test_a_model_that_cannot_be_captured_runs_without_and_says_so_once(runner, caplog):
+    def capture(function):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+    encoder = copy.copy(runner.text_encoder)
+    encoder.use_graphs(capture)
+    for prompt in (SHORT, OTHER, SHORT, LONG, LONG):
+        check(encoder, runner, [prompt])
+    assert len([r for r in caplog.records if "text encoder" in r.message]) == 1
+
+
+def test_prepared_sizes_need_no_uses(encoder, runner, captures):
+    with torch.inference_mode():
+        encoder.graphs.prepare(1, 64)
+    assert len(captures) == 1
+    check(encoder, runner, [SHORT])
+    assert len(captures) == 1
+    encoder.graphs.release()
+    check(encoder, runner, [SHORT])
+    assert len(captures) == 2
