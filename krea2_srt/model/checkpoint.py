@@ -12,6 +12,7 @@ import torch
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.weights import (
     Target,
     check_weights,
@@ -86,20 +87,26 @@ def _translate(
     return name
 
 
-def load_dit(path: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
+def load_dit(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> Krea2DiT:
     """Load a DiT straight onto its device.
 
     Args:
         path: a ``transformer/`` folder in Diffusers layout, or an original ``.safetensors`` file.
         device: where the weights go.
         dtype: compute dtype; norms and modulation tables stay float32.
+        quantization: of the blocks' matrices, each quantised as it is read.
 
     Raises:
         CheckpointError: missing or damaged files, or tensors that do not fit the config.
+        ConfigError: the quantization does not fit the model.
     """
-    return (
-        _load_original(path, device, dtype) if path.is_file() else _load_folder(path, device, dtype)
-    )
+    load = _load_original if path.is_file() else _load_folder
+    return load(path, device, dtype, quantization)
 
 
 def read_config(folder: Path) -> Krea2Config:
@@ -107,16 +114,20 @@ def read_config(folder: Path) -> Krea2Config:
     return parse_json(folder / "config.json", Krea2Config.from_dict)
 
 
-def _load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
+def _load_folder(
+    folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> Krea2DiT:
     config = read_config(folder)
     files = checkpoint_files(folder, _STEM)
     check_weights(_meta_targets(config, dtype), tensor_shapes(files), folder)
-    dit = _empty(config, device, dtype)
+    dit = _empty(config, device, dtype, quantization)
     load_weights(files, dit.targets())
     return dit
 
 
-def _load_original(file: Path, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
+def _load_original(
+    file: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> Krea2DiT:
     stored = tensor_shapes([file])
     shapes = {diffusers_name(name): _table_shape(name, shape) for name, shape in stored.items()}
     try:
@@ -124,7 +135,7 @@ def _load_original(file: Path, device: torch.device, dtype: torch.dtype) -> Krea
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     check_weights(_meta_targets(config, dtype), shapes, file)
-    dit = _empty(config, device, dtype)
+    dit = _empty(config, device, dtype, quantization)
     load_weights([file], dit.targets(), rename=diffusers_name)
     return dit
 
@@ -141,9 +152,14 @@ def _meta_targets(config: Krea2Config, dtype: torch.dtype) -> dict[str, Target]:
     return _empty(config, torch.device("meta"), dtype).targets()
 
 
-def _empty(config: Krea2Config, device: torch.device, dtype: torch.dtype) -> Krea2DiT:
+def _empty(
+    config: Krea2Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> Krea2DiT:
     with torch.device(device):
-        return Krea2DiT(config, dtype).eval()
+        return Krea2DiT(config, dtype, quantization).eval()
 
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, parameter
+from krea2_srt.model.layers import (
+    GatedAttention,
+    Linear,
+    LinearFactory,
+    RMSNorm,
+    SwiGLU,
+    parameter,
+)
 from krea2_srt.model.modulation import Modulation, timestep_embedding
 from krea2_srt.model.pack import Pack, Segments
+from krea2_srt.model.quantization import Quantization, block_linears
 from krea2_srt.model.text_fusion import TextFusion
 from krea2_srt.model.weights import Target
 
@@ -19,7 +27,7 @@ from krea2_srt.model.weights import Target
 class DiTBlock(nn.Module):
     """Gated attention and SwiGLU, both modulated by the timestep: the weights of one block."""
 
-    def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
+    def __init__(self, config: Krea2Config, linears: LinearFactory) -> None:
         super().__init__()
         size = config.hidden_size
         self.norm1 = RMSNorm(size, config.norm_eps)
@@ -31,9 +39,9 @@ class DiTBlock(nn.Module):
             config.num_key_value_heads,
             config.attention_head_dim,
             config.norm_eps,
-            dtype,
+            linears,
         )
-        self.ff = SwiGLU(size, config.intermediate_size, dtype)
+        self.ff = SwiGLU(size, config.intermediate_size, linears)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield f"{prefix}scale_shift_table", Target(self.scale_shift_table)
@@ -52,6 +60,7 @@ class Krea2DiT(nn.Module):
     Args:
         config: the architecture.
         dtype: compute dtype of matrices and of the token stream.
+        quantization: of the blocks' matrices; None leaves them in the compute dtype.
 
     Attributes:
         operations: what runs between the matrix multiplications of the blocks.
@@ -59,9 +68,14 @@ class Krea2DiT(nn.Module):
 
     operations: Operations = TORCH
 
-    def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Krea2Config, dtype: torch.dtype, quantization: Quantization | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.quantization = quantization
+        if quantization is not None:
+            quantization.check(config.num_layers)
         self.dtype = dtype
         hidden = config.hidden_size
         self.img_in = Linear(config.in_channels, {"img_in": hidden}, bias=True, dtype=dtype)
@@ -71,7 +85,10 @@ class Krea2DiT(nn.Module):
         self.time_linear_2 = Linear(hidden, {"linear_2": hidden}, bias=True, dtype=dtype)
         self.time_mod_proj = Linear(hidden, {"time_mod_proj": 6 * hidden}, bias=True, dtype=dtype)
         self.text_fusion = TextFusion(config, dtype)
-        self.blocks = nn.ModuleList(DiTBlock(config, dtype) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(
+            DiTBlock(config, block_linears(quantization, number, dtype))
+            for number in range(config.num_layers)
+        )
         self.final_norm = RMSNorm(hidden, config.norm_eps)
         self.final_table = parameter(2, hidden, dtype=torch.float32)
         self.final_linear = Linear(hidden, {"linear": config.in_channels}, bias=True, dtype=dtype)

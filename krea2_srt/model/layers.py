@@ -4,7 +4,7 @@ Matrix weights live in the compute dtype. Norm scales live in float32 and norms 
 float32, as in the released code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,15 @@ class Linear(nn.Module):
             start += rows
 
 
+LinearFactory = Callable[[str, int, dict[str, int]], Linear]
+"""Makes a matrix of a block from its name in it (``attn.out``), its input width and its parts."""
+
+
+def plain_linears(dtype: torch.dtype) -> LinearFactory:
+    """Of those that are not quantised."""
+    return lambda name, in_features, parts: Linear(in_features, parts, dtype=dtype)
+
+
 class RMSNorm(nn.Module):
     """``x / rms(x) * scale`` in float32; the checkpoint stores ``scale - 1``."""
 
@@ -81,17 +90,23 @@ class GatedAttention(nn.Module):
     """
 
     def __init__(
-        self, size: int, heads: int, kv_heads: int, head_dim: int, eps: float, dtype: torch.dtype
+        self,
+        size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        eps: float,
+        linears: LinearFactory,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         width, kv_width = heads * head_dim, kv_heads * head_dim
         self.widths = [width, kv_width, kv_width, width]
         names = ("to_q", "to_k", "to_v", "to_gate")
-        self.qkvg = Linear(size, dict(zip(names, self.widths, strict=True)), dtype=dtype)
+        self.qkvg = linears("attn.qkvg", size, dict(zip(names, self.widths, strict=True)))
         self.norm_q = RMSNorm(head_dim, eps)
         self.norm_k = RMSNorm(head_dim, eps)
-        self.out = Linear(width, {"to_out.0": size}, dtype=dtype)
+        self.out = linears("attn.out", width, {"to_out.0": size})
 
     def project(
         self, x: Tokens, rope: Tensor | None = None, operations: Operations = TORCH
@@ -137,10 +152,10 @@ class GatedAttention(nn.Module):
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))`` with gate and up in one matrix multiplication."""
 
-    def __init__(self, size: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, hidden: int, linears: LinearFactory) -> None:
         super().__init__()
-        self.gate_up = Linear(size, {"gate": hidden, "up": hidden}, dtype=dtype)
-        self.down = Linear(hidden, {"down": size}, dtype=dtype)
+        self.gate_up = linears("ff.gate_up", size, {"gate": hidden, "up": hidden})
+        self.down = linears("ff.down", hidden, {"down": size})
 
     def forward(self, x: Tokens, operations: Operations = TORCH) -> Tensor:
         """[T, size] -> [T, size]."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU
+from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, plain_linears
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import Target
 
@@ -30,9 +30,9 @@ class TextFusionBlock(nn.Module):
             config.text_num_key_value_heads,
             config.text_head_dim,
             config.norm_eps,
-            dtype,
+            plain_linears(dtype),
         )
-        self.ff = SwiGLU(size, config.text_intermediate_size, dtype)
+        self.ff = SwiGLU(size, config.text_intermediate_size, plain_linears(dtype))
 
     def across_taps(self, x: Tensor) -> Tensor:
         """Attend across the taps of each token on its own: [tokens, taps, size], same out."""

@@ -26,11 +26,13 @@ class Target:
         view: the (slice of a) parameter that receives it, on its final device.
         shape: shape the checkpoint must have, when it differs from the view's.
         transform: applied to the stored tensor before it is copied and cast into the view.
+        store: puts the stored tensor in its place, where that is more than a copy.
     """
 
     view: Tensor
     shape: tuple[int, ...] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
+    store: Callable[[Tensor], None] | None = None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -175,6 +177,9 @@ def load_weights(
                 if target is None:
                     continue
                 tensor = tensors.get_tensor(stored_name)
+                if target.store is not None:
+                    target.store(tensor)
+                    continue
                 if target.transform is not None:
                     tensor = target.transform(tensor)
                 target.view.copy_(tensor.view(target.view.shape))

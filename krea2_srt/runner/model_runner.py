@@ -12,6 +12,7 @@ from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Segments
+from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
@@ -122,6 +123,7 @@ class Krea2Runner:
         *,
         text_dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
         attention: AttentionChoice | None = None,
         context_cache_bytes: int = CONTEXT_CACHE_BYTES,
     ) -> "Krea2Runner":
@@ -132,13 +134,14 @@ class Krea2Runner:
             device: where they go.
             dtype: of the DiT, and of the other parts unless given.
             text_dtype, vae_dtype: of the text encoder and the VAE.
+            quantization: of the DiT's blocks.
             attention: overrides the choice by device, dtype and measurement.
             context_cache_bytes: bound of the prompt cache.
 
         Raises:
             CheckpointError: something is missing, damaged or does not fit together.
         """
-        dit = load_dit(checkpoint.transformer, device, dtype)
+        dit = load_dit(checkpoint.transformer, device, dtype, quantization)
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
             checkpoint.tokenizer,

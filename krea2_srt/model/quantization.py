@@ -1,0 +1,177 @@
+"""Matrix multiplications of the blocks in 8 bits.
+
+Weights have a scale per output channel and are quantised once, when they are loaded. Tokens have
+a scale each and are quantised by the kernel that makes them, see `krea2_srt.kernels.quantize`.
+Everything outside the blocks' matrices stays as it is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from krea2_srt.errors import ConfigError
+from krea2_srt.kernels.quantize import (
+    QuantizedTokens,
+    TokenFormat,
+    Tokens,
+    quantize_rows,
+    rotate,
+    rotation_block,
+)
+from krea2_srt.model.layers import Linear, LinearFactory, parameter, plain_linears
+from krea2_srt.model.weights import Target
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+MATRICES = ("attn.qkvg", "attn.out", "ff.gate_up", "ff.down")
+"""Of a block. A name is the block's number and one of these, as in ``27.ff.down``."""
+
+_ROWS_AT_ONCE = 2048
+"""Of a weight that is being quantised, which takes float32 copies of them."""
+
+_MIN_INT8_ROWS = 32
+"""torch's int8 multiplication on CUDA takes no fewer than 17 tokens."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which matrices are quantised, and how.
+
+    Attributes:
+        format: ``fp8`` (e4m3) or ``int8``. The latter is there to be compared with: on a GPU its
+            tokens are quantised in operations of their own, which costs what it saves.
+        rotation: rotate the inputs by a Hadamard matrix first, which spreads outliers.
+        keep: names of matrices that stay in the compute dtype; ``*`` and ``?`` match any text and
+            any character.
+    """
+
+    format: str = "fp8"
+    rotation: bool = False
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.format not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise ConfigError(f"quantization: must be one of {known}, got {self.format!r}")
+
+    @property
+    def name(self) -> str:
+        return self.format + ("_rotated" if self.rotation else "")
+
+    def check(self, num_blocks: int) -> None:
+        """Check that every name to be kept is one of a model's.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        names = [f"{i}.{matrix}" for i in range(num_blocks) for matrix in MATRICES]
+        for pattern in self.keep:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"quantization: no matrix is called {pattern!r}; names are {names[0]} to "
+                    f"{names[-1]}, with one of {', '.join(MATRICES)}"
+                )
+
+    def keeps(self, name: str) -> bool:
+        """Whether a matrix stays as it is."""
+        return any(fnmatchcase(name, pattern) for pattern in self.keep)
+
+
+SERVED = {
+    quantization.name: quantization
+    for quantization in (Quantization("fp8"), Quantization("fp8", rotation=True))
+}
+"""What a server can be asked for, by name."""
+
+
+class QuantizedLinear(Linear):
+    """`Linear` in 8 bits, without a bias.
+
+    Args:
+        in_features, parts: see `Linear`.
+        dtype: of what it returns.
+        format: of its input, and of the weights.
+    """
+
+    format: TokenFormat
+
+    def __init__(
+        self, in_features: int, parts: dict[str, int], dtype: torch.dtype, format: TokenFormat
+    ) -> None:
+        nn.Module.__init__(self)
+        self.parts = parts
+        self.format = format
+        self.dtype = dtype
+        rows = sum(parts.values())
+        self.weight = parameter(rows, in_features, dtype=format.dtype)
+        self.scale = parameter(rows, 1, dtype=torch.float32)
+        self.bias = None
+
+    def forward(self, x: Tokens) -> Tensor:
+        """Tokens [T, in_features] in its format -> [T, rows]."""
+        assert isinstance(x, QuantizedTokens)
+        if self.format.dtype is torch.int8:
+            return (self._int8_product(x.values) * x.scale * self.scale.t()).to(self.dtype)
+        if not x.values.is_cuda:
+            product = x.values.float() @ self.weight.float().t()
+            return (product * x.scale * self.scale.t()).to(self.dtype)
+        # Sums in the tensor cores' own 14 bits of accumulator: what that loses is far below what
+        # e4m3's 3 bits have lost already, and the other way is slower.
+        return torch._scaled_mm(
+            x.values,
+            self.weight.t(),
+            scale_a=x.scale,
+            scale_b=self.scale.t(),
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+
+    def _int8_product(self, values: Tensor) -> Tensor:
+        tokens = len(values)
+        if tokens < _MIN_INT8_ROWS:
+            padding = values.new_zeros(_MIN_INT8_ROWS - tokens, values.shape[1])
+            values = torch.cat([values, padding])
+        return torch._int_mm(values, self.weight.t())[:tokens].float()
+
+    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+        start = 0
+        for name, rows in self.parts.items():
+            view = self.weight[start : start + rows]
+            yield f"{prefix}{name}.weight", Target(view, store=partial(self._store, start))
+            start += rows
+
+    def _store(self, start: int, stored: Tensor) -> None:
+        """Quantise a stored matrix into the rows from ``start`` on, some at a time."""
+        for some in stored.split(_ROWS_AT_ONCE):
+            rows = slice(start, start + len(some))
+            weight = some.to(self.weight.device).float()
+            if self.format.rotation:
+                weight = rotate(weight, self.format.rotation)
+            quantized = quantize_rows(weight, self.format.dtype)
+            self.weight[rows] = quantized.values
+            self.scale[rows] = quantized.scale
+            start += len(some)
+
+
+def block_linears(
+    quantization: Quantization | None, block: int, dtype: torch.dtype
+) -> LinearFactory:
+    """What makes the matrices of a block."""
+    plain = plain_linears(dtype)
+    if quantization is None:
+        return plain
+
+    def make(name: str, in_features: int, parts: dict[str, int]) -> Linear:
+        if quantization.keeps(f"{block}.{name}"):
+            return plain(name, in_features, parts)
+        rotation = rotation_block(in_features) if quantization.rotation else 0
+        if quantization.rotation and not rotation:
+            raise ConfigError(f"quantization: inputs of {in_features} cannot be rotated")
+        format = TokenFormat(DTYPES[quantization.format], rotation)
+        return QuantizedLinear(in_features, parts, dtype, format)
+
+    return make
