@@ -109,6 +109,15 @@ def load_dit(
     return load(path, device, dtype, quantization)
 
 
+def dit_config(path: Path) -> Krea2Config:
+    """The config of what `load_dit` loads.
+
+    Raises:
+        CheckpointError: see `load_dit`.
+    """
+    return _original_config(path)[0] if path.is_file() else read_config(path)
+
+
 def read_config(folder: Path) -> Krea2Config:
     """Read ``transformer/config.json``."""
     return parse_json(folder / "config.json", Krea2Config.from_dict)
@@ -128,16 +137,21 @@ def _load_folder(
 def _load_original(
     file: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
 ) -> Krea2DiT:
-    stored = tensor_shapes([file])
-    shapes = {diffusers_name(name): _table_shape(name, shape) for name, shape in stored.items()}
-    try:
-        config = Krea2Config.from_shapes(shapes)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+    config, shapes = _original_config(file)
     check_weights(_meta_targets(config, dtype), shapes, file)
     dit = _empty(config, device, dtype, quantization)
     load_weights([file], dit.targets(), rename=diffusers_name)
     return dit
+
+
+def _original_config(file: Path) -> tuple[Krea2Config, dict[str, tuple[int, ...]]]:
+    """The config that a single file's tensors speak of, and their shapes by Diffusers name."""
+    stored = tensor_shapes([file])
+    shapes = {diffusers_name(name): _table_shape(name, shape) for name, shape in stored.items()}
+    try:
+        return Krea2Config.from_shapes(shapes), shapes
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def _table_shape(original: str, shape: tuple[int, ...]) -> tuple[int, ...]:

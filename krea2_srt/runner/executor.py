@@ -15,9 +15,6 @@ from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.pixels import quantize, to_uint8
 from krea2_srt.runner.side_stream import SideJob, SideStream
 
-MAX_DECODES_ASIDE = 2
-"""Decodes on the side stream at a time; a 2048 x 2048 one takes gigabytes of activations."""
-
 
 class RunnerExecutor:
     """See `krea2_srt.engine.work.Executor`.
@@ -26,14 +23,20 @@ class RunnerExecutor:
         runner: runs the model.
         tile: see `VAEDecoder.decode`.
         side_stream: where decodes run beside the steps; None runs them in slices between them.
+        max_decodes_aside: at a time; a 2048 x 2048 one takes gigabytes of activations.
     """
 
     def __init__(
-        self, runner: Krea2Runner, tile: int | None = None, side_stream: SideStream | None = None
+        self,
+        runner: Krea2Runner,
+        tile: int | None = None,
+        side_stream: SideStream | None = None,
+        max_decodes_aside: int = 2,
     ) -> None:
         self._runner = runner
         self._tile = tile
         self._side_stream = side_stream
+        self._max_decodes_aside = max_decodes_aside
         self._contexts: dict[Sequence, list[Tensor]] = {}
         self._sequences: dict[Sequence, DenoisingSequence] = {}
         self._steps: dict[PackStep, PackForward] = {}
@@ -152,6 +155,10 @@ class RunnerExecutor:
             found["device_memory_peak_bytes"] = torch.cuda.max_memory_reserved(device)
         return found
 
+    def release_graphs(self) -> None:
+        """The weights have moved: no graph may be replayed any more."""
+        self._runner.release_graphs()
+
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
         """Its tensors; drawn before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)
@@ -173,7 +180,7 @@ class RunnerExecutor:
     def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:
         job = self._aside.get(sequence)
         if job is None:
-            if len(self._aside) < MAX_DECODES_ASIDE:
+            if len(self._aside) < self._max_decodes_aside:
                 denoising = self._sequences[sequence]
                 with _memory_errors():
                     self._aside[sequence] = stream.start(

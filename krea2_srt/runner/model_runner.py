@@ -15,6 +15,7 @@ from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
+from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 from krea2_srt.runner.graphs import Capture, StepGraphs
 from krea2_srt.runner.lanes import Lanes
@@ -24,12 +25,6 @@ from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.runner.vae import VAEDecoder, load_vae
-
-# Bounds of what is remembered on the device, in bytes. Of the released model in bf16 they hold
-# about 80 prompts of 512 tokens, 37 schedules of 8 steps, and packs of 260,000 tokens.
-CONTEXT_CACHE_BYTES = 512 * 2**20
-MODULATION_CACHE_BYTES = 1024 * 2**20
-PACK_CACHE_BYTES = 128 * 2**20
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview's latents; its pixels are 8 times as many."""
@@ -88,7 +83,7 @@ class Krea2Runner:
         dit, text_encoder, vae: the loaded parts, on one device.
         recipe: Turbo's or Raw's sampling.
         attention: how packs attend.
-        context_cache_bytes: bound of the prompt cache.
+        caches: bounds of what is remembered.
 
     Attributes:
         graphs: replay steps where it can; None runs all eagerly.
@@ -101,7 +96,7 @@ class Krea2Runner:
         vae: VAEDecoder,
         recipe: Recipe,
         attention: AttentionChoice,
-        context_cache_bytes: int = CONTEXT_CACHE_BYTES,
+        caches: CacheBytes = CacheBytes(),
     ) -> None:
         self.dit = dit
         self.text_encoder = text_encoder
@@ -110,9 +105,9 @@ class Krea2Runner:
         self.attention = attention
         self.graphs: StepGraphs | None = None
         self.device = dit.img_in.weight.device
-        self.contexts: ByteCache[str, Tensor] = ByteCache(context_cache_bytes)
-        self._modulations: ByteCache[Schedule, Modulation] = ByteCache(MODULATION_CACHE_BYTES)
-        self._packs = PackCache(dit.config, self.device, PACK_CACHE_BYTES)
+        self.contexts: ByteCache[str, Tensor] = ByteCache(caches.contexts)
+        self._modulations: ByteCache[Schedule, Modulation] = ByteCache(caches.modulations)
+        self._packs = PackCache(dit.config, self.device, caches.layouts)
 
     @classmethod
     def load(
@@ -125,7 +120,8 @@ class Krea2Runner:
         vae_dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
         attention: AttentionChoice | None = None,
-        context_cache_bytes: int = CONTEXT_CACHE_BYTES,
+        text_encoder_resident: bool = True,
+        caches: CacheBytes = CacheBytes(),
     ) -> "Krea2Runner":
         """Load all parts straight onto one device.
 
@@ -136,7 +132,8 @@ class Krea2Runner:
             text_dtype, vae_dtype: of the text encoder and the VAE.
             quantization: of the DiT's blocks.
             attention: overrides the choice by device, dtype and measurement.
-            context_cache_bytes: bound of the prompt cache.
+            text_encoder_resident: see `load_text_encoder`.
+            caches: bounds of what is remembered.
 
         Raises:
             CheckpointError: something is missing, damaged or does not fit together.
@@ -148,6 +145,7 @@ class Krea2Runner:
             checkpoint.taps,
             device,
             text_dtype or dtype,
+            text_encoder_resident,
         )
         width = text_encoder.model.config.hidden_size
         needed = (dit.config.num_text_layers, dit.config.text_hidden_dim)
@@ -163,7 +161,7 @@ class Krea2Runner:
             vae,
             checkpoint.recipe,
             attention or choose_attention(device, dtype),
-            context_cache_bytes,
+            caches,
         )
 
     @torch.inference_mode()
@@ -254,7 +252,9 @@ class Krea2Runner:
             broken = self._run(sequences) if found is None else found
         return broken
 
-    def use_graphs(self, capture: Capture, max_tokens: int, max_graphs: int) -> None:
+    def use_graphs(
+        self, capture: Capture, max_tokens: int, max_graphs: int = 256, text_encoder: bool = True
+    ) -> None:
         """Replay what can be replayed from now on. The weights must stay where they are, or
         `release_graphs` be called before they move.
 
@@ -262,12 +262,14 @@ class Krea2Runner:
             capture: how graphs are captured.
             max_tokens: of a pack that is replayed.
             max_graphs: of packs, kept at a time.
+            text_encoder: whether to replay it too; not possible where it is offloaded.
         """
         assert self.attention.graph is not None
         self.graphs = StepGraphs(
             self.dit, self.attention.graph.attend, capture, max_tokens, max_graphs=max_graphs
         )
-        self.text_encoder.use_graphs(capture)
+        if text_encoder:
+            self.text_encoder.use_graphs(capture)
 
     def release_graphs(self) -> None:
         """Forget all graphs; they are captured anew when their packs come."""

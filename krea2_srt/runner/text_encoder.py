@@ -18,6 +18,7 @@ from krea2_srt.model.weights import (
     tensor_shapes,
 )
 from krea2_srt.runner.graphs import Capture
+from krea2_srt.runner.offload import offload
 from krea2_srt.runner.text_graphs import TextGraphs, padded
 
 # The template, and how much of it is cut away, as the released pipeline has it.
@@ -29,6 +30,9 @@ PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_TOKENS = 34
 
+MAX_ENCODED_TOKENS = PREFIX_TOKENS + MAX_TEXT_TOKENS
+"""Of a prompt with its template."""
+
 DEFAULT_TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 
 
@@ -39,12 +43,16 @@ class TextEncoder:
         model: a ``Qwen3VLTextModel`` with just the layers the taps need and no final norm.
         tokenizer: the checkpoint's tokenizer.
         taps: indices into the encoder's hidden states; 0 is the embedding output.
+        device: where it runs.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, taps: Sequence[int]) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, taps: Sequence[int], device: torch.device
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.taps = tuple(taps)
+        self.device = device
         self.graphs: TextGraphs | None = None
         self._suffix_ids = self._ids(SUFFIX)
         if len(self._ids(PREFIX)) != PREFIX_TOKENS or len(self._suffix_ids) != SUFFIX_TOKENS:
@@ -57,7 +65,7 @@ class TextEncoder:
     def tokenize(self, prompt: str) -> tuple[list[int], bool]:
         """Token ids of template and prompt, and whether the prompt had to be cut."""
         ids = self._ids(PREFIX + prompt)
-        limit = PREFIX_TOKENS + MAX_TEXT_TOKENS - SUFFIX_TOKENS
+        limit = MAX_ENCODED_TOKENS - SUFFIX_TOKENS
         return ids[:limit] + self._suffix_ids, len(ids) > limit
 
     @torch.inference_mode()
@@ -76,11 +84,6 @@ class TextEncoder:
         tapped = self.graphs(ids)
         return [tapped[row, PREFIX_TOKENS : len(x)].clone() for row, x in enumerate(ids)]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
-
     def use_graphs(self, capture: Capture) -> None:
         """Run the model on CUDA graphs from now on; its weights must stay where they are."""
         self.graphs = TextGraphs(self._tapped, self.device, capture)
@@ -94,26 +97,18 @@ class TextEncoder:
         return list(self.tokenizer(text)["input_ids"])
 
 
-def load_text_encoder(
-    folder: Path,
-    tokenizer_folder: Path,
-    taps: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> TextEncoder:
-    """Load the part of a Qwen3-VL checkpoint that the taps need.
+def text_model(
+    folder: Path, taps: Sequence[int], dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
+    """The part of a checkpoint's text model that the taps need, without memory for its weights.
 
-    Args:
-        folder: a Qwen3-VL checkpoint: its ``config.json`` and ``model*.safetensors``.
-        tokenizer_folder: the tokenizer's files.
-        taps: hidden states to return.
-        device: where the weights go.
-        dtype: of the weights.
+    Returns:
+        The model on the meta device, and its rotary embedding on the host.
 
     Raises:
-        CheckpointError: missing or damaged files, another architecture, too few layers.
+        CheckpointError: see `load_text_encoder`.
     """
-    from transformers import AutoTokenizer, Qwen3VLTextConfig, Qwen3VLTextModel
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
     config = read_json(folder / "config.json")
     if config.get("model_type") != "qwen3_vl":
@@ -142,25 +137,60 @@ def load_text_encoder(
         raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
     # The last tap is the plain output of its layer.
     model.norm = nn.Identity()
+    return model, rotary
 
+
+def load_text_encoder(
+    folder: Path,
+    tokenizer_folder: Path,
+    taps: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    resident: bool = True,
+) -> TextEncoder:
+    """Load the part of a Qwen3-VL checkpoint that the taps need.
+
+    Args:
+        folder: a Qwen3-VL checkpoint: its ``config.json`` and ``model*.safetensors``.
+        tokenizer_folder: the tokenizer's files.
+        taps: hidden states to return.
+        device: where it runs.
+        dtype: of the weights.
+        resident: whether the weights stay on the device; otherwise those of each layer come there
+            when it runs.
+
+    Raises:
+        CheckpointError: missing or damaged files, another architecture, too few layers.
+    """
+    from transformers import AutoTokenizer
+
+    model, rotary = text_model(folder, taps, dtype)
     files = checkpoint_files(folder, "model")
     shapes = tensor_shapes(files)
     root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
     check_weights(_targets(model, root), shapes, folder, ignore=lambda name: True)
-    model = model.to_empty(device=device)
+    model = model.to_empty(device=device if resident else "cpu")
     # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
     model.rotary_emb = rotary.to(device)
     load_weights(files, _targets(model, root))
     model.requires_grad_(False).eval()
+    if not resident:
+        offload(text_model_units(model), device)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        return TextEncoder(model, tokenizer, taps)
+        return TextEncoder(model, tokenizer, taps, device)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of strange files
         reason = first_line(error)
         raise CheckpointError(f"tokenizer in {tokenizer_folder} cannot be read: {reason}") from None
+
+
+def text_model_units(model: nn.Module) -> list[nn.Module]:
+    """Its pieces that hold weights, one of which runs at a time."""
+    layers: Any = model.layers
+    return [model.embed_tokens, *layers]
 
 
 # Where the text model sits in a Qwen3VLModel and in a Qwen3VLForConditionalGeneration checkpoint.

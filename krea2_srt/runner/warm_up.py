@@ -38,12 +38,13 @@ def prepare_graphs(
         How many there are.
     """
     start = clock()
-    done, count = True, 0
+    done = True
     for capture in _captures(runner):
         if clock() - start >= seconds:
             done = False
             break
-        count += capture()
+        capture()
+    count = sum(len(graphs) for graphs in (runner.graphs, runner.text_encoder.graphs) if graphs)
     logger.info(
         "krea2-srt: %d CUDA graphs captured in %.1f s%s",
         count,

@@ -10,6 +10,8 @@ from typing import Any
 
 from sglang.multimodal_gen import envs
 
+from krea2_srt.model.quantization import SERVED, Quantization
+
 # Options of the process, the channel and the output, which SGLang handles around any pipeline.
 _AROUND_THE_PIPELINE = """
     base_gpu_id backend batching_config batching_delay_ms batching_max_size batching_mode config
@@ -28,7 +30,8 @@ _AROUND_THE_PIPELINE = """
 # Options that the runner itself reads.
 _READ_BY_THE_RUNNER = """
     conditioning_cache_max_size_mb disable_conditioning_cache dit_precision
-    text_encoder_precisions vae_decode_precision vae_precision vae_tiling
+    quantization quantization_ignored_layers text_encoder_cpu_offload text_encoder_precisions
+    vae_decode_precision vae_precision vae_tiling
 """
 
 # Request fields, which `sglang generate` takes on its command line too. Quality chooses how much
@@ -66,8 +69,7 @@ def unsupported_options(server_args: Any) -> list[str]:
         server_args: SGLang's diffusion ``ServerArgs``.
 
     Returns:
-        Sorted flag names, ``--like-this``, environment variables, and where SGLang decided it by
-        itself the decision in words; empty when we can serve.
+        Sorted flag names, ``--like-this``, and environment variables; empty when we can serve.
     """
     found = {f"--{name.replace('_', '-')}" for name in _explicit_and_not_neutral(server_args)}
     # One process per GPU is all we do: more GPUs than replicas means that a model is split.
@@ -77,13 +79,20 @@ def unsupported_options(server_args: Any) -> list[str]:
         found.add("--disagg-role")
     if server_args.comfyui_mode:
         found.add("--comfyui-mode")
-    # SGLang pages the DiT in and out by itself where it does not fit; our runner keeps it resident.
-    if (mode := server_args.residency_mode("transformer")) != "resident":
-        found.add(f"transformer {mode}")
+    if server_args.quantization and server_args.quantization not in SERVED:
+        found.add("--quantization")
     found |= {
         name for name, off in _ENVIRONMENT.items() if getattr(envs, name, None) not in (None, off)
     }
     return sorted(found)
+
+
+def quantization_of(server_args: Any) -> Quantization | None:
+    """What ``--quantization`` and ``--quantization-ignored-layers`` ask for."""
+    if not server_args.quantization:
+        return None
+    keep = tuple(server_args.quantization_ignored_layers or ())
+    return dataclasses.replace(SERVED[server_args.quantization], keep=keep)
 
 
 def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:

@@ -1,5 +1,6 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,15 +11,21 @@ from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import 
     ComposedPipelineBase,
 )
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
+from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 
-from krea2_srt.runner.attention import choose_attention
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.environment import read_environment
+from krea2_srt.errors import ConfigError
+from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.setup import Setup
 from krea2_srt.runner.vae import default_tile
 from krea2_srt.sglang.attention import backends
-from krea2_srt.sglang.options import unsupported_options
+from krea2_srt.sglang.options import quantization_of, unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
 logger = init_logger(__name__)
@@ -44,9 +51,11 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     runner: Krea2Runner
     tile: int
     attention: str
+    plan: MemoryPlan | None
+    engine_config: EngineConfig
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
-        if options := unsupported_options(server_args):
+        if options := unsupported_options(server_args) or paged_by_sglang(model_path, server_args):
             logger.warning(
                 "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
                 ", ".join(options),
@@ -60,26 +69,18 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         """Load the checkpoint into the runner; downloads it first where the path is a repo id."""
         del loaded_modules
         self._load_config()
-        config = server_args.pipeline_config
-        device = get_local_torch_device()
-        dtype = PRECISION_TO_TYPE[config.dit_precision]
-        attention = choose_attention(device, dtype, candidates=backends())
-        self.attention = attention.name
-        self.runner = Krea2Runner.load(
-            Krea2Checkpoint.from_folder(Path(self.model_path)),
-            device,
-            dtype,
-            text_dtype=PRECISION_TO_TYPE[config.text_encoder_precisions[0]],
-            vae_dtype=PRECISION_TO_TYPE[config.vae_decode_precision or config.vae_precision],
-            attention=attention,
-            context_cache_bytes=_context_cache_bytes(server_args),
-        )
+        setup = make_setup(Path(self.model_path), server_args)
+        self.plan = setup.plan()
+        self.engine_config = setup.within(self.plan)
+        self.runner = setup.load(self.plan, backends())
+        self.attention = self.runner.attention.name
         logger.info(
-            "krea2-srt: our runner serves %s (%s, %s, %s, attention %s)",
+            "krea2-srt: our runner serves %s (%s, %s, %s%s, attention %s)",
             self.model_path,
             "Turbo" if self.runner.recipe.distilled else "Raw",
-            device,
-            dtype,
+            setup.device,
+            setup.dtype,
+            f" with {setup.quantization.name}" if setup.quantization else "",
             self.attention,
         )
         # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its
@@ -87,15 +88,72 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         parts = (self.runner.dit, self.runner.text_encoder.model, self.runner.vae)
         return {"krea2_runner": torch.nn.ModuleList(parts)}
 
+    @property
+    def speed(self) -> str:
+        """All that changes how long work takes, for who remembers it."""
+        runner = self.runner
+        quantization = runner.dit.quantization
+        graphs = "graphs" if runner.graphs is not None else "eager"
+        parts = (self.attention, runner.dit.operations.name, graphs, quantization)
+        return " ".join(map(str, parts))
+
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")
-        self.add_stage(DenoiseStage(self.runner), "krea2_denoise_stage")
+        self.add_stage(
+            DenoiseStage(self.runner, self.engine_config.max_pack_tokens), "krea2_denoise_stage"
+        )
         # SGLang's default is off. Our tiles bound memory and leave the pixels alone, so only an
         # explicit "false" switches them off.
         explicit = server_args.is_arg_explicitly_set("vae_tiling")
         tiled = server_args.pipeline_config.vae_tiling or not explicit
         self.tile = default_tile(self.runner.device) if tiled else 0
         self.add_stage(DecodeStage(self.runner, self.tile), "krea2_decode_stage")
+
+
+def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
+    """What SGLang's options and the environment ask for.
+
+    Raises:
+        CheckpointError, ConfigError: something of it is wrong.
+    """
+    config = server_args.pipeline_config
+    environment = read_environment()
+    runner = environment.runner
+    if server_args.is_arg_explicitly_set("text_encoder_cpu_offload"):
+        where = "offload" if server_args.text_encoder_cpu_offload else "resident"
+        runner = replace(runner, text_encoder=where)
+    return Setup(
+        Krea2Checkpoint.from_folder(folder),
+        get_local_torch_device(),
+        PRECISION_TO_TYPE[config.dit_precision],
+        PRECISION_TO_TYPE[config.text_encoder_precisions[0]],
+        PRECISION_TO_TYPE[config.vae_decode_precision or config.vae_precision],
+        quantization_of(server_args),
+        runner,
+        CacheBytes(contexts=_context_cache_bytes(server_args)),
+        environment.engine,
+    )
+
+
+def paged_by_sglang(model_path: str, server_args: ServerArgs) -> list[str]:
+    """Whether SGLang has decided, by itself, to page the DiT in and out, and it does not fit.
+
+    Our runner keeps it on the GPU.
+
+    Returns:
+        That in words, or nothing.
+    """
+    mode = server_args.residency_mode("transformer")
+    if mode == "resident":
+        return []
+    folder = maybe_download_model(
+        model_path, force_diffusers_model=True, revision=server_args.revision
+    )
+    try:
+        make_setup(Path(folder), server_args).plan()
+    except ConfigError as error:
+        return [f"transformer {mode} ({error})"]
+    return []
 
 
 def _context_cache_bytes(server_args: ServerArgs) -> int:

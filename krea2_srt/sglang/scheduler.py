@@ -26,7 +26,6 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.environment import read_environment
 from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
@@ -95,10 +94,13 @@ class Krea2Scheduler(Scheduler):
         runner = pipeline.runner
         cuda = runner.device.type == "cuda"
         self._executor = RunnerExecutor(
-            runner, pipeline.tile, CudaSideStream(runner.device) if cuda else None
+            runner,
+            pipeline.tile,
+            CudaSideStream(runner.device) if cuda else None,
+            pipeline.plan.decodes_aside if pipeline.plan else 1,
         )
-        config = read_environment().engine
-        cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.attention}")
+        config = pipeline.engine_config
+        cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.speed}")
         self._engine = Engine(self._executor, cost, config)
         logger.info(
             "krea2-srt: step scheduler, policy %s; one step takes about %.3g ms at 256x256, "
@@ -120,6 +122,7 @@ class Krea2Scheduler(Scheduler):
             GetStatistics: self._statistics,
             GetModel: self._model,
         }
+        quantized = f"+{runner.dit.quantization.name}" if runner.dit.quantization else ""
         self._model_info = ModelInfo(
             self.server_args.model_path,
             runner.recipe.distilled,
@@ -127,7 +130,7 @@ class Krea2Scheduler(Scheduler):
             runner.recipe.default_guidance,
             config.limits,
             str(runner.device),
-            str(runner.dit.dtype).removeprefix("torch."),
+            str(runner.dit.dtype).removeprefix("torch.") + quantized,
             pipeline.attention,
         )
 
@@ -206,6 +209,9 @@ class Krea2Scheduler(Scheduler):
                 self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
             case _:
                 self._reply(Item(identity, payload), self._dispatch_single_request(payload))
+                if self.worker.is_sleeping():
+                    # The weights have moved, and graphs would read where they were.
+                    self._executor.release_graphs()
 
     def _submit(self, item: Item) -> None:
         if self.worker.is_sleeping():

@@ -12,7 +12,6 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
-from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
@@ -59,10 +58,10 @@ class EncodeStage(PipelineStage):
 class DenoiseStage(PipelineStage):
     """Step all sequences of a request in packs."""
 
-    def __init__(self, runner: Krea2Runner) -> None:
+    def __init__(self, runner: Krea2Runner, max_pack_tokens: int) -> None:
         super().__init__()
         self.runner = runner
-        self.max_pack_tokens = EngineConfig().max_pack_tokens
+        self.max_pack_tokens = max_pack_tokens
 
     @property
     def role_affinity(self) -> RoleType:

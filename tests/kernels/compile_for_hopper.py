@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 import triton
-from krea2_srt.kernels.channel_norm import channel_norm_triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from krea2_srt.kernels.channel_norm import channel_norm_triton
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.kernels.token_rows import TokenRows

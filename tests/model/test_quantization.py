@@ -71,7 +71,9 @@ def test_rotating_weights_and_inputs_changes_no_product(width):
 def test_the_product_is_that_of_what_the_8_bits_mean(dtype, tokens):
     format = TokenFormat(dtype, 16)
     made, _ = linear(format)
-    x = quantize_tokens(torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)), format)
+    x = quantize_tokens(
+        torch.randn(tokens, 256, generator=torch.Generator().manual_seed(1)), format
+    )
     expected = x.dequantized().double() @ (made.weight.double() * made.scale.double()).T
     assert relative_error(made(x), expected) <= 1e-6
 
@@ -80,7 +82,9 @@ def test_on_cuda_torchs_kernel_is_called_as_it_wants_to_be(monkeypatch):
     """A stand-in checks what rowwise scaling asks for: layouts, shapes and dtypes of scales."""
     made, _ = linear(TokenFormat())
     made.dtype = BF16
-    x = quantize_tokens(torch.randn(3, 256, generator=torch.Generator().manual_seed(1)), made.format)
+    x = quantize_tokens(
+        torch.randn(3, 256, generator=torch.Generator().manual_seed(1)), made.format
+    )
 
     def scaled_mm(a, b, scale_a, scale_b, out_dtype, use_fast_accum):
         assert a.is_contiguous()
@@ -141,7 +145,7 @@ def test_a_name_that_fits_no_matrix_is_refused(demo_model, pattern):
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ConfigError, match="^quantization: must be one of fp8, int8, got 'fp4'"):
+    with pytest.raises(ConfigError, match=r"^quantization: must be one of fp8, int8, got 'fp4'"):
         Quantization("fp4")
 
 

@@ -6,6 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from krea2_srt.errors import ConfigError
+from krea2_srt.model.quantization import Quantization
+from krea2_srt.runner.config import RunnerConfig
+
 # SGLang resolves some options by what else is set; each test starts from a clean slate.
 UNSUPPORTED = {
     "--lora-path some/lora": "--lora-path",
@@ -24,13 +28,12 @@ UNSUPPORTED = {
     "--dit-layerwise-offload": "--dit-layerwise-offload",
     "--layerwise-offload-components dit": "--layerwise-offload-components",
     "--dit-cpu-offload": "--dit-cpu-offload",
-    "--text-encoder-cpu-offload": "--text-encoder-cpu-offload",
     "--vae-cpu-offload": "--vae-cpu-offload",
     "--cpu-offload-components dit": "--cpu-offload-components",
     "--component-residency dit=resident": "--component-residency",
     "--performance-mode memory": "--performance-mode",
     "--disagg-role encoder": "--disagg-role",
-    "--quantization fp8": "--quantization",
+    "--quantization mxfp8": "--quantization",
     "--transformer-path {model}/transformer": "--component-paths",
     "--enable-torch-compile": "--enable-torch-compile",
     "--enable-breakable-cuda-graph": "--enable-breakable-cuda-graph",
@@ -51,6 +54,9 @@ SUPPORTED = [
     "--host 127.0.0.1 --port 31000 --log-level info --warmup-mode server --enable-metrics",
     "--batching-max-size 4 --batching-delay-ms 5",
     "--disable-conditioning-cache --vae-tiling false --quality exact",
+    "--quantization fp8",
+    "--quantization fp8_rotated --quantization-ignored-layers 0.* 27.*",
+    "--text-encoder-cpu-offload",
 ]
 
 
@@ -128,12 +134,43 @@ def test_environment_variables_count_too(construct, monkeypatch, name, value):
     assert name in warnings[0]
 
 
-def test_offload_that_sglang_chose_by_itself(parse, monkeypatch):
-    from krea2_srt.sglang.options import unsupported_options
+@pytest.mark.parametrize("fits", [True, False])
+def test_paging_that_sglang_chose_by_itself_counts_where_the_model_does_not_fit(
+    construct, monkeypatch, fits
+):
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
-    args = parse("")
-    monkeypatch.setattr(args, "residency_mode", lambda name: "layerwise-offload", raising=False)
-    assert unsupported_options(args) == ["transformer layerwise-offload"]
+    from krea2_srt.runner.setup import Setup
+    from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
+
+    def plan(self):
+        if not fits:
+            raise ConfigError("gpu_memory: 23.1 GiB are free")
+
+    monkeypatch.setattr(Setup, "plan", plan)
+    monkeypatch.setattr(ServerArgs, "residency_mode", lambda self, name: "layerwise-offload")
+    built, warnings = construct("")
+    assert isinstance(built, Krea2RunnerPipeline if fits else FromSGLang)
+    if not fits:
+        assert "transformer layerwise-offload (gpu_memory: 23.1 GiB are free)" in warnings[0]
+
+
+def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
+    from krea2_srt.sglang.pipeline import make_setup
+
+    setup = make_setup(demo_model, parse(""))
+    assert setup.quantization is None
+    assert setup.config == RunnerConfig()
+    flags = "--quantization fp8_rotated --quantization-ignored-layers 0.* *.ff.down"
+    setup = make_setup(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
+    assert setup.quantization == Quantization("fp8", True, ("0.*", "*.ff.down"))
+    assert setup.config.text_encoder == "offload"
+    monkeypatch.setenv("KREA2_SRT_TEXT_ENCODER", "resident")
+    monkeypatch.setenv("KREA2_SRT_MAX_TURN_MS", "50")
+    setup = make_setup(demo_model, parse("--disable-conditioning-cache"))
+    assert setup.config.text_encoder == "resident"
+    assert setup.engine.max_turn_ms == 50
+    assert setup.caches.contexts == 0
 
 
 def test_an_option_nobody_has_thought_of_is_not_ignored(parse):

@@ -1,0 +1,259 @@
+"""What fits on a GPU: token budget, graphs, and what stays resident. Pure arithmetic.
+
+    weights | caches | graphs | work: the larger of a step and of encoding, and decodes beside it
+
+Encoding and steps share their memory, since one follows the other on one stream; decodes run
+beside them on their own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from krea2_srt.errors import ConfigError
+
+GIB = 2**30
+
+MARGIN_SHARE, MARGIN_BYTES = 0.05, GIB // 2
+"""Of the GPU's memory, left to the allocator's fragments, and to CUDA, cuBLAS and cuDNN."""
+
+GRAPH_BYTES = 6 * 2**20
+"""Of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
+
+IMAGE_TOKENS = tuple((side // 16) ** 2 for side in (2048, 1536, 1024, 768, 512))
+MAX_TEXT_TOKENS = 512
+
+_GRAPHS = ((16896, 192), (8704, 160), (4608, 128), (1536, 64), (0, 0))
+"""(most tokens, how many), best first."""
+
+
+@dataclass(frozen=True)
+class PartSizes:
+    """Bytes of a checkpoint's parts in the dtypes that they run in.
+
+    Attributes:
+        dit, text_encoder, vae: weights.
+        text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
+        step_per_token: at the fullest moment of a step.
+        held_per_token: of a step that waits between two slices.
+        encode: at the fullest moment of encoding.
+        decode_per_pixel: of an image that is decoded, beside ``decode_tile``.
+        decode_tile: of a tile, whatever the image.
+        graph_buffers: of all graphs together, beside ``graph_per_token``.
+        graph_per_token: of the buffers.
+    """
+
+    dit: int
+    text_encoder: int
+    vae: int
+    text_encoder_unit: int
+    step_per_token: int
+    held_per_token: int
+    encode: int
+    decode_per_pixel: int
+    decode_tile: int
+    graph_buffers: int
+    graph_per_token: int
+
+    def decode(self, image_tokens: int) -> int:
+        """Of one image's decode."""
+        return self.decode_tile + self.decode_per_pixel * image_tokens * 256
+
+    def graphs(self, tokens: int, count: int) -> int:
+        """Of graphs of up to so many tokens, with their buffers and the pool that they share."""
+        if not tokens:
+            return 0
+        per_token = self.graph_per_token + self.step_per_token
+        return self.graph_buffers + per_token * tokens + count * GRAPH_BYTES
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for.
+
+    Attributes:
+        max_pack_tokens: of a pack.
+        max_image_tokens: of the largest image.
+        max_held_steps: that wait between two slices at a time.
+        cache_bytes: of prompts, schedules and layouts.
+        text_encoder: ``auto``, ``resident`` or ``offload``.
+        max_graph_tokens: 0 is what fits.
+        graphs: whether there may be any.
+    """
+
+    max_pack_tokens: int
+    max_image_tokens: int = IMAGE_TOKENS[0]
+    max_held_steps: int = 2
+    cache_bytes: int = 7 * GIB // 4
+    text_encoder: str = "auto"
+    max_graph_tokens: int = 0
+    graphs: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What was decided.
+
+    Attributes:
+        free, total: bytes of the GPU when it was made.
+        text_encoder_resident: or in host memory between uses.
+        max_pack_tokens, max_image_tokens: of a pack, and of an image.
+        decodes_aside: images decoded at a time.
+        max_graph_tokens, max_graphs: 0 where there are none.
+        cache_share: of the wished caches.
+        rows: (what, bytes, note) of everything that takes memory.
+    """
+
+    free: int
+    total: int
+    text_encoder_resident: bool
+    max_pack_tokens: int
+    max_image_tokens: int
+    decodes_aside: int
+    max_graph_tokens: int
+    max_graphs: int
+    cache_share: float
+    rows: tuple[tuple[str, int, str], ...]
+
+    @property
+    def planned(self) -> int:
+        """Bytes of all rows."""
+        return sum(size for _, size, _ in self.rows)
+
+    def table(self) -> str:
+        """The plan in words, for a log."""
+        lines = [*self.rows, ("free", self.free - self.planned, f"of {self.free / GIB:.1f} GiB")]
+        return "\n".join(f"  {what:<16}{size / GIB:7.2f} GiB  {note}" for what, size, note in lines)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One way to use the memory; a budget of 0 tokens stands for what is left."""
+
+    image_tokens: int
+    resident: bool
+    whole_budget: bool
+    decodes: int
+    graph_tokens: int
+    graphs: int
+
+
+def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> MemoryPlan:
+    """Decide what to do with a GPU's memory.
+
+    What does not fit is given up in this order: graphs of large packs, a second decode beside
+    the steps, a budget of more than one largest image, the encoder's place on the GPU, and the
+    largest images.
+
+    Args:
+        free, total: bytes of the GPU.
+        sizes: of the model.
+        wishes: what is asked for.
+
+    Raises:
+        ConfigError: the model does not fit, and what would help.
+    """
+    margin = int(total * MARGIN_SHARE) + MARGIN_BYTES
+    # On a small GPU the caches leave the most to work.
+    cache = min(wishes.cache_bytes, max(0, free) // 20)
+    room = free - margin - sizes.dit - sizes.vae - cache
+    for draft in _drafts(wishes):
+        encoder = sizes.text_encoder if draft.resident else 0
+        beside = encoder + draft.decodes * sizes.decode(draft.image_tokens)
+        beside += _held(draft, sizes, wishes)
+        left = room - beside - sizes.graphs(draft.graph_tokens, draft.graphs)
+        encode = sizes.encode + (0 if draft.resident else sizes.text_encoder_unit)
+        budget = min(wishes.max_pack_tokens, left // sizes.step_per_token)
+        least = wishes.max_pack_tokens if draft.whole_budget else 0
+        least = max(least, draft.image_tokens + MAX_TEXT_TOKENS)
+        if left >= encode and budget >= min(least, wishes.max_pack_tokens):
+            work = max(encode, budget * sizes.step_per_token)
+            return _plan(free, total, sizes, draft, budget, work, cache, margin, wishes)
+    raise _too_small(free, sizes, cache + margin, wishes)
+
+
+def _drafts(wishes: Wishes) -> Iterator[_Draft]:
+    """From the best to the least."""
+    sizes = [wishes.max_image_tokens]
+    sizes += [tokens for tokens in IMAGE_TOKENS if tokens < wishes.max_image_tokens]
+    resident = {"auto": (True, False), "resident": (True,), "offload": (False,)}
+    graphs: tuple[tuple[int, int], ...] = _GRAPHS if wishes.graphs else _GRAPHS[-1:]
+    if wishes.graphs and wishes.max_graph_tokens:
+        count = next((n for most, n in reversed(_GRAPHS) if most >= wishes.max_graph_tokens), 192)
+        smaller = [g for g in _GRAPHS if g[0] < wishes.max_graph_tokens]
+        graphs = ((wishes.max_graph_tokens, count), *smaller)
+    for image, keep, whole, decodes, (tokens, count) in product(
+        sizes, resident[wishes.text_encoder], (True, False), (2, 1), graphs
+    ):
+        yield _Draft(image, keep, whole, decodes, tokens, count)
+
+
+def _held(draft: _Draft, sizes: PartSizes, wishes: Wishes) -> int:
+    """Only steps of large images are sliced."""
+    tokens = draft.image_tokens + MAX_TEXT_TOKENS
+    return wishes.max_held_steps * tokens * sizes.held_per_token
+
+
+def _plan(
+    free: int,
+    total: int,
+    sizes: PartSizes,
+    draft: _Draft,
+    budget: int,
+    work: int,
+    cache: int,
+    margin: int,
+    wishes: Wishes,
+) -> MemoryPlan:
+    side = round((draft.image_tokens * 256) ** 0.5)
+    where = "resident" if draft.resident else "offloaded: on the host between uses"
+    graphs = sizes.graphs(draft.graph_tokens, draft.graphs)
+    rows = (
+        ("transformer", sizes.dit, "resident"),
+        ("text encoder", sizes.text_encoder if draft.resident else 0, where),
+        ("VAE decoder", sizes.vae, "resident"),
+        ("caches", cache, "prompts, schedules, layouts"),
+        (
+            "CUDA graphs",
+            graphs,
+            f"up to {draft.graphs} of packs up to {draft.graph_tokens} tokens"
+            if graphs
+            else "none",
+        ),
+        ("steps, encoding", work, f"packs up to {budget} tokens"),
+        ("held steps", _held(draft, sizes, wishes), f"{wishes.max_held_steps} between two slices"),
+        (
+            "decodes",
+            draft.decodes * sizes.decode(draft.image_tokens),
+            f"{draft.decodes} at a time, up to {side}x{side}",
+        ),
+        ("margin", margin, "allocator, CUDA libraries"),
+    )
+    return MemoryPlan(
+        free,
+        total,
+        draft.resident,
+        budget,
+        draft.image_tokens,
+        draft.decodes,
+        draft.graph_tokens,
+        draft.graphs,
+        cache / wishes.cache_bytes if wishes.cache_bytes else 1.0,
+        rows,
+    )
+
+
+def _too_small(free: int, sizes: PartSizes, fixed: int, wishes: Wishes) -> ConfigError:
+    resident = wishes.text_encoder == "resident"
+    encoder = sizes.text_encoder if resident else sizes.text_encoder_unit
+    smallest = min(IMAGE_TOKENS[-1], wishes.max_image_tokens)
+    step = (smallest + MAX_TEXT_TOKENS) * sizes.step_per_token
+    needed = sizes.dit + sizes.vae + fixed + encoder + max(sizes.encode, step)
+    needed += sizes.decode(smallest)
+    helps = ["--quantization fp8 halves the transformer"]
+    if resident:
+        helps.append("text_encoder auto leaves the encoder on the host")
+    return ConfigError(
+        f"gpu_memory: {free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed; "
+        + ", ".join(helps)
+    )

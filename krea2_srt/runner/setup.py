@@ -1,0 +1,155 @@
+"""From a checkpoint and settings to a runner that serves: what fits, what is fastest, warmed up."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.errors import ConfigError
+from krea2_srt.kernels.operations import TORCH, TRITON, Operations
+from krea2_srt.model.quantization import Quantization
+from krea2_srt.runner.attention import AttentionBackend, choose_attention
+from krea2_srt.runner.caches import CacheBytes
+from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.runner.graphs import CudaCapture
+from krea2_srt.runner.memory_plan import GIB, MemoryPlan, Wishes, plan_memory
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.part_sizes import checkpoint_sizes
+from krea2_srt.runner.warm_up import prepare_graphs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to load, and how.
+
+    Attributes:
+        checkpoint: where the parts lie.
+        device: where they run.
+        dtype, text_dtype, vae_dtype: of the DiT, the text encoder and the VAE.
+        quantization: of the DiT's blocks.
+        config: settings.
+        caches: bounds of what is remembered, which a small GPU may cut.
+        engine: limits of what the runner will be asked for.
+    """
+
+    checkpoint: Krea2Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    text_dtype: torch.dtype
+    vae_dtype: torch.dtype
+    quantization: Quantization | None = None
+    config: RunnerConfig = RunnerConfig()
+    caches: CacheBytes = CacheBytes()
+    engine: EngineConfig = EngineConfig()
+
+    def plan(self) -> MemoryPlan | None:
+        """How the GPU's memory is used; None on a CPU, where all stays where it is.
+
+        Raises:
+            ConfigError: the model does not fit, or graphs are asked for where there are none.
+            CheckpointError: its configs are missing or damaged.
+        """
+        if self.device.type != "cuda":
+            if self.config.cuda_graphs == "on":
+                raise ConfigError(f"cuda_graphs: there are none on {self.device}")
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        if self.config.gpu_memory_gib:
+            free = min(free, int(self.config.gpu_memory_gib * GIB))
+        sizes = checkpoint_sizes(
+            self.checkpoint,
+            self.dtype,
+            self.text_dtype,
+            self.vae_dtype,
+            self.quantization,
+            self.device,
+        )
+        limits = self.engine.limits
+        wishes = Wishes(
+            max_pack_tokens=self.engine.max_pack_tokens,
+            max_image_tokens=min(limits.max_pixels, limits.max_side**2) // 256,
+            max_held_steps=self.engine.max_held_steps,
+            cache_bytes=self.caches.total,
+            text_encoder=self.config.text_encoder,
+            max_graph_tokens=self.config.max_graph_tokens,
+            graphs=self.config.cuda_graphs != "off",
+        )
+        return plan_memory(free, total, sizes, wishes)
+
+    def within(self, plan: MemoryPlan | None) -> EngineConfig:
+        """The engine's limits, with those that the plan cuts."""
+        if plan is None:
+            return self.engine
+        return replace(
+            self.engine,
+            max_pack_tokens=plan.max_pack_tokens,
+            max_pixels=min(self.engine.max_pixels, plan.max_image_tokens * 256),
+        )
+
+    def load(
+        self,
+        plan: MemoryPlan | None,
+        backends: Mapping[str, AttentionBackend] | None = None,
+    ) -> Krea2Runner:
+        """Load the parts and make them fast.
+
+        Args:
+            plan: from `plan`.
+            backends: of attention, by name, to choose from.
+
+        Raises:
+            ConfigError: a setting asks for what the device does not have.
+            CheckpointError: something is missing, damaged or does not fit together.
+        """
+        attention = choose_attention(self.device, self.dtype, self.config.attention, backends)
+        resident = self.config.text_encoder != "offload"
+        runner = Krea2Runner.load(
+            self.checkpoint,
+            self.device,
+            self.dtype,
+            text_dtype=self.text_dtype,
+            vae_dtype=self.vae_dtype,
+            quantization=self.quantization,
+            attention=attention,
+            text_encoder_resident=plan.text_encoder_resident if plan else resident,
+            caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
+        )
+        runner.dit.operations = self._operations()
+        if plan is None:
+            return runner
+        logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.table())
+        runner.vae.use_kernels(runner.dit.operations is TRITON)
+        # The VAE's convolutions are the only ones of the process, and their sizes repeat.
+        torch.backends.cudnn.benchmark = True
+        if plan.max_graph_tokens:
+            self._use_graphs(runner, plan)
+        return runner
+
+    def _operations(self) -> Operations:
+        int8 = self.quantization is not None and self.quantization.format == "int8"
+        if self.config.kernels == "triton" and (self.device.type != "cuda" or int8):
+            raise ConfigError(f"kernels: triton does not run on {self.device} in this setting")
+        if self.config.kernels == "torch" or self.device.type != "cuda" or int8:
+            return TORCH
+        return TRITON
+
+    def _use_graphs(self, runner: Krea2Runner, plan: MemoryPlan) -> None:
+        if runner.attention.graph is None:
+            if self.config.cuda_graphs == "on":
+                raise ConfigError(
+                    f"cuda_graphs: attention {runner.attention.name} cannot be captured"
+                )
+            logger.info("krea2-srt: no CUDA graphs: no attention back end can be captured")
+            return
+        runner.use_graphs(
+            CudaCapture(self.device),
+            plan.max_graph_tokens,
+            plan.max_graphs,
+            text_encoder=plan.text_encoder_resident,
+        )
+        prepare_graphs(runner, self.config.graph_capture_s)

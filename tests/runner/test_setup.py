@@ -1,0 +1,183 @@
+"""From settings to a runner: on a CPU, and wired as on a GPU with a recorder for its graphs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import roofline
+from krea2_srt.engine.engine import Engine
+from krea2_srt.engine.request import ImageRequest
+from krea2_srt.errors import ConfigError
+from krea2_srt.model.quantization import Quantization
+from krea2_srt.runner import setup as module
+from krea2_srt.runner import warm_up
+from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
+from krea2_srt.runner.caches import CacheBytes
+from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.memory_plan import GIB
+from krea2_srt.runner.setup import Setup
+from tests.conftest import CPU
+from tests.runner.recorded_graph import record
+from tests.runner.test_graphs import device_attention
+
+FLOAT = torch.float32
+
+
+@pytest.fixture
+def setup(demo_model: Path) -> Setup:
+    return Setup(Krea2Checkpoint.from_folder(demo_model), CPU, FLOAT, FLOAT, FLOAT)
+
+
+def asked(setup: Setup, **config) -> Setup:
+    return replace(setup, config=RunnerConfig(**config))
+
+
+def draw(runner) -> torch.Tensor:
+    (context,) = runner.encode(["a cat"])
+    sequence = runner.start(context, 64, 48, 3, runner.schedule(4, 64, 48))
+    runner.step([sequence], 4)
+    return sequence.tokens
+
+
+def test_a_cpu_needs_no_plan_and_draws(setup, runner):
+    assert setup.plan() is None
+    assert setup.within(None) is setup.engine
+    loaded = setup.load(None)
+    assert loaded.graphs is None
+    assert torch.equal(draw(loaded), draw(runner))
+
+
+def test_an_offloaded_encoder_is_possible_on_a_cpu_too(setup, runner):
+    assert torch.equal(draw(asked(setup, text_encoder="offload").load(None)), draw(runner))
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"kernels": "triton"}, "^kernels: triton does not run on cpu"),
+        ({"attention": "fa9"}, "^attention: must be one of auto, sdpa"),
+        ({"attention": "torch_varlen"}, "^attention: torch_varlen does not run on cpu"),
+        ({"cuda_graphs": "on"}, "^cuda_graphs: there are none on cpu"),
+    ],
+)
+def test_what_a_cpu_does_not_have_is_refused(setup, config, named):
+    with pytest.raises(ConfigError, match=named):
+        setup = asked(setup, **config)
+        setup.load(setup.plan())
+
+
+@pytest.fixture
+def gpu(setup, monkeypatch) -> Setup:
+    """A GPU, as far as the plan can see."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 48 * GIB))
+    return replace(setup, device=torch.device("cuda"))
+
+
+def test_a_gpu_is_planned_within_the_engines_limits(gpu):
+    plan = gpu.plan()
+    assert plan.free == 40 * GIB
+    assert plan.max_image_tokens == 128 * 128
+    assert gpu.within(plan) == gpu.engine
+    small = replace(gpu, engine=EngineConfig(max_pack_tokens=2000, max_side=512))
+    assert small.plan().max_pack_tokens == 2000
+    assert small.plan().max_image_tokens == 32 * 32
+
+
+def test_settings_reach_the_plan(gpu):
+    assert asked(gpu, gpu_memory_gib=20).plan().free == 20 * GIB
+    assert asked(gpu, cuda_graphs="off").plan().max_graph_tokens == 0
+    assert asked(gpu, max_graph_tokens=1024).plan().max_graph_tokens == 1024
+    assert not asked(gpu, text_encoder="offload").plan().text_encoder_resident
+    without = replace(gpu, caches=CacheBytes(0, 0, 0))
+    assert without.plan().cache_share == 1
+    with pytest.raises(ConfigError, match=r"^gpu_memory: 0\.5 GiB are free"):
+        asked(gpu, gpu_memory_gib=0.5).plan()
+
+
+def test_what_the_plan_cuts_the_engine_does_not_take(gpu):
+    plan = replace(gpu.plan(), max_pack_tokens=5000, max_image_tokens=64 * 64)
+    config = gpu.within(plan)
+    assert (config.max_pack_tokens, config.max_pixels) == (5000, 1024 * 1024)
+
+
+@pytest.fixture
+def as_on_a_gpu(setup, gpu, monkeypatch, caplog):
+    """Load on the CPU by the way of a GPU."""
+    caplog.set_level("INFO")
+    attention = AttentionChoice(SDPA, AttentionBackend("device", device_attention, True))
+    monkeypatch.setattr(module, "choose_attention", lambda *_: attention)
+    monkeypatch.setattr(module, "CudaCapture", lambda device: record)
+    monkeypatch.setattr(warm_up, "SIDES", (64, 32))
+    monkeypatch.setattr(warm_up, "WHOLE_SIDES", (32,))
+    monkeypatch.setattr(warm_up, "TEXT_TOKENS", (24, 60))
+
+    def load(**config):
+        return asked(setup, **config).load(asked(gpu, max_graph_tokens=400, **config).plan())
+
+    return load
+
+
+def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplog):
+    loaded = as_on_a_gpu()
+    # Of 40, 28, 76 and 64 tokens, two of which share a bucket, and of two whole schedules.
+    assert len(loaded.graphs) == 5
+    assert len(loaded.text_encoder.graphs) == 2
+    text = caplog.text
+    assert "transformer" in text
+    assert "7 CUDA graphs captured in " in text
+    for _ in range(3):
+        assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
+
+
+def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
+    assert len(as_on_a_gpu(graph_capture_s=0.0).graphs) == 0
+    assert "0 CUDA graphs captured in 0.0 s; the others follow when their sizes come" in caplog.text
+
+
+def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
+    as_on_a_gpu, monkeypatch, caplog
+):
+    monkeypatch.setattr(module, "choose_attention", lambda *_: AttentionChoice(SDPA, None))
+    assert as_on_a_gpu().graphs is None
+    assert "no CUDA graphs: no attention back end can be captured" in caplog.text
+    with pytest.raises(ConfigError, match=r"^cuda_graphs: attention sdpa cannot be captured"):
+        as_on_a_gpu(cuda_graphs="on")
+
+
+def test_an_offloaded_encoder_is_not_replayed(as_on_a_gpu, runner):
+    loaded = as_on_a_gpu(text_encoder="offload")
+    assert loaded.text_encoder.graphs is None
+    assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
+
+
+def test_int8_runs_without_kernels(gpu):
+    int8 = replace(gpu, quantization=Quantization("int8"))
+    assert int8._operations().name == "torch"
+    assert gpu._operations().name == "triton"
+    assert replace(gpu, quantization=Quantization("fp8"))._operations().name == "triton"
+    with pytest.raises(ConfigError, match=r"^kernels: "):
+        asked(int8, kernels="triton")._operations()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_the_engine_draws_on_graphs_what_it_draws_without(as_on_a_gpu, runner, watched):
+    pixels = []
+    for each in (as_on_a_gpu(), runner):
+        executor = RunnerExecutor(each)
+        engine = Engine(executor, replace(roofline(), blocks=each.num_blocks))
+        request = engine.submit("r", [ImageRequest("a cat", 32, 32, steps=8, seed=5)])
+        if watched:
+            executor.watch(request.sequences[0])
+        while engine.turn() is not None:
+            pass
+        # All steps at once where there are graphs, and nobody who wants to see them.
+        assert engine.counters.packs == (1 if each is not runner and not watched else 8)
+        assert engine.counters.steps == 8
+        pixels.append(executor.take_pixels(request.sequences[0]))
+        assert executor.empty
+    assert abs(pixels[0].astype(int) - pixels[1]).max() <= 1
