@@ -49,7 +49,7 @@ class Device:
 
     Attributes:
         processors: that run programs side by side.
-        launches: by kernel.
+        launches: by kernel; only a search changes them.
     """
 
     processors: int
@@ -72,7 +72,7 @@ def config_file(name: str) -> Path:
 def device_of(device: torch.device) -> Device:
     """What is known of a device."""
     if device.type != "cuda":  # the interpreter
-        return Device(1, DEFAULTS)
+        return Device(1, dict(DEFAULTS))
     properties = torch.cuda.get_device_properties(device)
     return Device(properties.multi_processor_count, read_launches(config_file(properties.name)))
 
@@ -80,6 +80,6 @@ def device_of(device: torch.device) -> Device:
 def read_launches(file: Path) -> dict[str, Launch]:
     """The launches in a file, and the default of what it does not name."""
     if not file.is_file():
-        return DEFAULTS
+        return dict(DEFAULTS)
     stored = json.loads(file.read_text())["launches"]
     return DEFAULTS | {name: Launch(**values) for name, values in stored.items()}

@@ -32,6 +32,9 @@ LARGE_PACK = (4160,)
 SMALL_PACK = (300, 290, 310, 280)
 """The same for graphs: four images of 256 x 256."""
 
+CROSSOVER_TOKENS = 2048
+"""Attention is 6% of a step here and grows; launching kernels one by one costs less and less."""
+
 _TRIAL = (5, 128, 1, 77)
 _TOLERANCE = 2e-2
 """Largest difference to SDPA on unit-variance bf16 inputs that still counts as rounding."""
@@ -66,6 +69,11 @@ class AttentionChoice:
 
     eager: AttentionBackend
     graph: AttentionBackend | None
+
+    @property
+    def max_graph_tokens(self) -> float:
+        """Of a pack from which on the eager back end gains more than a graph would."""
+        return float("inf") if self.graph is self.eager else CROSSOVER_TOKENS
 
     @property
     def name(self) -> str:

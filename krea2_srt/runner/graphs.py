@@ -5,6 +5,7 @@ into the buffers, replays, and copies the result out. The pack is padded to the 
 tokens with a segment of its own, whose tokens nobody reads.
 """
 
+import gc
 import logging
 import time
 from collections import OrderedDict
@@ -55,11 +56,21 @@ class CudaCapture:
             function()
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: other threads may allocate pinned memory while this one captures.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            function()
+        # Not torch.cuda.graph, which collects garbage and empties the allocator's cache first: a
+        # pause while requests wait. The collector just must not free device objects in between.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            with torch.cuda.stream(self._stream):
+                # Thread-local: other threads may allocate pinned memory while this one captures.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    function()
+                finally:
+                    graph.capture_end()
+        finally:
+            if collecting:
+                gc.enable()
         return graph.replay
 
 
@@ -227,6 +238,23 @@ class StepGraphs:
             A flag per lane, not 0 where tokens are no longer finite. None if no graph serves: the
             sequences are then as they were.
         """
+        found = self.launch(lanes, pack, steps)
+        if found is None:
+            return None
+        tokens, velocity, broken = found
+        flags: list[int] = broken.tolist()
+        lanes.advance(pack, tokens, velocity, steps)
+        return flags
+
+    def launch(
+        self, lanes: Lanes, pack: Pack, steps: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Queue what `step` does, without waiting for the device.
+
+        Returns:
+            Tokens and velocities [T, channels] after it, and a flag per lane; None if no graph
+            serves.
+        """
         key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
         if key is None or not self._worth_it(key):
             return None
@@ -241,9 +269,7 @@ class StepGraphs:
         tokens = buffers.tokens[:n].clone()
         keep = any(s.keep_velocity for s in lanes.sequences)
         velocity = buffers.velocity[:n].clone() if keep else tokens
-        flags: list[int] = buffers.broken[: len(lanes.shapes)].tolist()
-        lanes.advance(pack, tokens, velocity, steps)
-        return flags
+        return tokens, velocity, buffers.broken[: len(lanes.shapes)]
 
     def prepare(self, lanes: Lanes, pack: Pack, steps: int = 1) -> bool:
         """Capture the graph for packs like this one now, if there is none; the pack stays as it is.

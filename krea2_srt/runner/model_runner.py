@@ -107,7 +107,7 @@ class Krea2Runner:
         self.device = dit.img_in.weight.device
         self.contexts: ByteCache[str, Tensor] = ByteCache(caches.contexts)
         self._modulations: ByteCache[Schedule, Modulation] = ByteCache(caches.modulations)
-        self._packs = PackCache(dit.config, self.device, caches.layouts)
+        self.packs = PackCache(dit.config, self.device, caches.layouts)
 
     @classmethod
     def load(
@@ -287,7 +287,7 @@ class Krea2Runner:
         if self.graphs is None:
             return False
         lanes = Lanes.of(sequences)
-        return self.graphs.prepare(lanes, self._packs.get(lanes.shapes), steps)
+        return self.graphs.prepare(lanes, self.packs.get(lanes.shapes), steps)
 
     def _replay(
         self, sequences: Sequence[DenoisingSequence], steps: int
@@ -296,7 +296,7 @@ class Krea2Runner:
         if self.graphs is None:
             return None
         lanes = Lanes.of(sequences)
-        flags = self.graphs.step(lanes, self._packs.get(lanes.shapes), steps)
+        flags = self.graphs.step(lanes, self.packs.get(lanes.shapes), steps)
         return None if flags is None else lanes.broken(flags)
 
     def _run(self, sequences: Sequence[DenoisingSequence]) -> list[DenoisingSequence]:
@@ -307,7 +307,7 @@ class Krea2Runner:
 
     def begin_step(self, sequences: Sequence[DenoisingSequence]) -> PackForward:
         """The same, always eagerly, to be run in slices of blocks under `torch.inference_mode`."""
-        return PackForward(self.dit, self.attention.eager.attend, self._packs, sequences)
+        return PackForward(self.dit, self.attention.eager.attend, self.packs, sequences)
 
     @property
     def num_blocks(self) -> int:

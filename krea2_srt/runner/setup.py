@@ -148,7 +148,7 @@ class Setup:
             return
         runner.use_graphs(
             CudaCapture(self.device),
-            plan.max_graph_tokens,
+            int(min(plan.max_graph_tokens, runner.attention.max_graph_tokens)),
             plan.max_graphs,
             text_encoder=plan.text_encoder_resident,
         )

@@ -1,0 +1,97 @@
+"""Search the launch of every kernel on this GPU, and store it where the kernels look for it.
+
+Takes about a minute. Run it once per kind of GPU, and after a change of a kernel or of Triton.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.arguments import benchmark_parser
+from benchmarks.on_gpu.context import Context
+from benchmarks.on_gpu.kernel_bandwidth import TOKENS
+from benchmarks.on_gpu.kernel_cases import Case, cases
+from benchmarks.on_gpu.timing import queued
+from krea2_srt.kernels.launch import DEFAULTS, FOLDER, Launch, config_file, device_of
+
+WARPS = (4, 8, 16, 32)
+TOKENS_PER_PROGRAM = {
+    "norm": (1, 2, 4, 8),
+    "norm_fp8": (1, 2, 4, 8),
+    "final_layer": (16, 32),
+    "euler": (16, 32, 64),
+}
+
+
+def search(context: Context) -> dict[str, dict[str, Any]]:
+    """Time every launch of every kernel, and leave the fastest in place.
+
+    Returns:
+        By kernel, its launch and the GB/s of its cases with it.
+    """
+    launches = device_of(context.device).launches
+    by_kernel: dict[str, list[Case]] = {}
+    for case in cases(context, 40 if context.smoke else TOKENS):
+        by_kernel.setdefault(case.kernel, []).append(case)
+    found = {}
+    for kernel, some in by_kernel.items():
+        best, best_ms = launches[kernel], float("inf")
+        for launch in candidates(kernel):
+            launches[kernel] = launch
+            try:
+                ms = sum(_ms(context, case) for case in some)
+            except Exception:  # too many registers for so many warps, say
+                continue
+            if ms < best_ms:
+                best, best_ms = launch, ms
+        launches[kernel] = best
+        rates = {case.what: round(case.nbytes / _ms(context, case) / 1e6) for case in some}
+        found[kernel] = {"launch": asdict(best), "gb_per_s": rates}
+        print(f"{kernel}: {best}, {rates}", file=sys.stderr, flush=True)
+    return found
+
+
+def candidates(kernel: str) -> list[Launch]:
+    """Launches to try."""
+    tokens = TOKENS_PER_PROGRAM.get(kernel, (DEFAULTS[kernel].tokens,))
+    return [Launch(warps, count) for warps in WARPS for count in tokens]
+
+
+def store(found: dict[str, dict[str, Any]], file: Path, device: str) -> None:
+    """Write what a search has found."""
+    values = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "launches": {kernel: entry["launch"] for kernel, entry in found.items()},
+        "gb_per_s": {kernel: entry["gb_per_s"] for kernel, entry in found.items()},
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _ms(context: Context, case: Case) -> float:
+    return queued(case.call, context.device, 2 if context.smoke else 20, 0.05).median
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Search, and store in ``--output``."""
+    parser = benchmark_parser("benchmarks.tune_kernels", __doc__)
+    parser.set_defaults(output=FOLDER)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU")
+    name = torch.cuda.get_device_name()
+    with torch.inference_mode():
+        found = search(Context(torch.device("cuda"), smoke=False))
+    store(found, args.output / config_file(name).name, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
