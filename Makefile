@@ -17,7 +17,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-slow lint lock bench bench-load bench-http simulate clean
+.PHONY: install serve generate test test-slow lint lock bench bench-load bench-http bench-gpu bench-quantization simulate clean
 
 install: $(STAMP)
 
@@ -66,6 +66,14 @@ bench: $(STAMP) $(DEMO)
 # Small and large images at once, against unmodified SGLang; about half an hour on two cores.
 bench-load: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.mixed_load --model $(DEMO)
+
+# On a machine with a GPU; under 8 minutes. Writes the table in benchmarks/results/.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
+
+# Errors of 8-bit matrices; less than a minute on two cores.
+bench-quantization: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.quantization --model $(DEMO)
 
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)

@@ -134,6 +134,9 @@ class Settings(BaseSettings):
     )
     model_aliases: list[str] = Field([], description="other names that clients may use for it")
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
+    quantization: Literal["none", "fp8", "fp8_rotated"] = Field(
+        "none", description="of the transformer's matrices; see docs/gpu.md"
+    )
     sglang_args: str = Field(
         "", description="further options of SGLang for them, as on a command line"
     )
@@ -240,7 +243,8 @@ class Settings(BaseSettings):
 
     @property
     def sglang_options(self) -> list[str]:
-        return shlex.split(self.sglang_args)
+        ours = [] if self.quantization == "none" else ["--quantization", self.quantization]
+        return [*ours, *shlex.split(self.sglang_args)]
 
     @property
     def storage_folder(self) -> Path:
@@ -299,6 +303,7 @@ class Settings(BaseSettings):
         """Refuse what would be ignored."""
         if self.engine_endpoints:
             self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
+            self._refuse_with("engine_endpoints", "quantization")
             self._refuse_with("engine_endpoints", "start_timeout_s")
         if "://" in self.storage or self.storage == NO_STORAGE:
             self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")

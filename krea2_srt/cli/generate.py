@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +73,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with an original file")
     add("--device", default="auto", help="cuda, cpu or auto (default)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="compute precision (default bfloat16)")
+    add(
+        "--quantization",
+        choices=("fp8", "fp8_rotated"),
+        help="of the transformer's matrices; half the memory, and other pictures",
+    )
     return parser
 
 
@@ -112,10 +118,24 @@ def _run(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from krea2_srt.runner.model_runner import Krea2Runner
+    from krea2_srt.environment import read_environment
+    from krea2_srt.model.quantization import SERVED
     from krea2_srt.runner.pixels import to_uint8
+    from krea2_srt.runner.setup import Setup
 
-    runner = Krea2Runner.load(checkpoint, device, getattr(torch, args.dtype))
+    environment, dtype = read_environment(), getattr(torch, args.dtype)
+    setup = Setup(
+        checkpoint,
+        device,
+        dtype,
+        dtype,
+        dtype,
+        SERVED[args.quantization] if args.quantization else None,
+        # Graphs for sizes that nobody asks for here would only take time.
+        replace(environment.runner, graph_capture_s=0.0),
+        engine=environment.engine,
+    )
+    runner = setup.load(setup.plan())
     if runner.text_encoder.tokenize(request.prompt)[1]:
         print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
     (context,) = runner.encode([request.prompt])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from krea2_srt.cli.generate import main
 from krea2_srt.runner.pixels import to_uint8
-from tests.conftest import PROMPT
+from tests.conftest import PROMPT, psnr
 from tests.runner.test_pictures import finish, start
 
 
@@ -166,3 +166,22 @@ def test_a_wrong_flag_answers_at_once():
         "except SystemExit as e: sys.exit(0 if e.code == 2 and 'torch' not in sys.modules else 1)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+
+
+def test_quantised_weights_draw_nearly_the_same(folder, demo_model):
+    common = ["x", "--checkpoint", str(demo_model), "--width", "64", "--height", "64"]
+    main([*common, "--output", "bf16"])
+    main([*common, "--quantization", "fp8_rotated", "--output", "fp8"])
+    a, b = (torch.from_numpy(pixels(folder / f"{name}_0.png") / 255) for name in ("bf16", "fp8"))
+    assert 25 <= psnr(a, b) < 100
+
+
+def test_settings_of_the_runner_are_read_from_the_environment(
+    folder, demo_model, monkeypatch, capsys
+):
+    monkeypatch.setenv("KREA2_SRT_ATTENTION", "fa9")
+    with pytest.raises(SystemExit) as ended:
+        main(["x", "--checkpoint", str(demo_model), "--width", "64", "--height", "64"])
+    assert ended.value.code == 2
+    assert "error: attention: must be one of auto, sdpa" in capsys.readouterr().err
+    assert not list(folder.iterdir())

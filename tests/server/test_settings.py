@@ -144,3 +144,14 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "krea2-serve: error: port:" in result.stderr
+
+
+def test_quantization_is_an_option_of_sglang():
+    assert load_settings([]).sglang_options == []
+    settings = load_settings(["--quantization", "fp8", "--sglang-args", "--log-level debug"])
+    assert settings.sglang_options == ["--quantization", "fp8", "--log-level", "debug"]
+    with pytest.raises(ConfigError, match="quantization"):
+        load_settings(["--quantization", "fp4"])
+    endpoints = ["--engine-endpoints", "tcp://127.0.0.1:5555"]
+    with pytest.raises(ConfigError, match="quantization: has no effect with engine_endpoints"):
+        load_settings([*endpoints, "--quantization", "fp8"])
