@@ -92,8 +92,8 @@ class RunnerSettings(SchedulerSettings):
     max_graph_tokens: int | None = _of_runner(
         "most tokens in a pack that is replayed, 0 for what memory allows", "max_graph_tokens"
     )
-    graph_capture_s: float | None = _of_runner(
-        "seconds of the start for capturing graphs", "graph_capture_s"
+    warm_up_s: float | None = _of_runner(
+        "seconds of the start for capturing graphs and the like", "warm_up_s"
     )
     text_encoder: str | None = _of_runner(
         "resident, or offload to host memory between uses", "text_encoder"

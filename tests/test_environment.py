@@ -25,7 +25,7 @@ VARIABLES = {
     "KREA2_SRT_KERNELS": ("torch", "torch"),
     "KREA2_SRT_CUDA_GRAPHS": ("off", "off"),
     "KREA2_SRT_MAX_GRAPH_TOKENS": ("4096", 4096),
-    "KREA2_SRT_GRAPH_CAPTURE_S": ("2.5", 2.5),
+    "KREA2_SRT_WARM_UP_S": ("2.5", 2.5),
     "KREA2_SRT_TEXT_ENCODER": ("offload", "offload"),
     "KREA2_SRT_GPU_MEMORY_GIB": ("40", 40.0),
 }
@@ -33,7 +33,7 @@ NUMBERS = sorted(name for name, (_, value) in VARIABLES.items() if not isinstanc
 CAN_BE_ZERO = {
     "KREA2_SRT_MAX_GUIDANCE",
     "KREA2_SRT_MAX_GRAPH_TOKENS",
-    "KREA2_SRT_GRAPH_CAPTURE_S",
+    "KREA2_SRT_WARM_UP_S",
     "KREA2_SRT_GPU_MEMORY_GIB",
 }
 

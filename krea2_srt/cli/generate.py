@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         dtype,
         SERVED[args.quantization] if args.quantization else None,
         # Graphs for sizes that nobody asks for here would only take time.
-        replace(environment.runner, graph_capture_s=0.0),
+        replace(environment.runner, warm_up_s=0.0),
         engine=environment.engine,
     )
     runner = setup.load(setup.plan())

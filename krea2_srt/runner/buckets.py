@@ -47,7 +47,8 @@ class Buckets:
         """The key of a pack of segments of these lengths; None if it is too large for a graph."""
         place = bisect_left(self.tokens, sum(lengths))
         segments = _power_of_two(len(lengths) + 1)
-        if place == len(self.tokens) or segments > self.max_segments:
+        # A whole schedule has a row for each step where a pack has one for each segment.
+        if place == len(self.tokens) or max(segments, steps) > self.max_segments:
             return None
         tokens = self.tokens[place]
         # Attention kernels start work for every segment as if it were the longest. The padding is

@@ -20,8 +20,8 @@ class RunnerConfig:
         kernels: what runs between the matrix multiplications: ``triton`` or ``torch``.
         cuda_graphs: ``on`` or ``off``; on a CPU there are none.
         max_graph_tokens: of a pack that is replayed; 0 is what memory allows.
-        graph_capture_s: seconds of the start that captures may take; what is not captured then
-            is when it comes.
+        warm_up_s: seconds of the start that captures and the like may take; what is not captured
+            then is when it comes.
         text_encoder: ``resident``, or ``offload``: in host memory between uses.
         gpu_memory_gib: that the model and its work may take; 0 is all that is free at the start.
     """
@@ -30,7 +30,7 @@ class RunnerConfig:
     kernels: str = "auto"
     cuda_graphs: str = "auto"
     max_graph_tokens: int = 0
-    graph_capture_s: float = 20.0
+    warm_up_s: float = 20.0
     text_encoder: str = "auto"
     gpu_memory_gib: float = 0.0
 
@@ -38,6 +38,6 @@ class RunnerConfig:
         for name, choices in _CHOICES.items():
             if (value := getattr(self, name)) not in choices:
                 raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("max_graph_tokens", "graph_capture_s", "gpu_memory_gib"):
+        for name in ("max_graph_tokens", "warm_up_s", "gpu_memory_gib"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ConfigError(f"{name}: must be 0 or greater, got {value}")

@@ -18,7 +18,7 @@ from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.memory_plan import GIB, MemoryPlan, Wishes, plan_memory
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
-from krea2_srt.runner.warm_up import prepare_graphs
+from krea2_srt.runner.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,8 @@ class Setup:
         torch.backends.cudnn.benchmark = True
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)
+        if self.config.warm_up_s:
+            warm_up(runner, self.config.warm_up_s)
         return runner
 
     def _operations(self) -> Operations:
@@ -152,4 +154,3 @@ class Setup:
             plan.max_graphs,
             text_encoder=plan.text_encoder_resident,
         )
-        prepare_graphs(runner, self.config.graph_capture_s)

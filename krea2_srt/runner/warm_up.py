@@ -1,4 +1,4 @@
-"""Captures, before the first request, the graphs that most requests need."""
+"""Does, before the first request, what would otherwise hold up the first ones of each kind."""
 
 import logging
 import time
@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from krea2_srt.runner.latents import LATENT_CHANNELS, VAE_SCALE
 from krea2_srt.runner.model_runner import Krea2Runner
 
 logger = logging.getLogger(__name__)
@@ -24,52 +25,55 @@ PROMPT_LENGTHS = (64, 96, 128, 160, 224, 320)
 """Of the text encoder's input, which has a template before the prompt."""
 
 
-def prepare_graphs(
+def warm_up(
     runner: Krea2Runner, seconds: float, clock: Callable[[], float] = time.perf_counter
-) -> int:
-    """Capture common graphs, the likeliest first.
+) -> None:
+    """Capture common graphs and let convolutions find their algorithms, the likeliest first.
 
     Args:
-        runner: that uses graphs.
-        seconds: after which no further one is begun.
+        runner: on a GPU.
+        seconds: after which nothing further is begun.
         clock: seconds.
-
-    Returns:
-        How many there are.
     """
     start = clock()
     done = True
-    for capture in _captures(runner):
+    for prepare in _preparations(runner):
         if clock() - start >= seconds:
             done = False
             break
-        capture()
+        prepare()
     count = sum(len(graphs) for graphs in (runner.graphs, runner.text_encoder.graphs) if graphs)
     logger.info(
-        "krea2-srt: %d CUDA graphs captured in %.1f s%s",
-        count,
+        "krea2-srt: warm after %.1f s, with %d CUDA graphs%s",
         clock() - start,
-        "" if done else "; the others follow when their sizes come",
+        count,
+        "" if done else "; others follow when their sizes come",
     )
-    return count
 
 
-def _captures(runner: Krea2Runner) -> Iterator[Callable[[], bool]]:
+def _preparations(runner: Krea2Runner) -> Iterator[Callable[[], object]]:
     text_graphs = runner.text_encoder.graphs
     steps = runner.recipe.default_steps
     for number, text in enumerate(TEXT_TOKENS):
         if text_graphs is not None and number < len(PROMPT_LENGTHS):
-            length = PROMPT_LENGTHS[number]
-            yield partial(text_graphs.prepare, 1, length)
+            yield partial(text_graphs.prepare, 1, PROMPT_LENGTHS[number])
         for side in SIDES:
-            yield partial(_prepare, runner, text, side, 1)
-            if side in WHOLE_SIDES:
-                yield partial(_prepare, runner, text, side, steps)
+            if runner.graphs is not None:
+                yield partial(_capture, runner, text, side, 1)
+            if runner.graphs is not None and side in WHOLE_SIDES:
+                yield partial(_capture, runner, text, side, steps)
+            if number == 0:
+                yield partial(_decode, runner, side)
 
 
-def _prepare(runner: Krea2Runner, text: int, side: int, steps: int) -> bool:
+def _capture(runner: Krea2Runner, text: int, side: int, steps: int) -> None:
     context = torch.zeros(
         text, runner.dit.config.hidden_size, dtype=runner.dit.dtype, device=runner.device
     )
     schedule = runner.schedule(runner.recipe.default_steps, side, side)
-    return runner.prepare([runner.start(context, side, side, 0, schedule)], steps)
+    runner.prepare([runner.start(context, side, side, 0, schedule)], steps)
+
+
+def _decode(runner: Krea2Runner, side: int) -> None:
+    size = side // VAE_SCALE
+    runner.vae.decode(torch.zeros(1, LATENT_CHANNELS, size, size, device=runner.device))

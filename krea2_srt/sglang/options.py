@@ -87,6 +87,19 @@ def unsupported_options(server_args: Any) -> list[str]:
     return sorted(found)
 
 
+def mark_as_server(server_args: Any) -> None:
+    """Say that the process serves, though not by `sglang serve`."""
+    server_args.krea2_serves = True
+
+
+def is_server(server_args: Any) -> bool:
+    """Whether requests will come, or this is one command that draws once and ends.
+
+    `sglang serve` warms up by SGLang's own default, `sglang generate` does not.
+    """
+    return server_args.warmup_mode == "server" or getattr(server_args, "krea2_serves", False)
+
+
 def quantization_of(server_args: Any) -> Quantization | None:
     """What ``--quantization`` and ``--quantization-ignored-layers`` ask for."""
     if not server_args.quantization:

@@ -25,7 +25,7 @@ from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.setup import Setup
 from krea2_srt.runner.vae import default_tile
 from krea2_srt.sglang.attention import backends
-from krea2_srt.sglang.options import quantization_of, unsupported_options
+from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
 logger = init_logger(__name__)
@@ -122,6 +122,8 @@ def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
     if server_args.is_arg_explicitly_set("text_encoder_cpu_offload"):
         where = "offload" if server_args.text_encoder_cpu_offload else "resident"
         runner = replace(runner, text_encoder=where)
+    if not is_server(server_args):
+        runner = replace(runner, warm_up_s=0.0)
     return Setup(
         Krea2Checkpoint.from_folder(folder),
         get_local_torch_device(),

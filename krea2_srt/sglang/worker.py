@@ -105,9 +105,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         apply_plugin_hooks()
         from sglang.multimodal_gen.runtime.server_args import prepare_server_args
 
+        from krea2_srt.sglang.options import mark_as_server
+
         with one_line_errors("krea2-srt"):
             server_args = _server_args(prepare_server_args, sglang_options)
             check_served_by_us(server_args)
+            mark_as_server(server_args)
         from sglang.multimodal_gen.runtime.managers import gpu_worker
 
     pipe: Any = ReadyPipe(ours.ready_fd, server_args.scheduler_endpoint)

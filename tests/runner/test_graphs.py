@@ -234,6 +234,16 @@ def test_too_large_packs_have_no_graph(runner, graphs, packs, captures):
     assert captures.count == 0
 
 
+def test_too_long_schedules_have_no_graph(runner, graphs, packs, captures):
+    those = sequences(runner, *ONE, steps=9)
+    for _ in range(3):
+        assert step(graphs, packs, those, steps=9) is None
+    assert captures.count == 0
+    for _ in range(2):
+        flags = step(graphs, packs, sequences(runner, *ONE, steps=8), steps=8)
+    assert flags == [0]
+
+
 def test_the_graph_used_last_longest_ago_makes_room(runner, captures, packs):
     graphs = StepGraphs(runner.dit, device_attention, captures, MAX_TOKENS, max_graphs=2)
     shapes = [("a", 16 * side, 64, 0.0) for side in (4, 10, 16)]

@@ -129,14 +129,17 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
     assert len(loaded.text_encoder.graphs) == 2
     text = caplog.text
     assert "transformer" in text
-    assert "7 CUDA graphs captured in " in text
+    assert "with 7 CUDA graphs" in text
     for _ in range(3):
         assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
 
 
 def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
-    assert len(as_on_a_gpu(graph_capture_s=0.0).graphs) == 0
-    assert "0 CUDA graphs captured in 0.0 s; the others follow when their sizes come" in caplog.text
+    assert len(as_on_a_gpu(warm_up_s=1e-9).graphs) == 0
+    assert "with 0 CUDA graphs; others follow when their sizes come" in caplog.text
+    caplog.clear()
+    assert len(as_on_a_gpu(warm_up_s=0.0).graphs) == 0
+    assert "warm after" not in caplog.text
 
 
 def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(

@@ -160,7 +160,8 @@ def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
 
     setup = make_setup(demo_model, parse(""))
     assert setup.quantization is None
-    assert setup.config == RunnerConfig()
+    # One picture needs no warm-up.
+    assert setup.config == RunnerConfig(warm_up_s=0.0)
     flags = "--quantization fp8_rotated --quantization-ignored-layers 0.* *.ff.down"
     setup = make_setup(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
     assert setup.quantization == Quantization("fp8", True, ("0.*", "*.ff.down"))
@@ -171,6 +172,16 @@ def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
     assert setup.config.text_encoder == "resident"
     assert setup.engine.max_turn_ms == 50
     assert setup.caches.contexts == 0
+
+
+def test_who_serves_warms_up(parse, demo_model):
+    from krea2_srt.sglang.options import mark_as_server
+    from krea2_srt.sglang.pipeline import make_setup
+
+    assert make_setup(demo_model, parse("--warmup-mode server")).config.warm_up_s > 0
+    args = parse("")
+    mark_as_server(args)
+    assert make_setup(demo_model, args).config.warm_up_s > 0
 
 
 def test_an_option_nobody_has_thought_of_is_not_ignored(parse):
