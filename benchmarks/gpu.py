@@ -22,7 +22,9 @@ from benchmarks.on_gpu import (
     ceilings,
     correctness,
     kernel_bandwidth,
+    memory,
     pictures,
+    precision,
     report,
     steps,
     text,
@@ -41,6 +43,8 @@ PARTS: dict[str, Part] = {
     "vae": vae.run,
     "text": text.run,
     "pictures": pictures.run,
+    "memory": memory.run,
+    "precision": precision.run,
 }
 
 

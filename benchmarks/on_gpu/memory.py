@@ -1,0 +1,78 @@
+"""What memory is taken, beside what `krea2_srt.runner.memory_plan` reckons with."""
+
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.on_gpu.context import Context
+from benchmarks.on_gpu.correctness import images
+from benchmarks.on_gpu.rows import Row
+from benchmarks.on_gpu.steps import use_graphs
+from krea2_srt.runner.memory_plan import GRAPH_BYTES
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.part_sizes import num_bytes, part_sizes
+from krea2_srt.runner.vae import default_tile
+
+GIB, MIB = 2**30, 2**20
+
+
+def run(context: Context) -> None:
+    """Weights; on a GPU the fullest moments of a step, a decode and an encoding, and graphs."""
+    runner, add = context.runner, context.findings.rows.append
+    sizes = part_sizes(
+        runner.dit, runner.text_encoder.model, runner.vae, default_tile(context.device)
+    )
+    parts = {
+        "transformer, bf16": runner.dit,
+        "transformer, fp8": context.fp8_runner.dit,
+        "text encoder": runner.text_encoder.model,
+        "VAE decoder": runner.vae,
+    }
+    for name, module in parts.items():
+        add(Row("memory", name, num_bytes([module]) / GIB, "GiB"))
+    if context.device.type != "cuda":
+        return
+    graphs, runner.graphs = runner.graphs, None
+    (sequence,) = images(runner, ((2048, 2048),))
+    latents = torch.randn(1, 16, 256, 256, device=context.device)
+    words = " ".join(["word"] * 500)
+    prompts = [f"{number} {words}" for number in range(8)]
+    text_graphs, runner.text_encoder.graphs = runner.text_encoder.graphs, None
+    tokens = sequence.num_tokens
+    for name, work, planned in (
+        ("step of 2048x2048", lambda: _step(runner, sequence), tokens * sizes.step_per_token),
+        ("decode of 2048x2048", lambda: runner.vae.decode(latents), sizes.decode(16384)),
+        ("8 long prompts", lambda: runner.encode(prompts), sizes.encode),
+    ):
+        runner.contexts.clear()
+        note = f"planned {planned / GIB:.2f}"
+        add(Row("memory", name, _peak(work, context.device) / GIB, "GiB", note=note))
+    runner.graphs, runner.text_encoder.graphs = graphs, text_graphs
+    use_graphs(context)
+    if runner.graphs is None:
+        return
+    # Of sizes that were not captured yet, below the pool's size: only the graphs' own memory.
+    free, _ = torch.cuda.mem_get_info(context.device)
+    before = len(runner.graphs)
+    for text in range(100, 500, 40):
+        runner.prepare(images(runner, ((320, 320),), text))
+    taken = free - torch.cuda.mem_get_info(context.device)[0]
+    if captured := len(runner.graphs) - before:
+        note = f"planned {GRAPH_BYTES / MIB:.0f}; of {captured}"
+        add(Row("memory", "one graph", taken / captured / MIB, "MiB", note=note))
+
+
+def _step(runner: Krea2Runner, sequence: DenoisingSequence) -> None:
+    runner.step([sequence])
+    sequence.step = 0
+
+
+def _peak(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes allocated at the fullest moment of some work, beyond those before it."""
+    work()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
