@@ -229,7 +229,7 @@ def choose_attention(
     if not eager:
         return SDPA_ONLY
     choice = AttentionChoice(
-        candidates[min(eager, key=eager.__getitem__)],
+        candidates[min(eager, key=lambda name: _handicapped(candidates[name], eager[name]))],
         candidates[min(graph, key=graph.__getitem__)] if graph else None,
     )
     logger.info(
@@ -239,6 +239,11 @@ def choose_attention(
         ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(graph.items(), key=lambda x: x[1])),
     )
     return choice
+
+
+def _handicapped(backend: AttentionBackend, ms: float) -> float:
+    """Those that go by segment build a plan for every new length, while its request waits."""
+    return ms if backend.capturable else ms * 1.1
 
 
 def cuda_milliseconds(function: Callable[[], object]) -> float:

@@ -33,6 +33,7 @@ class PartSizes:
 
     Attributes:
         dit, text_encoder, vae: weights.
+        quantized: whether those of the DiT are in 8 bits already.
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
         step_per_token: at the fullest moment of a step.
         held_per_token: of a step that waits between two slices.
@@ -54,6 +55,7 @@ class PartSizes:
     decode_tile: int
     graph_buffers: int
     graph_per_token: int
+    quantized: bool = False
 
     def decode(self, image_tokens: int) -> int:
         """Of one image's decode."""
@@ -250,10 +252,8 @@ def _too_small(free: int, sizes: PartSizes, fixed: int, wishes: Wishes) -> Confi
     step = (smallest + MAX_TEXT_TOKENS) * sizes.step_per_token
     needed = sizes.dit + sizes.vae + fixed + encoder + max(sizes.encode, step)
     needed += sizes.decode(smallest)
-    helps = ["--quantization fp8 halves the transformer"]
+    helps = [] if sizes.quantized else ["--quantization fp8 halves the transformer"]
     if resident:
         helps.append("text_encoder auto leaves the encoder on the host")
-    return ConfigError(
-        f"gpu_memory: {free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed; "
-        + ", ".join(helps)
-    )
+    message = f"{free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed"
+    return ConfigError("; ".join([f"gpu_memory: {message}", *helps]))

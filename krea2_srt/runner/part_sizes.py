@@ -83,6 +83,7 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
         decode_tile=pixel * tile * tile,
         graph_buffers=_GRAPH_ROWS * modulation,
         # Patches and velocities, contexts, rotations, and what says where they belong.
+        quantized=dit.quantization is not None,
         graph_per_token=2 * 4 * config.in_channels + hidden * element + 4 * head_dim + 9,
     )
 

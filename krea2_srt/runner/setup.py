@@ -22,6 +22,9 @@ from krea2_srt.runner.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
+FP8_CAPABILITY = (8, 9)
+"""Of the first GPUs that multiply e4m3."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -51,13 +54,20 @@ class Setup:
         """How the GPU's memory is used; None on a CPU, where all stays where it is.
 
         Raises:
-            ConfigError: the model does not fit, or graphs are asked for where there are none.
+            ConfigError: the model does not fit, or the device does not have what is asked for.
             CheckpointError: its configs are missing or damaged.
         """
         if self.device.type != "cuda":
             if self.config.cuda_graphs == "on":
                 raise ConfigError(f"cuda_graphs: there are none on {self.device}")
             return None
+        if self.quantization is not None and self.quantization.format == "fp8":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            if (major, minor) < FP8_CAPABILITY:
+                raise ConfigError(
+                    f"quantization: fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or "
+                    f"newer, this one has {major}.{minor}"
+                )
         free, total = torch.cuda.mem_get_info(self.device)
         if self.config.gpu_memory_gib:
             free = min(free, int(self.config.gpu_memory_gib * GIB))

@@ -44,15 +44,22 @@ class TextEncoder:
         tokenizer: the checkpoint's tokenizer.
         taps: indices into the encoder's hidden states; 0 is the embedding output.
         device: where it runs.
+        resident: whether its weights are there all the time.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, taps: Sequence[int], device: torch.device
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        taps: Sequence[int],
+        device: torch.device,
+        resident: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.taps = tuple(taps)
         self.device = device
+        self.resident = resident
         self.graphs: TextGraphs | None = None
         self._suffix_ids = self._ids(SUFFIX)
         if len(self._ids(PREFIX)) != PREFIX_TOKENS or len(self._suffix_ids) != SUFFIX_TOKENS:
@@ -179,7 +186,7 @@ def load_text_encoder(
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        return TextEncoder(model, tokenizer, taps, device)
+        return TextEncoder(model, tokenizer, taps, device, resident)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of strange files

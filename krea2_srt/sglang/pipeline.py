@@ -85,7 +85,9 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         )
         # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its
         # weight updates, which would fill our fused matrices by SGLang's own names, refuse.
-        parts = (self.runner.dit, self.runner.text_encoder.model, self.runner.vae)
+        parts = [self.runner.dit, self.runner.vae]
+        if self.runner.text_encoder.resident:  # otherwise it is on the host anyway
+            parts.append(self.runner.text_encoder.model)
         return {"krea2_runner": torch.nn.ModuleList(parts)}
 
     @property

@@ -186,6 +186,12 @@ def test_graphs_get_the_fastest_that_can_be_captured(gpu, caplog):
         assert text in record.message
 
 
+def test_one_that_goes_by_segment_must_be_clearly_faster(gpu):
+    by_segment = fake("by segment", 10.0, capturable=False)
+    assert choose(by_segment, fake("at once", 10.9)).eager.name == "at once"
+    assert choose(by_segment, fake("at once", 11.1)).eager.name == "by segment"
+
+
 def test_without_any_that_can_be_captured_graphs_get_none(gpu):
     assert choose(fake("fast", 1, capturable=False)).graph is None
 

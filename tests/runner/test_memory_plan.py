@@ -116,8 +116,9 @@ def test_what_is_asked_for_is_kept_or_refused():
     assert not plan("H100", wishes=Wishes(33792, graphs=False)).max_graph_tokens
     assert plan("H100", wishes=Wishes(33792, max_graph_tokens=2048)).max_graph_tokens == 2048
     assert plan("H100", wishes=Wishes(1000, max_image_tokens=1024)).max_pack_tokens == 1000
-    with pytest.raises(ConfigError, match="text_encoder auto"):
+    with pytest.raises(ConfigError, match="text_encoder auto") as refused:
         plan("RTX 4090", FP8, Wishes(33792, text_encoder="resident"))
+    assert "fp8" not in str(refused.value)
 
 
 def test_the_table_lists_all_that_is_planned():

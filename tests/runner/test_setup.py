@@ -99,6 +99,16 @@ def test_settings_reach_the_plan(gpu):
         asked(gpu, gpu_memory_gib=0.5).plan()
 
 
+def test_fp8_needs_a_gpu_that_multiplies_it(gpu, monkeypatch):
+    fp8 = replace(gpu, quantization=Quantization("fp8"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(ConfigError, match=r"^quantization: fp8 needs .* this one has 8\.6"):
+        fp8.plan()
+    assert replace(gpu, quantization=Quantization("int8")).plan() is not None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert fp8.plan() is not None
+
+
 def test_what_the_plan_cuts_the_engine_does_not_take(gpu):
     plan = replace(gpu.plan(), max_pack_tokens=5000, max_image_tokens=64 * 64)
     config = gpu.within(plan)
