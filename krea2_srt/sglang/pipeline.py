@@ -1,5 +1,6 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,10 @@ from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_downloa
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 
+from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
-from krea2_srt.errors import ConfigError
+from krea2_srt.errors import CheckpointError, ConfigError
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.memory_plan import MemoryPlan
@@ -69,10 +71,16 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         """Load the checkpoint into the runner; downloads it first where the path is a repo id."""
         del loaded_modules
         self._load_config()
-        setup = make_setup(Path(self.model_path), server_args)
-        self.plan = setup.plan()
-        self.engine_config = setup.within(self.plan)
-        self.runner = setup.load(self.plan, backends())
+        try:
+            setup = make_setup(Path(self.model_path), server_args)
+            self.plan = setup.plan()
+            self.engine_config = setup.within(self.plan)
+            self.runner = setup.load(self.plan, backends())
+        except (CheckpointError, ConfigError) as error:
+            # Its text says all; a page of SGLang's frames would hide it. The code says that
+            # another start would end the same way.
+            print(f"krea2-srt: error: {error}", file=sys.stderr)
+            raise SystemExit(USAGE_ERROR) from None
         self.attention = self.runner.attention.name
         logger.info(
             "krea2-srt: our runner serves %s (%s, %s, %s%s, attention %s)",

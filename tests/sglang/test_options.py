@@ -264,3 +264,25 @@ def test_other_models_keep_their_own_config(registry, tmp_path):
     (folder / "model_index.json").write_text(json.dumps(index))
     info = registry.get_model_info(str(folder))
     assert "Krea2" not in f"{info.pipeline_cls}{info.pipeline_config_cls}{info.sampling_param_cls}"
+
+
+@pytest.mark.parametrize("wrong", ["setting", "checkpoint"])
+def test_what_is_wrong_at_the_start_is_one_line(
+    parse, demo_model, tmp_path, monkeypatch, capsys, wrong
+):
+    from krea2_srt.sglang import pipeline
+
+    folder = demo_model
+    if wrong == "setting":
+        monkeypatch.setenv("KREA2_SRT_ATTENTION", "fa9")
+    else:
+        folder = tmp_path
+    built = object.__new__(pipeline.Krea2RunnerPipeline)
+    built.model_path = str(folder)
+    monkeypatch.setattr(built, "_load_config", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        built.load_modules(parse(""))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("krea2-srt: error: ")
+    assert ("fa9" if wrong == "setting" else "model_index.json") in line
