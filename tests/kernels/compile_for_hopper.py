@@ -1,5 +1,5 @@
 """Compiles every kernel for Hopper at the released model's sizes, which needs no GPU, and prints
-registers and spilled bytes as JSON. A program of its own: Triton must not be interpreting.
+registers, spilled bytes and loads of 16 bytes as JSON. A program of its own: Triton must not be interpreting.
 """
 
 import json
@@ -45,7 +45,9 @@ def compiled(kernel: JITFunction, args: tuple, options: dict) -> dict[str, int]:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     built = triton.compile(source, target=TARGET, options={"num_warps": options["num_warps"]})
-    return resources(built.asm["cubin"]) | {"warps": options["num_warps"]}
+    wide = re.findall(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg[^;]*, 0x10,", built.asm["ptx"])
+    found = {"warps": options["num_warps"], "wide_loads": len(wide)}
+    return resources(built.asm["cubin"]) | found
 
 
 def resources(cubin: bytes) -> dict[str, int]:

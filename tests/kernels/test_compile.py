@@ -30,6 +30,10 @@ def test_no_kernel_spills(resources):
     assert {name: r for name, r in resources.items() if r["spilled_bytes"]} == {}
 
 
+def test_every_kernel_loads_16_bytes_at_a_time(resources):
+    assert {name: r for name, r in resources.items() if not r["wide_loads"]} == {}
+
+
 def test_a_processor_holds_enough_warps_of_every_kernel(resources):
     # It has 65,536 registers; with fewer than 16 warps nothing hides the loads.
     held = {

@@ -21,7 +21,7 @@ from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.memory_plan import GIB
 from krea2_srt.runner.setup import Setup
-from tests.conftest import CPU
+from tests.conftest import CPU, relative_error
 from tests.runner.recorded_graph import record
 from tests.runner.test_graphs import device_attention
 
@@ -49,11 +49,12 @@ def test_a_cpu_needs_no_plan_and_draws(setup, runner):
     assert setup.within(None) is setup.engine
     loaded = setup.load(None)
     assert loaded.graphs is None
-    assert torch.equal(draw(loaded), draw(runner))
+    assert relative_error(draw(loaded), draw(runner)) <= 1e-6
 
 
 def test_an_offloaded_encoder_is_possible_on_a_cpu_too(setup, runner):
-    assert torch.equal(draw(asked(setup, text_encoder="offload").load(None)), draw(runner))
+    offloaded = asked(setup, text_encoder="offload").load(None)
+    assert relative_error(draw(offloaded), draw(runner)) <= 1e-6
 
 
 @pytest.mark.parametrize(
