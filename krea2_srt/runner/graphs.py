@@ -38,7 +38,7 @@ Replay = Callable[[], None]
 class Capture(Protocol):
     """Turns a function that queues work on static buffers into one that repeats it."""
 
-    def __call__(self, function: Callable[[], None]) -> Replay: ...
+    def __call__(self, function: Callable[[], object]) -> Replay: ...
 
 
 class CudaCapture:
@@ -49,7 +49,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], None]) -> Replay:
+    def __call__(self, function: Callable[[], object]) -> Replay:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             # Kernels are built and library handles made here: not possible under capture.
@@ -199,7 +199,8 @@ class StepGraphs:
         capture: how graphs are captured.
         max_tokens: of a graph.
         max_segments: of a graph, its padding's own included.
-        max_graphs: kept at a time; the one used last longest ago makes room.
+        max_graphs: kept at a time, a whole schedule for as many as it has steps; the one used last
+            longest ago makes room.
     """
 
     def __init__(
@@ -317,6 +318,10 @@ class StepGraphs:
         self._uses[key] = self._uses.get(key, 0) + 1
         return self._uses[key] >= USES_BEFORE_CAPTURE
 
+    def _steps(self) -> int:
+        """Of all graphs: one of a whole schedule takes the memory of as many as it has steps."""
+        return sum(key.steps for key in self._graphs)
+
     def _add(self, key: GraphKey) -> Replay | None:
         start = time.perf_counter()
         try:
@@ -330,7 +335,7 @@ class StepGraphs:
             self._failed.add(key)
             logger.warning("krea2-srt: no CUDA graph for %s: %s", key, first_line(error))
             return None
-        while len(self._graphs) >= self._max_graphs:
+        while self._graphs and self._steps() + key.steps > self._max_graphs:
             self._graphs.popitem(last=False)
         self._graphs[key] = replay
         logger.debug("krea2-srt: captured %s in %.2f s", key, time.perf_counter() - start)

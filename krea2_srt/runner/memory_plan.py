@@ -61,12 +61,16 @@ class PartSizes:
         """Of one image's decode."""
         return self.decode_tile + self.decode_per_pixel * image_tokens * 256
 
-    def graphs(self, tokens: int, count: int) -> int:
-        """Of graphs of up to so many tokens, with their buffers and the pool that they share."""
+    def graphs(self, tokens: int, count: int, encoder: bool) -> int:
+        """Of graphs of up to so many tokens, with their buffers and the pool that they share; with
+        or without those of the text encoder.
+        """
         if not tokens:
             return 0
-        per_token = self.graph_per_token + self.step_per_token
-        return self.graph_buffers + per_token * tokens + count * GRAPH_BYTES
+        pool = self.step_per_token * tokens
+        if encoder:  # of up to half as many prompts as are encoded together at most
+            pool = max(pool, self.encode // 2)
+        return self.graph_buffers + self.graph_per_token * tokens + pool + count * GRAPH_BYTES
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,8 @@ def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> Memo
     """Decide what to do with a GPU's memory.
 
     What does not fit is given up in this order: graphs of large packs, a second decode beside
-    the steps, a budget of more than one largest image, the encoder's place on the GPU, and the
-    largest images.
+    the steps, a budget of more than one largest image, all graphs, the encoder's place on the GPU,
+    and the largest images.
 
     Args:
         free, total: bytes of the GPU.
@@ -163,7 +167,7 @@ def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> Memo
         encoder = sizes.text_encoder if draft.resident else 0
         beside = encoder + draft.decodes * sizes.decode(draft.image_tokens)
         beside += _held(draft, sizes, wishes)
-        left = room - beside - sizes.graphs(draft.graph_tokens, draft.graphs)
+        left = room - beside - sizes.graphs(draft.graph_tokens, draft.graphs, draft.resident)
         encode = sizes.encode + (0 if draft.resident else sizes.text_encoder_unit)
         budget = min(wishes.max_pack_tokens, left // sizes.step_per_token)
         least = wishes.max_pack_tokens if draft.whole_budget else 0
@@ -184,8 +188,11 @@ def _drafts(wishes: Wishes) -> Iterator[_Draft]:
         count = next((n for most, n in reversed(_GRAPHS) if most >= wishes.max_graph_tokens), 192)
         smaller = [g for g in _GRAPHS if g[0] < wishes.max_graph_tokens]
         graphs = ((wishes.max_graph_tokens, count), *smaller)
-    for image, keep, whole, decodes, (tokens, count) in product(
-        sizes, resident[wishes.text_encoder], (True, False), (2, 1), graphs
+    # Graphs of small packs are worth more than a second decode, or two largest images in a pack.
+    some = [graph for graph in graphs if graph[0]]
+    work = [*product((True, False), (2, 1), some), *product((True, False), (2, 1), _GRAPHS[-1:])]
+    for image, keep, (whole, decodes, (tokens, count)) in product(
+        sizes, resident[wishes.text_encoder], work
     ):
         yield _Draft(image, keep, whole, decodes, tokens, count)
 
@@ -209,7 +216,7 @@ def _plan(
 ) -> MemoryPlan:
     side = round((draft.image_tokens * 256) ** 0.5)
     where = "resident" if draft.resident else "offloaded: on the host between uses"
-    graphs = sizes.graphs(draft.graph_tokens, draft.graphs)
+    graphs = sizes.graphs(draft.graph_tokens, draft.graphs, draft.resident)
     rows = (
         ("transformer", sizes.dit, "resident"),
         ("text encoder", sizes.text_encoder if draft.resident else 0, where),

@@ -12,6 +12,7 @@ from krea2_srt.model.weights import parse_json
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.memory_plan import PartSizes
 from krea2_srt.runner.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
+from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 from krea2_srt.runner.vae import VAEConfig, VAEDecoder, default_tile
 
 _ENCODED_TOGETHER = 8
@@ -69,6 +70,8 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
     text_element = next(text.parameters()).dtype.itemsize
     pixel = _LIVE_IMAGES * vae.dtype.itemsize * vae.config.base_dim
     modulation = config.num_layers * 2 * hidden * (4 + 4 + element) + 2 * 4 * hidden
+    state = config.num_text_layers * sizes.hidden_size * text_element
+    prompts = MAX_ROWS * MAX_LENGTH * (8 + state)
     return PartSizes(
         dit=num_bytes([dit]),
         text_encoder=num_bytes([text]),
@@ -81,7 +84,7 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
         # Half the width and height, at twice the channels, for the whole image; then in tiles.
         decode_per_pixel=pixel * 2 // 4,
         decode_tile=pixel * tile * tile,
-        graph_buffers=_GRAPH_ROWS * modulation,
+        graph_buffers=_GRAPH_ROWS * modulation + prompts,
         # Patches and velocities, contexts, rotations, and what says where they belong.
         quantized=dit.quantization is not None,
         graph_per_token=2 * 4 * config.in_channels + hidden * element + 4 * head_dim + 9,

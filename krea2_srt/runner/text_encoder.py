@@ -93,7 +93,11 @@ class TextEncoder:
 
     def use_graphs(self, capture: Capture) -> None:
         """Run the model on CUDA graphs from now on; its weights must stay where they are."""
-        self.graphs = TextGraphs(self._tapped, self.device, capture)
+        dtype = next(self.model.parameters()).dtype
+        state = torch.empty(
+            len(self.taps), self.model.config.hidden_size, dtype=dtype, device=self.device
+        )
+        self.graphs = TextGraphs(self._tapped, state, capture)
 
     def _tapped(self, ids: Tensor) -> Tensor:
         """Token ids [rows, length] -> [rows, length, taps, hidden]."""

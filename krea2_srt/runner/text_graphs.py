@@ -11,7 +11,9 @@ from krea2_srt.runner.graphs import USES_BEFORE_CAPTURE, Capture, Replay
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 8
+MAX_ROWS = 4
+"""Of a graph; more prompts keep the device busy for longer than they take to launch."""
+
 MAX_LENGTH = 576
 """Of a graph; the template and the longest prompt are 551 tokens."""
 
@@ -26,17 +28,20 @@ class TextGraphs:
 
     Args:
         forward: token ids [rows, length] -> states [rows, length, ...].
-        device: where the ids go.
+        state: one token's states, for their shape, dtype and device.
         capture: how graphs are captured.
     """
 
     def __init__(
-        self, forward: Callable[[Tensor], Tensor], device: torch.device, capture: Capture
+        self, forward: Callable[[Tensor], Tensor], state: Tensor, capture: Capture
     ) -> None:
         self._forward = forward
         self._capture = capture
-        self._ids = torch.zeros(MAX_ROWS * MAX_LENGTH, dtype=torch.int64, device=device)
-        self._graphs: dict[Key, tuple[Replay, Tensor]] = {}
+        count = MAX_ROWS * MAX_LENGTH
+        # Shared by all graphs: each result of its own would take gigabytes.
+        self._ids = torch.zeros(count, dtype=torch.int64, device=state.device)
+        self._states = state.new_zeros(count, *state.shape)
+        self._graphs: dict[Key, Replay] = {}
         self._uses: dict[Key, int] = {}
         self._failed = False
 
@@ -56,12 +61,11 @@ class TextGraphs:
         key = (1 << (rows - 1).bit_length(), -(-length // LENGTH_STEP) * LENGTH_STEP)
         if not self._worth_it(key):
             return self._forward(padded(ids, rows, length).to(self._ids.device))
-        places = self._ids[: key[0] * key[1]].view(key)
+        places, states = self._places(key)
         places.copy_(padded(ids, *key))
-        graph = self._graphs.get(key) or self._add(key, places)
-        if graph is None:
+        replay = self._graphs.get(key) or self._add(key)
+        if replay is None:
             return self._forward(places)
-        replay, states = graph
         replay()
         return states
 
@@ -70,7 +74,7 @@ class TextGraphs:
         """Capture the graph for prompts of up to this size now; whether there is one."""
         key = (rows, length)
         if key not in self._graphs and not self._failed:
-            self._add(key, self._ids[: rows * length].view(key))
+            self._add(key)
         return key in self._graphs
 
     def release(self) -> None:
@@ -83,21 +87,22 @@ class TextGraphs:
         self._uses[key] = self._uses.get(key, 0) + 1
         return key in self._graphs or self._uses[key] >= USES_BEFORE_CAPTURE
 
-    def _add(self, key: Key, places: Tensor) -> tuple[Replay, Tensor] | None:
-        found: list[Tensor] = []
+    def _places(self, key: Key) -> tuple[Tensor, Tensor]:
+        """Ids and states of padded prompts of a size."""
+        count = key[0] * key[1]
+        return self._ids[:count].view(key), self._states[:count].unflatten(0, key)
 
-        def forward() -> None:
-            found[:] = [self._forward(places)]
-
+    def _add(self, key: Key) -> Replay | None:
+        places, states = self._places(key)
         try:
-            replay = self._capture(forward)
+            replay = self._capture(lambda: states.copy_(self._forward(places)))
         except Exception as error:
             # The model is transformers' own: what one size cannot do, none can.
             self._failed = True
             logger.warning("krea2-srt: no CUDA graphs of the text encoder: %s", first_line(error))
             return None
-        self._graphs[key] = replay, found[0]
-        return self._graphs[key]
+        self._graphs[key] = replay
+        return replay
 
 
 def padded(ids: Sequence[Sequence[int]], rows: int, length: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Compiles every kernel for Hopper at the released model's sizes, which needs no GPU, and prints
-registers, spilled bytes and loads of 16 bytes as JSON. A program of its own: Triton must not be interpreting.
+registers, spilled bytes and loads of 16 bytes as JSON. A program of its own: Triton must not be
+interpreting.
 """
 
 import json

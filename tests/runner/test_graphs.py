@@ -259,6 +259,20 @@ def test_the_graph_used_last_longest_ago_makes_room(runner, captures, packs):
     assert captures.count == 4
 
 
+def test_a_whole_schedule_takes_the_room_of_its_steps(runner, captures, packs):
+    graphs = StepGraphs(runner.dit, device_attention, captures, MAX_TOKENS, max_graphs=4)
+    shapes = [("a", 16 * side, 64, 0.0) for side in (4, 10, 16)]
+    for image in shapes:
+        for _ in range(2):
+            flags = step(graphs, packs, sequences(runner, image))
+        assert flags is not None
+    assert len(graphs) == 3
+    for _ in range(2):
+        flags = step(graphs, packs, sequences(runner, shapes[0], steps=3), steps=3)
+    assert flags is not None
+    assert len(graphs) == 2
+
+
 def test_graphs_are_captured_anew_after_a_release(runner, graphs, packs, captures):
     those = sequences(runner, *ONE)
     step(graphs, packs, those)
