@@ -31,7 +31,6 @@ from benchmarks.on_gpu import (
     vae,
 )
 from benchmarks.on_gpu.context import Context, Part
-from krea2_srt.errors import first_line
 from krea2_srt.kernels.launch import config_file
 
 PARTS: dict[str, Part] = {
@@ -80,14 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         tune_kernels.store(found, args.output / config_file(name).name, name)
     for name in args.only or PARTS:
         start = time.perf_counter()
-        try:
-            with torch.inference_mode():
-                PARTS[name](context)
-        except Exception as error:
-            # The others still say something.
-            context.findings.failures[name] = first_line(error)
-            if isinstance(error, correctness.WrongResult):
-                print(f"{name}: {error}", file=sys.stderr)
+        with context.findings.attempt(name), torch.inference_mode():
+            PARTS[name](context)
         seconds = time.perf_counter() - start
         print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
         # After every part, so that a time limit loses nothing.

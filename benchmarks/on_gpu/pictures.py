@@ -18,9 +18,10 @@ def run(context: Context) -> None:
     runners = {"bf16": context.runner, "fp8": context.fp8_runner}
     for side in (32,) if context.smoke else SIDES:
         works = [lambda r=runner, s=side: _draw(r, s) for runner in runners.values()]
-        found = timings(works, context.device, 2 * context.seconds, repeats=10)
-        for how, timing in zip(runners, found, strict=True):
-            context.findings.rows.append(timed("pictures", f"{name_of(side)} {how}", timing))
+        with context.findings.attempt(f"pictures: {name_of(side)}"):
+            found = timings(works, context.device, 2 * context.seconds, repeats=10)
+            for how, timing in zip(runners, found, strict=True):
+                context.findings.rows.append(timed("pictures", f"{name_of(side)} {how}", timing))
     if context.device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(context.device) / 2**30
         note = "all models of this benchmark, bf16 and fp8"

@@ -1,8 +1,11 @@
 """What is measured, as rows of one table."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from benchmarks.on_gpu.timing import Timing
+from krea2_srt.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ class Findings:
 
     rows: list[Row] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Note what fails, and go on: the rest still says something."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[what] = first_line(error)
 
     def get(self, part: str, what: str) -> float | None:
         """A figure, if it was measured."""

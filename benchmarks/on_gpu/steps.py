@@ -43,11 +43,15 @@ def run(context: Context) -> None:
         works["plain"] = lambda s=sequence: _plain(context, plain, s)
         on_gpu = context.device.type == "cuda"
         if on_gpu and side in COMPILED_SIDES and time.perf_counter() < compile_end:
-            works["compiled"] = lambda s=sequence: _plain(context, compiled, s)
-        _time(context, works, name_of(side), [sequence])
+            with context.findings.attempt(f"steps: torch.compile at {name_of(side)}"):
+                _plain(context, compiled, sequence)
+                works["compiled"] = lambda s=sequence: _plain(context, compiled, s)
+        with context.findings.attempt(f"steps: {name_of(side)}"):
+            _time(context, works, name_of(side), [sequence])
     for side, count in ((32, 3),) if context.smoke else PACKS:
         sequences = images(context.runner, ((side, side),) * count)
-        _time(context, _ours(context, sequences), name_of(side, count), sequences)
+        with context.findings.attempt(f"steps: {name_of(side, count)}"):
+            _time(context, _ours(context, sequences), name_of(side, count), sequences)
     for side in sides[:2]:
         _host_time(context, side)
 

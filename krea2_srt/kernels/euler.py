@@ -45,7 +45,11 @@ def euler_step(
     broken.zero_().index_add_(0, row, odd.to(broken.dtype)).clamp_(max=1)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# dt and guidance are rows of one small matrix: how they are aligned must not compile another kernel
+# while requests wait.
+@triton.jit(
+    do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["dt_ptr", "guidance_ptr"]
+)
 def _euler_kernel(
     tokens_ptr,
     velocity_ptr,

@@ -1,6 +1,7 @@
 """The GPU benchmark, tried on the CPU: its baselines, its tables, and that it runs to the end."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,3 +224,11 @@ def test_fewer_tokens_are_spread_over_all_processors():
 def test_names_of_sizes():
     assert steps.name_of(256) == "256x256"
     assert steps.name_of(256, 8) == "8 of 256x256"
+
+
+def test_the_committed_table_is_that_of_the_committed_figures():
+    folder = Path(gpu.__file__).parent / "results"
+    stored = json.loads((folder / "gpu.json").read_text())
+    rows = [Row(**{k: v for k, v in row.items() if k != "share"}) for row in stored["rows"]]
+    found = Findings(rows, stored["failures"]) if stored["machine"] else None
+    assert (folder / "gpu.md").read_text() == report.markdown(found, stored["machine"])

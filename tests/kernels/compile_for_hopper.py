@@ -37,7 +37,7 @@ def compiled(kernel: JITFunction, args: tuple, options: dict) -> dict[str, int]:
         value = args[position]
         if isinstance(value, torch.Tensor):
             signature[name] = triton.runtime.jit.mangle_type(value)
-            divisible = True
+            divisible = not kernel.params[position].do_not_specialize_on_alignment
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
             free = kernel.params[position].do_not_specialize

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from krea2_srt.kernels.operations import TORCH, TRITON
 from krea2_srt.kernels.quantize import (
@@ -187,6 +189,30 @@ def test_quantised_results(do, format, dtype, lengths, width):
     check_fp8(do.silu_mul(torch.cat([gate, x], 1), format), expected, format.rotation)
 
 
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
+    width=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_kernels_on_random_shapes(lengths, width, dtype, seed):
+    do, tokens, rows = TRITON, sum(lengths), rows_of(lengths)
+    x, branch = (random(tokens, width, dtype=dtype, seed=seed + i) for i in range(2))
+    gate, (scale, shift) = random(len(lengths), width, dtype=dtype), tables(lengths, width)
+    check(do.norm_scale_shift(x, scale, shift, rows, EPS), exact_norm(x, scale, shift, rows), dtype)
+    got = do.add_gated_norm(x, gate, branch, scale, shift, rows, EPS)
+    check(got, exact_norm(x, scale, shift, rows), dtype)
+    check(do.sigmoid_gate(x, branch), x.double() * torch.sigmoid(branch.double()), dtype)
+    expected = torch.nn.functional.silu(branch.double()) * x.double()
+    check(do.silu_mul(torch.cat([branch, x], 1)), expected, dtype)
+    weight, bias = random(16, width, dtype=dtype), random(16, dtype=dtype)
+    expected = exact_norm(x, scale, shift, rows) @ weight.double().T + bias.double()
+    check(do.final_layer(x, scale, shift, rows, EPS, weight, bias), expected, dtype)
+
+
 @both
 def test_a_token_of_zeros_is_quantised_to_zeros(do):
     got = do.silu_mul(torch.zeros(3, 128, dtype=torch.bfloat16), TokenFormat())
@@ -242,6 +268,7 @@ def test_euler_step(do, dtype):
 
 
 @both
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_euler_step_tells_which_rows_are_no_longer_finite(do, value):
     case = euler_case(torch.float32)
