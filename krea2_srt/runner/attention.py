@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 HEADS, KV_HEADS, HEAD_DIM = 48, 12, 128
 """Of the released model, on which candidates are tried and timed."""
 
+HOPPER, BLACKWELL = (9,), (10,)
+"""Major compute capabilities."""
+
 LARGE_PACK = (4160,)
 """Segments of the pack on which the eager back end is chosen: one image of 1024 x 1024."""
 
@@ -51,11 +54,14 @@ class AttentionBackend:
         attend: does it.
         capturable: it reads segment offsets on the device alone, never ``segments.spans``, so that
             a CUDA graph of it serves other lengths.
+        majors: compute capabilities that it is made for; elsewhere it is tried only when forced,
+            since to find out that it does not run there can take half a minute. None is any.
     """
 
     name: str
     attend: VarlenAttention
     capturable: bool
+    majors: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
 
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`VarlenAttention` on the FlashAttention-4 package. Hopper and Blackwell."""
+    """`VarlenAttention` on the FlashAttention-4 package. Blackwell."""
     from flash_attn.cute import flash_attn_varlen_func
 
     return _flash_attention(flash_attn_varlen_func, q, k, v, segments)
@@ -174,9 +180,9 @@ def known_backends() -> dict[str, AttentionBackend]:
         AttentionBackend("cudnn_repeated", cudnn_attention(grouped=False), capturable=False),
     ]
     if find_spec("flash_attn_interface") is not None:
-        found.append(AttentionBackend("fa3", flash_attention_3, capturable=True))
+        found.append(AttentionBackend("fa3", flash_attention_3, True, HOPPER))
     if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
-        found.append(AttentionBackend("fa4", flash_attention_4, capturable=True))
+        found.append(AttentionBackend("fa4", flash_attention_4, True, BLACKWELL))
     return {backend.name: backend for backend in found}
 
 
@@ -220,6 +226,8 @@ def choose_attention(
     eager: dict[str, float] = {}
     graph: dict[str, float] = {}
     for name, backend in candidates.items():
+        if backend.majors is not None and _major(device) not in backend.majors:
+            continue
         if reason := _fault(backend, device, dtype):
             logger.info("krea2-srt: attention %s is passed over: %s", name, reason)
             continue
@@ -261,12 +269,14 @@ def cuda_milliseconds(function: Callable[[], object]) -> float:
     return median(times)
 
 
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def _can_flash(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there is more than SDPA: all kernels need 16 bits, and Ampere or newer."""
     return (
-        device.type == "cuda"
-        and dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(device)[0] >= 8
+        device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _major(device) >= 8
     )
 
 

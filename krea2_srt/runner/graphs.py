@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -47,7 +48,8 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, function: Callable[[], object]) -> Replay:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -55,6 +57,8 @@ class CudaCapture:
             # Kernels are built and library handles made here: not possible under capture.
             function()
         torch.cuda.synchronize(self._device)
+        if not self._alive:  # a pool that no graph holds any more cannot be captured into
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph, which collects garbage and empties the allocator's cache first: a
         # pause while requests wait. The collector just must not free device objects in between.
@@ -71,6 +75,7 @@ class CudaCapture:
         finally:
             if collecting:
                 gc.enable()
+        self._alive.add(graph)
         return graph.replay
 
 

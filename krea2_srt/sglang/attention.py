@@ -4,7 +4,7 @@ from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.pack import Segments
-from krea2_srt.runner.attention import AttentionBackend, known_backends
+from krea2_srt.runner.attention import BLACKWELL, HOPPER, AttentionBackend, known_backends
 
 
 def flash_attention(version: int) -> VarlenAttention:
@@ -33,7 +33,7 @@ def flash_attention(version: int) -> VarlenAttention:
 def backends() -> dict[str, AttentionBackend]:
     """`known_backends`, with SGLang's FlashAttention-3 (Hopper) and 4 in place of packages."""
     ours = {
-        name: AttentionBackend(name, flash_attention(version), capturable=True)
-        for name, version in (("fa3", 3), ("fa4", 4))
+        name: AttentionBackend(name, flash_attention(version), True, majors)
+        for name, version, majors in (("fa3", 3, HOPPER), ("fa4", 4, BLACKWELL))
     }
     return known_backends() | ours

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,14 @@ def test_one_that_fails_its_trial_is_passed_over(gpu, fault, caplog):
     assert "broken" in passed_over[0]
     assert "\n" not in passed_over[0]
     assert choose(fake("broken", 1, fault=fault)).name == "sdpa"
+
+
+@pytest.mark.parametrize(("major", "name"), [(8, "any"), (9, "hopper"), (10, "any")])
+def test_one_is_only_tried_on_gpus_that_it_is_made_for(gpu, monkeypatch, major, name):
+    monkeypatch.setattr(attention, "_major", lambda device: major)
+    candidates = [fake("any", 2), replace(fake("hopper", 1), majors=(9,))]
+    assert choose(*candidates).name == name
+    assert choose(*candidates, forced="hopper").name == "hopper"
 
 
 def test_a_forced_one_is_taken_without_a_race(gpu):
