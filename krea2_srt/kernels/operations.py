@@ -1,107 +1,30 @@
 """The kernels as one table, so that a model runs on either kind."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from krea2_srt.kernels import euler, final_layer, gates, norm, qk_norm_rope
-from krea2_srt.kernels.quantize import TokenFormat, Tokens
-from krea2_srt.kernels.token_rows import TokenRows
-
-
-class NormScaleShift(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        rows: TokenRows,
-        eps: float,
-        format: TokenFormat | None = None,
-    ) -> Tokens: ...
-
-
-class AddGated(Protocol):
-    def __call__(self, x: Tensor, gate: Tensor, branch: Tensor, rows: TokenRows) -> Tensor: ...
-
-
-class AddGatedNorm(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        gate: Tensor,
-        branch: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        rows: TokenRows,
-        eps: float,
-        format: TokenFormat | None = None,
-    ) -> Tokens: ...
-
-
-class QKNormRope(Protocol):
-    def __call__(
-        self,
-        projection: Tensor,
-        q_scale: Tensor,
-        k_scale: Tensor,
-        rope: Tensor | None,
-        heads: int,
-        kv_heads: int,
-        eps: float,
-    ) -> None: ...
-
-
-class SigmoidGate(Protocol):
-    def __call__(self, out: Tensor, gate: Tensor, format: TokenFormat | None = None) -> Tokens: ...
-
-
-class SiluMul(Protocol):
-    def __call__(self, gate_up: Tensor, format: TokenFormat | None = None) -> Tokens: ...
-
-
-class FinalLayer(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        rows: TokenRows,
-        eps: float,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor: ...
-
-
-class EulerStep(Protocol):
-    def __call__(
-        self,
-        tokens: Tensor,
-        velocity: Tensor,
-        row: Tensor,
-        partner: Tensor,
-        dt: Tensor,
-        guidance: Tensor,
-        guided: Tensor,
-        broken: Tensor,
-    ) -> None: ...
+from krea2_srt.kernels.quantize import Tokens
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What lies between the matrix multiplications; see the functions of the same names."""
+    """What lies between the matrix multiplications; see the functions of the same names, whose
+    signatures both kinds have.
+    """
 
     name: str
-    norm_scale_shift: NormScaleShift
-    add_gated: AddGated
-    add_gated_norm: AddGatedNorm
-    qk_norm_rope: QKNormRope
-    sigmoid_gate: SigmoidGate
-    silu_mul: SiluMul
-    final_layer: FinalLayer
-    euler_step: EulerStep
+    norm_scale_shift: Callable[..., Tokens]
+    add_gated: Callable[..., Tensor]
+    add_gated_norm: Callable[..., Tokens]
+    qk_norm_rope: Callable[..., None]
+    sigmoid_gate: Callable[..., Tokens]
+    silu_mul: Callable[..., Tokens]
+    final_layer: Callable[..., Tensor]
+    euler_step: Callable[..., None]
 
 
 TORCH = Operations(

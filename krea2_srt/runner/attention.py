@@ -138,19 +138,25 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Te
     """`VarlenAttention` on the FlashAttention-3 package. Hopper only."""
     from flash_attn_interface import flash_attn_varlen_func
 
-    return _flash_attention(flash_attn_varlen_func, q, k, v, segments)
+    return call_flash_attention(flash_attn_varlen_func, q, k, v, segments)
 
 
 def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """`VarlenAttention` on the FlashAttention-4 package. Blackwell."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    return _flash_attention(flash_attn_varlen_func, q, k, v, segments)
+    return call_flash_attention(flash_attn_varlen_func, q, k, v, segments)
 
 
-def _flash_attention(
-    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, segments: Segments
+def call_flash_attention(
+    function: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    **options: Any,
 ) -> Tensor:
+    """A ``flash_attn_varlen_func`` on a pack; all packages give it the same arguments."""
     out = function(
         q,
         k,
@@ -160,6 +166,7 @@ def _flash_attention(
         max_seqlen_q=segments.max_seqlen,
         max_seqlen_k=segments.max_seqlen,
         causal=False,
+        **options,
     )
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found

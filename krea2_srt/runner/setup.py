@@ -8,7 +8,7 @@ import torch
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.errors import ConfigError
-from krea2_srt.kernels.operations import TORCH, TRITON, Operations
+from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
@@ -146,9 +146,9 @@ class Setup:
         int8 = self.quantization is not None and self.quantization.format == "int8"
         if self.config.kernels == "triton" and (self.device.type != "cuda" or int8):
             raise ConfigError(f"kernels: triton does not run on {self.device} in this setting")
-        if self.config.kernels == "torch" or self.device.type != "cuda" or int8:
+        if self.config.kernels == "torch" or int8:
             return TORCH
-        return TRITON
+        return default_operations(self.device)
 
     def _use_graphs(self, runner: Krea2Runner, plan: MemoryPlan) -> None:
         if runner.attention.graph is None:

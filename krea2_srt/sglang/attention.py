@@ -4,7 +4,13 @@ from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.pack import Segments
-from krea2_srt.runner.attention import BLACKWELL, HOPPER, AttentionBackend, known_backends
+from krea2_srt.runner.attention import (
+    BLACKWELL,
+    HOPPER,
+    AttentionBackend,
+    call_flash_attention,
+    known_backends,
+)
 
 
 def flash_attention(version: int) -> VarlenAttention:
@@ -14,18 +20,7 @@ def flash_attention(version: int) -> VarlenAttention:
         # Here, so that a kernel that cannot be imported fails its trial and no more.
         from sglang.kernels.ops.attention.flash_attention import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=segments.cu_seqlens,
-            cu_seqlens_k=segments.cu_seqlens,
-            max_seqlen_q=segments.max_seqlen,
-            max_seqlen_k=segments.max_seqlen,
-            causal=False,
-            ver=version,
-        )
-        return out[0] if isinstance(out, tuple) else out
+        return call_flash_attention(flash_attn_varlen_func, q, k, v, segments, ver=version)
 
     return attend
 

@@ -1,7 +1,8 @@
 """Triton kernels and their torch references, in Triton's interpreter, against float64."""
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -290,6 +291,14 @@ def test_the_rotation_is_its_own_inverse():
 )
 def test_the_block_of_a_rotation_fits_the_width(width, block):
     assert rotation_block(width) == block
+
+
+def test_both_kinds_have_the_same_signatures():
+    for field in fields(TORCH):
+        if field.name != "name":
+            torchs, tritons = (getattr(do, field.name) for do in (TORCH, TRITON))
+            assert inspect.signature(torchs) == inspect.signature(tritons)
+            assert torchs is not tritons
 
 
 def test_int8_is_left_to_torch():
