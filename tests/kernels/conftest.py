@@ -11,14 +11,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     convert = interpreter._convert_float
 
-    def convert_to_fp8(data, source, target, rounding):
-        # The interpreter's own conversion loses the carry of 1.99 to 2.0, and gives 1.0.
-        if target != tl.float8e4nv or source != tl.float32:
-            return convert(data, source, target, rounding)
-        values = torch.from_numpy(data.astype("float32")).to(torch.float8_e4m3fn)
-        return values.view(torch.uint8).numpy().reshape(data.shape)
+    formats = {
+        tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8),
+        tl.bfloat16: (torch.bfloat16, torch.uint16),
+    }
 
-    monkeypatch.setattr(interpreter, "_convert_float", convert_to_fp8)
+    def convert_as_a_gpu(data, source, target, rounding):
+        # The interpreter's own conversion loses the carry of 1.99 to 2.0 in fp8, and gives 1.0; to
+        # bf16 it cuts where a GPU rounds.
+        if target not in formats or source != tl.float32:
+            return convert(data, source, target, rounding)
+        dtype, bits = formats[target]
+        values = torch.from_numpy(data.astype("float32")).to(dtype)
+        return values.view(bits).numpy().reshape(data.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_as_a_gpu)
     dot = interpreter.InterpreterBuilder.create_dot
 
     def dot_of_bf16(self, a, b, *rest):
