@@ -30,8 +30,6 @@ from krea2_srt.runner.vae import VAEDecoder
 TEXT_TOKENS = 64
 """Of all prompts: an image of 1024 x 1024 is then a sequence of 4160 tokens."""
 
-MAX_GRAPH_TOKENS = 16896
-
 
 @dataclass
 class Context:
@@ -95,9 +93,9 @@ class Context:
         """In fp8, without graphs."""
         return self._runner(quantized_copy(self.dit, Quantization("fp8")))
 
-    @property
+    @cached_property
     def capture(self) -> Capture | None:
-        """How graphs are captured; a trial without a GPU has none."""
+        """How graphs are captured, all into one pool; a trial without a GPU has none."""
         return CudaCapture(self.device) if self.device.type == "cuda" else None
 
     def _runner(self, dit: Krea2DiT) -> Krea2Runner:

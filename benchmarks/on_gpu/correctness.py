@@ -2,11 +2,12 @@
 
 import torch
 
-from benchmarks.on_gpu.context import MAX_GRAPH_TOKENS, TEXT_TOKENS, Context
+from benchmarks.on_gpu.context import TEXT_TOKENS, Context
 from benchmarks.on_gpu.kernel_cases import exact_cases
 from benchmarks.on_gpu.rows import Row
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 
 SIDES = ((256, 256), (512, 320), (256, 256), (64, 128))

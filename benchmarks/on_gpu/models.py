@@ -5,15 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.runner.text_encoder import DEFAULT_TAPS, PREFIX, PREFIX_TOKENS, SUFFIX, TextEncoder
+from krea2_srt.runner.text_encoder import (
+    DEFAULT_TAPS,
+    PREFIX,
+    PREFIX_TOKENS,
+    SUFFIX,
+    TextEncoder,
+    empty_text_model,
+)
 from krea2_srt.runner.vae import VAEConfig, VAEDecoder
-
-_VAE_CHANNELS = (False, True, True)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ RELEASED = Architecture(
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000,
+            "mrope_interleaved": True,
+            "mrope_section": [24, 20, 20],
+        },
     },
     96,
 )
@@ -60,6 +70,12 @@ TINY = Architecture(
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000,
+            "mrope_interleaved": True,
+            "mrope_section": [6, 5, 5],
+        },
     },
     16,
 )
@@ -115,27 +131,8 @@ def random_text_encoder(
     architecture: Architecture, device: torch.device, dtype: torch.dtype
 ) -> TextEncoder:
     """Qwen3-VL's text model, cut after the last tap."""
-    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
-
-    config = Qwen3VLTextConfig(
-        vocab_size=151936,
-        num_hidden_layers=max(DEFAULT_TAPS),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 5000000,
-            "mrope_interleaved": True,
-            "mrope_section": [architecture.text["head_dim"] // 2 - 40, 20, 20]
-            if architecture.text["head_dim"] > 80
-            else [6, 5, 5],
-        },
-        **architecture.text,
-    )
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):
-        model: Any = Qwen3VLTextModel(config).to(dtype)
-    rotary = type(model.rotary_emb)(config=config)
-    model.norm = nn.Identity()
-    model = model.to_empty(device=device)
+    empty, rotary = empty_text_model(architecture.text, max(DEFAULT_TAPS), dtype)
+    model: Any = empty.to_empty(device=device)
     model.rotary_emb = rotary.to(device)
     generator = torch.Generator(device).manual_seed(1)
     for parameter in model.parameters():
@@ -150,7 +147,7 @@ def random_text_encoder(
 def random_vae(width: int, device: torch.device, dtype: torch.dtype) -> VAEDecoder:
     """The Qwen-Image VAE's decoder."""
     zeros, ones = (0.0,) * 16, (1.0,) * 16
-    config = VAEConfig(width, 16, (1, 2, 4, 4), 2, _VAE_CHANNELS, zeros, ones)
+    config = VAEConfig(width, 16, (1, 2, 4, 4), 2, (False, True, True), zeros, ones)
     with torch.device(device):
         vae = VAEDecoder(config, dtype).eval()
     generator = torch.Generator(device).manual_seed(2)

@@ -6,12 +6,13 @@ from statistics import median
 
 import torch
 
-from benchmarks.on_gpu.context import MAX_GRAPH_TOKENS, Context
+from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.correctness import images
 from benchmarks.on_gpu.plain_dit import PlainDiT
 from benchmarks.on_gpu.rows import Row, timed
 from benchmarks.on_gpu.timing import timings
 from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 
 SIDES = (256, 512, 768, 1024, 1536, 2048)

@@ -45,22 +45,18 @@ def _value(part: str, what: str) -> Figure:
     return lambda findings: findings.get(part, what)
 
 
-def _share(what: str) -> Figure:
-    """Of its floor, in percent."""
+def _share(what: str, as_figure: Callable[[float], float] = lambda share: 100 * share) -> Figure:
+    """Of its floor, in percent unless told otherwise."""
 
     def figure(findings: Findings) -> float | None:
         row = findings.row("steps", what)
-        return None if row is None or row.share is None else 100 * row.share
+        return None if row is None or row.share is None else as_figure(row.share)
 
     return figure
 
 
 def _over_floor(what: str) -> Figure:
-    def figure(findings: Findings) -> float | None:
-        row = findings.row("steps", what)
-        return None if row is None or row.share is None else 1 / row.share
-
-    return figure
+    return _share(what, lambda share: 1 / share)
 
 
 def _ratio(part: str, slow: str, fast: str) -> Figure:

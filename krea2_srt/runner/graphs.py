@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 USES_BEFORE_CAPTURE = 2
 """A capture takes as long as some steps: a bucket that comes once is not worth it."""
 
+MAX_SEGMENTS = 64
+"""Of a graph, its padding's own included; every one has a row of modulation in the buffers."""
+
 Replay = Callable[[], None]
 
 
@@ -214,7 +217,7 @@ class StepGraphs:
         attention: VarlenAttention,
         capture: Capture,
         max_tokens: int,
-        max_segments: int = 64,
+        max_segments: int = MAX_SEGMENTS,
         max_graphs: int = 256,
     ) -> None:
         self._dit = dit

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
+from krea2_srt.engine.request import MAX_TEXT_TOKENS
 from krea2_srt.errors import ConfigError
 
 GIB = 2**30
@@ -21,9 +22,10 @@ GRAPH_BYTES = 6 * 2**20
 """Of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
 
 IMAGE_TOKENS = tuple((side // 16) ** 2 for side in (2048, 1536, 1024, 768, 512))
-MAX_TEXT_TOKENS = 512
+MAX_GRAPH_TOKENS = IMAGE_TOKENS[0] + MAX_TEXT_TOKENS
+"""The most that a graph is worth its memory for: one largest image."""
 
-_GRAPHS = ((16896, 192), (8704, 160), (4608, 128), (1536, 64), (0, 0))
+_GRAPHS = ((MAX_GRAPH_TOKENS, 192), (8704, 160), (4608, 128), (1536, 64), (0, 0))
 """(most tokens, how many), best first."""
 
 
@@ -134,7 +136,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class _Draft:
-    """One way to use the memory; a budget of 0 tokens stands for what is left."""
+    """One way to use the memory; without the whole budget that was wished for, what is left."""
 
     image_tokens: int
     resident: bool

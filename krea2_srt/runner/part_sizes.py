@@ -5,25 +5,21 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
 from krea2_srt.model.checkpoint import dit_config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.weights import parse_json
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.graphs import MAX_SEGMENTS
 from krea2_srt.runner.memory_plan import PartSizes
 from krea2_srt.runner.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
 from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 from krea2_srt.runner.vae import VAEConfig, VAEDecoder, default_tile
 
-_ENCODED_TOGETHER = 8
-"""Prompts, see `krea2_srt.engine.step_scheduler`."""
-
 _LIVE_IMAGES = 5
 """Tensors of a picture's size that a decode holds at its fullest: a residual block's input, norm
 and outputs, and a convolution's workspace."""
-
-_GRAPH_ROWS = 64
-"""Of the modulation buffers, see `krea2_srt.runner.graphs`."""
 
 
 def checkpoint_sizes(
@@ -64,7 +60,7 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
     mlp = 2 * hidden + 3 * config.intermediate_size
     projection = 2 * hidden + 2 * config.num_key_value_heads * head_dim
     attention = 2 * hidden + projection + hidden + 2 * hidden
-    encoded = _ENCODED_TOGETHER * MAX_ENCODED_TOKENS
+    encoded = MAX_ENCODED_TOGETHER * MAX_ENCODED_TOKENS
     sizes = text.config
     states = (sizes.num_hidden_layers + 1 + config.num_text_layers) * sizes.hidden_size
     text_element = next(text.parameters()).dtype.itemsize
@@ -84,10 +80,10 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
         # Half the width and height, at twice the channels, for the whole image; then in tiles.
         decode_per_pixel=pixel * 2 // 4,
         decode_tile=pixel * tile * tile,
-        graph_buffers=_GRAPH_ROWS * modulation + prompts,
+        graph_buffers=MAX_SEGMENTS * modulation + prompts,
         # Patches and velocities, contexts, rotations, and what says where they belong.
-        quantized=dit.quantization is not None,
         graph_per_token=2 * 4 * config.in_channels + hidden * element + 4 * head_dim + 9,
+        quantized=dit.quantization is not None,
     )
 
 

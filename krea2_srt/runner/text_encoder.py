@@ -119,8 +119,6 @@ def text_model(
     Raises:
         CheckpointError: see `load_text_encoder`.
     """
-    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
-
     config = read_json(folder / "config.json")
     if config.get("model_type") != "qwen3_vl":
         raise CheckpointError(
@@ -135,17 +133,36 @@ def text_model(
     if not isinstance(layers, int) or layers <= needed:
         raise CheckpointError(f"{folder}: has {layers} layers, tap {needed} needs more")
     try:
-        # States beyond the last tap are never read, so their layers are never loaded.
-        values = {**text_config, "num_hidden_layers": needed}
-        if isinstance(values.get("layer_types"), list):
-            values["layer_types"] = values["layer_types"][:needed]
-        model_config = Qwen3VLTextConfig(**values)
-        model_config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            model = Qwen3VLTextModel(model_config).to(dtype)
-        rotary = type(model.rotary_emb)(config=model_config)
+        return empty_text_model(text_config, needed, dtype)
+    except ImportError:  # no fault of the checkpoint
+        raise
     except Exception as error:  # whatever transformers makes of a strange config
         raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
+
+
+def empty_text_model(
+    text_config: dict[str, Any], layers: int, dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
+    """A ``Qwen3VLTextModel`` of some layers, without memory for its weights.
+
+    Args:
+        text_config: as transformers names its sizes.
+        layers: to the last tap. States beyond it are never read, so theirs are never loaded.
+        dtype: of the weights.
+
+    Returns:
+        See `text_model`.
+    """
+    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+
+    values = {**text_config, "num_hidden_layers": layers}
+    if isinstance(values.get("layer_types"), list):
+        values["layer_types"] = values["layer_types"][:layers]
+    config = Qwen3VLTextConfig(**values)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        model = Qwen3VLTextModel(config).to(dtype)
+    rotary = type(model.rotary_emb)(config=config)
     # The last tap is the plain output of its layer.
     model.norm = nn.Identity()
     return model, rotary
