@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -31,12 +31,16 @@ class Child:
     Args:
         command: its command line.
         log: file for its stderr and, unless it answers, its stdout.
-        switch: on or off, whether SGLang takes our runner.
+        environment: variables beside those of this process.
         answers: whether its stdout is for `answer`.
     """
 
     def __init__(
-        self, command: Sequence[str], log: Path, switch: str = "on", answers: bool = False
+        self,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        answers: bool = False,
     ) -> None:
         self.log = log
         with log.open("wb") as file:
@@ -45,8 +49,7 @@ class Child:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE if answers else file,
                 stderr=file,
-                cwd=Path(__file__).parents[1],
-                env=_environment(log.parent) | {SWITCH: switch},
+                env={**os.environ, **(environment or {})},
                 text=True,
                 # A group of its own: Ctrl-C reaches us alone, and all of it can be ended at once.
                 start_new_session=True,
@@ -56,10 +59,15 @@ class Child:
     def worker(
         cls, job: str, model: Path, scratch: Path, settings: Message, switch: str = "on"
     ) -> Self:
-        """A child that runs a job of `benchmarks.workers`."""
+        """A child that runs a job of `benchmarks.workers`.
+
+        Args:
+            switch: on or off, whether SGLang takes our runner.
+        """
         command = [sys.executable, "-m", "benchmarks.workers", job, str(model)]
         log = scratch / f"{job}_{switch}.log"
-        return cls([*command, json.dumps(settings)], log, switch, answers=True)
+        environment = warm_environment(scratch, switch)
+        return cls([*command, json.dumps(settings)], log, environment, answers=True)
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +82,11 @@ class Child:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
             self._wait(GRACE_S)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.poll() is not None
 
     def finish(self) -> None:
         """Wait until it has ended by itself.
@@ -118,9 +131,17 @@ class Child:
             self._process.wait(seconds)
 
 
-def _environment(scratch: Path) -> dict[str, str]:
-    """What all children share: byte code is kept, as on any machine that has run both before, and
-    nobody waits for a model hub, which nothing here needs.
+def warm_environment(scratch: Path, switch: str) -> dict[str, str]:
+    """For children that are started to be timed: byte code is kept, as on any machine that has run
+    them before, and nobody waits for a model hub, which nothing here needs.
+
+    Args:
+        scratch: folder that they share.
+        switch: on or off, whether SGLang takes our runner.
     """
-    shared = {"PYTHONPYCACHEPREFIX": str(scratch / "pycache"), "HF_HUB_OFFLINE": "1"}
-    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | shared
+    return {
+        "PYTHONPYCACHEPREFIX": str(scratch / "pycache"),
+        "PYTHONDONTWRITEBYTECODE": "",
+        "HF_HUB_OFFLINE": "1",
+        SWITCH: switch,
+    }

@@ -33,7 +33,7 @@ import zmq
 
 from benchmarks.arguments import benchmark_parser, count
 from benchmarks.fake_engine import FakeEngine
-from benchmarks.simulation.summary import percentile
+from benchmarks.percentiles import percentile
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import CheckpointError

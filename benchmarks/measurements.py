@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.child import LIMIT_S, Child, ChildError
+from benchmarks.child import LIMIT_S, Child, ChildError, warm_environment
 from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
 
 SIZE = f"{SIDE}x{SIDE}"
@@ -159,7 +159,9 @@ def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
 
 def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
     start = time.perf_counter()
-    with Child(command, folder.with_suffix(".log"), switch="off") as child:
+    with Child(
+        command, folder.with_suffix(".log"), warm_environment(folder.parent, "off")
+    ) as child:
         child.finish()
         seconds = time.perf_counter() - start
         # SGLang's command ends well even where it could not draw.

@@ -30,9 +30,9 @@ from typing import Any
 import httpx
 
 from benchmarks.arguments import benchmark_parser, count
-from benchmarks.child import Child, ChildError
+from benchmarks.child import Child, ChildError, warm_environment
 from benchmarks.measurements import free_ports, progress
-from benchmarks.simulation.summary import percentile
+from benchmarks.percentiles import percentile
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
 
@@ -164,7 +164,11 @@ async def measure(model: Path, rounds: int, requests: int, scratch: Path) -> Run
             command = [_sglang(), "serve", *flags, "--sleep-on-idle"]
             command += ["--output-path", str(scratch / side)]
             child = stack.enter_context(
-                Child(command, scratch / f"{side}.log", switch=SWITCHES[side])
+                Child(
+                    command,
+                    scratch / f"{side}.log",
+                    warm_environment(scratch, SWITCHES[side]),
+                )
             )
             servers[side] = Server(side, ports["port"])
             await servers[side].wait_until_ready(child)

@@ -81,6 +81,9 @@ class EngineSettings(SchedulerSettings):
     max_steps: int | None = _of_engine("denoising steps of an image", "max_steps")
     max_images: int | None = _of_engine("images of one request, whoever asks", "max_images")
     max_guidance: float | None = _of_engine("largest guidance scale", "max_guidance")
+    turn_log: str | None = Field(
+        None, description="file that gets a line for each unit of work, for krea2-bench report"
+    )
 
 
 class RunnerSettings(SchedulerSettings):

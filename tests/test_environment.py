@@ -21,6 +21,7 @@ VARIABLES = {
     "KREA2_SRT_MAX_STEPS": ("60", 60),
     "KREA2_SRT_MAX_IMAGES": ("4", 4),
     "KREA2_SRT_MAX_GUIDANCE": ("7.5", 7.5),
+    "KREA2_SRT_TURN_LOG": ("turns.jsonl", "turns.jsonl"),
     "KREA2_SRT_ATTENTION": ("sdpa", "sdpa"),
     "KREA2_SRT_KERNELS": ("torch", "torch"),
     "KREA2_SRT_CUDA_GRAPHS": ("off", "off"),

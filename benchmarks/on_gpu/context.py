@@ -19,6 +19,7 @@ from benchmarks.on_gpu.rows import Findings
 from krea2_srt.kernels.operations import TRITON, default_operations
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.checkpoint import Recipe
@@ -114,22 +115,6 @@ class Context:
         weights = step_weight_bytes(self.config) * (1 if fp8 else 2)
         ms = linear / fp8_tflops / 1e9 + attention / tflops / 1e9
         return max(ms, weights / copy / 1e6)
-
-
-def step_flops(config: Krea2Config, lanes: list[int]) -> tuple[float, float]:
-    """Floating-point operations of a step: of its matrices, and of its attention."""
-    tokens, squares = sum(lanes), sum(lane * lane for lane in lanes)
-    width = config.num_attention_heads * config.attention_head_dim
-    attention = 4 * config.num_layers * width * squares
-    return 2 * step_weight_bytes(config) * tokens, attention
-
-
-def step_weight_bytes(config: Krea2Config) -> int:
-    """Weights of all blocks at one byte each."""
-    hidden, head = config.hidden_size, config.attention_head_dim
-    projection = 2 * hidden + 2 * config.num_key_value_heads * head
-    block = hidden * (projection + hidden + 3 * config.intermediate_size)
-    return config.num_layers * block
 
 
 Part = Callable[[Context], None]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.percentiles import percentile
 from benchmarks.simulation.cluster import simulate
 from benchmarks.simulation.lab import STEP, TARGET, Lab
 from benchmarks.simulation.schedulers import (
@@ -15,7 +16,7 @@ from benchmarks.simulation.schedulers import (
     ours,
     request_at_a_time,
 )
-from benchmarks.simulation.summary import WARM_UP, Summary, percentile, summarise
+from benchmarks.simulation.summary import WARM_UP, Summary, summarise
 from benchmarks.simulation.traces import PROCESSES, Arrival
 
 BASELINES = (request_at_a_time("round-robin"), request_at_a_time("least-work"))

@@ -1,12 +1,12 @@
 """What a simulation comes to, in figures."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from benchmarks.percentiles import percentile
 from benchmarks.simulation.cluster import Result
 from benchmarks.simulation.schedulers import SLO_FACTOR
 
@@ -125,13 +125,6 @@ def _size_class(
         p99,
         percentile(slowdown[chosen], 95),
     )
-
-
-def percentile(values: np.ndarray | Sequence[float], q: float) -> float:
-    """The smallest value that q percent do not exceed; never between two, one of which may be
-    infinite.
-    """
-    return float(np.percentile(values, q, method="inverted_cdf"))
 
 
 def _finite(value: Any) -> Any:

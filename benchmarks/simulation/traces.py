@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.arrivals import diurnal, gamma, poisson
 from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS, ImageRequest
 
 MEDIAN_PROMPT_TOKENS = 60.0
@@ -19,10 +20,6 @@ PROMPT_GRID = 10
 
 BURSTY_VARIATION = 3.0
 """Coefficient of variation of the times between bursty arrivals; that of Poisson ones is 1."""
-
-DIURNAL_PERIOD_S = 1800.0
-DIURNAL_AMPLITUDE = 0.3
-"""A day, shortened, and by which part of its mean the rate swings in it."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +86,9 @@ Process = Callable[[int, float, np.random.Generator], np.ndarray]
 """From a count, a mean rate (1/s) and a generator to sorted times of arrival (s)."""
 
 
-def poisson(count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Arrivals that know nothing of each other."""
-    return np.cumsum(rng.exponential(size=count)) / rate
-
-
 def bursty(count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Gamma-distributed times between arrivals: clusters and gaps."""
-    shape = BURSTY_VARIATION**-2
-    return np.cumsum(rng.gamma(shape, 1 / shape, size=count)) / rate
-
-
-def diurnal(count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Poisson arrivals whose rate is a sine around its mean."""
-    expected = np.cumsum(rng.exponential(size=count))
-    omega = 2 * np.pi / DIURNAL_PERIOD_S
-    # Beyond the mean time of the last arrival by what the sine can hold back.
-    end = expected[-1] / rate + 2 * DIURNAL_AMPLITUDE / omega
-    times = np.linspace(0, end, max(10_000, int(end)))
-    integral = rate * (times + DIURNAL_AMPLITUDE * (1 - np.cos(omega * times)) / omega)
-    return np.interp(expected, integral, times)
+    """Clusters and gaps."""
+    return gamma(count, rate, rng, BURSTY_VARIATION**-2)
 
 
 PROCESSES: dict[str, Process] = {"poisson": poisson, "bursty": bursty, "diurnal": diurnal}

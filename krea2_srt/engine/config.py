@@ -7,6 +7,8 @@ from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import ConfigError
 
+_CHECKED_APART = ("policy", "max_guidance", "turn_log")
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -25,6 +27,8 @@ class EngineConfig:
         max_queue_s: estimated seconds of work in the engine beyond which requests are refused.
         max_side, max_pixels, max_steps, max_images, max_guidance: of a request; see
             `RequestLimits`.
+        turn_log: file that gets a line for each unit of work, see `krea2_srt.engine.turn_log`;
+            "" writes none.
     """
 
     policy: str = "edf"
@@ -39,6 +43,7 @@ class EngineConfig:
     max_steps: int = RequestLimits.max_steps
     max_images: int = RequestLimits.max_images
     max_guidance: float = RequestLimits.max_guidance
+    turn_log: str = ""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -48,7 +53,9 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.name == "max_guidance" and not 0 <= value < float("inf"):
                 raise ConfigError(f"max_guidance: must be 0 or greater, got {value}")
-            if field.name not in ("policy", "max_guidance") and not 0 < value < float("inf"):
+            if field.name in _CHECKED_APART:
+                continue
+            if not 0 < value < float("inf"):
                 raise ConfigError(f"{field.name}: must be greater than 0, got {value}")
 
     @property

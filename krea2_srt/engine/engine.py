@@ -18,6 +18,7 @@ from krea2_srt.engine.policy import POLICIES
 from krea2_srt.engine.request import ImageRequest, check_number
 from krea2_srt.engine.statistics import Counters
 from krea2_srt.engine.step_scheduler import StepScheduler
+from krea2_srt.engine.turn_log import TurnLog
 from krea2_srt.engine.work import Decode, Encode, Executor, PackStep, Work
 from krea2_srt.errors import (
     DeadlineError,
@@ -45,6 +46,7 @@ class Engine:
         cost: estimates of its time.
         config: limits and policy.
         clock: seconds; only differences count.
+        turn_log: told of every unit of work.
     """
 
     def __init__(
@@ -53,12 +55,14 @@ class Engine:
         cost: CostModel,
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        turn_log: TurnLog | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self.cost = cost
         self.counters = Counters()
         self._executor = executor
         self._clock = clock
+        self._turn_log = turn_log
         self._ledger = Ledger(cost, POLICIES[self.config.policy])
         self._admission = Admission(self.config.max_queue_s)
         self._scheduler = StepScheduler(
@@ -162,9 +166,13 @@ class Engine:
         work = self._scheduler.pick()
         if work is None:
             return None
+        entry = None if self._turn_log is None else self._turn_log.entry(work)
         start = self._clock()
         events = self._run(work)
-        self._count_turn(work, self._clock() - start)
+        seconds = self._clock() - start
+        self._count_turn(work, seconds)
+        if self._turn_log is not None and entry is not None:
+            self._turn_log.ran(entry, seconds)
         return events
 
     def _run(self, work: Work) -> list[Event]:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
+from krea2_srt.engine.turn_log import TurnLog
 from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
+from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.side_stream import CudaSideStream
@@ -101,7 +104,8 @@ class Krea2Scheduler(Scheduler):
         )
         config = pipeline.engine_config
         cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.speed}")
-        self._engine = Engine(self._executor, cost, config)
+        self._turn_log = self._open_turn_log(config.turn_log)
+        self._engine = Engine(self._executor, cost, config, turn_log=self._turn_log)
         logger.info(
             "krea2-srt: step scheduler, policy %s; one step takes about %.3g ms at 256x256, "
             "%.3g ms at 1024x1024",
@@ -167,6 +171,22 @@ class Krea2Scheduler(Scheduler):
     def _finished(self) -> bool:
         # Nobody wakes an engine that shuts down.
         return self._engine.draining and (self._engine.idle or self.worker.is_sleeping())
+
+    def _open_turn_log(self, path: str) -> TurnLog | None:
+        if not path:
+            return None
+        runner = self.worker.pipeline.runner
+        flops_per_token, flops_per_square = step_flops(runner.dit.config, [1])
+        header = {
+            "device": str(runner.device),
+            "replica": self.dp_replica,
+            "flops_per_token": flops_per_token,
+            "flops_per_squared_token": flops_per_square,
+            "weight_bytes": step_weight_bytes(runner.dit.config) * runner.dit.dtype.itemsize,
+        }
+        # One file for each replica.
+        file = Path(path if not self.dp_replica else f"{path}.{self.dp_replica}")
+        return TurnLog(file, header)
 
     # Receiving.
 
@@ -397,6 +417,8 @@ class Krea2Scheduler(Scheduler):
             # Only if the loop was broken off: a drained engine is empty.
             self._handle(self._engine.cancel(request.id))
         self._replies.finish()
+        if self._turn_log is not None:
+            self._turn_log.close()
         logger.info("krea2-srt: the engine has stopped: %s", self._engine.statistics())
         # A client that does not read must not keep us.
         self.receiver.close(_LINGER_MS)

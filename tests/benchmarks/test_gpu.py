@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import gpu, tune_kernels
 from benchmarks.on_gpu import correctness, report, steps
-from benchmarks.on_gpu.context import Context, step_flops, step_weight_bytes
+from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.models import RELEASED, quantized_copy, random_dit, random_vae
 from benchmarks.on_gpu.plain_dit import PlainDiT
 from benchmarks.on_gpu.plain_vae import Decoder3D
@@ -17,6 +17,7 @@ from benchmarks.on_gpu.targets import NOT_MEASURED, TARGETS
 from krea2_srt.engine.cost import FLOPS_PER_SQUARED_TOKEN, FLOPS_PER_TOKEN, WEIGHT_BYTES
 from krea2_srt.kernels.launch import DEFAULTS, device_of, read_launches
 from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.packing import SequenceShape, build_pack
 from tests.conftest import CPU, relative_error

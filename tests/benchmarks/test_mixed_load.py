@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.mixed_load import LARGE, SMALL, Run, Served, figures, percentile, trace
+from benchmarks.mixed_load import LARGE, SMALL, Run, Served, figures, trace
+from benchmarks.percentiles import percentile
 
 
 @pytest.mark.parametrize(("q", "expected"), [(50, 50), (95, 95), (99, 99), (100, 100), (0.1, 1)])

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from benchmarks import arrivals
 from benchmarks import simulate as command
+from benchmarks.percentiles import percentile
 from benchmarks.simulation import traces
 from benchmarks.simulation.cluster import Cluster, Hardware, simulate
 from benchmarks.simulation.lab import GRID, Lab
@@ -25,7 +27,7 @@ from benchmarks.simulation.schedulers import (
     request_at_a_time,
 )
 from benchmarks.simulation.study import BASELINES, DEFAULT, MAIN, OTHERS
-from benchmarks.simulation.summary import percentile, summarise
+from benchmarks.simulation.summary import summarise
 from benchmarks.simulation.traces import DEFAULT_MIX, Arrival, Job, Share, draw_trace
 from krea2_srt.engine import pack_draft, policy, step_scheduler
 
@@ -102,12 +104,12 @@ def test_bursty_arrivals_vary_more_than_poisson_ones():
 
 
 def test_diurnal_arrivals_swing_around_their_rate():
-    times = traces.diurnal(100_000, 10.0, np.random.default_rng(0))
-    phase = times % traces.DIURNAL_PERIOD_S < traces.DIURNAL_PERIOD_S / 2
-    day = times < 5 * traces.DIURNAL_PERIOD_S
+    times = arrivals.diurnal(100_000, 10.0, np.random.default_rng(0))
+    phase = times % arrivals.DIURNAL_PERIOD_S < arrivals.DIURNAL_PERIOD_S / 2
+    day = times < 5 * arrivals.DIURNAL_PERIOD_S
     high, low = (phase & day).sum(), (~phase & day).sum()
     # The mean of a sine over its upper half is 2/pi of its height.
-    swing = 2 / math.pi * traces.DIURNAL_AMPLITUDE
+    swing = 2 / math.pi * arrivals.DIURNAL_AMPLITUDE
     assert high / low == pytest.approx((1 + swing) / (1 - swing), rel=0.05)
 
 

@@ -1,0 +1,23 @@
+"""krea2-bench: load tests, comparisons, reports and small benchmarks."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from krea2_srt.cli.errors import OneLineParser, one_line_errors
+
+COMMAND = "krea2-bench"
+SUBCOMMANDS = ("load", "compare")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = OneLineParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
+    for name in SUBCOMMANDS:
+        import_module(f"benchmarks.{name}.command").add_parser(commands)
+    args = parser.parse_args(argv)
+    # As Ctrl-C: contexts are left, so children end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_errors(COMMAND):
+        sys.exit(args.run(args))

@@ -1,0 +1,1 @@
+"""Comparisons of servers: same requests, interleaved, with confidence intervals."""

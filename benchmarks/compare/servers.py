@@ -1,0 +1,172 @@
+"""Servers to compare: started here, or running already."""
+
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.child import Child, ChildError
+from krea2_srt.errors import Krea2Error
+
+START_LIMIT_S = 900.0
+"""Loading 34 GB from a slow disk takes minutes."""
+
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
+_PORT = re.compile(r"\{port\d*\}")
+
+PRESETS = {
+    "ours": "krea2-serve --model-path {model} --host 127.0.0.1 --port {port} --storage none",
+    # An idle SGLang would otherwise keep a core busy, and so slow the others down.
+    "sglang": "KREA2_SRT=off sglang serve --model-path {model} --host 127.0.0.1 --port {port} "
+    "--scheduler-port {port2} --master-port {port3} --sleep-on-idle --output-path {scratch}",
+}
+"""Commands that need not be spelled out. Placeholders: {model}, {scratch}, {port}, {port2}, …"""
+
+
+class ServerError(Krea2Error):
+    """A server that cannot be compared; the message names it."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """One side of a comparison.
+
+    Attributes:
+        name: in tables.
+        typed: how it was given, for files of results.
+        command: that starts it, with placeholders; empty if it runs already.
+        environment: variables of that command.
+        url: of one that runs already.
+    """
+
+    name: str
+    typed: str
+    command: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    url: str = ""
+
+
+def parse_server(text: str) -> Server:
+    """``NAME`` of `PRESETS`, or ``NAME=URL``, or ``NAME=[VARIABLE=VALUE …] COMMAND``.
+
+    Raises:
+        ServerError: it is none of them.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        if name not in PRESETS:
+            known = ", ".join(PRESETS)
+            raise ServerError(f"--server: {name!r} is neither NAME=COMMAND nor one of {known}")
+        value = PRESETS[name]
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ServerError(f"--server: {name!r} is no name; letters, digits, . + - _ are")
+    if value.startswith(("http://", "https://")):
+        return Server(name, value, url=value.rstrip("/").removesuffix("/v1"))
+    try:
+        words = shlex.split(value)
+    except ValueError as error:
+        raise ServerError(f"--server: {name}: {error}") from None
+    environment = {}
+    while words and (found := _ASSIGNMENT.fullmatch(words[0])) is not None:
+        environment[found[1]] = found[2]
+        words.pop(0)
+    if not words:
+        raise ServerError(f"--server: {name} has no command")
+    if not any("{port}" in word for word in words):
+        raise ServerError(f"--server: {name}: its command has no {{port}} to be reached at")
+    return Server(name, value, tuple(words), environment)
+
+
+@contextmanager
+def running(
+    server: Server, model: str, scratch: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Start a server and wait until it can draw; yields its URL.
+
+    Args:
+        server: to start, if it does not run already.
+        model: stands for ``{model}``.
+        scratch: an empty folder; stands for ``{scratch}``, and gets the log.
+        environment: further variables.
+
+    Raises:
+        ServerError: it does not start; the message ends with its log.
+    """
+    if server.url:
+        _wait_until_ready(server.name, server.url, None, 1.0)
+        yield server.url
+        return
+    values = {"model": model, "scratch": str(scratch)} | free_ports(server.command)
+    command = [_filled(word, values) for word in server.command]
+    # Beside this Python, where its environment is not active.
+    command[0] = _beside_python(command[0])
+    url = f"http://127.0.0.1:{values['port']}"
+    try:
+        with Child(
+            command, scratch / f"{server.name}.log", {**server.environment, **(environment or {})}
+        ) as child:
+            _wait_until_ready(server.name, url, child, START_LIMIT_S)
+            yield url
+    except ChildError as error:
+        raise ServerError(str(error)) from None
+    except OSError as error:
+        raise ServerError(f"--server: {server.name}: {command[0]}: {error.strerror}") from None
+
+
+def free_ports(command: tuple[str, ...]) -> dict[str, str]:
+    """Free ports for the placeholders of a command."""
+    names = {found[1:-1] for word in command for found in _PORT.findall(word)}
+    with ExitStack() as stack:
+        ports = {}
+        for name in sorted(names):
+            probe = stack.enter_context(socket.socket())
+            probe.bind(("127.0.0.1", 0))
+            ports[name] = str(probe.getsockname()[1])
+        return ports
+
+
+def _filled(word: str, values: Mapping[str, str]) -> str:
+    # Not str.format: a command may have braces of its own.
+    for name, value in values.items():
+        word = word.replace(f"{{{name}}}", value)
+    return word
+
+
+def _beside_python(command: str) -> str:
+    beside = Path(sys.executable).parent / command
+    return str(beside) if os.sep not in command and beside.exists() else command
+
+
+def _wait_until_ready(name: str, url: str, child: Child | None, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if _ready(url):
+            return
+        if child is not None and child.ended:
+            raise child.error()
+        time.sleep(0.3)
+    if child is None:
+        raise ServerError(f"--server: {name}: no server answers at {url}")
+    raise child.error()
+
+
+def _ready(url: str) -> bool:
+    """By the first of these that the server knows."""
+    for path in ("/ready", "/health", "/v1/models"):
+        try:
+            with urllib.request.urlopen(url + path, timeout=10) as response:
+                return bool(response.status == 200)
+        except urllib.error.HTTPError as error:
+            if error.code not in (401, 403, 404, 405):
+                return False
+        except OSError:
+            return False
+    return False
