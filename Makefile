@@ -17,7 +17,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-slow lint lock bench bench-load bench-http bench-gpu bench-quantization simulate clean
+.PHONY: install serve generate test test-slow lint lock bench bench-baseline bench-http bench-gpu bench-quantization simulate clean
 
 install: $(STAMP)
 
@@ -59,13 +59,20 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The table in benchmarks/results/; about ten minutes on two cores.
+# Ours against unmodified SGLang on CPUs: three mixes, a sweep of rates, 210 requests of each mix to
+# each side; under 20 minutes on two cores. Writes benchmarks/results/cpu.*.json and the report.
+MIXES := uniform-256=256x256:steps=8 uniform-512=512x512:steps=8 \
+  mixed=256x256:steps=8:weight=11,512x512:steps=8:weight=2,1024x1024:steps=8:weight=1
 bench: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
+	$(BIN)/krea2-bench compare --server ours --server sglang --checkpoint $(DEMO) \
+	  $(foreach mix,$(MIXES),--mix $(mix)) --load 0.8,1.5,3 --rounds 5 --requests 14 \
+	  --output benchmarks/results/cpu
+	$(BIN)/krea2-bench report $(foreach mix,$(MIXES),benchmarks/results/cpu.$(firstword $(subst =, ,$(mix)))) \
+	  --title "krea2-srt against unmodified SGLang, on CPUs" --output benchmarks/results/report
 
-# Small and large images at once, against unmodified SGLang; about half an hour on two cores.
-bench-load: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.mixed_load --model $(DEMO)
+# Stages, decoders, memory and starts, in a table; about ten minutes on two cores.
+bench-baseline: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
 
 # On a machine with a GPU; under 8 minutes. Writes the table in benchmarks/results/.
 bench-gpu: $(STAMP)

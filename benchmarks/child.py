@@ -33,6 +33,7 @@ class Child:
         log: file for its stderr and, unless it answers, its stdout.
         environment: variables beside those of this process.
         answers: whether its stdout is for `answer`.
+        ends: whether it ends by itself when its stdin is closed; a server is told to.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Child:
         log: Path,
         environment: Mapping[str, str] | None = None,
         answers: bool = False,
+        ends: bool = True,
     ) -> None:
         self.log = log
+        self._ends = ends
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 command,
@@ -76,7 +79,7 @@ class Child:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
-        if error is None:
+        if error is None and self._ends:
             self._wait(GRACE_S)
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):

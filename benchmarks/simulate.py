@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import benchmark_parser, count
+from benchmarks.plotting import PlotError
 from benchmarks.simulation import report, traces
 from benchmarks.simulation.cluster import Hardware
 from benchmarks.simulation.lab import Lab
-from benchmarks.simulation.plots import PlotError, draw
+from benchmarks.simulation.plots import draw
 from benchmarks.simulation.study import Plan, replay, settings, study
 from krea2_srt.engine.cost import CostModel, roofline
 

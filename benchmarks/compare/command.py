@@ -1,12 +1,16 @@
 """krea2-bench compare: two or more servers, the same requests, interleaved."""
 
-import argparse
 import asyncio
 import json
+import re
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +26,12 @@ from benchmarks.load.arguments import (
     positive_list,
 )
 from benchmarks.load.command import INTERRUPTED_STATUS, PACKAGES, settings
+from benchmarks.load.mix import MixError
 from benchmarks.load.points import allow_many_connections
 
 _PACKAGES = (*PACKAGES, "sglang", "torch")
 _TURN_LOG = "KREA2_SRT_TURN_LOG"
+_NAMED_MIX = re.compile(r"([\w.-]+)=(.*)")
 
 
 def add_parser(commands: Any) -> None:
@@ -38,7 +44,8 @@ def add_parser(commands: Any) -> None:
         epilog="A server is NAME=COMMAND, where {port} (and {port2}, …) stands for a free port, "
         "{model} for --checkpoint and {scratch} for a folder; NAME=URL, if it runs already; or one "
         f"of {', '.join(PRESETS)}. The last one is what the others are compared to. They run side "
-        "by side and are never under load at the same time.",
+        "by side and are never under load at the same time. Each --mix NAME=… has results of its "
+        "own, in PREFIX.NAME.json.",
     )
     add = parser.add_argument
     add("--server", action="append", default=[], metavar="NAME[=…]", help="twice or more")
@@ -74,34 +81,45 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """The subcommand; returns its exit code."""
     servers = _servers(args)
     if args.load is not None and args.rate is not None:
         raise OptionError("--load and --rate: only one of them can be given")
-    load_of(args)  # before anything is started
+    studies = _studies(args)
+    for study in studies:  # before anything is started
+        load_of(study)
     allow_many_connections()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="krea2-bench.") as scratch, ExitStack() as stack:
         sides = [_side(args, server, Path(scratch)) for server in servers]
         if not args.one_at_a_time:
-            # Loading takes long, and mostly on one core each.
-            for side in sides:
-                print(f"starting {side.server.name}", file=sys.stderr, flush=True)
-                side.url = stack.enter_context(side.start())
-        match = Match(args, sides)
-        complete = asyncio.run(match.play())
-    if not match.rounds_played:
+            _start_all(sides, stack)
+        matches: list[Match] = []
+        for study in studies:
+            if not matches or matches[-1].complete:
+                matches.append(Match(study, sides))
+                asyncio.run(matches[-1].play())
+    # With all cores to itself.
+    ceilings = _ceilings() if any(match.has_turns for match in matches) else None
+    for match in matches:
+        if match.rounds_played:
+            _write(match, ceilings)
+    if not matches[0].rounds_played:
         print("krea2-bench compare: interrupted before there was a result", file=sys.stderr)
-        return INTERRUPTED_STATUS
-    result = {"run": settings(args, match.mix, _PACKAGES), "complete": complete, **match.result()}
+    return 0 if len(matches) == len(studies) and matches[-1].complete else INTERRUPTED_STATUS
+
+
+def _write(match: Match, ceilings: dict[str, float] | None) -> None:
+    run = settings(match.args, match.mix, _PACKAGES)
+    result = {"run": run, "complete": match.complete, "ceilings": ceilings, **match.result()}
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    args.output.with_name(f"{args.output.name}.json").write_text(f"{text}\n", encoding="utf-8")
-    print(table(result))
-    return 0 if complete else INTERRUPTED_STATUS
+    path = match.args.output.with_name(f"{match.args.output.name}.json")
+    path.write_text(f"{text}\n", encoding="utf-8")
+    print(f"{path}\n{table(result)}\n")
 
 
-def _servers(args: argparse.Namespace) -> list[Server]:
+def _servers(args: Namespace) -> list[Server]:
     servers = [parse_server(text) for text in args.server]
     names = [server.name for server in servers]
     if len(names) < 2:
@@ -113,20 +131,46 @@ def _servers(args: argparse.Namespace) -> list[Server]:
     return servers
 
 
-def _side(args: argparse.Namespace, server: Server, scratch: Path) -> Side:
+def _studies(args: Namespace) -> list[Namespace]:
+    """The options of each mix."""
+    mixes = args.mix or [None]
+    if len(mixes) == 1 and not _NAMED_MIX.fullmatch(mixes[0] or ""):
+        return [args]
+    found = {}
+    for text in mixes:
+        if (named := _NAMED_MIX.fullmatch(text)) is None:
+            raise MixError(f"mix: of several, each needs a name, NAME=…; {text!r} has none")
+        output = args.output.with_name(f"{args.output.name}.{named[1]}")
+        found[named[1]] = Namespace(**{**vars(args), "mix": [named[2]], "output": output})
+    if len(found) < len(mixes):
+        raise MixError("mix: two have the same name")
+    return list(found.values())
+
+
+def _side(args: Namespace, server: Server, scratch: Path) -> Side:
     folder = scratch / server.name
     folder.mkdir()
-    environment = {}
-    if server.environment.get("KREA2_SRT") != "off":
-        log = args.output.with_name(f"{args.output.name}.{server.name}.turns.jsonl")
-        log.unlink(missing_ok=True)
-        environment[_TURN_LOG] = str(log.resolve())
     checkpoint = Path(args.checkpoint)
     model = str(checkpoint.resolve()) if checkpoint.is_dir() else args.checkpoint
+    turn_log = folder / "turns.jsonl"
+    # Servers that are not ours do not look at it.
+    start = partial(running, server, model, folder, {_TURN_LOG: str(turn_log)})
+    return Side(server, start, partial(endpoint_options, args), turn_log)
 
-    @contextmanager
-    def start() -> Iterator[str]:
-        with running(server, model, folder, environment) as url:
-            yield url
 
-    return Side(server, start, lambda url: endpoint_options(args, url))
+def _start_all(sides: Sequence[Side], stack: ExitStack) -> None:
+    """At the same time: loading takes long, and mostly one core for each."""
+    started = [(side, stack.enter_context(side.start())) for side in sides]
+    for side, server in started:
+        print(f"waiting for {side.server.name}", file=sys.stderr, flush=True)
+        server.wait_until_ready()
+        side.url = server.url
+
+
+def _ceilings() -> dict[str, float] | None:
+    """What the machine does at best, so that a report can say how near each step comes to it."""
+    if find_spec("torch") is None:
+        return None
+    command = [sys.executable, "-m", "benchmarks.ceilings"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return dict(json.loads(found.stdout)) if found.returncode == 0 else None

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.child import Child, ChildError
+from benchmarks.child import Child
 from krea2_srt.errors import Krea2Error
 
 START_LIMIT_S = 900.0
@@ -85,11 +85,43 @@ def parse_server(text: str) -> Server:
     return Server(name, value, tuple(words), environment)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A server that has been started, or ran already.
+
+    Attributes:
+        name: of the server.
+        url: of it.
+        child: its process; None of one that ran already.
+    """
+
+    name: str
+    url: str
+    child: Child | None = None
+
+    def wait_until_ready(self) -> None:
+        """Wait until it can draw.
+
+        Raises:
+            ServerError: it does not come up; the message ends with its log.
+        """
+        deadline = time.monotonic() + (1.0 if self.child is None else START_LIMIT_S)
+        while time.monotonic() < deadline:
+            if _ready(self.url):
+                return
+            if self.child is not None and self.child.ended:
+                break
+            time.sleep(0.3)
+        if self.child is None:
+            raise ServerError(f"--server: {self.name}: no server answers at {self.url}")
+        raise ServerError(str(self.child.error()))
+
+
 @contextmanager
 def running(
     server: Server, model: str, scratch: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[str]:
-    """Start a server and wait until it can draw; yields its URL.
+) -> Iterator[Running]:
+    """Start a server, which ends with the context.
 
     Args:
         server: to start, if it does not run already.
@@ -98,27 +130,23 @@ def running(
         environment: further variables.
 
     Raises:
-        ServerError: it does not start; the message ends with its log.
+        ServerError: there is no such command.
     """
     if server.url:
-        _wait_until_ready(server.name, server.url, None, 1.0)
-        yield server.url
+        yield Running(server.name, server.url)
         return
     values = {"model": model, "scratch": str(scratch)} | free_ports(server.command)
     command = [_filled(word, values) for word in server.command]
     # Beside this Python, where its environment is not active.
     command[0] = _beside_python(command[0])
     url = f"http://127.0.0.1:{values['port']}"
+    log = scratch / f"{server.name}.log"
     try:
-        with Child(
-            command, scratch / f"{server.name}.log", {**server.environment, **(environment or {})}
-        ) as child:
-            _wait_until_ready(server.name, url, child, START_LIMIT_S)
-            yield url
-    except ChildError as error:
-        raise ServerError(str(error)) from None
+        child = Child(command, log, {**server.environment, **(environment or {})}, ends=False)
     except OSError as error:
         raise ServerError(f"--server: {server.name}: {command[0]}: {error.strerror}") from None
+    with child:
+        yield Running(server.name, url, child)
 
 
 def free_ports(command: tuple[str, ...]) -> dict[str, str]:
@@ -143,19 +171,6 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
 def _beside_python(command: str) -> str:
     beside = Path(sys.executable).parent / command
     return str(beside) if os.sep not in command and beside.exists() else command
-
-
-def _wait_until_ready(name: str, url: str, child: Child | None, limit_s: float) -> None:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if _ready(url):
-            return
-        if child is not None and child.ended:
-            raise child.error()
-        time.sleep(0.3)
-    if child is None:
-        raise ServerError(f"--server: {name}: no server answers at {url}")
-    raise child.error()
 
 
 def _ready(url: str) -> bool:

@@ -13,7 +13,8 @@ def table(result: dict[str, Any]) -> str:
         for name, figures in point["figures"].items():
             lines.append(f"{point_name(point)}: {name} / {baseline}")
             for figure in figures:
-                ours, theirs = (_value(point["sides"][side], figure) for side in (name, baseline))
+                sides = point["sides"]
+                ours, theirs = (value_text(sides[side], figure) for side in (name, baseline))
                 lines.append(
                     f"  {figure['figure']:<22}{figure['size']:>10}  {ours:>8}  {theirs:>8}  "
                     f"{interval_text(figure):<28}{figure['verdict']}"
@@ -62,7 +63,7 @@ def picture_line(name: str, baseline: str, pictures: dict[str, Any]) -> str:
 _NAMES = {"mean latency": "mean", "p50 latency": "p50", "p95 latency": "p95"}
 
 
-def _value(summary: dict[str, Any], figure: dict[str, Any]) -> str:
+def value_text(summary: dict[str, Any], figure: dict[str, Any]) -> str:
     """One side's own value, where it has one."""
     if (name := _NAMES.get(figure["figure"])) is not None:
         latency = summary["latency_s"].get(figure["size"]) or {}

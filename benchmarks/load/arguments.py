@@ -17,14 +17,27 @@ from krea2_srt.errors import Krea2Error
 T = TypeVar("T", int, float)
 
 
+DEFAULT_MIX = "1024x1024:steps=8"
+
+
 class OptionError(Krea2Error):
     """An option that cannot be; the message names it."""
 
 
 def add_load_options(parser: argparse.ArgumentParser, requests: int) -> None:
-    """Options of the load itself."""
+    """Options of the load itself.
+
+    Args:
+        parser: that gets them.
+        requests: default number.
+    """
     add = parser.add_argument_group("load").add_argument
-    add("--mix", default="1024x1024:steps=8", help=f"kinds of requests: {SYNTAX}")
+    add(
+        "--mix",
+        action="append",
+        metavar="MIX",
+        help=f"kinds of requests: {SYNTAX} (default {DEFAULT_MIX})",
+    )
     add("--requests", type=positive_int, default=requests, help=f"of a point (default {requests})")
     add(
         "--rate",
@@ -133,9 +146,12 @@ def load_of(
             raise OptionError("--cancel-rate: does not go with a trace")
         plan = replayed(args.trace, args.seed + number, args.trace_speed)
         return tuple(dict.fromkeys(p.kind for p in plan)), plan, [Point("trace")]
-    mix = parse_mix(args.mix)
-    seed = args.seed + number
-    plan = draw_plan(mix, args.requests, seed, args.cancel_rate, args.cancel_after_s)
+    mixes = args.mix or [DEFAULT_MIX]
+    if len(mixes) > 1:
+        raise OptionError("--mix: can be given once; the kinds of a mix are separated by commas")
+    mix = parse_mix(mixes[0])
+    patience = (args.cancel_rate, args.cancel_after_s)
+    plan = draw_plan(mix, args.requests, args.seed, *patience, number)
     if args.concurrency is not None:
         return mix, plan, [Point("closed", concurrency=n) for n in args.concurrency]
     rates = [1.0] if args.rate is None else args.rate

@@ -234,6 +234,7 @@ class Endpoint:
             "size": kind.size,
             "n": kind.n,
             "response_format": "b64_json",
+            "output_format": "png",
             "seed": planned.seed,
         }
         if self.model:

@@ -48,6 +48,7 @@ def draw_plan(
     seed: int,
     cancel_rate: float = 0.0,
     cancel_after_s: float = 1.0,
+    number: int = 0,
 ) -> list[Planned]:
     """Requests of a mix in random order, without times; the same for the same arguments.
 
@@ -55,6 +56,8 @@ def draw_plan(
         mix: their kinds; each gets its share, see `shares`.
         count: of requests.
         seed: of everything random. No two requests of a plan have an image in common.
+        number: of the plan. Plans that differ in nothing else have the same kinds in the same
+            order, with other prompts and images.
         cancel_rate: share of the requests whose clients hang up.
         cancel_after_s: mean of the exponential time after which they do.
 
@@ -66,6 +69,7 @@ def draw_plan(
     order = rng.permutation(count)
     hang_up = rng.random(count) < cancel_rate
     patience = rng.exponential(cancel_after_s, count)
+    rng = np.random.default_rng([seed, number])
     first_seed = int(rng.integers(2**31))
     step = max(kind.n for kind in mix)
     return [

@@ -1,5 +1,6 @@
 """A line that says how it goes: what is done, how fast, and the tail of the latencies."""
 
+import sys
 import time
 from collections import deque
 from typing import Self
@@ -23,6 +24,9 @@ class Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self._bar = tqdm(total=total, desc=what, unit="req", disable=None, dynamic_ncols=True)
+        self._what = what
+        self._count = 0
+        self._start = time.perf_counter()
         self._ended: deque[float] = deque()
         self._latencies: deque[float] = deque(maxlen=_WINDOW)
         self._failed = 0
@@ -33,6 +37,10 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._bar.disable:  # no terminal: one line in a log says as much
+            seconds = time.perf_counter() - self._start
+            text = self._text(time.perf_counter(), 0)
+            print(f"{self._what}: {self._count} in {seconds:.1f} s, {text}", file=sys.stderr)
 
     def show(self, outcome: Outcome, in_flight: int) -> None:
         """One more has ended."""
@@ -46,14 +54,16 @@ class Progress:
             self._ended.popleft()
         if not self._bar.disable:
             self._bar.set_postfix_str(self._text(now, in_flight), refresh=False)
+        self._count += 1
         self._bar.update()
 
     def _text(self, now: float, in_flight: int) -> str:
         span_s = now - self._ended[0] if len(self._ended) > 1 else 0.0
-        parts = [f"{len(self._ended) / span_s:.2f}/s" if span_s else "–/s"]
+        parts = [f"{len(self._ended) / span_s:.2f}/s"] if span_s else []
         if self._latencies:
             parts.append(f"p95 {percentile(self._latencies, 95):.2f} s")
-        parts.append(f"{in_flight} under way")
+        if in_flight:
+            parts.append(f"{in_flight} under way")
         if self._failed:
             parts.append(f"{self._failed} failed")
         if self._rejected:

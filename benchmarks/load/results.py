@@ -53,15 +53,14 @@ class Results:
 
     def add(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
-        self._lines.write(outcome.line(len(self.summary["points"])))
+        self._lines.write(outcome.line(len(self.summary["points"]), began_at=self._began_at))
         self._lines.flush()
 
     def end(self) -> None:
         """The point is over, or broken off."""
         assert self._point is not None
         figures = summarise(self._outcomes, self._slo)
-        began_at = {"began_at": round(self._began_at, 3)}
-        self.summary["points"].append(self._point.as_dict() | began_at | figures)
+        self.summary["points"].append(self._point.as_dict() | figures)
         self._point = None
         self._write()
 

@@ -1,9 +1,10 @@
-"""Plots of a study. The only file that needs matplotlib."""
+"""Plots of a study."""
 
 import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plotting import PlotError, hide, new_figure, plain_numbers, save_png
 from benchmarks.simulation.report import NAME, Study
 
 # Okabe and Ito's colours, which colour-blind people tell apart; dashes and markers serve grayscale.
@@ -15,13 +16,8 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#009e73", "linestyle": (0, (8, 2)), "marker": "v"},
     {"color": "#e69f00", "linestyle": "-.", "marker": "^", "markersize": 5},
 )
-_DPI = 130
 _CUT = 300.0
 """Slowdowns are drawn up to here."""
-
-
-class PlotError(Exception):
-    """Plots cannot be drawn; the message says what to do."""
 
 
 def draw(study: Study, folder: Path) -> list[str]:
@@ -44,22 +40,14 @@ def draw(study: Study, folder: Path) -> list[str]:
     }
     for name, drawing in drawings.items():
         figure = drawing(study)
-        # No version and no date in the file: equal figures, equal bytes.
-        figure.savefig(folder / name, dpi=_DPI, metadata={"Software": None})
+        save_png(figure, folder / name)
         figure.clear()
     return list(drawings)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
 def _attainment(study: Study) -> Any:
     """Of the worst size class against load, by scheduler."""
-    figure, (axes,) = _figure(1, 1, (7.5, 5.0))
+    figure, (axes,) = new_figure(1, 1, (7.5, 5.0))
     for style, (name, points) in zip(_STYLES, study["curves"].items(), strict=False):
         loads = [point["load"] for point in points]
         axes.plot(loads, [100 * p["worst_attainment"] for p in points], label=name, **style)
@@ -88,7 +76,7 @@ def _attainment(study: Study) -> Any:
 def _slowdown(study: Study) -> Any:
     """95th percentile against load, one panel for each size class."""
     sizes = list(study["alone_s"])
-    figure, panels = _figure(2, -(-len(sizes) // 2), (10.0, 7.0))
+    figure, panels = new_figure(2, -(-len(sizes) // 2), (10.0, 7.0))
     for axes, size in zip(panels, sizes, strict=False):
         for style, (name, points) in zip(_STYLES, study["curves"].items(), strict=False):
             # What is infinite has no point: the line ends.
@@ -100,7 +88,7 @@ def _slowdown(study: Study) -> Any:
         axes.set_yticks(ticks, labels=[str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    _hide(panels[len(sizes) :])
+    hide(panels[len(sizes) :])
     figure.supxlabel("load (offered work / capacity)")
     figure.supylabel("p95 slowdown (latency / time alone); the line is the SLO")
     _legend(figure, panels[0], columns=3)
@@ -110,7 +98,7 @@ def _slowdown(study: Study) -> Any:
 def _latency(study: Study) -> Any:
     """Distribution at one load, one panel for each size class."""
     sizes = list(study["alone_s"])
-    figure, panels = _figure(2, -(-len(sizes) // 2), (10.0, 7.0))
+    figure, panels = new_figure(2, -(-len(sizes) // 2), (10.0, 7.0))
     factor, load = study["settings"]["slo_factor"], study["settings"]["load"]
     chosen = [list(study["curves"]).index(name) for name in study["latencies"]]
     for axes, size in zip(panels, sizes, strict=False):
@@ -121,28 +109,13 @@ def _latency(study: Study) -> Any:
         axes.axvline(slo_s, color="black", linewidth=0.8)
         axes.annotate(" SLO", (slo_s, 2), fontsize=9)
         axes.set(title=size, xscale="log", ylim=(0, 100))
-        _plain_seconds(axes)
+        plain_numbers(axes.xaxis)
         axes.grid(alpha=0.3, which="both")
-    _hide(panels[len(sizes) :])
+    hide(panels[len(sizes) :])
     figure.supxlabel(f"latency at load {load:g}, s")
     figure.supylabel("requests, %")
     _legend(figure, panels[0], columns=2)
     return figure
-
-
-def _hide(spare: list[Any]) -> None:
-    """Panels that no size class needs."""
-    for axes in spare:
-        axes.set_visible(False)
-
-
-def _plain_seconds(axes: Any) -> None:
-    """Label a logarithmic axis with numbers, not with powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Any, axes: Any, columns: int) -> None:

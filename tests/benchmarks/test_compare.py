@@ -76,16 +76,16 @@ def test_two_rounds_say_nothing():
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says():
-    """99 %: of 200 experiments, at most a few miss."""
+    """99 %: of 60 experiments, at most two miss."""
     missed = 0
-    for seed in range(200):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
         pairs = [(rng.lognormal(0.2, 0.3, 12), rng.lognormal(0.0, 0.3, 12)) for _ in range(5)]
         found = compare_ratios(pairs, lambda v: np.exp(np.log(v).mean(axis=-1)))
         assert found is not None
         assert found.low is not None
         missed += not found.low <= math.exp(0.2) <= found.high
-    assert missed <= 6
+    assert missed <= 2
 
 
 def test_differences_may_be_of_zeros():
@@ -149,7 +149,7 @@ def test_servers_are_commands_with_variables_or_urls():
     found = parse_server("sglang")
     assert found.environment == {"KREA2_SRT": "off"}
     assert found.command[:2] == ("sglang", "serve")
-    assert found.typed.split() == PRESETS["sglang"].split()
+    assert found.typed == PRESETS["sglang"]
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,6 @@ def test_wrong_pictures_show(fake: Fake, other: Fake, bench: Bench, capsys):
 def test_what_cannot_be_compared_is_one_line(fake: Fake, bench: Bench, capsys, flags, error):
     fake.script({})
     assert bench("compare", *(flag.format(url=fake.url) for flag in flags)) == 2
-    found = [line for line in capsys.readouterr().err.splitlines() if "starting" not in line]
+    found = [line for line in capsys.readouterr().err.splitlines() if "waiting" not in line]
     assert error in found[0]
     assert not Path("krea2-bench-compare.json").exists()

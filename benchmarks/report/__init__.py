@@ -1,0 +1,1 @@
+"""Reports of load tests and comparisons: one page that stands alone, and pictures."""
