@@ -17,7 +17,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-slow lint lock bench bench-baseline bench-http bench-gpu bench-quantization simulate clean
+.PHONY: install serve generate test test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization simulate clean
 
 install: $(STAMP)
 
@@ -65,10 +65,18 @@ MIXES := uniform-256=256x256:steps=8 uniform-512=512x512:steps=8 \
   mixed=256x256:steps=8:weight=11,512x512:steps=8:weight=2,1024x1024:steps=8:weight=1
 bench: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench compare --server ours --server sglang --checkpoint $(DEMO) \
-	  $(foreach mix,$(MIXES),--mix $(mix)) --load 0.8,1.5,3 --rounds 5 --requests 14 \
+	  $(foreach mix,$(MIXES),--mix $(mix)) --load 0.9,2,4 --rounds 5 --requests 14 --alone 2 \
 	  --output benchmarks/results/cpu
 	$(BIN)/krea2-bench report $(foreach mix,$(MIXES),benchmarks/results/cpu.$(firstword $(subst =, ,$(mix)))) \
 	  --title "krea2-srt against unmodified SGLang, on CPUs" --output benchmarks/results/report
+
+# Ratios of what the host does to plain work, against the last committed ones; a minute.
+bench-check: $(STAMP) $(DEMO)
+	$(BIN)/krea2-bench micro --checkpoint $(DEMO) --check benchmarks/results/micro.json
+
+# Puts the figures of benchmarks/results/ into the pages.
+docs: $(STAMP)
+	$(BIN)/python -m benchmarks.docs
 
 # Stages, decoders, memory and starts, in a table; about ten minutes on two cores.
 bench-baseline: $(STAMP) $(DEMO)

@@ -8,7 +8,7 @@ from importlib import import_module
 from krea2_srt.cli.errors import OneLineParser, one_line_errors
 
 COMMAND = "krea2-bench"
-SUBCOMMANDS = ("load", "compare", "report")
+SUBCOMMANDS = ("load", "compare", "report", "micro", "quality")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

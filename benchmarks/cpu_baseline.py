@@ -6,16 +6,11 @@
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +25,7 @@ from benchmarks.measurements import (
     measure_prompts,
     measure_starts,
 )
+from benchmarks.provenance import provenance
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
 
@@ -146,17 +142,9 @@ Largest difference between the pixels of the two VAE decoders, in [0, 1]: {diffe
         (folder / "cpu_baseline.md").write_text(self.markdown(), encoding="utf-8")
 
 
-def measure(model: Path, rounds: int, starts: int, command: str) -> Report:
+def measure(model: Path, rounds: int, starts: int, command: Sequence[str]) -> Report:
     """Take all measurements, one after the other."""
-    run = {
-        "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu_count": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-    }
+    run = provenance(command, PACKAGES)
     with tempfile.TemporaryDirectory(prefix="cpu_baseline.") as folder:
         scratch = Path(folder)
         decoders, differences = measure_decoders(model, rounds, scratch)
@@ -172,7 +160,7 @@ def measure(model: Path, rounds: int, starts: int, command: str) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    command = shlex.join(["python", "-m", MODULE, *(sys.argv[1:] if argv is None else argv)])
+    command = ["python", "-m", MODULE, *(sys.argv[1:] if argv is None else argv)]
     # As Ctrl-C: contexts are left, so children end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_line_errors(MODULE):

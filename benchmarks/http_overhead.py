@@ -12,10 +12,7 @@ import contextlib
 import json
 import os
 import pickle
-import platform
 import re
-import resource
-import shlex
 import signal
 import statistics
 import subprocess
@@ -24,8 +21,6 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
@@ -33,7 +28,9 @@ import zmq
 
 from benchmarks.arguments import benchmark_parser, count
 from benchmarks.fake_engine import FakeEngine
+from benchmarks.load.points import allow_many_connections
 from benchmarks.percentiles import percentile
+from benchmarks.provenance import provenance
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import CheckpointError
@@ -377,18 +374,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    run = {
-        "command": shlex.join(["python", "-m", MODULE, *(sys.argv[1:] if argv is None else argv)]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu_count": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-    }
+    run = provenance(["python", "-m", MODULE, *(sys.argv[1:] if argv is None else argv)], PACKAGES)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allow_many_connections()
     with one_line_errors(MODULE), tempfile.TemporaryDirectory(prefix="http_overhead.") as folder:
         if not args.model.is_dir():
             raise CheckpointError(f"checkpoint folder {args.model} does not exist")

@@ -159,10 +159,10 @@ def _side(args: Namespace, server: Server, scratch: Path) -> Side:
 
 
 def _start_all(sides: Sequence[Side], stack: ExitStack) -> None:
-    """At the same time: loading takes long, and mostly one core for each."""
-    started = [(side, stack.enter_context(side.start())) for side in sides]
-    for side, server in started:
+    """One after the other: what a server times at its start, another must not disturb."""
+    for side in sides:
         print(f"waiting for {side.server.name}", file=sys.stderr, flush=True)
+        server = stack.enter_context(side.start())
         server.wait_until_ready()
         side.url = server.url
 

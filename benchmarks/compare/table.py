@@ -19,6 +19,7 @@ def table(result: dict[str, Any]) -> str:
                     f"  {figure['figure']:<22}{figure['size']:>10}  {ours:>8}  {theirs:>8}  "
                     f"{interval_text(figure):<28}{figure['verdict']}"
                 )
+    lines += [text for side in result["servers"] if (text := _failures(result, side))]
     lines += [picture_line(name, baseline, p) for name, p in result["pictures"].items()]
     lines += [verdict(name, baseline, figure) for name, figure in result["overall"].items()]
     return "\n".join(lines)
@@ -58,6 +59,16 @@ def picture_line(name: str, baseline: str, pictures: dict[str, Any]) -> str:
     if pictures["different"]:
         text += f"; {pictures['different']} ARE DIFFERENT PICTURES (< {pictures['min_psnr']:g} dB)"
     return text
+
+
+def _failures(result: dict[str, Any], side: str) -> str:
+    """What a side has not done: latencies are of what both have."""
+    points = [point["sides"][side] for point in result["points"]]
+    failed, rejected = (sum(point[name] for point in points) for name in ("failed", "rejected"))
+    if not failed + rejected:
+        return ""
+    requests = sum(point["requests"] for point in points)
+    return f"{side}: of {requests} requests {failed} failed, {rejected} were refused"
 
 
 _NAMES = {"mean latency": "mean", "p50 latency": "p50", "p95 latency": "p95"}

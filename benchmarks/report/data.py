@@ -105,7 +105,10 @@ def read_study(prefix: Path) -> Study:
     for side in study.sides:
         of_side = "" if side == ALONE else f".{side}"
         if (log := prefix.with_name(f"{prefix.name}{of_side}.turns.jsonl")).exists():
-            study.turns[side] = _read_turns(log)
+            began_at = [
+                line.began_at for lines in study.outcomes.get(side, {}).values() for line in lines
+            ]
+            study.turns[side] = _read_turns(log, min(began_at, default=0.0))
     return study
 
 
@@ -122,17 +125,17 @@ def _read_lines(study: Study, path: Path) -> None:
             raise ReportError(f"{path}, line {number}: is no outcome: {error}") from None
 
 
-def _read_turns(path: Path) -> Turns:
-    """The last start's: a log is appended to."""
+def _read_turns(path: Path, since: float) -> Turns:
+    """A log is appended to, by every start of its engine: what is older is of another test."""
     header: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found = json.loads(line)
             if "version" in found:
-                header, entries = found, []
-            else:
+                header = found
+            elif found["at"] >= since:
                 entries.append(found)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise ReportError(f"{path}, line {number}: is no unit of work: {error}") from None
     return Turns(header, entries)

@@ -359,11 +359,15 @@ class Engine:
         """Correct all estimates when the machine proves faster or slower."""
         lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
         estimated_ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
-        factor = self._pace.observe(measured_ms, estimated_ms)
-        if factor is None:
+        corrected = self._pace.observe(lanes, measured_ms, estimated_ms, self.cost)
+        if corrected is None:
             return
-        logger.info("krea2-srt: steps take %.2f times as long as estimated; corrected", factor)
-        self.cost = self.cost.scaled(factor)
+        logger.info(
+            "krea2-srt: steps do not take as long as estimated; one takes about %.3g ms at "
+            "256x256 (not %.3g), %.3g ms at 1024x1024 (not %.3g)",
+            *(model.step([tokens]) for tokens in (300, 4160) for model in (corrected, self.cost)),
+        )
+        self.cost = corrected
         self._ledger.reprice(self.cost)
         self._scheduler.reorder(self.cost)
 

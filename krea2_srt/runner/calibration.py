@@ -1,12 +1,13 @@
 """Calibrates the engine's cost model: times a few packs, prompts and decodes on this machine.
 
 The result is remembered in a file per device, model and setting, so that only the first start
-pays for it (a few seconds). Later ones time one pack to see that it still holds.
+pays for it (a few seconds). Later ones time two packs to see that it still holds.
 """
 
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +29,9 @@ logger = logging.getLogger(__name__)
 PACKS = ((64, 1), (256, 1), (256, 4), (512, 1), (512, 2), (768, 1), (1024, 1))
 DECODE_SIDES = (256, 512)
 PROMPTS = ("a cat", "a red fox sitting in fresh snow at golden hour, photorealistic " * 12)
+CHECKED_SIDES = (256, 768)
 REPEATS = 3
+ATTEMPTS = 3
 ENOUGH_MS = 300.0
 """Larger packs are not timed once one has taken this long."""
 
@@ -37,7 +40,25 @@ FORMAT = 2
 
 
 def calibrate(runner: Krea2Runner) -> CostModel:
-    """Time the runner; its prompt cache is empty afterwards."""
+    """Time the runner; its prompt cache is empty afterwards.
+
+    What else ran on the machine meanwhile leaves times that no model explains: then they are taken
+    again, up to three times, and the model that explains its own best is kept.
+    """
+    best, least = None, math.inf
+    for _ in range(ATTEMPTS):
+        cost, samples = _calibrate_once(runner)
+        disturbance = max(max(a, 1 / a) for a in (s.ms / cost.step(s.lanes) for s in samples))
+        if disturbance < least:
+            best, least = cost, disturbance
+        if least <= TOLERANCE:
+            break
+    assert best is not None
+    return best
+
+
+def _calibrate_once(runner: Krea2Runner) -> tuple[CostModel, list[Sample]]:
+    """The model, and the packs that it is fitted to."""
     samples: list[Sample] = []
     (context,) = runner.encode(PROMPTS[:1])
     schedule = runner.schedule(1, 256, 256)
@@ -60,7 +81,7 @@ def calibrate(runner: Krea2Runner) -> CostModel:
     runner.contexts.clear()
     encode_launch, encode_per_token = fit_line(encode_points)
     decode_launch, decode_per_pixel = fit_line(decode_points)
-    return replace(
+    cost = replace(
         fit(samples, roofline()),
         blocks=runner.num_blocks,
         encode_launch=encode_launch,
@@ -68,6 +89,7 @@ def calibrate(runner: Krea2Runner) -> CostModel:
         decode_launch=decode_launch,
         decode_per_pixel=decode_per_pixel,
     )
+    return cost, samples
 
 
 def cached_calibration(runner: Krea2Runner, name: str, folder: Path | None = None) -> CostModel:
@@ -103,13 +125,17 @@ def cached_calibration(runner: Krea2Runner, name: str, folder: Path | None = Non
 
 
 def _still_true(cost: CostModel, runner: Krea2Runner) -> bool:
-    """Whether one pack takes as long as it says: it may have been made at a bad moment."""
+    """Whether a small and a larger pack take as long as it says: it may have been made at a bad
+    moment, which spoils its shape and not only its scale.
+    """
     (context,) = runner.encode(PROMPTS[:1])
-    pack = [runner.start(context, 256, 256, 0, runner.schedule(1, 256, 256))]
-    ratio = _fastest_ms(partial(_forward, runner, pack), runner.device) / cost.step(
-        [pack[0].num_tokens]
-    )
-    return 1 / TOLERANCE <= ratio <= TOLERANCE
+    for side in CHECKED_SIDES:
+        pack = [runner.start(context, side, side, 0, runner.schedule(1, side, side))]
+        measured_ms = _fastest_ms(partial(_forward, runner, pack), runner.device)
+        ratio = measured_ms / cost.step([pack[0].num_tokens])
+        if not 1 / TOLERANCE <= ratio <= TOLERANCE:
+            return False
+    return True
 
 
 def default_folder() -> Path:

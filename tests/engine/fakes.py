@@ -315,6 +315,12 @@ class Arrival(NamedTuple):
 class Harness:
     """An engine on a fake device, whose every call is checked.
 
+    Args:
+        config: of the engine.
+        cost: what the engine expects work to take.
+        true_cost: what it takes; by default as expected.
+        fake: further arguments of the `FakeExecutor`.
+
     Attributes:
         events: all there were.
         ended: requests that ended, by id.
@@ -324,12 +330,16 @@ class Harness:
     """
 
     def __init__(
-        self, config: EngineConfig | None = None, cost: CostModel = H200, **fake: Any
+        self,
+        config: EngineConfig | None = None,
+        cost: CostModel = H200,
+        true_cost: CostModel | None = None,
+        **fake: Any,
     ) -> None:
         self.clock = VirtualClock()
         config = config or EngineConfig()
         fake = {"max_active_sequences": config.max_active_sequences} | fake
-        self.executor = FakeExecutor(cost, self.clock, **fake)
+        self.executor = FakeExecutor(true_cost or cost, self.clock, **fake)
         self.engine = Engine(self.executor, cost, config, self.clock)
         self.events: list[Event] = []
         self.ended: dict[str, Request] = {}

@@ -6,9 +6,14 @@ from krea2_srt.engine.pace import TOLERANCE, WINDOW, Pace
 from krea2_srt.engine.policy import STRETCH
 from tests.engine.fakes import H200, Harness
 
+LANES = (300,)
 
-def observe(pace: Pace, ratio: float, times: int) -> list[float | None]:
-    return [pace.observe(10.0 * ratio, 10.0) for _ in range(times)]
+
+def observe(
+    pace: Pace, ratio: float, times: int, lanes: tuple[int, ...] = LANES, cost: CostModel = H200
+) -> list[CostModel | None]:
+    estimated_ms = cost.step(lanes)
+    return [pace.observe(lanes, estimated_ms * ratio, estimated_ms, cost) for _ in range(times)]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.99 * TOLERANCE, 1.01 / TOLERANCE])
@@ -19,8 +24,11 @@ def test_what_is_nearly_right_is_left_alone(ratio):
 @pytest.mark.parametrize("ratio", [0.2, 3.0])
 def test_what_is_wrong_is_corrected_once_after_a_window(ratio):
     pace = Pace()
-    assert observe(pace, ratio, WINDOW) == [None] * (WINDOW - 1) + [pytest.approx(ratio)]
-    assert observe(pace, 1.0, 3 * WINDOW) == [None] * 3 * WINDOW
+    assert observe(pace, ratio, WINDOW - 1) == [None] * (WINDOW - 1)
+    (corrected,) = observe(pace, ratio, 1)
+    assert corrected is not None
+    assert corrected.step([4160]) == pytest.approx(ratio * H200.step([4160]))
+    assert observe(pace, 1.0, 3 * WINDOW, cost=corrected) == [None] * 3 * WINDOW
 
 
 def test_a_few_outliers_correct_nothing():
@@ -31,8 +39,54 @@ def test_a_few_outliers_correct_nothing():
 
 def test_steps_without_time_are_not_counted():
     pace = Pace()
-    assert [pace.observe(0.0, 10.0), pace.observe(10.0, 0.0)] * WINDOW == [None] * 2 * WINDOW
-    assert observe(pace, 3.0, WINDOW)[-1] == pytest.approx(3.0)
+    for _ in range(WINDOW):
+        assert pace.observe(LANES, 0.0, 10.0, H200) is None
+        assert pace.observe(LANES, 10.0, 0.0, H200) is None
+    assert observe(pace, 3.0, WINDOW)[-1] is not None
+
+
+def test_few_large_steps_count_among_many_small_ones():
+    """A factor of its own for each size: the many may not outvote the few."""
+    pace = Pace()
+    found = []
+    for _ in range(WINDOW):
+        found += observe(pace, 1.0, 9)
+        found += observe(pace, 4.0, 1, (4160,))
+    (corrected,) = (cost for cost in found if cost is not None)
+    assert corrected.step([300]) == pytest.approx(H200.step([300]), rel=0.5)
+    assert corrected.step([4160]) == pytest.approx(4 * H200.step([4160]), rel=0.5)
+
+
+SPOILT = CostModel(floor=0, launch=83, per_token=0.175, per_square=0, blocks=4)
+TRUE = CostModel(floor=0, launch=2, per_token=0.015, per_square=2.4e-5, blocks=4)
+"""A calibration that another start disturbed, as it was found; and the machine as it was."""
+
+
+def test_a_spoilt_shape_is_mended():
+    pace, cost = Pace(), SPOILT
+    for lanes in [(270,), (270,), (1050,), (270, 270), (4106,), (1050, 270)] * 10 * WINDOW:
+        corrected = pace.observe(lanes, TRUE.step(lanes), cost.step(lanes), cost)
+        cost = corrected or cost
+    for lanes in ([100], [270], [1050], [4106], [270, 4106]):
+        assert cost.step(lanes) == pytest.approx(TRUE.step(lanes), rel=0.5)
+
+
+def test_small_images_leave_the_forwards_of_large_ones_once_the_shape_is_mended():
+    """With the spoilt shape a large step looked cheap, and worth sharing."""
+    slowdown = TRUE.step([4106]) / SPOILT.step([4106])
+    harness = Harness(EngineConfig(max_turn_ms=200), SPOILT.scaled(slowdown / 5), true_cost=TRUE)
+    for _ in range(6):
+        harness.submit(256, steps=8)
+        harness.submit(1024, steps=8)
+        harness.run()
+    before = len(harness.steps())
+    small = harness.submit(256, steps=8)
+    large = harness.submit(1024, steps=8)
+    harness.run()
+    for ran in harness.steps()[before:]:
+        assert ran.ms <= 200
+        assert len(ran.sequences) == 1
+    assert harness.ended_at[small.id] < harness.ended_at[large.id]
 
 
 @pytest.mark.parametrize("slowdown", [0.25, 3.0])

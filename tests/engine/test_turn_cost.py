@@ -5,61 +5,18 @@ import time
 
 import pytest
 
-from krea2_srt.engine.config import EngineConfig
-from krea2_srt.engine.cost import CostModel
-from krea2_srt.engine.engine import MAX_DEADLINE_S, Engine
-from krea2_srt.engine.lifecycle import State
-from tests.engine.fakes import H200, image
+from benchmarks.micro.scheduling import (
+    ACTIVE,
+    PACKS_PAY,
+    TURNS,
+    WAITING,
+    busy_engine,
+    num_unfinished,
+)
+from tests.engine.fakes import H200
 
 LIMIT_MS = 0.3
-ACTIVE, WAITING = 64, 1000
-REPEATS, TURNS = 5, 60
-
-PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=1e-5)
-
-
-class InstantExecutor:
-    """Does nothing at once."""
-
-    decodes_aside = False
-    whole_schedules = True
-
-    def encode(self, requests):
-        pass
-
-    def step(self, step, blocks):
-        return ()
-
-    def drop_step(self, step):
-        pass
-
-    def decode(self, sequence):
-        return True
-
-    def release(self, sequence):
-        pass
-
-
-def busy_engine(cost: CostModel, images_each: int) -> Engine:
-    """64 sequences under way, in requests of so many images, and 1,000 waiting requests."""
-    now = 0.0
-    engine = Engine(InstantExecutor(), cost, EngineConfig(max_queue_s=1e9), lambda: now)
-    steps = 200
-    while num_unfinished(engine) < ACTIVE:
-        # Each is smaller than what is left of those before, so it is encoded at once, and begun.
-        engine.submit(f"active{steps}", [image(256, steps, num_images=images_each)])
-        engine.turn()
-        engine.turn()
-        steps -= 2
-    for i in range(WAITING):
-        engine.submit(f"waiting{i}", [image(2048, 200)], priority=-10, deadline_s=MAX_DEADLINE_S)
-    return engine
-
-
-def num_unfinished(engine: Engine) -> int:
-    """Sequences that are encoded and have steps to do."""
-    sequences = [s for request in engine.requests.values() for s in request.sequences]
-    return sum(sequence.state is State.DENOISING for sequence in sequences)
+REPEATS = 5
 
 
 @pytest.mark.parametrize("images_each", [1, 64], ids=["64 requests", "one request of 64"])

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.micro.scheduling import InstantExecutor
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.turn_log import TurnLog
 from krea2_srt.errors import ConfigError
 from tests.engine.fakes import H200, image
-from tests.engine.test_turn_cost import InstantExecutor
 
 
 def run(log: TurnLog) -> Engine:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from krea2_srt.engine.cost import CostModel
+from krea2_srt.engine.cost import CostModel, Sample
 from krea2_srt.runner import calibration
 
 
@@ -31,6 +31,28 @@ def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
     runner.contexts.clear()
     calibration.calibrate(runner)
     assert len(runner.contexts) == 0
+
+
+def test_a_disturbed_one_is_made_again(runner, cost, monkeypatch):
+    """Times that no model explains; of three such the least bad is kept."""
+    good = [Sample((300,), cost.step([300])), Sample((4200,), cost.step([4200]))]
+    bad, worse = ([good[0], Sample((4200,), f * cost.step([4200]))] for f in (2, 9))
+    for found, calls in (([worse, good], 2), ([worse, bad, worse], 3)):
+        left = [(cost.scaled(1 + i / 100), samples) for i, samples in enumerate(found)]
+        best = left[1][0]
+        monkeypatch.setattr(calibration, "_calibrate_once", lambda _, left=left: left.pop(0))
+        assert calibration.calibrate(runner) == best
+        assert len(left) == len(found) - calls
+
+
+def test_a_remembered_one_of_the_wrong_shape_is_made_anew(runner, cost, tmp_path, monkeypatch):
+    """Right at 256x256, and wrong above: as from a start that another program disturbed."""
+    ms = calibration.calibrate(runner).step([300])
+    flat = CostModel(floor=ms, launch=0, per_token=0, per_square=0, blocks=runner.num_blocks)
+    monkeypatch.setattr(calibration, "calibrate", lambda _: flat)
+    assert calibration.cached_calibration(runner, "model", tmp_path) == flat
+    monkeypatch.setattr(calibration, "calibrate", lambda _: cost)
+    assert calibration.cached_calibration(runner, "model", tmp_path) == cost
 
 
 def test_it_is_remembered(runner, cost, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def real_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     """krea2-serve with the real engine and the demo checkpoint, in float32."""
     flags = ["--model-path", str(demo_model), f"--sglang-args={FLOAT32}"]
     # On a busy machine everything is estimated to take long; refusals have tests of their own.
-    flags += ["--engine.max-queue-s", "2000"]
+    flags += ["--engine.max-queue-s", "2000", "--engine.turn-log", "turns.jsonl"]
     folder = tmp_path_factory.mktemp("real-server")
     with serve(folder, *flags, timeout_s=START_TIMEOUT_S) as running:
         yield running

@@ -1,0 +1,107 @@
+"""The figures that pages show, by the names that they have there: file, place, and format.
+
+Places: names with dots between them; ``[key=value]`` chooses from a list, ``[-1]`` by number, and
+``[*]`` takes the mean of what follows over all of it. Formats are Python's.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+FIGURES = {
+    # cpu_baseline.json
+    "denoise": ("cpu_baseline.json", "figures[quantity=denoise].ratio_median", ".2f"),
+    "decode-float32": (
+        "cpu_baseline.json",
+        "figures[detail=512x512 float32, vs Diffusers].ratio_median",
+        ".2f",
+    ),
+    "decode-bfloat16": (
+        "cpu_baseline.json",
+        "figures[detail=1024x1024 bfloat16, vs Diffusers].ratio_median",
+        ".2f",
+    ),
+    "memory-sglang": (
+        "cpu_baseline.json",
+        "figures[detail=SGLang worker, vs SGLang].ratio_median",
+        ".2f",
+    ),
+    "memory-diffusers": (
+        "cpu_baseline.json",
+        "figures[detail=one picture, vs Diffusers].ratio_median",
+        ".2f",
+    ),
+    "start": ("cpu_baseline.json", "figures[quantity=start to picture].ratio_median", ".2f"),
+    "cached-prompt": ("cpu_baseline.json", "figures[quantity=cached prompt].ours[*]", ".3f"),
+    # cpu.*.json
+    "psnr-256": ("cpu.uniform-256.json", "pictures.ours.psnr_min", ".0f"),
+    "psnr-512": ("cpu.uniform-512.json", "pictures.ours.psnr_min", ".0f"),
+    "psnr-mixed": ("cpu.mixed.json", "pictures.ours.psnr_min", ".0f"),
+    # simulate.json
+    "late-ours": ("simulate.json", "table.srpt, total-ahead[*].misses", ".1%"),
+    "late-sglang": ("simulate.json", "table.baseline, round-robin[*].misses", ".0%"),
+    "late-router": ("simulate.json", "table.baseline, least-work[*].misses", ".0%"),
+    "load-ours": ("simulate.json", "capacity.srpt, total-ahead[*]", ".2f"),
+    "load-sglang": ("simulate.json", "capacity.baseline, round-robin[*]", ".2f"),
+    "load-router": ("simulate.json", "capacity.baseline, least-work[*]", ".2f"),
+    # http_overhead.json
+    "http-alone": (
+        "http_overhead.json",
+        "figures[name=1 MB base64 image, one at a time, p50 (ms)].value",
+        ".1f",
+    ),
+    "http-many": (
+        "http_overhead.json",
+        "figures[name=the same over 16 connections (requests/s)].value",
+        ".0f",
+    ),
+    "http-crowd": (
+        "http_overhead.json",
+        "figures[name=memory with 1000 waiting streams (MB)].value",
+        ".0f",
+    ),
+    "http-event": (
+        "http_overhead.json",
+        "figures[name=first event after the engine's preview, p50 (ms)].value",
+        ".1f",
+    ),
+    "http-real": (
+        "http_overhead.json",
+        "figures[name=HTTP above the real engine, 128x128, p50 (ms)].value",
+        ".1f",
+    ),
+}
+
+MIXES = {
+    "cpu.uniform-256.json": "256x256",
+    "cpu.uniform-512.json": "512x512",
+    "cpu.mixed.json": "256x256, 512x512, 1024x1024",
+}
+
+
+def _cpu(results: Callable[[str], Any]) -> str:
+    """Ours against SGLang, a row for each mix and load."""
+    lines = [
+        "| sizes | load | a request takes, times as long | p95, s | in time | images/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for file, sizes in MIXES.items():
+        for point in results(file)["points"]:
+            (figure,) = (
+                f for f in point["figures"]["ours"] if f["figure"] == "latency of a request"
+            )
+            found = figure["interval"]
+            ours, theirs = point["sides"]["ours"], point["sides"]["sglang"]
+            cells = [
+                sizes,
+                f"{point['load']:g}",
+                f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})",
+                f"{ours['latency_s']['all']['p95']:.2f}, {theirs['latency_s']['all']['p95']:.2f}",
+                f"{ours['slo_attainment']:.0%}, {theirs['slo_attainment']:.0%}",
+                f"{ours['images_per_s']:.2f}, {theirs['images_per_s']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {"cpu": _cpu}
+"""Tables, given what reads a file of results."""

@@ -1,0 +1,106 @@
+"""krea2-bench micro: ratios, their history, and a check that fails when it should."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.micro import command
+from benchmarks.micro.history import KEPT, HistoryError, read_history, record, regressions
+from benchmarks.micro.runner import packing
+from benchmarks.micro.scheduling import scheduler_turn
+from benchmarks.micro.timing import Timed, best_of, plain_python
+
+Bench = Callable[..., int]
+COMMITTED = Path(command.__file__).parents[1] / "results" / "micro.json"
+
+
+def spin(times: int) -> Callable[[], object]:
+    return lambda: sum(range(20_000 * times))
+
+
+def test_a_ratio_is_that_of_the_work():
+    ms, reference_ms = best_of(spin(4), spin(1), rounds=20)
+    assert ms / reference_ms == pytest.approx(4, rel=0.3)
+    assert plain_python() > 0
+
+
+def test_scheduling_and_packing_are_measured():
+    found = [scheduler_turn(2), *packing(3)]
+    assert [timed.name for timed in found] == [
+        "scheduler turn",
+        "new pack of 16 images",
+        "known pack of 16 images",
+    ]
+    for timed in found:
+        assert 0 < timed.ms < 50
+        assert timed.ratio == timed.ms / timed.reference_ms
+    assert found[2].ms < found[1].ms / 10
+
+
+@pytest.mark.parametrize(
+    ("found", "lines"),
+    [
+        ({"a": 1.0, "b": 2.0}, []),
+        ({"a": 1.149, "b": 0.1}, []),
+        ({"a": 1.16, "b": 2.0}, ["a: 1.16 in place of 1, +16%"]),
+        ({"a": 1.0}, ["b: is not measured any more"]),
+        ({"a": 1.0, "b": 2.0, "c": 1.0}, ["c: is not in the history; record it"]),
+    ],
+)
+def test_a_ratio_may_be_worse_by_fifteen_percent(found, lines):
+    assert regressions({"a": 1.0, "b": 2.0}, found) == lines
+
+
+def test_a_history_grows_at_its_end_and_is_not_endless(tmp_path: Path):
+    file = tmp_path / "micro.json"
+    for number in range(KEPT + 3):
+        record(file, {"date": "today"}, [Timed("a", number, "b", 1.0)], {"start_up_s": {}})
+    entries = read_history(file)
+    assert len(entries) == KEPT
+    assert entries[-1]["ratios"] == {"a": KEPT + 2}
+    assert entries[-1]["references"] == {"a": "b"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"history": []}', '{"history": [{}]}'])
+def test_what_is_no_history_is_named(tmp_path: Path, text: str):
+    (tmp_path / "micro.json").write_text(text)
+    with pytest.raises(HistoryError, match="is no history"):
+        read_history(tmp_path / "micro.json")
+
+
+def check(bench: Bench, monkeypatch, ratios: list[float], demo_model: Path) -> tuple[int, int]:
+    """Exit code and attempts of a check against 1.0, whose attempts find these."""
+    left = iter(ratios)
+    monkeypatch.setattr(command, "measure", lambda *_: [Timed("a", next(left), "b", 1.0)])
+    record(Path("micro.json"), {}, [Timed("a", 1.0, "b", 1.0)], {})
+    code = bench("micro", "--checkpoint", str(demo_model), "--check", "micro.json")
+    return code, len(ratios) - len(list(left))
+
+
+def test_a_check_passes_at_the_first_good_attempt(bench, monkeypatch, demo_model):
+    assert check(bench, monkeypatch, [1.1, 9, 9, 9], demo_model) == (0, 1)
+
+
+def test_one_busy_moment_is_no_regression(bench, monkeypatch, demo_model):
+    assert check(bench, monkeypatch, [1.5, 1.3, 1.1, 9], demo_model) == (0, 3)
+
+
+def test_a_regression_fails(bench, monkeypatch, demo_model, capsys):
+    assert check(bench, monkeypatch, [1.5, 1.3, 1.2, 1.4], demo_model) == (1, 4)
+    assert "REGRESSION a: 1.2 in place of 1, +20%" in capsys.readouterr().out
+
+
+def test_a_missing_checkpoint_is_one_line(bench, capsys):
+    assert bench("micro", "--checkpoint", "missing") == 2
+    assert "checkpoint folder missing does not exist" in capsys.readouterr().err
+
+
+def test_the_committed_history_holds_what_is_measured(demo_model):
+    """With the same names: a new one must be recorded before CI can check it."""
+    committed = json.loads(COMMITTED.read_text())["history"][-1]
+    found = command.measure(demo_model, 1)
+    assert [timed.name for timed in found] == list(committed["ratios"])
+    assert {timed.name: timed.reference for timed in found} == committed["references"]
+    assert committed["start_up_s"]["ready"] > 0
