@@ -78,10 +78,10 @@ def measure(checkpoint: Path, rounds: int) -> list[Timed]:
         folder = Path(name)
         return [
             scheduling.scheduler_turn(max(3, rounds // 3)),
-            *runner.packing(rounds),
+            *runner.packing(20 * rounds),
             runner.cached_prompt(checkpoint, rounds),
             http.request(folder, rounds),
-            http.start(folder, max(3, rounds // 5)),
+            http.start(folder, max(2, rounds // 3)),
         ]
 
 
