@@ -9,6 +9,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,28 +96,57 @@ def run(args: Namespace) -> int:
         sides = [_side(args, server, Path(scratch)) for server in servers]
         if not args.one_at_a_time:
             _start_all(sides, stack)
-        matches: list[Match] = []
-        for study in studies:
-            if not matches or matches[-1].complete:
-                matches.append(Match(study, sides))
-                asyncio.run(matches[-1].play())
-    # With all cores to itself.
-    ceilings = _ceilings() if any(match.has_turns for match in matches) else None
-    for match in matches:
-        if match.rounds_played:
-            _write(match, ceilings)
-    if not matches[0].rounds_played:
+        played = _play(studies, sides)
+    measured = [one for one in played if one.result]
+    if not measured:
         print("krea2-bench compare: interrupted before there was a result", file=sys.stderr)
-    return 0 if len(matches) == len(studies) and matches[-1].complete else INTERRUPTED_STATUS
+    # With all cores to itself.
+    if any(one.match.has_turns for one in measured) and (ceilings := _ceilings()):
+        for one in measured:
+            one.result["ceilings"] = ceilings
+            one.write()
+    return 0 if len(played) == len(studies) and played[-1].match.complete else INTERRUPTED_STATUS
 
 
-def _write(match: Match, ceilings: dict[str, float] | None) -> None:
-    run = settings(match.args, match.mix, _PACKAGES)
-    result = {"run": run, "complete": match.complete, "ceilings": ceilings, **match.result()}
-    text = json.dumps(result, indent=1, ensure_ascii=False)
-    path = match.args.output.with_name(f"{match.args.output.name}.json")
-    path.write_text(f"{text}\n", encoding="utf-8")
-    print(f"{path}\n{table(result)}\n")
+@dataclass
+class _Played:
+    """A match, how it was made, and what came of it; nothing, without a whole round."""
+
+    match: Match
+    run: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def end(self) -> None:
+        """It is over, or broken off: work out what came of it."""
+        if self.match.rounds_played:
+            run = {"run": self.run, "complete": self.match.complete, "ceilings": None}
+            self.result = run | self.match.result()
+            self.write()
+            print(f"{self._path}\n{table(self.result)}\n", flush=True)
+
+    def write(self) -> None:
+        text = json.dumps(self.result, indent=1, ensure_ascii=False)
+        self._path.write_text(f"{text}\n", encoding="utf-8")
+
+    @property
+    def _path(self) -> Path:
+        output: Path = self.match.args.output
+        return output.with_name(f"{output.name}.json")
+
+
+def _play(studies: Sequence[Namespace], sides: Sequence[Side]) -> list[_Played]:
+    """One match after the other, until one is interrupted; each is written when it is over."""
+    played: list[_Played] = []
+    for study in studies:
+        match = Match(study, sides)
+        played.append(_Played(match, settings(study, match.mix, _PACKAGES)))
+        try:
+            asyncio.run(match.play())
+        finally:
+            played[-1].end()
+        if not match.complete:
+            break
+    return played
 
 
 def _servers(args: Namespace) -> list[Server]:

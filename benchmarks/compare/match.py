@@ -4,6 +4,7 @@ import argparse
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from benchmarks.compare.figures import Figure, compare_points, latency_of_a_request
 from benchmarks.compare.pictures import compare_pictures
-from benchmarks.compare.side import Played, Side, TurnsOf
+from benchmarks.compare.side import Interrupted, Played, Side, TurnsOf
 from benchmarks.load.alone import measure_alone
 from benchmarks.load.arguments import load_of
 from benchmarks.load.endpoint import Endpoint
@@ -46,32 +47,43 @@ class Match:
         self._player = Player()
 
     async def play(self) -> None:
-        """All of it, until it is interrupted."""
+        """All of it, until it is interrupted.
+
+        Raises:
+            EndpointError, ServerError: a server fails as a whole; the rounds before stay.
+        """
         turns = [TurnsOf(side.turn_log) for side in self._sides]
-        with self._player.heeding_interrupts():
-            for side in self._sides:
-                with side.up() as url:
-                    await self._measure_alone(side, url)
-            if self._player.interrupted:
-                return
-            if self.args.load is not None:
-                capacity = self._capacity()
-                arrivals, burstiness = self.args.arrivals, self.args.burstiness
-                self._points = [
-                    Point(arrivals, load * capacity, burstiness=burstiness)
-                    for load in self.args.load
-                ]
-            with self._path("jsonl").open("wb") as lines:
-                for number in range(self.args.rounds):
-                    await self._play_round(number, lines)
-                    if self._player.interrupted:
-                        self._drop_round(number)
-                        break
-                    self.rounds_played += 1
-        for side, told in zip(self._sides, turns, strict=True):
-            found = told.copy(self._path(f"{side.server.name}.turns.jsonl"))
-            self.has_turns = self.has_turns or found
-        self.complete = not self._player.interrupted
+        try:
+            with self._player.heeding_interrupts(), suppress(Interrupted):
+                await self._play()
+        finally:
+            self._drop_rounds(self.rounds_played)
+            for side, told in zip(self._sides, turns, strict=True):
+                found = told.copy(self._path(f"{side.server.name}.turns.jsonl"))
+                self.has_turns = self.has_turns or found
+
+    async def _play(self) -> None:
+        for side in self._sides:
+            async with self._up(side) as url:
+                await self._measure_alone(side, url)
+        if self._player.interrupted:
+            return
+        if self.args.load is not None:
+            capacity = self._capacity()
+            arrivals, burstiness = self.args.arrivals, self.args.burstiness
+            self._points = [
+                Point(arrivals, load * capacity, burstiness=burstiness) for load in self.args.load
+            ]
+        with self._path("jsonl").open("wb") as lines:
+            for number in range(self.args.rounds):
+                await self._play_round(number, lines)
+                if self._player.interrupted:
+                    return
+                self.rounds_played += 1
+        self.complete = True
+
+    def _up(self, side: Side) -> AbstractAsyncContextManager[str]:
+        return side.up(lambda: self._player.interrupted)
 
     def result(self) -> dict[str, Any]:
         """Everything that came of it, for JSON."""
@@ -132,7 +144,7 @@ class Match:
         sides.rotate(number)
         if self.args.one_at_a_time:
             for side in sides:
-                with side.up() as url:
+                async with self._up(side) as url:
                     await self._warm_up(side, url)
                     for place in places:
                         await self._play_point(side, url, number, place, plan, lines)
@@ -183,8 +195,8 @@ class Match:
             )
         played.outcomes[place].append(outcomes)
 
-    def _drop_round(self, number: int) -> None:
-        """It was broken off: the sides have had different requests."""
+    def _drop_rounds(self, number: int) -> None:
+        """Those from this one on: one was broken off, so the sides have had different requests."""
         for played in self._played.values():
             for outcomes in played.outcomes.values():
                 del outcomes[number:]

@@ -19,6 +19,11 @@ from krea2_srt.errors import Krea2Error
 START_LIMIT_S = 900.0
 """Loading 34 GB from a slow disk takes minutes."""
 
+PRESENT_LIMIT_S = 1.0
+"""For a server that is said to run already."""
+
+POLL_S = 0.3
+
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _PORT = re.compile(r"\{port\d*\}")
 
@@ -85,36 +90,41 @@ def parse_server(text: str) -> Server:
     return Server(name, value, tuple(words), environment)
 
 
-@dataclass(frozen=True)
 class Running:
     """A server that has been started, or ran already.
 
-    Attributes:
+    Args:
         name: of the server.
         url: of it.
         child: its process; None of one that ran already.
     """
 
-    name: str
-    url: str
-    child: Child | None = None
+    def __init__(self, name: str, url: str, child: Child | None = None) -> None:
+        self.name = name
+        self.url = url
+        self.child = child
+        limit_s = PRESENT_LIMIT_S if child is None else START_LIMIT_S
+        self._deadline = time.monotonic() + limit_s
 
-    def wait_until_ready(self) -> None:
-        """Wait until it can draw.
+    def ready(self) -> bool:
+        """Whether it can draw yet.
 
         Raises:
-            ServerError: it does not come up; the message ends with its log.
+            ServerError: it will not come up; the message ends with its log.
         """
-        deadline = time.monotonic() + (1.0 if self.child is None else START_LIMIT_S)
-        while time.monotonic() < deadline:
-            if _ready(self.url):
-                return
-            if self.child is not None and self.child.ended:
-                break
-            time.sleep(0.3)
-        if self.child is None:
+        if _ready(self.url):
+            return True
+        late = time.monotonic() > self._deadline
+        if self.child is None and late:
             raise ServerError(f"--server: {self.name}: no server answers at {self.url}")
-        raise ServerError(str(self.child.error()))
+        if self.child is not None and (late or self.child.ended):
+            raise ServerError(str(self.child.error()))
+        return False
+
+    def wait_until_ready(self) -> None:
+        """Wait for it; raises like `ready`."""
+        while not self.ready():
+            time.sleep(POLL_S)
 
 
 @contextmanager

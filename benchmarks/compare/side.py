@@ -1,16 +1,21 @@
 """One side of a match: its server, what it has done, and what its engine tells."""
 
+import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compare.servers import Running, Server
+from benchmarks.compare.servers import POLL_S, Running, Server
 from benchmarks.load.endpoint import EndpointOptions
 from benchmarks.load.outcome import Outcome
+
+
+class Interrupted(Exception):
+    """Somebody has ended the comparison."""
 
 
 @dataclass
@@ -31,14 +36,21 @@ class Side:
     turn_log: Path
     url: str = ""
 
-    @contextmanager
-    def up(self) -> Iterator[str]:
-        """The server, started if it is not running; yields its URL."""
+    @asynccontextmanager
+    async def up(self, interrupted: Callable[[], bool]) -> AsyncIterator[str]:
+        """The server, started if it is not running; yields its URL.
+
+        Raises:
+            Interrupted: by who does not want to wait until it can draw.
+        """
         if self.url:
             yield self.url
             return
         with self.start() as running:
-            running.wait_until_ready()
+            while not running.ready():
+                if interrupted():
+                    raise Interrupted
+                await asyncio.sleep(POLL_S)
             yield running.url
 
 

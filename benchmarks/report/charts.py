@@ -140,4 +140,6 @@ def _legend(figure: Any, panels: list[Any]) -> None:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         unique |= dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique))
+    # As many side by side as there is room for.
+    columns = min(len(unique), max(2, round(figure.get_figwidth() / 1.6)))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=columns)

@@ -1,6 +1,7 @@
 """An images server whose every answer is scripted: ``python -m tests.benchmarks.fake_server``.
 
-Prints its address, and ends with its standard input. ``POST /script`` takes a list of actions,
+Arguments: a port, a script, and after how many requests it dies; all may be left out. Prints its
+address, and ends with its standard input. ``POST /script`` takes a list of actions,
 which requests take in turn, from the beginning again when it is through:
 
 - ``wait_s``: the time that the answer takes; all requests at once, or one after the other
@@ -16,6 +17,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -35,7 +37,8 @@ MODEL = "fake/krea-2"
 class FakeServer:
     """State of the server process."""
 
-    def __init__(self) -> None:
+    def __init__(self, life: int) -> None:
+        self.life = life
         self.reset([{}])
 
     def reset(self, script: list[dict[str, Any]]) -> None:
@@ -45,6 +48,8 @@ class FakeServer:
         self.lock = asyncio.Lock()
 
     async def draw(self, request: web.Request) -> web.StreamResponse:
+        if len(self.seen) == self.life:
+            os._exit(1)
         fields = await request.json()
         action = self.script[len(self.seen) % len(self.script)]
         self.seen.append(fields)
@@ -122,7 +127,7 @@ def picture(width: int, height: int, seed: int, shade: int) -> bytes:
 
 
 async def serve() -> None:
-    server = FakeServer()
+    server = FakeServer(int(sys.argv[3]) if len(sys.argv) > 3 else -1)
 
     async def script(request: web.Request) -> web.Response:
         server.reset(await request.json())

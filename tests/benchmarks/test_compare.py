@@ -3,7 +3,10 @@
 import json
 import math
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from tests.benchmarks.fake_server import Fake, fake_server
 
 Bench = Callable[..., int]
 SEEDS = range(20)
+BENCH = Path(sys.executable).parent / "krea2-bench"
 
 
 def outcome(index: int, latency_s: float, size: str = "64x64", end: str = DONE) -> Outcome:
@@ -245,6 +249,61 @@ def test_wrong_pictures_show(fake: Fake, other: Fake, bench: Bench, capsys):
     assert result["overall"]["a"]["verdict"] == "unknown"
 
 
+def test_several_mixes_have_results_of_their_own(fake: Fake, other: Fake, bench: Bench):
+    script(fake)
+    script(other)
+    flags = [f"--server=a={fake.url}", f"--server=b={other.url}", "--rounds=1", "--requests=4"]
+    flags += ["--mix=small=64x64", "--mix=wide=96x64:n=2", "--concurrency=2", "--alone=1"]
+    assert bench("compare", *flags, "--output", "out") == 0
+    for name, size in (("small", "64x64"), ("wide", "96x64")):
+        result = json.loads(Path(f"out.{name}.json").read_text())
+        assert result["run"]["mix"] == {size + (" n=2" if name == "wide" else ""): 1.0}
+        assert result["points"][0]["sides"]["a"]["done"] == 4
+        assert len(Path(f"out.{name}.jsonl").read_bytes().splitlines()) == 8
+
+
+def test_a_server_that_dies_leaves_the_rounds_before(fake: Fake, bench: Bench, capsys):
+    """It dies within the fourth round, whose failures are told; a fifth is not possible."""
+    script(fake)
+    actions = json.dumps([{"wait_s": 0.01}])
+    python = shlex.quote(sys.executable)
+    mortal = f"b={python} -m tests.benchmarks.fake_server {{port}} '{actions}' 30"
+    flags = [f"--server=a={fake.url}", f"--server={mortal}", "--mix=64x64", "--concurrency=4"]
+    flags += ["--requests=8", "--alone=1", "--rounds=9"]
+    assert bench("compare", *flags) == 2
+    result = json.loads(Path("krea2-bench-compare.json").read_text())
+    assert not result["complete"]
+    assert result["rounds"] == 4
+    (point,) = result["points"]
+    assert point["sides"]["a"]["done"] == 4 * 8
+    assert point["sides"]["b"]["done"] + point["sides"]["b"]["failed"] == 4 * 8
+    assert 0 < point["sides"]["b"]["failed"] <= 6
+    captured = capsys.readouterr()
+    assert "no server answers" in captured.err
+    assert "b: of 32 requests" in captured.out
+
+
+def test_interrupts_leave_the_rounds_before(fake: Fake, other: Fake, tmp_path: Path):
+    script(fake)
+    script(other)
+    flags = [f"--server=a={fake.url}", f"--server=b={other.url}", "--mix=64x64", "--rounds=999"]
+    command = [BENCH, "compare", *flags, "--concurrency=4", "--requests=8", "--alone=1"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 30
+        while len(other.statistics["seen"]) < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    result = json.loads((tmp_path / "krea2-bench-compare.json").read_text())
+    assert not result["complete"]
+    assert result["rounds"] >= 3
+    assert "a and b: no difference" in out
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -253,6 +312,8 @@ def test_wrong_pictures_show(fake: Fake, other: Fake, bench: Bench, capsys):
         (["--server=a={url}", "--server=b={url}", "--one-at-a-time"], "cannot be stopped"),
         (["--server=a={url}", "--server=b={url}", "--mix=x"], "begins with no size"),
         (["--server=a={url}", "--server=b={url}", "--load=1", "--rate=1"], "only one of them"),
+        (["--server=a={url}", "--server=b={url}", "--mix=a=64x64", "--mix=8x8"], "needs a name"),
+        (["--server=a={url}", "--server=b={url}", "--mix=a=8x8", "--mix=a=9x9"], "the same name"),
         (["--server=a={url}", "--server=b=http://127.0.0.1:9"], "b: no server answers"),
         (["--server=a={url}", "--server=b=no-such-command {{port}}"], "no-such-command: No such"),
         (["--server=a={url}", "--server=b=false {{port}}"], "b failed"),
