@@ -97,6 +97,7 @@ def test_a_missing_checkpoint_is_one_line(bench, capsys):
     assert "checkpoint folder missing does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_committed_history_holds_what_is_measured(demo_model):
     """With the same names: a new one must be recorded before CI can check it."""
     committed = json.loads(COMMITTED.read_text())["history"][-1]
