@@ -25,7 +25,7 @@ PAGES = ("README.md", "docs/*.md")
 
 _FIGURE = re.compile(r"<!-- =(?P<name>[\w-]+) -->.*?<!-- / -->", re.DOTALL)
 _STEP = re.compile(
-    r"\.?(?P<name>[^.\[\]]+)|\[(?P<number>-?\d+)\]|\[(?P<key>\w+)=(?P<value>[^\]]+)\]|(?P<all>\[\*\])"
+    r"\.?(?P<name>[^.\[\]]+)|\[(?P<number>-?\d+)\]|\[(?P<wanted>\w+=[^\]]+)\]|(?P<all>\[\*\])"
 )
 
 
@@ -76,7 +76,8 @@ def looked_up(values: Any, place: str) -> Any:
         elif step["number"] is not None:
             values = values[int(step["number"])]
         else:
-            fits = [item for item in values if str(item[step["key"]]) == step["value"]]
+            wanted = [text.partition("=")[::2] for text in step["wanted"].split("; ")]
+            fits = [v for v in values if all(str(v[key]) == value for key, value in wanted)]
             if len(fits) != 1:
                 raise LookupError(f"{step[0]} fits {len(fits)} items")
             (values,) = fits

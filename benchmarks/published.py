@@ -1,7 +1,8 @@
 """The figures that pages show, by the names that they have there: file, place, and format.
 
-Places: names with dots between them; ``[key=value]`` chooses from a list, ``[-1]`` by number, and
-``[*]`` takes the mean of what follows over all of it. Formats are Python's.
+Places: names with dots between them; ``[key=value]`` chooses from a list, ``[a=1; b=2]`` by more
+than one key, ``[-1]`` by number, and ``[*]`` takes the mean of what follows over all of it. Formats
+are Python's.
 """
 
 from collections.abc import Callable
@@ -68,6 +69,37 @@ FIGURES = {
         "http_overhead.json",
         "figures[name=HTTP above the real engine, 128x128, p50 (ms)].value",
         ".1f",
+    ),
+    # quantization.json
+    "fp8": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=Gaussian; format=fp8].error",
+        ".1%",
+    ),
+    "int8": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=Gaussian; format=int8].error",
+        ".1%",
+    ),
+    "int8-tails": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=heavy tails; format=int8].error",
+        ".1%",
+    ),
+    "int8-tails-wide": (
+        "quantization.json",
+        "products[matrix=16384 wide; tokens=heavy tails; format=int8].error",
+        ".1%",
+    ),
+    "int8-rotated": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=heavy tails; format=int8_rotated].error",
+        ".1%",
+    ),
+    "int8-rotated-wide": (
+        "quantization.json",
+        "products[matrix=16384 wide; tokens=heavy tails; format=int8_rotated].error",
+        ".1%",
     ),
 }
 

@@ -27,7 +27,13 @@ def test_the_files_of_the_figures_are_committed():
 
 @pytest.mark.parametrize(
     ("place", "value"),
-    [("a.b c[k=y z].v", 2), ("n[-1]", 3), ("a.b c[0].k", "x"), ("a.b c[*].v", 1.5)],
+    [
+        ("a.b c[k=y z].v", 2),
+        ("a.b c[k=y z; v=2].v", 2),
+        ("n[-1]", 3),
+        ("a.b c[0].k", "x"),
+        ("a.b c[*].v", 1.5),
+    ],
 )
 def test_places(place, value):
     assert looked_up(VALUES, place) == value
