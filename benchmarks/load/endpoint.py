@@ -17,7 +17,7 @@ import orjson
 import pybase64
 
 from benchmarks.load.outcome import CANCELLED, DONE, FAILED, INTERRUPTED, REJECTED, Outcome
-from benchmarks.load.pictures import PictureError, decoded
+from benchmarks.load.pictures import PictureError, decoded, load_decoders
 from benchmarks.load.plan import Planned
 from benchmarks.load.server_sent_events import event_data
 from krea2_srt.errors import Krea2Error, first_line
@@ -83,6 +83,8 @@ class Endpoint:
         self._checkers = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "check")
 
     async def __aenter__(self) -> Self:
+        # What the first picture would otherwise load while requests are timed.
+        load_decoders()
         headers = {}
         if self.options.api_key:
             headers["authorization"] = f"Bearer {self.options.api_key}"

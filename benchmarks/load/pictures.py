@@ -10,6 +10,14 @@ class PictureError(Exception):
     """Bytes are not the picture that was asked for; the message says why."""
 
 
+def load_decoders() -> None:
+    """Load what decodes pictures, and use it once."""
+    for name in ("png", "jpeg", "webp"):
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, name)
+        decoded(file.getvalue(), 16, 16)
+
+
 def decoded(data: bytes, width: int, height: int) -> np.ndarray:
     """The pixels of an encoded picture, uint8 [height, width, 3].
 

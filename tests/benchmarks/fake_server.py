@@ -149,6 +149,7 @@ async def serve() -> None:
     async def health(_: web.Request) -> web.Response:
         return web.Response()
 
+    picture(16, 16, 0, 0)  # loads what draws, which takes long the first time
     app = web.Application()
     app.router.add_post("/v1/images/generations", server.draw)
     app.router.add_post("/script", script)

@@ -170,8 +170,8 @@ def compare(bench: Bench, *servers: str, seed: int = 0, more: tuple[str, ...] = 
 
 
 def script(fake: Fake, slower: float = 1.0) -> None:
-    """10 to 30 ms by the request's seed."""
-    fake.script({"wait_s": 0.01 * slower, "per_seed_s": 0.02 * slower})
+    """40 to 80 ms by the request's seed."""
+    fake.script({"wait_s": 0.04 * slower, "per_seed_s": 0.04 * slower})
 
 
 def test_equal_servers_are_equal(fake: Fake, other: Fake, bench: Bench, capsys):
