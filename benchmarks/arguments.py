@@ -21,7 +21,6 @@ def benchmark_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
 
 def count(text: str) -> int:
     """The type of an argument that is a whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"must be a whole number and at least 1, got {text!r}")
+    return int(text)

@@ -1,6 +1,5 @@
 """What the benchmark measures, each in child processes that end with the measurement."""
 
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.child import LIMIT_S, Child, ChildError, warm_environment
+from benchmarks.ports import free_ports
 from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
 
 SIZE = f"{SIDE}x{SIDE}"
@@ -46,7 +46,7 @@ def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
                     "serve_engine",
                     model,
                     scratch,
-                    {"output_path": str(scratch), **free_ports()},
+                    {"output_path": str(scratch), **_engine_ports()},
                     switch,
                 )
             )
@@ -145,7 +145,7 @@ def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
     size = ["--height", str(SIDE), "--width", str(SIDE)]
     ours = [str(scripts / "krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
     theirs = [str(scripts / "sglang"), "generate", "--model-path", str(model), *size]
-    for name, port in free_ports().items():
+    for name, port in _engine_ports().items():
         theirs += [f"--{name.replace('_', '-')}", str(port)]
     return (
         [*ours, "--steps", str(STEPS), "--output", str(folder / "picture")],
@@ -176,14 +176,8 @@ def _answer(job: str, model: Path, scratch: Path) -> Message:
         return child.answer()
 
 
-def free_ports() -> dict[str, int]:
+def _engine_ports() -> dict[str, int]:
     """Ports for one engine, under SGLang's names. It looks for its own at the start but binds them
     half a minute later, when another SGLang may have taken them.
     """
-    with ExitStack() as stack:
-        ports = {}
-        for name in ("port", "scheduler_port", "master_port"):
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports[name] = probe.getsockname()[1]
-        return ports
+    return free_ports(("port", "scheduler_port", "master_port"))

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import count
 from benchmarks.compare.match import Match, Side
 from benchmarks.compare.servers import PRESETS, Server, ServerError, parse_server, running
 from benchmarks.compare.table import table
@@ -23,7 +24,6 @@ from benchmarks.load.arguments import (
     add_load_options,
     endpoint_options,
     load_of,
-    positive_int,
     positive_list,
 )
 from benchmarks.load.command import INTERRUPTED_STATUS, PACKAGES, settings
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--server", action="append", default=[], metavar="NAME[=…]", help="twice or more")
     add("--checkpoint", default="krea/Krea-2-Turbo", metavar="MODEL", help="stands for {model}")
-    add("--rounds", type=positive_int, default=5, help="of all points and servers (default 5)")
+    add("--rounds", type=count, default=5, help="of all points and servers (default 5)")
     add(
         "--load",
         type=positive_list,

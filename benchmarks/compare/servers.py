@@ -3,17 +3,17 @@
 import os
 import re
 import shlex
-import socket
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.child import Child
+from benchmarks.ports import free_ports
 from krea2_srt.errors import Krea2Error
 
 START_LIMIT_S = 900.0
@@ -145,7 +145,9 @@ def running(
     if server.url:
         yield Running(server.name, server.url)
         return
-    values = {"model": model, "scratch": str(scratch)} | free_ports(server.command)
+    placeholders = {found[1:-1] for word in server.command for found in _PORT.findall(word)}
+    ports = free_ports(sorted(placeholders))
+    values = {"model": model, "scratch": str(scratch)} | {k: str(v) for k, v in ports.items()}
     command = [_filled(word, values) for word in server.command]
     # Beside this Python, where its environment is not active.
     command[0] = _beside_python(command[0])
@@ -157,18 +159,6 @@ def running(
         raise ServerError(f"--server: {server.name}: {command[0]}: {error.strerror}") from None
     with child:
         yield Running(server.name, url, child)
-
-
-def free_ports(command: tuple[str, ...]) -> dict[str, str]:
-    """Free ports for the placeholders of a command."""
-    names = {found[1:-1] for word in command for found in _PORT.findall(word)}
-    with ExitStack() as stack:
-        ports = {}
-        for name in sorted(names):
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports[name] = str(probe.getsockname()[1])
-        return ports
 
 
 def _filled(word: str, values: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.arguments import count
 from benchmarks.load.endpoint import EndpointOptions
 from benchmarks.load.mix import SYNTAX, Kind, parse_mix
 from benchmarks.load.plan import ARRIVALS, Planned, draw_plan, replayed
@@ -38,7 +39,7 @@ def add_load_options(parser: argparse.ArgumentParser, requests: int) -> None:
         metavar="MIX",
         help=f"kinds of requests: {SYNTAX} (default {DEFAULT_MIX})",
     )
-    add("--requests", type=positive_int, default=requests, help=f"of a point (default {requests})")
+    add("--requests", type=count, default=requests, help=f"of a point (default {requests})")
     add(
         "--rate",
         type=_list_of(_positive_or_inf),
@@ -47,7 +48,7 @@ def add_load_options(parser: argparse.ArgumentParser, requests: int) -> None:
     )
     add(
         "--concurrency",
-        type=_list_of(positive_int),
+        type=_list_of(count),
         metavar="N[,N…]",
         help="clients that send one request after the other (closed loop)",
     )
@@ -156,11 +157,6 @@ def load_of(
         return mix, plan, [Point("closed", concurrency=n) for n in args.concurrency]
     rates = [1.0] if args.rate is None else args.rate
     return mix, plan, [Point(args.arrivals, rate, burstiness=args.burstiness) for rate in rates]
-
-
-def positive_int(text: str) -> int:
-    """The type of an option that is a whole number from 1 on."""
-    return _checked(int, text, lambda value: value >= 1, "a whole number from 1 on")
 
 
 def _natural(text: str) -> int:

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.arguments import positive_int
+from benchmarks.arguments import count
 from benchmarks.micro.history import read_history, record, regressions
 from benchmarks.micro.timing import Timed
 from benchmarks.provenance import provenance, typed
@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path("demo-model/krea-2-demo"), metavar="DIR")
-    add("--rounds", type=positive_int, default=15, help="of each (default 15)")
+    add("--rounds", type=count, default=15, help="of each (default 15)")
     add("--record", type=Path, metavar="FILE", help="append to a history, with times of the start")
     add(
         "--check",

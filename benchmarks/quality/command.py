@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.load.arguments import positive_int
+from benchmarks.arguments import count
 from benchmarks.load.mix import parse_mix
 from benchmarks.load.prompts import bundled_prompts
 from benchmarks.provenance import provenance, typed
@@ -35,9 +35,9 @@ def add_parser(commands: Any) -> None:
     add("second", help="what it is compared to, for example ours or diffusers")
     add("--checkpoint", type=Path, default=Path("demo-model/krea-2-demo"), metavar="DIR")
     add("--prompts", type=Path, metavar="FILE", help="one a line; by default some of our own")
-    add("--count", type=positive_int, default=12, help="of our own prompts (default 12)")
+    add("--count", type=count, default=12, help="of our own prompts (default 12)")
     add("--size", default="512x512", help="of the pictures (default 512x512)")
-    add("--steps", type=positive_int, default=8, help="denoising steps (default 8)")
+    add("--steps", type=count, default=8, help="denoising steps (default 8)")
     add("--guidance", type=float, default=0.0, help="Krea's scale; 0 is off (default)")
     add("--seed", type=int, default=0, help="of the first picture; then one more each (default 0)")
     add("--clip", metavar="MODEL", help="folder or repo id of a CLIP model, for CLIPScore")

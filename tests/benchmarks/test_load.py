@@ -268,7 +268,7 @@ def test_a_server_that_dies_ends_no_load_test(bench: Bench, tmp_path: Path):
         (["--mix=64x64:prompt=9000"], "there is no prompt of 9000-9000 tokens"),
         (["--rate=0"], "must be a number greater than 0, or inf, got '0'"),
         (["--rate=1", "--concurrency=1"], "only one of them"),
-        (["--requests=0"], "from 1 on"),
+        (["--requests=0"], "a whole number and at least 1"),
         (["--trace=missing"], "missing: No such file"),
         (["--trace=bad.jsonl"], "bad.jsonl, line 2: "),
         (["--trace=odd.jsonl"], "odd.jsonl, line 1: width"),
