@@ -87,6 +87,17 @@ def plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def shared_legend(figure: Any, panels: list[Any]) -> None:
+    """One for all panels, above them."""
+    unique: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        unique |= dict(zip(labels, handles, strict=True))
+    # As many side by side as there is room for.
+    columns = min(len(unique), max(2, round(figure.get_figwidth() / 1.6)))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=columns)
+
+
 def hide(spare: list[Any]) -> None:
     """Axes that nothing is drawn in."""
     for axes in spare:

@@ -75,9 +75,7 @@ def compare_points(side: Rounds, baseline: Rounds, slo: Slo) -> list[Figure]:
     Latencies are compared over the requests that both sides have done; a side that refuses or fails
     some shows in what is in time.
     """
-    figures = [
-        Figure("latency of a request", "all", "ratio", False, _ratios(side, baseline, "all"))
-    ]
+    figures = [latency_of_a_request([(side, baseline)])]
     sizes = {o.size: o.megapixels / o.n for outcomes in baseline for o in outcomes}
     ordered = sorted(sizes, key=lambda size: sizes[size])
     for size in ("all", *ordered) if len(ordered) > 1 else ("all",):
@@ -110,10 +108,6 @@ def latency_of_a_request(points: Sequence[tuple[Rounds, Rounds]]) -> Figure:
         pairs.append(tuple(np.concatenate(values) for values in zip(*found, strict=True)))
     interval = compare_ratios([(a, b) for a, b in pairs], geometric_mean)
     return Figure("latency of a request", "all", "ratio", False, interval)
-
-
-def _ratios(side: Rounds, baseline: Rounds, size: str) -> Interval | None:
-    return compare_ratios(_latencies(side, baseline, size), geometric_mean)
 
 
 def _latencies(side: Rounds, baseline: Rounds, size: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -201,9 +201,13 @@ class Match:
             for outcomes in played.outcomes.values():
                 del outcomes[number:]
 
+    @property
+    def _baseline(self) -> Played:
+        return list(self._played.values())[-1]
+
     def _capacity(self) -> float:
         """Requests of the mix a second that the baseline does one after the other."""
-        alone_s = list(self._played.values())[-1].alone_s
+        alone_s = self._baseline.alone_s
         weight = sum(kind.weight for kind in self.mix)
         return weight / sum(kind.weight * alone_s[kind.work] for kind in self.mix)
 
@@ -211,7 +215,7 @@ class Match:
         """The same for all: multiples of what requests take alone on the baseline."""
         if self.args.slo_s:
             return Slo({kind.work: self.args.slo_s for kind in self.mix})
-        return Slo.scaled(list(self._played.values())[-1].alone_s, self.args.slo_scale)
+        return Slo.scaled(self._baseline.alone_s, self.args.slo_scale)
 
     def _overall(self, name: str, baseline: str) -> Figure:
         ours, theirs = self._played[name].outcomes, self._played[baseline].outcomes

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.load.outcome import DONE
 from benchmarks.load.table import point_name
-from benchmarks.plotting import INK, SERIES, hide, new_figure, plain_numbers
+from benchmarks.plotting import INK, SERIES, hide, new_figure, plain_numbers, shared_legend
 from benchmarks.report.data import Study
 
 _WIDTH = 4.6
@@ -34,7 +34,7 @@ def latency_against_load(study: Study) -> Any:
         plain_numbers(axes.yaxis)
         axes.grid()
     hide(panels[len(sizes) :])
-    _legend(figure, panels)
+    shared_legend(figure, panels)
     return figure
 
 
@@ -58,7 +58,7 @@ def goodput_against_load(study: Study) -> Any:
     for axes in (rate, share):
         _category_axis(axes, study)
         axes.grid()
-    _legend(figure, [rate, share])
+    shared_legend(figure, [rate, share])
     return figure
 
 
@@ -89,7 +89,7 @@ def distributions(study: Study) -> Any:
             axes.tick_params("x", rotation=45)
             axes.grid()
     hide(panels[len(points) * len(sizes) :])
-    _legend(figure, panels)
+    shared_legend(figure, panels)
     return figure
 
 
@@ -132,14 +132,3 @@ def _panels(count: int, columns: int = 3) -> tuple[Any, list[Any]]:
 
 def _title(size: str) -> str:
     return "all sizes" if size == "all" else size
-
-
-def _legend(figure: Any, panels: list[Any]) -> None:
-    """One for all panels."""
-    unique: dict[str, Any] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        unique |= dict(zip(labels, handles, strict=True))
-    # As many side by side as there is room for.
-    columns = min(len(unique), max(2, round(figure.get_figwidth() / 1.6)))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=columns)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.load.outcome import DONE, Outcome
-from benchmarks.plotting import INK, WORK, new_figure
+from benchmarks.plotting import INK, WORK, new_figure, shared_legend
 from benchmarks.report.data import Study, Turns
 
 _STAGES = ("queue", "encode", "denoise", "decode")
@@ -43,9 +43,7 @@ def timeline(study: Study, side: str, point: int) -> Any | None:
         panels[1].set_xlabel("time, s")
     else:
         panels[0].set_xlabel("time, s")
-    handles, labels = panels[0].get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=len(unique))
+    shared_legend(figure, panels[:1])
     return figure
 
 
