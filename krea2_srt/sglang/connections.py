@@ -6,6 +6,16 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 
+def events_in_order(context: zmq.Context) -> None:  # type: ignore[type-arg]
+    """Have one I/O thread serve all sockets that are made from this context from now on.
+
+    Of two threads one accepts and the other reads, and a message from a new connection can
+    overtake the event of its beginning: then it looks as if it came from that descriptor's last
+    owner, who has gone.
+    """
+    context.setsockopt(zmq.AFFINITY, 1)
+
+
 class WatchedRouter:
     """A ROUTER socket that also knows when a client's connection has closed.
 
@@ -16,10 +26,11 @@ class WatchedRouter:
     Everything that is not here is the wrapped socket's.
 
     Args:
-        socket: bound; read by nobody else.
+        socket: bound; read by nobody else; of a context with `events_in_order`.
     """
 
     def __init__(self, socket: zmq.Socket) -> None:  # type: ignore[type-arg]
+        assert socket.getsockopt(zmq.AFFINITY), "its context needs events_in_order"
         self._socket = socket
         self._monitor = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._closed: set[int] = set()

@@ -33,7 +33,7 @@ from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.side_stream import CudaSideStream
-from krea2_srt.sglang.connections import WatchedRouter
+from krea2_srt.sglang.connections import WatchedRouter, events_in_order
 from krea2_srt.sglang.generations import Generation
 from krea2_srt.sglang.messages import (
     VERSION,
@@ -137,6 +137,16 @@ class Krea2Scheduler(Scheduler):
             str(runner.dit.dtype).removeprefix("torch.") + quantized,
             pipeline.attention,
         )
+
+    @property
+    def context(self) -> Any:
+        """ZeroMQ's. SGLang's constructor sets it, and binds the receiver in the next line."""
+        return self._context
+
+    @context.setter
+    def context(self, context: Any) -> None:
+        events_in_order(context)
+        self._context = context
 
     def event_loop(self) -> None:
         """Receive, take a turn, reply; until shut down and empty."""

@@ -2,17 +2,21 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 import zmq
 
-from krea2_srt.sglang.connections import WatchedRouter
+from krea2_srt.sglang.connections import WatchedRouter, events_in_order
 
 
 @pytest.fixture
 def context():
-    with zmq.Context() as context:
+    # As many threads as SGLang's scheduler has.
+    with zmq.Context(io_threads=2) as context:
+        events_in_order(context)
         yield context
 
 
@@ -35,12 +39,12 @@ def connect(context, router, message=b"hello"):
     return client
 
 
-def lost_within(router, seconds: float) -> set[bytes]:
+def lost_within(router, seconds: float, every: float = 0.005) -> set[bytes]:
     deadline = time.monotonic() + seconds
     lost: set[bytes] = set()
     while time.monotonic() < deadline and not lost:
         lost |= router.take_lost()
-        time.sleep(0.005)
+        time.sleep(every)
     return lost
 
 
@@ -78,6 +82,23 @@ def test_descriptors_are_reused_without_mixing_clients_up(context, router):
         assert lost_within(router, 5) == {identity}
     assert staying not in lost_within(router, 0.1)
     stays.close()
+
+
+def test_busy_cores_do_not_mix_clients_up(router):
+    """With two I/O threads at work, one in 300 clients was taken for its predecessor."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        with zmq.Context() as clients:
+            for _ in range(1500):
+                client = connect(clients, router)
+                identity = router.recv_multipart()[0]
+                assert identity not in router.take_lost()
+                client.close()
+                assert lost_within(router, 5, every=0.0005) == {identity}
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_a_client_gone_before_its_message_was_read_is_lost(context, router):
