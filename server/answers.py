@@ -9,7 +9,7 @@ import pybase64
 
 from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
 from server.drawing import Drawing
-from server.engine_client import Ticket
+from server.engine import Ticket
 from server.event_stream import comment, event
 from server.image_service import Preview, Result, Update
 from server.protocol import Timings, Usage

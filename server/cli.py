@@ -4,13 +4,10 @@ import asyncio
 import gc
 import json
 import logging
-import os
 import resource
-import secrets
 import signal
 import socket
 import sys
-import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
@@ -23,23 +20,17 @@ from krea2_srt.cli.errors import USAGE_ERROR, one_line_errors
 from krea2_srt.errors import ConfigError
 from krea2_srt.sglang.messages import ModelInfo
 from server.app import create_app
+from server.assembly import assembled, load_moderator
 from server.engine_client import EngineClient
 from server.http_protocol import bounded_protocol
-from server.image_service import ImageService
-from server.images_api import FILES_PATH
 from server.keys import Keys
 from server.logs import configure_logs
-from server.metrics import Metrics
 from server.moderation.moderator import ModerationConfigError, Moderator
 from server.quality import PRESETS, automatic_size
-from server.rate_limits import RateLimits
 from server.services import Services
 from server.settings import COMMAND, NO_STORAGE, Settings, load_settings
-from server.storage.fsspec_store import FsspecStore
-from server.storage.local import LocalStore
-from server.storage.store import ImageStore, StorageError
+from server.storage.store import StorageError
 from server.supervisor import EngineStartError, Supervisor, attach_running
-from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +38,6 @@ _KEEP_ALIVE_S = 75
 """Longer than the idle connections of usual proxies and clients: they close first."""
 
 _BACKLOG = 4096
-_KEY_BYTES = 32
 _LAST_ANSWERS_S = 5
 _POLL_S = 0.1
 
@@ -56,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(COMMAND):
         settings = load_settings(sys.argv[1:] if argv is None else argv)
         keys = Keys.from_settings(settings)
-        moderator = _moderator(settings)
+        moderator = load_moderator(settings)
         _check_model(settings)
     configure_logs(settings.log_level, settings.log_format)
     _raise_file_limit()
@@ -81,20 +71,8 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
         count = len(settings.engine_endpoints) or settings.replicas
         engine = EngineClient(count)
         stack.callback(engine.close)
-        store = make_store(settings)
-        if store is not None:
-            await store.start()
-            stack.push_async_callback(store.close)
-        if moderator is not None:
-            await moderator.start()
-            stack.push_async_callback(moderator.close)
-        tracing = Tracing(settings.otlp_endpoint)
-        # In a thread: a collector that is away is waited for.
-        stack.push_async_callback(asyncio.to_thread, tracing.close)
-        metrics = Metrics(engine, moderator)
-        images = ImageService(engine, RateLimits(), store, moderator, metrics, tracing)
-        services = Services(settings, engine, keys, images, store, metrics, int(time.time()))
-        server, supervisor = ImagesServer(services), Supervisor(settings, engine)
+        services = await stack.enter_async_context(assembled(settings, keys, moderator, engine))
+        server, supervisor = ImagesServer(services, engine), Supervisor(settings, engine)
         ending.started(server, supervisor)
         # What is there by now stays: the collector need not look at it during requests.
         gc.collect()
@@ -111,11 +89,13 @@ class ImagesServer(uvicorn.Server):
 
     Args:
         services: of the app.
+        engine: theirs.
     """
 
-    def __init__(self, services: Services) -> None:
+    def __init__(self, services: Services, engine: EngineClient) -> None:
         settings = services.settings
         self._services = services
+        self._engine = engine
         super().__init__(
             uvicorn.Config(
                 create_app(services),
@@ -148,7 +128,7 @@ class ImagesServer(uvicorn.Server):
 
     def give_up(self) -> None:
         """Answer what is not finished with an error."""
-        self._services.engine.detach_all("the server has shut down before the image was done")
+        self._engine.detach_all("the server has shut down before the image was done")
 
 
 class Ending:
@@ -187,57 +167,6 @@ class Ending:
         else:
             logger.info("ending when the requests under way are finished")
             self._server.drain()
-
-
-def make_store(settings: Settings) -> ImageStore | None:
-    """Where images with URLs go; None where there are no URLs.
-
-    Raises:
-        StorageError: the folder for the signing key cannot be made.
-    """
-    if settings.storage == NO_STORAGE:
-        return None
-    if "://" in settings.storage:
-        return FsspecStore(
-            settings.storage, expiry_s=settings.url_expiry_s, options=settings.storage_options
-        )
-    folder = settings.storage_folder
-    return LocalStore(
-        folder,
-        signing_key=_signing_key(settings, folder),
-        expiry_s=settings.url_expiry_s,
-        max_bytes=settings.max_storage_bytes,
-        path=FILES_PATH,
-    )
-
-
-def _signing_key(settings: Settings, folder: Path) -> bytes:
-    """The configured one, or one that is made once and kept beside the images."""
-    if configured := settings.storage_key.get_secret_value():
-        return configured.encode()
-    file = folder.with_name(folder.name + ".key")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            if len(key := file.read_bytes()) == _KEY_BYTES:
-                return key
-            raise StorageError(f"storage_key: {file} is damaged; remove it") from None
-        with os.fdopen(descriptor, "wb") as new:
-            new.write(key := secrets.token_bytes(_KEY_BYTES))
-        return key
-    except OSError as error:
-        raise StorageError(f"storage: {file}: {error.strerror}") from None
-
-
-def _moderator(settings: Settings) -> Moderator | None:
-    if settings.moderation_policy is None:
-        return None
-    try:
-        return Moderator.from_file(settings.moderation_policy)
-    except ModerationConfigError as error:
-        raise ConfigError(f"moderation_policy: {error}") from None
 
 
 def _check_model(settings: Settings) -> None:
@@ -280,7 +209,7 @@ def address_of(listener: socket.socket) -> str:
 async def _say_when_ready(address: str, services: Services) -> None:
     settings, engine = services.settings, services.engine
     logger.info("listening at %s; the model is being loaded", address)
-    while engine.model is None or not engine.ready:
+    while engine.model is None or not engine.num_ready:
         await asyncio.sleep(_POLL_S)
     logger.info("ready: %s at %s", settings.model_name, address)
     print(usage(address, settings, engine.model), flush=True)

@@ -24,14 +24,13 @@ from krea2_srt.sglang.messages import (
     ModelInfo,
     ProgressUpdate,
 )
+from server.engine import Update
 
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("krea2_srt", "numpy", "builtins")
 """Whose types are in messages to us. What else the scheduler may send belongs to SGLang, and would
 be imported for it, with torch, for a minute."""
-
-Update = Accepted | ProgressUpdate | Generated
 
 
 class EngineExitedError(Exception):

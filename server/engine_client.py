@@ -6,13 +6,16 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import zmq.asyncio
 
+from krea2_srt.engine.backlog import image_ms
 from krea2_srt.sglang.messages import Generate, ModelInfo
-from krea2_srt.sglang.replicas import Place, ReplicaExited, Replicas, image_ms
-from server.engine_channel import EngineChannel, EngineExitedError, Update
+from krea2_srt.sglang.replicas import ReplicaExited, Replicas
+from server.engine import Ticket, Update
+from server.engine_channel import EngineChannel, EngineExitedError
 from server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 
 logger = logging.getLogger(__name__)
@@ -42,21 +45,8 @@ class Replica:
     answered: float = 0.0
 
 
-class Ticket:
-    """A request's way through the engine."""
-
-    def __init__(self, place: Place, client: "EngineClient") -> None:
-        self._place = place
-        self._client = client
-
-    @property
-    def ahead(self) -> int:
-        """Requests that will probably be drawn before this one."""
-        return self._client.routing.ahead(self._place)
-
-
 class EngineClient:
-    """Requests in, pictures out.
+    """An `Engine` of scheduler processes that this one speaks to.
 
     Args:
         count: of replicas, none of which is there yet.
@@ -76,13 +66,15 @@ class EngineClient:
 
     @property
     def num_ready(self) -> int:
-        """Replicas that are there and answer."""
         return sum(self.silent_s(index) < READY_SILENCE_S for index in self.routing.live)
 
     @property
-    def ready(self) -> bool:
-        """Whether there is anybody to draw."""
-        return self.num_ready > 0
+    def num_replicas(self) -> int:
+        return len(self.replicas)
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        return {str(index): self.replicas[index].statistics for index in self.routing.live}
 
     async def attach(self, index: int, endpoint: str) -> None:
         """A replica has started: ask what it serves, and send it requests.
@@ -125,17 +117,13 @@ class EngineClient:
         return time.monotonic() - replica.answered if replica.channel is not None else 0.0
 
     async def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
-        """Draw, where it waits least: first its `Ticket`, then what the engine sends.
-
-        Raises:
-            ApiError: 503, no replica is there, or the one that drew has gone.
-        """
+        """See `Engine`; it is drawn where it waits least."""
         work = image_ms(message.image, message.image.num_images)
         try:
-            with self.routing.place(work) as place:
-                channel = self.replicas[place.index].channel
+            with self.routing.place(work) as assignment:
+                channel = self.replicas[assignment.index].channel
                 assert channel is not None
-                yield Ticket(place, self)
+                yield Ticket(partial(self.routing.ahead, assignment))
                 async with aclosing(channel.generate(message)) as updates:
                     async for update in updates:
                         yield update
@@ -145,7 +133,6 @@ class EngineClient:
             raise engine_unavailable(f"{error}; send the request again") from None
 
     def unavailable(self) -> ApiError:
-        """What to answer while no replica is there."""
         if self.routing.live:
             text = "the engine does not answer"
         else:

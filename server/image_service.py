@@ -11,7 +11,7 @@ from typing import Any
 from krea2_srt.image_files import encode_image
 from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
 from server.drawing import Drawing
-from server.engine_client import EngineClient, Ticket
+from server.engine import Engine, Ticket
 from server.errors import ApiError, from_engine
 from server.keys import Client, check_rights
 from server.metrics import Metrics
@@ -79,7 +79,7 @@ class ImageService:
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Engine,
         limits: RateLimits,
         store: ImageStore | None,
         moderator: Moderator | None,

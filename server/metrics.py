@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from krea2_srt.sglang.messages import Generated
 from server.drawing import Drawing
-from server.engine_client import EngineClient
+from server.engine import Engine
 from server.moderation.moderator import Moderator
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
@@ -21,6 +21,14 @@ _ENGINE_COUNTERS = {
     "tokens": ("krea2_engine_pack_tokens", "Tokens of all forwards."),
     "encode_s": ("krea2_engine_encode_seconds", "Time in the text encoder."),
     "step_s": ("krea2_engine_step_seconds", "Time in denoising steps."),
+    "step_flops": (
+        "krea2_engine_step_flops",
+        "Floating-point operations of the steps; over the hardware's rate, the least they take.",
+    ),
+    "step_weight_bytes": (
+        "krea2_engine_step_weight_bytes",
+        "Bytes of weights that the steps read; over the memory's rate, the least they take.",
+    ),
     "decode_s": (
         "krea2_engine_decode_seconds",
         "Time in VAE decodes, but for those that run beside the steps.",
@@ -54,7 +62,7 @@ class Metrics:
         moderator: whose counts are shown.
     """
 
-    def __init__(self, engine: EngineClient, moderator: Moderator | None) -> None:
+    def __init__(self, engine: Engine, moderator: Moderator | None) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "krea2_requests",
@@ -71,7 +79,8 @@ class Metrics:
         self._request_seconds = Histogram(
             "krea2_request_seconds",
             "Time of requests that were done, in this process and the engine, until there was "
-            "something to send.",
+            "something to send, by the size class of krea2_images_total.",
+            ["up_to"],
             buckets=_SECONDS,
             registry=self._registry,
         )
@@ -114,8 +123,9 @@ class Metrics:
         Args:
             seconds: from its validation until its images were there.
         """
-        self._request_seconds.observe(seconds)
-        self._images.labels(_size_class(drawing)).inc(len(generated.images))
+        size = _size_class(drawing)
+        self._request_seconds.labels(size).observe(seconds)
+        self._images.labels(size).inc(len(generated.images))
         for stage, ms in generated.stage_ms.items():
             self._stage_seconds.labels(stage).observe(ms / 1e3)
         step_ms = generated.stage_ms.get("denoise", 0.0) / drawing.image.steps
@@ -136,7 +146,7 @@ def _size_class(drawing: Drawing) -> str:
 class _EngineCollector:
     """The engine's statistics as of the last look at them."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
@@ -146,9 +156,9 @@ class _EngineCollector:
         ):
             for key, (name, text) in table.items():
                 family = kind(name, text, labels=["replica"])
-                for index, replica in enumerate(self._engine.replicas):
-                    if key in replica.statistics:
-                        family.add_metric([str(index)], replica.statistics[key])
+                for replica, statistics in self._engine.statistics.items():
+                    if key in statistics:
+                        family.add_metric([replica], statistics[key])
                 yield family
 
 

@@ -38,7 +38,7 @@ def operations_router(services: Services) -> APIRouter:
     async def ready() -> Any:
         if services.images.draining:
             raise ApiError(503, "the server is shutting down", "draining")
-        if not engine.ready:
+        if not engine.num_ready:
             raise engine.unavailable()
         return Status(status="ready").model_dump()
 
@@ -62,14 +62,14 @@ def operations_router(services: Services) -> APIRouter:
 
     @router.get("/v1/queue", summary="How much is waiting")
     async def queue() -> QueueState:
-        live = [engine.replicas[index].statistics for index in engine.routing.live]
+        live = engine.statistics.values()
         waiting = sum(s.get("waiting", 0) for s in live)
         return QueueState(
             waiting=waiting,
             running=sum(s.get("requests", 0) for s in live) - waiting,
             estimated_wait_s=min((s.get("outstanding_s", 0.0) for s in live), default=None),
             replicas_ready=engine.num_ready,
-            replicas=len(engine.replicas),
+            replicas=engine.num_replicas,
         )
 
     @router.get(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from server.engine_client import EngineClient
+from server.engine import Engine
 from server.image_service import ImageService
 from server.keys import Keys
 from server.metrics import Metrics
@@ -12,13 +12,17 @@ from server.storage.store import ImageStore
 
 @dataclass(frozen=True)
 class Services:
-    """Attributes are the classes of their names."""
+    """What their names say.
+
+    Attributes:
+        store: None where no image gets a URL.
+        started: Unix time in seconds.
+    """
 
     settings: Settings
-    engine: EngineClient
+    engine: Engine
     keys: Keys
     images: ImageService
     store: ImageStore | None
     metrics: Metrics
     started: int
-    """Unix time in seconds."""

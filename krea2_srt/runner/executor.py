@@ -10,6 +10,7 @@ from torch import Tensor
 from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.engine.work import PackStep
 from krea2_srt.errors import DeviceLostError, OutOfMemoryError, first_line, not_finite
+from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.pixels import quantize, to_uint8
@@ -43,6 +44,7 @@ class RunnerExecutor:
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
         self._aside: dict[Sequence, SideJob] = {}
         self._pixels: dict[Sequence, np.ndarray] = {}
+        self._flops = self._weight_bytes = 0.0
 
     @property
     def decodes_aside(self) -> bool:
@@ -74,6 +76,7 @@ class RunnerExecutor:
 
     @torch.inference_mode()
     def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+        self._count_step(step, len(blocks) / step.total_blocks)
         with _memory_errors():
             if len(blocks) == step.total_blocks:
                 broken = self._runner.step([self._begun(s) for s in step.sequences], step.steps)
@@ -142,10 +145,12 @@ class RunnerExecutor:
         with _memory_errors():
             return to_uint8(self._runner.vae.decode(latents[None])[0])
 
-    def statistics(self) -> dict[str, int]:
-        """Counters of the prompt cache; on a GPU also its memory in bytes."""
+    def statistics(self) -> dict[str, float]:
+        """Counters of the steps and the prompt cache; on a GPU also its memory in bytes."""
         contexts, device = self._runner.contexts, self._runner.device
         found = {
+            "step_flops": self._flops,
+            "step_weight_bytes": self._weight_bytes,
             "context_cache_hits": contexts.hits,
             "context_cache_misses": contexts.misses,
             "context_cache_bytes": contexts.num_bytes,
@@ -158,6 +163,13 @@ class RunnerExecutor:
     def release_graphs(self) -> None:
         """The weights have moved: no graph may be replayed any more."""
         self._runner.release_graphs()
+
+    def _count_step(self, step: PackStep, share: float) -> None:
+        """Count what a share of a step takes at least: operations, and weights read once."""
+        dit, share = self._runner.dit, share * step.steps
+        lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
+        self._flops += share * sum(step_flops(dit.config, lanes))
+        self._weight_bytes += share * step_weight_bytes(dit.config) * dit.dtype.itemsize
 
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
         """Its tensors; drawn before its first step, so that those that wait take no memory."""

@@ -6,7 +6,6 @@ one dead replica ends them all.
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,14 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from krea2_srt.engine.cost import roofline
-from krea2_srt.engine.policy import STRETCH
+from krea2_srt.engine.backlog import Backlog, Place, image_ms, order_key
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.sglang.messages import Cancel, GetStatistics
 
 logger = logging.getLogger(__name__)
 
-_COST = roofline()
 _NONE_LEFT = "all replicas have exited; restart the server"
 
 
@@ -30,38 +27,38 @@ class ReplicaExited(RuntimeError):
     """The replica that a request was on, or had to go to, is no longer there."""
 
 
-@dataclass(frozen=True, eq=False)
-class Place:
-    """An outstanding request's place on a replica.
+@dataclass(frozen=True)
+class Assignment:
+    """A request's replica, and its place there.
 
     Attributes:
         index: of the replica.
-        key: in the engine's order; smaller runs first.
-        work: estimated milliseconds.
     """
 
     index: int
-    key: float
-    work: int
+    place: Place
 
 
 class Replicas:
     """The replicas of one client: which live, and what each has still to do.
 
     Attributes:
-        outstanding: estimated milliseconds of the forwards on each replica. Whole, so that what is
-            added and taken away leaves exactly 0.
+        backlogs: of each replica.
     """
 
     def __init__(self, count: int) -> None:
-        self.outstanding = [0] * count
+        self.backlogs = [Backlog() for _ in range(count)]
         self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
-        self._queues: list[set[Place]] = [set() for _ in range(count)]
         self._dead: set[int] = set()
         self._turn = 0
 
     def __len__(self) -> int:
-        return len(self.outstanding)
+        return len(self.backlogs)
+
+    @property
+    def outstanding(self) -> list[int]:
+        """Estimated milliseconds on each replica."""
+        return [backlog.outstanding for backlog in self.backlogs]
 
     @property
     def live(self) -> list[int]:
@@ -79,18 +76,19 @@ class Replicas:
         """
         if not self.live:
             raise ReplicaExited(_NONE_LEFT)
-        key = _key(work)
+        key = order_key(work)
 
         def wait(index: int) -> tuple[int, int, int]:
-            ahead = sum(other.work for other in self._queues[index] if other.key <= key)
-            return ahead, self.outstanding[index], (index - self._turn) % len(self)
+            backlog = self.backlogs[index]
+            turn = (index - self._turn) % len(self)
+            return backlog.work_before(key), backlog.outstanding, turn
 
         index = min(self.live, key=wait)
         self._turn = index + 1
         return index
 
     @contextmanager
-    def place(self, work: int, index: int | None = None) -> Iterator[Place]:
+    def place(self, work: int, index: int | None = None) -> Iterator[Assignment]:
         """Count a request as outstanding on a replica for as long as it lasts.
 
         Args:
@@ -103,18 +101,15 @@ class Replicas:
         index = self.choose(work) if index is None else index
         if index in self._dead:
             raise ReplicaExited(_exited(index))
-        place = Place(index, _key(work), work)
-        self.outstanding[index] += work
-        self._queues[index].add(place)
+        place = self.backlogs[index].add(work)
         try:
-            yield place
+            yield Assignment(index, place)
         finally:
-            self.outstanding[index] -= work
-            self._queues[index].discard(place)
+            self.backlogs[index].remove(place)
 
-    def ahead(self, place: Place) -> int:
+    def ahead(self, assignment: Assignment) -> int:
         """How many requests the engine's default policy would finish before this one."""
-        return sum(other.key < place.key for other in self._queues[place.index])
+        return self.backlogs[assignment.index].ahead(assignment.place)
 
     @contextmanager
     def forward(self, work: int, index: int | None = None) -> Iterator[int]:
@@ -126,8 +121,8 @@ class Replicas:
         task = asyncio.current_task()
         assert task is not None
         cancels = task.cancelling()
-        with self.place(work, index) as place:
-            index = place.index
+        with self.place(work, index) as assignment:
+            index = assignment.index
             self._forwards[index].add(task)
             try:
                 yield index
@@ -156,11 +151,6 @@ def _exited(index: int) -> str:
     return f"replica {index} has exited; send the request again"
 
 
-def _key(work: int) -> float:
-    """As `krea2_srt.engine.policy.srpt` orders requests that have just arrived."""
-    return time.monotonic() + STRETCH * work / 1e3
-
-
 def estimated_ms(batch: Any) -> int:
     """Work of a message to a scheduler: a ``Req``, a list of them, or another, which is quick.
 
@@ -182,12 +172,6 @@ def estimated_ms(batch: Any) -> int:
     images = _whole(batch, "num_outputs_per_prompt", 1, most=1000)
     images *= len(prompt) if isinstance(prompt, list) else 1
     return image_ms(request, images)
-
-
-def image_ms(request: ImageRequest, images: int) -> int:
-    """Work of that many images of a request, in milliseconds."""
-    image = request.steps * _COST.step(request.estimated_tokens)
-    return 1 + int(images * (image + _COST.decode(request.width * request.height)))
 
 
 def _whole(batch: Any, field: str, default: int, *, most: int) -> int:

@@ -13,6 +13,7 @@ from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner import executor as executor_module
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.pixels import to_uint8
@@ -267,3 +268,21 @@ def test_a_broken_picture_decoded_aside_fails(runner):
     run(engine)
     assert "not finite" in str(request.error)
     assert executor.empty
+
+
+def test_the_least_work_of_steps_is_counted_in_slices_as_in_one_piece(runner):
+    counted = []
+    for config in (CONFIG, EngineConfig(max_turn_ms=1e9, max_queue_s=1e6)):
+        executor = Recording(runner)
+        engine = Engine(executor, COST, config)
+        request = engine.submit("a", [image(width=160, height=160, steps=3, guidance=2.0)])
+        run(engine)
+        counted.append((executor.statistics(), executor.packs))
+        (sequence,) = request.sequences
+        lanes = sequence.tokens
+    (sliced, slices), (whole, packs) = counted
+    assert len(slices) > len(packs)
+    assert whole["step_flops"] == pytest.approx(3 * sum(step_flops(runner.dit.config, lanes)))
+    assert whole["step_weight_bytes"] == 3 * 4 * step_weight_bytes(runner.dit.config)
+    for name in ("step_flops", "step_weight_bytes"):
+        assert sliced[name] == pytest.approx(whole[name])

@@ -23,29 +23,14 @@ _LISTENING = re.compile(r"(?:INFO |\"message\": \")listening at (http://[^\s;\"]
 
 
 @dataclass
-class Served:
-    """A running server.
+class Api:
+    """A server, wherever it runs.
 
     Attributes:
         url: without a path.
-        pid: of the HTTP process.
     """
 
     url: str
-    log_file: Path
-    process: "subprocess.Popen[bytes]"
-
-    @property
-    def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def port(self) -> int:
-        return int(self.url.rsplit(":", 1)[1])
 
     def client(self, **options: object) -> OpenAI:
         """The official client; it does not try again by itself."""
@@ -68,6 +53,30 @@ class Served:
             if line.startswith(wanted):
                 return float(line.removeprefix(wanted))
         return 0.0
+
+
+@dataclass
+class Served(Api):
+    """A running krea2-serve.
+
+    Attributes:
+        pid: of the HTTP process.
+    """
+
+    log_file: Path
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
 
 
 @contextlib.contextmanager

@@ -170,7 +170,7 @@ async def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too(it):
     (big,) = await it.hold(1, **BIG)
     tasks = [asyncio.create_task(it.draw()) for _ in range(10)]
     await asyncio.sleep(0.01)
-    assert [it.replicas.outstanding[1] > 0, len(it.replicas._queues[0])] == [True, 6]
+    assert [it.replicas.outstanding[1] > 0, len(it.replicas.backlogs[0])] == [True, 6]
     it.schedulers[0].released = True
     await asyncio.gather(big, *tasks)
 

@@ -1,0 +1,48 @@
+# syntax=docker/dockerfile:1
+#
+#   docker build -t krea2-srt .                                   # on SGLang's image, for GPUs
+#   docker build -t krea2-srt:cpu --build-arg BASE=python:3.11-slim-bookworm \
+#     --build-arg TARGET=cpu --build-arg MODEL=/opt/krea-2-demo . # the demo checkpoint, anywhere
+#
+# deploy/README.md says how to run it.
+ARG BASE=lmsysorg/sglang:v0.5.23
+
+FROM python:3.11-slim-bookworm AS wheel
+WORKDIR /source
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM ${BASE}
+ARG TARGET=gpu
+ARG MODEL=krea/Krea-2-Turbo
+
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+RUN --mount=from=wheel,source=/wheels,target=/wheels \
+    --mount=from=wheel,source=/source,target=/source \
+    bash /source/deploy/docker/install.sh "${TARGET}" /wheels /source
+
+# A fixed number, so that volumes can be given to it.
+RUN groupadd --gid 10001 krea2 \
+ && useradd --uid 10001 --gid krea2 --home-dir /cache --no-create-home krea2 \
+ && install --directory --owner=krea2 --group=krea2 /cache
+USER 10001:10001
+
+# All that is written: the root file system may be read-only. Models, compiled kernels and images
+# are in /cache, which should be a volume; /tmp is for what a process needs while it runs.
+VOLUME /cache
+WORKDIR /cache
+ENV PATH=/opt/krea2/bin:${PATH} \
+    HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    PYTHONDONTWRITEBYTECODE=1 \
+    KREA2_SERVE_MODEL_PATH=${MODEL} \
+    KREA2_SERVE_HOST=0.0.0.0 \
+    KREA2_SERVE_LOG_FORMAT=json
+
+EXPOSE 30000
+# Alive, not ready: a model that is being loaded is no reason to start it again.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:30000/health', timeout=4)"]
+# Finishes what was accepted, for up to --drain-timeout-s.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["krea2-serve"]

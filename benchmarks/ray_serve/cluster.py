@@ -1,0 +1,126 @@
+"""A Ray cluster of this machine alone, with the application on it."""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import psutil
+
+from benchmarks.ports import free_ports
+
+_CPUS = 8
+"""That Ray may give away: as a count. The replicas share what cores there are."""
+
+_START_S = 300.0
+_POLL_S = 0.2
+
+
+class LocalCluster:
+    """A context: Ray runs in it.
+
+    Args:
+        model: folder of the checkpoint that all replicas serve.
+
+    Attributes:
+        url: of the application.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self._model = model.resolve()
+        self._port = free_ports(["http"])["http"]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        import ray
+        from ray import serve
+
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # 127.0.0.1: nothing of Ray listens to others.
+        ray.init(
+            num_cpus=_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+        )
+        serve.start(http_options={"host": "127.0.0.1", "port": self._port})
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        import ray
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+
+    def deploy(self, settings: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+        """Deploy it, or change what is deployed; returns when all replicas are ready.
+
+        Args:
+            settings, arguments: of `deploy.ray.arguments.Arguments`, but for what a CPU needs.
+
+        Raises:
+            TimeoutError: they do not get ready.
+        """
+        from ray import serve
+
+        from deploy.ray.app import build
+        from deploy.ray.arguments import Arguments
+
+        values = {
+            "model_path": str(self._model),
+            "allow_anonymous": True,
+            # On a busy machine everything is estimated to take long.
+            "engine": {"max_queue_s": 2000},
+            **(settings or {}),
+        }
+        arguments = {"gpus": 0, "cpus": 1, "upscale_delay_s": 1, "downscale_delay_s": 5} | arguments
+        parsed = Arguments(settings=values, **arguments)
+        serve.run(build(parsed), name="krea2", route_prefix="/")
+        self.wait_until_ready(parsed.min_replicas)
+
+    def wait_until_ready(self, count: int) -> None:
+        """Until so many replicas draw."""
+        deadline = time.monotonic() + _START_S
+        while self.queue["replicas_ready"] < count:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{count} replicas are not ready after {_START_S:g} s")
+            time.sleep(_POLL_S)
+
+    @property
+    def queue(self) -> dict[str, Any]:
+        """What ``/v1/queue`` says; of an application that does not answer, that nobody is ready."""
+        try:
+            answer = httpx.get(f"{self.url}/v1/queue", timeout=10)
+        except httpx.HTTPError:
+            return {"replicas_ready": 0}
+        found: dict[str, Any] = answer.json() if answer.is_success else {"replicas_ready": 0}
+        return found
+
+    def engine_processes(self) -> list[int]:
+        """The process of each engine replica, the scheduler's parent."""
+        return _children("ray::ServeReplica:krea2:engine")
+
+    def http_processes(self) -> list[int]:
+        """The process of each HTTP replica."""
+        return _children("ray::ServeReplica:krea2:images")
+
+
+def _children(title: str) -> list[int]:
+    """Processes that this one has started, directly or not, by what they call themselves."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -1,0 +1,119 @@
+"""The engine replicas as one HTTP process knows them: who is there, and what each has to do."""
+
+import uuid
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from krea2_srt.engine.backlog import Backlog, Place, order_key
+
+SOURCE = uuid.uuid4().hex
+"""This process, among those that send to the same replicas."""
+
+
+@dataclass
+class Member:
+    """A replica.
+
+    Attributes:
+        backlog: what this process has sent there.
+        report: what it last said of itself; see `EngineReplica.record_routing_stats`.
+    """
+
+    backlog: Backlog = field(default_factory=Backlog)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it draws. One that has said nothing has just started, and starts ready."""
+        return bool(self.report.get("ready", True))
+
+    @property
+    def foreign_ms(self) -> int:
+        """Work there that other processes have sent, as of its last report."""
+        sent: Mapping[str, int] = self.report.get("outstanding_ms", {})
+        return sum(work for source, work in sent.items() if source != SOURCE)
+
+
+class Fleet:
+    """All replicas, and where each of our requests is.
+
+    Written by the router's thread, read by others: what they read is replaced, not changed.
+    """
+
+    def __init__(self) -> None:
+        self.members: dict[Hashable, Member] = {}
+        self._places: dict[str, tuple[Hashable, Place]] = {}
+        self._turn: dict[Hashable, int] = defaultdict(int)
+
+    def update(self, reports: Mapping[Hashable, Mapping[str, Any]]) -> None:
+        """These replicas are there, no others, and say this."""
+        members = {}
+        for replica, report in reports.items():
+            member = self.members.get(replica) or Member()
+            member.report = report
+            members[replica] = member
+        self.members = members
+
+    def drop(self, replica: Hashable) -> None:
+        """It has died."""
+        self.members = {other: it for other, it in self.members.items() if other != replica}
+
+    def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
+        """The candidates, first the one where a request of ``work`` ms would wait for the least.
+
+        See `krea2_srt.sglang.replicas.Replicas.choose`. Of work that others have sent only the sum
+        is known: all of it counts. Replicas that are not ready come last.
+        """
+        key = order_key(work)
+
+        def wait(replica: Hashable) -> tuple[bool, int, int, int]:
+            member = self.members.get(replica) or Member()
+            backlog, foreign = member.backlog, member.foreign_ms
+            before = backlog.work_before(key) + foreign
+            turn = self._turn[replica]
+            return not member.ready, before, backlog.outstanding + foreign, turn
+
+        return sorted(candidates, key=wait)
+
+    def place(self, request: str, replica: Hashable, work: int) -> None:
+        """A request goes to a replica, or to this one after all."""
+        self.remove(request)
+        if (member := self.members.get(replica)) is not None:
+            self._places[request] = replica, member.backlog.add(work)
+            # Equal replicas take turns: the one that was chosen last comes last.
+            self._turn[replica] = max(self._turn.values(), default=0) + 1
+
+    def remove(self, request: str, replica: Hashable | None = None) -> None:
+        """It has ended; of one that is not there, or on another replica by now, nothing happens."""
+        found = self._places.get(request)
+        if found is None or (replica is not None and found[0] != replica):
+            return
+        del self._places[request]
+        if (member := self.members.get(found[0])) is not None:
+            member.backlog.remove(found[1])
+
+    def __contains__(self, request: str) -> bool:
+        return request in self._places
+
+    def ahead(self, request: str) -> int:
+        """How many of our requests will probably be drawn there before it."""
+        found = self._places.get(request)
+        if found is None:
+            return 0
+        replica, place = found
+        member = self.members.get(replica)
+        return member.backlog.ahead(place) if member is not None else 0
+
+
+_FLEET = Fleet()
+
+
+def fleet_of_this_process() -> Fleet:
+    """Ray Serve makes the router and shows it to nobody, so what it knows is kept here.
+
+    A function, since Ray sends routers and deployments by value, with copies of the objects that
+    they refer to.
+    """
+    return _FLEET

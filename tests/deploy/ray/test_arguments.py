@@ -1,0 +1,42 @@
+"""What the application can be told, and what it refuses."""
+
+import pytest
+from pydantic import ValidationError
+
+from deploy.ray.arguments import Arguments
+
+OPEN = {"allow_anonymous": True}
+
+
+def test_settings_are_those_of_krea2_serve():
+    arguments = Arguments(settings={**OPEN, "max_n": 3, "engine": {"max_queue_s": 20}})
+    settings = arguments.server_settings()
+    assert settings.max_n == 3
+    assert settings.engine.max_queue_s == 20
+    assert settings.storage == "none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "there are no API keys"),
+        ({"settings": {**OPEN, "port": 1}}, "settings.port: has no effect here; http_options.port"),
+        ({"settings": {**OPEN, "replicas": 2}}, "settings.replicas: .* max_replicas"),
+        ({"settings": {**OPEN, "no_such": 2}}, "no_such"),
+        ({"settings": {**OPEN, "max_n": 11}}, "max_n"),
+        ({"settings": OPEN, "min_replicas": 2}, "max_replicas: must be at least min_replicas"),
+        ({"settings": OPEN, "min_replicas": 0}, "min_replicas"),
+        ({"settings": OPEN, "target_queue_s": 0}, "target_queue_s"),
+        ({"settings": OPEN, "router": "mine"}, "router"),
+        ({"settings": OPEN, "unknown": 1}, "unknown"),
+        ({"settings": {**OPEN, "storage": "images"}, "http_replicas": 2}, "settings.storage"),
+    ],
+)
+def test_what_has_no_effect_or_is_wrong_is_refused_by_name(arguments, text):
+    with pytest.raises(ValidationError, match=text):
+        Arguments(**arguments)
+
+
+def test_keys_in_the_environment_will_do(monkeypatch):
+    monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
+    assert Arguments().server_settings().plain_api_keys

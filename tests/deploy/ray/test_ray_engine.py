@@ -1,0 +1,168 @@
+"""Requests over Ray, and what a replica's death does to them: on a handle that does as told."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from ray.exceptions import RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from deploy.ray.engine_replica import Unavailable
+from deploy.ray.fleet import Fleet
+from deploy.ray.ray_engine import RayEngine
+from krea2_srt.engine.request import ImageRequest
+from krea2_srt.sglang.messages import Accepted, Generate, Generated, ProgressUpdate
+from server.engine import Ticket
+from server.errors import ApiError
+
+DEATH = DeploymentUnavailableError(None)
+
+
+class Response:
+    """What a streaming call returns."""
+
+    def __init__(self, script) -> None:
+        self._script = iter(script)
+        self.cancelled = False
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await asyncio.sleep(0)
+        try:
+            step = next(self._script)
+        except StopIteration:
+            raise StopAsyncIteration from None
+        if isinstance(step, BaseException):
+            raise step
+        return step
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """One script for each call."""
+
+    def __init__(self, *scripts) -> None:
+        self._scripts = iter(scripts)
+        self.messages, self.responses = [], []
+        self.generate = self
+
+    def options(self, **_):
+        return self
+
+    def remote(self, message, source):
+        self.messages.append(message)
+        self.responses.append(Response(next(self._scripts)))
+        return self.responses[-1]
+
+
+def message(deadline_s=None) -> Generate:
+    image = ImageRequest("x", 64, 64, 4)
+    return Generate("id", image, "png", 100, 0, deadline_s, True, 1)
+
+
+def progress(step: int, preview: bool = False) -> ProgressUpdate:
+    return ProgressUpdate("id", 0, step, 4, np.zeros((1, 1, 3), np.uint8) if preview else None)
+
+
+async def collect(handle: Handle, wanted: Generate | None = None) -> list:
+    engine = RayEngine(handle, Fleet())
+    return [update async for update in engine.generate(wanted or message())]
+
+
+def run(handle: Handle, wanted: Generate | None = None) -> list:
+    ticket, *updates = asyncio.run(collect(handle, wanted))
+    assert isinstance(ticket, Ticket)
+    return updates
+
+
+WHOLE = [Accepted("id"), progress(1), progress(2), progress(2, True), progress(3), Generated("id")]
+
+
+def test_updates_pass():
+    handle = Handle(WHOLE)
+    assert run(handle) == WHOLE
+    assert not handle.responses[0].cancelled
+
+
+@pytest.mark.parametrize("seen", range(6))
+def test_after_a_death_the_client_sees_each_update_once(seen):
+    handle = Handle([*WHOLE[:seen], DEATH], WHOLE)
+    assert run(handle) == WHOLE
+    assert [response.cancelled for response in handle.responses] == [True, False]
+
+
+def test_a_second_death_is_the_clients_error():
+    handle = Handle([DEATH], [*WHOLE[:2], DEATH], WHOLE)
+    with pytest.raises(ApiError, match="send the request again") as raised:
+        run(handle)
+    assert (raised.value.status, raised.value.code) == (503, "engine_unavailable")
+    assert len(handle.messages) == 2
+
+
+def test_a_replica_whose_engine_is_down_is_left_for_another():
+    lost = Unavailable("the engine has exited")
+    assert run(Handle([*WHOLE[:2], lost], WHOLE)) == WHOLE
+    with pytest.raises(ApiError, match="the engine has exited") as raised:
+        run(Handle([lost], [lost], WHOLE))
+    assert (raised.value.status, raised.value.code) == (503, "engine_unavailable")
+
+
+def test_a_fault_of_the_replica_is_not_tried_again():
+    handle = Handle([RayTaskError("generate", "", ValueError("a bug"))], WHOLE)
+    with pytest.raises(RayTaskError):
+        run(handle)
+    assert len(handle.messages) == 1
+
+
+def test_a_stream_that_ends_in_the_middle_is_tried_again():
+    assert run(Handle(WHOLE[:3], WHOLE)) == WHOLE
+
+
+def test_too_many_requests_are_told_so():
+    with pytest.raises(ApiError) as raised:
+        run(Handle([BackPressureError(num_queued_requests=1, max_queued_requests=1)]))
+    assert (raised.value.status, raised.value.code) == (503, "too_many_requests")
+
+
+def test_the_second_attempt_has_only_what_is_left_of_the_time():
+    handle = Handle([DEATH], WHOLE)
+    run(handle, message(deadline_s=10.0))
+    first, second = handle.messages
+    assert first.deadline_s == 10.0
+    assert 9.0 < second.deadline_s < 10.0
+    assert second.request_id != first.request_id
+
+
+def test_whoever_stops_listening_cancels():
+    handle = Handle(WHOLE)
+
+    async def listen() -> None:
+        updates = RayEngine(handle, Fleet()).generate(message())
+        assert isinstance(await anext(updates), Ticket)
+        assert await anext(updates) == Accepted("id")
+        await updates.aclose()
+
+    asyncio.run(listen())
+    assert handle.responses[0].cancelled
+
+
+def test_the_model_is_what_the_first_replica_says_and_stays():
+    limits = {"max_side": 64, "max_pixels": 4096, "max_steps": 8, "max_images": 2}
+    fleet = Fleet()
+    engine = RayEngine(Handle(), fleet)
+    assert engine.model is None
+    assert "again" not in engine.unavailable().message
+    model = {"path": "x", "distilled": True, "default_steps": 8, "default_guidance": 0.0}
+    model |= {"device": "cpu", "dtype": "float32", "attention": "sdpa", "limits": limits}
+    fleet.update({"a": {"model": model, "statistics": {"steps": 3}}})
+    assert engine.model.limits.max_side == 64
+    assert (engine.num_ready, engine.num_replicas) == (1, 1)
+    assert engine.statistics == {"a": {"steps": 3}}
+    fleet.update({})
+    assert engine.model.limits.max_side == 64
+    assert engine.num_ready == 0
+    assert "again" in engine.unavailable().message
