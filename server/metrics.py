@@ -14,6 +14,23 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _SIDES = (256, 512, 768, 1024, 1536, 2048)
 _STEP_SECONDS = (0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
+_FROM_THE_START = (
+    "done",
+    "cancelled",
+    "queue_full",
+    "rate_limit_exceeded",
+    "concurrency_limit",
+    "engine_unavailable",
+    "generation_failed",
+    "internal_error",
+    "out_of_memory",
+    "deadline_exceeded",
+    "storage_full",
+    "storage_failed",
+    "moderation_unavailable",
+)
+"""Outcomes that are there from the start, as 0: else nobody would see the first failure as one."""
+
 # Of each replica, by the name in its statistics.
 _ENGINE_COUNTERS = {
     "steps": ("krea2_engine_steps", "Steps of sequences."),
@@ -70,6 +87,8 @@ class Metrics:
             ["outcome"],
             registry=self._registry,
         )
+        for outcome in _FROM_THE_START:
+            self._requests.labels(outcome)
         self._images = Counter(
             "krea2_images",
             "Images sent to clients, by the smallest of some squares that has as many pixels.",

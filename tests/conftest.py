@@ -1,8 +1,8 @@
-"""Shared by all tests: one demo checkpoint, one runner and one Diffusers pipeline per run."""
+"""Shared by all tests: one demo checkpoint, runner, Diffusers pipeline and server per run."""
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,20 @@ def load_diffusers() -> Callable:
 @pytest.fixture(scope="session")
 def diffusers_pipeline(demo_model: Path, load_diffusers: Callable):
     return load_diffusers(demo_model, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """krea2-serve with the real engine and the demo checkpoint, in float32; a `Served`."""
+    from tests.server.serving import serve
+
+    precisions = ("dit-precision", "vae-precision", "text-encoder-precisions")
+    float32 = " ".join(f"--{name} fp32" for name in precisions)
+    flags = ["--model-path", str(demo_model), f"--sglang-args={float32}"]
+    # On a busy machine everything is estimated to take long; refusals have tests of their own.
+    flags += ["--engine.max-queue-s", "2000", "--engine.turn-log", "turns.jsonl"]
+    with serve(tmp_path_factory.mktemp("real-server"), *flags, timeout_s=300) as running:
+        yield running
 
 
 def clone_checkpoint(source: Path, target: Path, **index: object) -> None:

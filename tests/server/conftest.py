@@ -1,28 +1,12 @@
-"""One server with the real engine for the whole run; servers on an engine that does as told."""
+"""Servers on an engine that does as told."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from benchmarks.fake_engine import FakeEngine
 from tests.server.serving import Served, serve
 from tests.sglang.channel import wait_until
-
-START_TIMEOUT_S = 300
-
-FLOAT32 = "--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32"
-
-
-@pytest.fixture(scope="session")
-def real_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """krea2-serve with the real engine and the demo checkpoint, in float32."""
-    flags = ["--model-path", str(demo_model), f"--sglang-args={FLOAT32}"]
-    # On a busy machine everything is estimated to take long; refusals have tests of their own.
-    flags += ["--engine.max-queue-s", "2000", "--engine.turn-log", "turns.jsonl"]
-    folder = tmp_path_factory.mktemp("real-server")
-    with serve(folder, *flags, timeout_s=START_TIMEOUT_S) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
 
-from tests.deploy.load import Load
+from deploy.drills.load import DONE, Load
 from tests.deploy.ray.conftest import Cluster
 from tests.sglang.channel import wait_until
 
@@ -41,16 +40,16 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)
     load = Load(cluster.url, clients=9, sizes=("256x256", "512x512"))
     with load.running():
-        wait_until(lambda: load.counts["200"] > 10, 60)
-        steady = _rate(load, 8)
+        wait_until(lambda: load.counts()[DONE] > 10, 60)
+        steady = load.rate(8)
         victim = cluster.ray.engine_processes()[0]
         engine = psutil.Process(victim).children()[0]
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: cluster.ray.queue["replicas"] == 2, 30)
         wait_until(lambda: not engine.is_running(), 10)
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
-        assert _rate(load, 8) > 0.5 * steady
-    assert set(load.counts) == {"200"}, load.counts
+        assert load.rate(8) > 0.5 * steady
+    assert set(load.counts()) == {DONE}, load.counts()
 
 
 def test_a_killed_engine_is_drawn_around_until_its_replica_has_started_it_again(cluster: Cluster):
@@ -58,11 +57,11 @@ def test_a_killed_engine_is_drawn_around_until_its_replica_has_started_it_again(
     replicas = cluster.ray.engine_processes()
     load = Load(cluster.url, clients=6, sizes=("256x256",))
     with load.running():
-        wait_until(lambda: load.counts["200"] > 5, 60)
+        wait_until(lambda: load.counts()[DONE] > 5, 60)
         psutil.Process(replicas[0]).children()[0].kill()
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 2, 30)
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
-    assert set(load.counts) == {"200"}, load.counts
+    assert set(load.counts()) == {DONE}, load.counts()
     assert sorted(cluster.ray.engine_processes()) == sorted(replicas)
 
 
@@ -79,8 +78,8 @@ def test_replicas_go_and_come_with_the_load_and_nothing_is_lost(cluster: Cluster
         with load.running():
             wait_until(lambda: cluster.ray.queue["replicas"] == replicas, START_S)  # noqa: B023
             cluster.ray.wait_until_ready(replicas)
-            assert _rate(load, 5) > 0
-        assert set(load.counts) == {"200"}, load.counts
+            assert load.rate(5) > 0
+        assert set(load.counts()) == {DONE}, load.counts()
 
 
 def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster: Cluster):
@@ -88,15 +87,8 @@ def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster
     before = set(cluster.ray.engine_processes())
     load = Load(cluster.url, clients=4, sizes=("64x64", "256x256"))
     with load.running():
-        wait_until(lambda: load.counts["200"] > 5, 60)
+        wait_until(lambda: load.counts()[DONE] > 5, 60)
         cluster.ray.deploy({"max_n": 3}, min_replicas=2, max_replicas=2)
         wait_until(lambda: not before & set(cluster.ray.engine_processes()), START_S)
         cluster.ray.wait_until_ready(2)
-    assert set(load.counts) == {"200"}, load.counts
-
-
-def _rate(load: Load, seconds: float) -> float:
-    """Images a second, from now on."""
-    start = time.monotonic()
-    time.sleep(seconds)
-    return load.done_between(start, time.monotonic()) / seconds
+    assert set(load.counts()) == {DONE}, load.counts()

@@ -1,0 +1,45 @@
+"""The machine's clock is set a day ahead, and back."""
+
+from pathlib import Path
+
+import httpx
+
+from deploy.drills.deployment import Deployment
+from deploy.drills.drill import Drill, check, under_load
+from deploy.drills.load import DONE, Load
+
+
+def _run(model: Path, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    offset = folder / "offset"
+    offset.write_text("+0")
+    environment = {
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        # As of a real clock that is set: the monotonic one goes on.
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    wrapper = ["faketime", "-f", "+0"]
+    with Deployment(model, folder, wrapper=wrapper, environment=environment) as deployment:
+        load = Load(deployment.url)
+        with under_load(deployment, load):
+            url = deployment.draw(size="64x64", response_format="url").json()["data"][0]["url"]
+            check(httpx.get(url).status_code == 200, "an image is behind its URL")
+            load.phase = "during"
+            offset.write_text("+1d")
+            load.wait_for(5)
+            check(httpx.get(url).status_code == 410, "its hour is over a day later")
+            offset.write_text("+0")
+            load.phase = "after"
+            load.wait_for(5)
+            check(deployment.queue()["replicas_ready"] == 1, "the engine was never missed")
+        check(set(load.counts()) == {DONE}, "no request fails")
+
+
+DRILL = Drill(
+    "clock-jump",
+    "the clock set a day ahead and back (libfaketime)",
+    "no request fails or waits longer, no engine is taken for dead; URLs older than their hour end",
+    _run,
+    needs="faketime",
+)
