@@ -8,6 +8,9 @@ from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ray import serve
+from ray.serve.request_router import ReplicaID
+
 from krea2_srt.engine.backlog import image_ms
 from krea2_srt.sglang.messages import Generate
 from server.engine import Ticket, Update
@@ -30,9 +33,11 @@ class Unavailable:
     A message, since Ray can carry few exceptions whole.
 
     Attributes:
+        replica: which it was, as routers know it.
         reason: for a person.
     """
 
+    replica: ReplicaID
     reason: str
 
 
@@ -76,7 +81,7 @@ class EngineReplica:
                     if not isinstance(update, Ticket):
                         yield update
         except ApiError as error:
-            yield Unavailable(error.message)
+            yield Unavailable(serve.get_replica_context().replica_id, error.message)
         finally:
             self._sent[source] -= work
             if not self._sent[source]:

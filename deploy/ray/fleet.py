@@ -1,5 +1,6 @@
 """The engine replicas as one HTTP process knows them: who is there, and what each has to do."""
 
+import time
 import uuid
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,6 +13,10 @@ SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
 
 
+DOUBT_S = 3.0
+"""Longer than a report takes to get here: the first that counts again is new."""
+
+
 @dataclass
 class Member:
     """A replica.
@@ -19,15 +24,17 @@ class Member:
     Attributes:
         backlog: what this process has sent there.
         report: what it last said of itself; see `EngineReplica.record_routing_stats`.
+        doubted_until: clock time in seconds; until then it does not draw, whatever it has said.
     """
 
     backlog: Backlog = field(default_factory=Backlog)
     report: Mapping[str, Any] = field(default_factory=dict)
+    doubted_until: float = 0.0
 
     @property
     def ready(self) -> bool:
         """Whether it draws. One that has said nothing has just started, and starts ready."""
-        return bool(self.report.get("ready", True))
+        return bool(self.report.get("ready", True)) and time.monotonic() >= self.doubted_until
 
     @property
     def foreign_ms(self) -> int:
@@ -59,6 +66,11 @@ class Fleet:
     def drop(self, replica: Hashable) -> None:
         """It has died."""
         self.members = {other: it for other, it in self.members.items() if other != replica}
+
+    def doubt(self, replica: Hashable) -> None:
+        """It has just refused a request, as it had none to draw it: its last report is old."""
+        if (member := self.members.get(replica)) is not None:
+            member.doubted_until = time.monotonic() + DOUBT_S
 
     def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
         """The candidates, first the one where a request of ``work`` ms would wait for the least.

@@ -94,6 +94,7 @@ class RayEngine:
             async for update in response:
                 ended = isinstance(update, Generated | Unavailable)
                 if isinstance(update, Unavailable):
+                    self._fleet.doubt(update.replica)
                     raise engine_unavailable(update.reason)
                 if (key := _identity(update)) not in told:
                     told.add(key)

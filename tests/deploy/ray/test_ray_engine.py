@@ -104,11 +104,26 @@ def test_a_second_death_is_the_clients_error():
 
 
 def test_a_replica_whose_engine_is_down_is_left_for_another():
-    lost = Unavailable("the engine has exited")
+    lost = Unavailable("a", "the engine has exited")
     assert run(Handle([*WHOLE[:2], lost], WHOLE)) == WHOLE
     with pytest.raises(ApiError, match="the engine has exited") as raised:
         run(Handle([lost], [lost], WHOLE))
     assert (raised.value.status, raised.value.code) == (503, "engine_unavailable")
+
+
+def test_such_a_replica_is_doubted_though_its_last_report_was_good():
+    fleet = Fleet()
+    fleet.update({"a": {"ready": True}, "b": {"ready": True, "outstanding_ms": {"other": 999}}})
+    assert fleet.ranking(1, ["a", "b"]) == ["a", "b"]
+    engine = RayEngine(Handle([Unavailable("a", "the engine has exited")], WHOLE), fleet)
+
+    async def draw() -> None:
+        async for _ in engine.generate(message()):
+            pass
+
+    asyncio.run(draw())
+    assert fleet.ranking(1, ["a", "b"]) == ["b", "a"]
+    assert engine.num_ready == 1
 
 
 def test_a_fault_of_the_replica_is_not_tried_again():
