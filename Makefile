@@ -17,7 +17,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization simulate clean
+.PHONY: install serve generate test test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray simulate drills clean
 
 install: $(STAMP)
 
@@ -93,6 +93,14 @@ bench-quantization: $(STAMP) $(DEMO)
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.http_overhead --model $(DEMO)
+
+# Replicas on Ray Serve: two against one, and routers; about 20 minutes on two cores.
+bench-ray: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.ray_serve --model $(DEMO)
+
+# Breaks servers of its own and sees that deploy/README.md is right; about eight minutes.
+drills: $(STAMP) $(DEMO)
+	$(BIN)/python -m deploy.drills --model $(DEMO)
 
 # Policies and SGLang's way on simulated H200s; needs no GPU, about ten minutes on one core.
 simulate: $(STAMP)

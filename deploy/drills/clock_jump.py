@@ -19,7 +19,8 @@ def _run(model: Path, folder: Path) -> None:
         # As of a real clock that is set: the monotonic one goes on.
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-    wrapper = ["faketime", "-f", "+0"]
+    # What the variable says would come before the file.
+    wrapper = ["faketime", "-f", "+0", "env", "-u", "FAKETIME"]
     with Deployment(model, folder, wrapper=wrapper, environment=environment) as deployment:
         load = Load(deployment.url)
         with under_load(deployment, load):

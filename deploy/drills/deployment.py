@@ -16,6 +16,7 @@ import psutil
 
 _SERVE = Path(sys.executable).parent / "krea2-serve"
 _LISTENING = re.compile(r"INFO listening at (http://[^\s;]+)")
+_STARTED = re.compile(r"engine (\d+): starting, process (\d+)")
 _START_S = 600.0
 _END_S = 180.0
 _POLL_S = 0.1
@@ -85,9 +86,8 @@ class Deployment:
         return psutil.Process(self._process.pid)
 
     def engines(self) -> list[psutil.Process]:
-        """The scheduler processes, by age."""
-        found = [child for child in self.server.children() if _is_engine(child)]
-        return sorted(found, key=lambda engine: engine.create_time())
+        """The scheduler processes by replica, each as last started, as the log says."""
+        return [psutil.Process(int(pid)) for pid in dict(_STARTED.findall(self.log)).values()]
 
     def queue(self) -> dict[str, Any]:
         """``/v1/queue``."""
@@ -141,10 +141,3 @@ class Deployment:
         if found := _LISTENING.search(self.log):
             self.url = found[1]
         return bool(self.url)
-
-
-def _is_engine(process: psutil.Process) -> bool:
-    try:
-        return "krea2_srt.sglang.worker" in process.cmdline()
-    except psutil.NoSuchProcess:
-        return False

@@ -37,8 +37,14 @@ def _run(model: Path, folder: Path) -> None:
                 load.wait_for(5)
             check(set(load.counts()) <= {DONE, "503 engine_unavailable"}, "a 503, and no other end")
             check(set(load.counts("after")) == {DONE}, "with the network back, images again")
-            waiting = deployment.queue()
-            check(waiting["running"] == waiting["waiting"] == 0, "the engine keeps nothing of it")
+            deployment.wait_until(
+                lambda: _idle(deployment), "the engine has nothing left of it", 10
+            )
+
+
+def _idle(deployment: Deployment) -> bool:
+    queue = deployment.queue()
+    return bool(queue["running"] == queue["waiting"] == 0)
 
 
 @contextmanager

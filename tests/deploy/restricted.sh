@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs a command as the image does: another user, no rights, and nothing to write to but /srv.
+# In a mount namespace of its own (unshare --mount).
+#
+#   restricted.sh MODEL HOME_OF_PYTHON HIDDEN COMMAND...
+#
+# MODEL is then /srv/model. HIDDEN is the folder that keeps other users from Python, or "".
+set -euo pipefail
+model=$1 python=$2 hidden=$3
+shift 3
+
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 tmpfs /srv
+mkdir /srv/model /srv/python
+mkdir --mode=777 /srv/cache /srv/tmp
+mount --bind "$model" /srv/model
+if [[ -n $hidden ]]; then
+  mount --bind "$python" /srv/python
+  mount -t tmpfs -o mode=755 tmpfs "$hidden"
+  mkdir -p "$python"
+  mount --bind /srv/python "$python"
+fi
+mount -o remount,bind,ro /
+
+cd /srv/cache
+exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs \
+  --bounding-set=-all --inh-caps=-all \
+  env HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp PYTHONDONTWRITEBYTECODE=1 "$@"
