@@ -28,12 +28,10 @@ QUERIES = [
     for panel in PANELS
     for target in panel["targets"]
 ]
-ALERTS = [
-    rule
-    for group in yaml.safe_load(RULES.read_text())["groups"]
-    for rule in group["rules"]
-    if "alert" in rule
+ALL_RULES = [
+    rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
 ]
+ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
 
 _SUFFIX = re.compile(r"_(bucket|sum|count)$")
 """Of a histogram's parts."""
@@ -117,7 +115,11 @@ def prometheus(real_server, tmp_path_factory):
             wait_until(lambda: _answers(url))
             # It begins seconds after it is ready.
             wait_until(lambda: query(url, "krea2_replicas_ready"))
+            cancelled = real_server.metric("krea2_requests_total", outcome="cancelled")
             _work(real_server)
+            wait_until(
+                lambda: real_server.metric("krea2_requests_total", outcome="cancelled") > cancelled
+            )
             yield url
         finally:
             process.send_signal(signal.SIGTERM)
@@ -138,7 +140,7 @@ def test_rules_are_evaluated_and_no_alarm_is_raised(prometheus):
     wait_until(lambda: query(prometheus, "krea2:requests_failed:ratio_rate5m"), 20)
     groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) == len(ALERTS) + 5
+    assert len(rules) == len(ALL_RULES)
     assert all(rule["health"] == "ok" for rule in rules), rules
     assert not [rule["name"] for rule in rules if rule.get("state") == "firing"]
 
@@ -171,6 +173,10 @@ def _work(server: Api) -> None:
         )
         list(stream)
         assert server.post(prompt="x", size="7x7").status_code == 400
+        with server.client().images.generate(
+            prompt="x", size="512x512", stream=True, partial_images=3
+        ) as given_up:
+            next(iter(given_up))
         for thread in threads:
             thread.join()
 
