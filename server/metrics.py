@@ -29,7 +29,7 @@ _FROM_THE_START = (
     "storage_failed",
     "moderation_unavailable",
 )
-"""Outcomes that are there from the start, as 0: else nobody would see the first failure as one."""
+"""Outcomes that are there from the start, as 0, as sizes are: else the first would be no change."""
 
 # Of each replica, by the name in its statistics.
 _ENGINE_COUNTERS = {
@@ -103,6 +103,9 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        for side in _SIDES:
+            self._images.labels(_class_of(side))
+            self._request_seconds.labels(_class_of(side))
         self._stage_seconds = Histogram(
             "krea2_stage_seconds",
             "Time of requests that were done in each stage: queue, encode, denoise, decode.",
@@ -159,7 +162,11 @@ def _size_class(drawing: Drawing) -> str:
     # Not the size itself: clients could make as many series as there are sizes.
     pixels = drawing.image.width * drawing.image.height
     side = next((side for side in _SIDES if pixels <= side**2), None)
-    return f"{side}x{side}" if side else "more"
+    return _class_of(side) if side else "more"
+
+
+def _class_of(side: int) -> str:
+    return f"{side}x{side}"
 
 
 class _EngineCollector:

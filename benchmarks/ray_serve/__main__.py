@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="256x256:steps=8:weight=11,512x512:steps=8:weight=2,1024x1024:steps=8:weight=1",
     )
     parser.add_argument("--load", type=float, default=0.6, help="of the most that they do")
-    parser.add_argument("--requests", type=int, default=84, help="of each measurement")
+    parser.add_argument("--requests", type=int, default=60, help="of each measurement")
     parser.add_argument("--clients", type=int, default=8, help="of closed loops")
-    parser.add_argument("--rounds", type=int, default=4, help="of each router")
+    parser.add_argument("--rounds", type=int, default=3, help="of each router")
     parser.add_argument("--output", type=Path, default=_RESULTS / "ray_serve")
     args = parser.parse_args(argv)
     routing_mix = parse_mix(args.routing_mix)

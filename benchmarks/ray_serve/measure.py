@@ -57,7 +57,7 @@ def scaling(
         cluster.deploy(min_replicas=size, max_replicas=size)
         while cluster.queue.get("replicas") != size:
             time.sleep(0.5)
-        throughput(cluster, mix, 4 * clients, clients)  # what the first requests cost
+        throughput(cluster, mix, 3 * clients, clients)  # what the first requests cost
         found[size].append(throughput(cluster, mix, count, clients))
     return found
 

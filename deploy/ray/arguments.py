@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from server.settings import NO_STORAGE, Settings
 
@@ -16,6 +17,24 @@ _OF_RAY = (
     ("send_timeout_s", "nothing"),
 )
 """Settings that have no effect, and what has: Ray Serve's own server is in front."""
+
+
+class RaySettings(Settings):
+    """krea2-serve's settings: what the application is told comes before the environment.
+
+    An image has variables of its own, and they are krea2-serve's there.
+    """
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
 
 
 class Arguments(BaseModel):
@@ -67,8 +86,8 @@ class Arguments(BaseModel):
         return self
 
     def values(self) -> dict[str, Any]:
-        """Of krea2-serve's settings. Without a storage there are no URLs: replicas move."""
+        """Of `RaySettings`. Without a storage there are no URLs: replicas move."""
         return {"storage": NO_STORAGE, **self.settings}
 
     def server_settings(self) -> Settings:
-        return Settings(**self.values())
+        return RaySettings(**self.values())

@@ -11,13 +11,13 @@ from typing import Any
 from ray import serve
 from ray.serve.request_router import ReplicaID
 
+from deploy.ray.arguments import RaySettings
 from krea2_srt.engine.backlog import image_ms
 from krea2_srt.sglang.messages import Generate
 from server.engine import Ticket, Update
 from server.engine_client import EngineClient
 from server.errors import ApiError
 from server.logs import configure_logs
-from server.settings import Settings
 from server.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class EngineReplica:
     """
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
-        values = Settings(**settings)
+        values = RaySettings(**settings)
         configure_logs(values.log_level, values.log_format)
         self._client = EngineClient(1)
         self._supervisor = Supervisor(values, self._client)

@@ -8,13 +8,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deploy.ray.arguments import RaySettings
 from deploy.ray.fleet import fleet_of_this_process
 from deploy.ray.ray_engine import RayEngine
 from server.app import create_app
 from server.assembly import assembled, load_moderator
 from server.keys import Keys
 from server.logs import configure_logs
-from server.settings import Settings
 
 
 @serve.ingress()
@@ -27,7 +27,7 @@ class ImagesIngress:
     """
 
     async def __init__(self, settings: dict[str, Any], engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        values = Settings(**settings)
+        values = RaySettings(**settings)
         configure_logs(values.log_level, values.log_format)
         engine = RayEngine(engines, fleet_of_this_process())
         self._stack = AsyncExitStack()

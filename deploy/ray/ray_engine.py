@@ -65,6 +65,9 @@ class RayEngine:
         started = time.monotonic()
         told: set[object] = set()
         for last in (False, True):
+            if not self._fleet.members:
+                # Ray would keep it until there is one again.
+                raise self.unavailable()
             try:
                 async with aclosing(self._draw(message, told)) as updates:
                     async for update in updates:

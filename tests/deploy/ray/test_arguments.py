@@ -40,3 +40,11 @@ def test_what_has_no_effect_or_is_wrong_is_refused_by_name(arguments, text):
 def test_keys_in_the_environment_will_do(monkeypatch):
     monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
     assert Arguments().server_settings().plain_api_keys
+
+
+def test_arguments_come_before_the_variables_of_an_image(monkeypatch):
+    monkeypatch.setenv("KREA2_SERVE_MODEL_PATH", "krea/Krea-2-Turbo")
+    monkeypatch.setenv("KREA2_SERVE_LOG_FORMAT", "json")
+    settings = Arguments(settings={**OPEN, "model_path": "mine"}).server_settings()
+    assert settings.model_path == "mine"
+    assert settings.log_format == "json"

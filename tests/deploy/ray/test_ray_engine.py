@@ -68,8 +68,14 @@ def progress(step: int, preview: bool = False) -> ProgressUpdate:
     return ProgressUpdate("id", 0, step, 4, np.zeros((1, 1, 3), np.uint8) if preview else None)
 
 
+def fleet_of(*replicas: str) -> Fleet:
+    fleet = Fleet()
+    fleet.update({replica: {} for replica in replicas})
+    return fleet
+
+
 async def collect(handle: Handle, wanted: Generate | None = None) -> list:
-    engine = RayEngine(handle, Fleet())
+    engine = RayEngine(handle, fleet_of("a"))
     return [update async for update in engine.generate(wanted or message())]
 
 
@@ -137,6 +143,17 @@ def test_a_stream_that_ends_in_the_middle_is_tried_again():
     assert run(Handle(WHOLE[:3], WHOLE)) == WHOLE
 
 
+def test_without_a_replica_nobody_is_kept_waiting():
+    handle = Handle(WHOLE)
+
+    async def draw() -> list:
+        return [update async for update in RayEngine(handle, Fleet()).generate(message())]
+
+    with pytest.raises(ApiError, match="the model is being loaded"):
+        asyncio.run(draw())
+    assert not handle.messages
+
+
 def test_too_many_requests_are_told_so():
     with pytest.raises(ApiError) as raised:
         run(Handle([BackPressureError(num_queued_requests=1, max_queued_requests=1)]))
@@ -156,7 +173,7 @@ def test_whoever_stops_listening_cancels():
     handle = Handle(WHOLE)
 
     async def listen() -> None:
-        updates = RayEngine(handle, Fleet()).generate(message())
+        updates = RayEngine(handle, fleet_of("a")).generate(message())
         assert isinstance(await anext(updates), Ticket)
         assert await anext(updates) == Accepted("id")
         await updates.aclose()
