@@ -1,7 +1,7 @@
 """Two replicas against one, and routing by work against turns, on this machine.
 
-``python -m benchmarks.ray_serve --model DIR``: needs two cores of its own. Writes samples as JSON,
-and a table.
+``python -m benchmarks.ray_serve --model DIR``: needs two cores of its own, and root, to give each
+engine a part of them. Writes samples as JSON, and a table.
 """
 
 import argparse
@@ -24,6 +24,7 @@ _PACKAGES = ("ray", "sglang", "torch")
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ray_serve", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--parts", nargs="+", choices=list(_PARTS), default=list(_PARTS))
     parser.add_argument("--scaling-mix", default="512x512:steps=8")
     parser.add_argument(
         "--routing-mix",
@@ -35,50 +36,74 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each router")
     parser.add_argument("--output", type=Path, default=_RESULTS / "ray_serve")
     args = parser.parse_args(argv)
-    routing_mix = parse_mix(args.routing_mix)
+    file = args.output.with_suffix(".json")
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     with LocalCluster(args.model) as cluster:
-        rates = scaling(cluster, parse_mix(args.scaling_mix), args.requests, args.clients)
-        rate, rounds = latencies(
-            cluster, routing_mix, args.load, args.requests, args.rounds, args.clients
-        )
-    results = {
-        "provenance": provenance(typed("python -m benchmarks.ray_serve"), _PACKAGES),
-        "scaling": {"mix": args.scaling_mix, "requests_per_s": rates},
-        "routing": {
-            "mix": args.routing_mix,
-            "load": args.load,
-            "requests_per_s": rate,
-            "rounds": [{"router": it.router, "latency_s": it.by_size} for it in rounds],
-        },
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    args.output.with_suffix(".md").write_text(text)
+        for part in args.parts:
+            results[part] = {
+                "provenance": provenance(typed("python -m benchmarks.ray_serve"), _PACKAGES),
+                **_PARTS[part](cluster, args),
+            }
+            file.write_text(json.dumps(results, indent=1) + "\n")
+    args.output.with_suffix(".md").write_text(text := table(results))
     print(text)
+
+
+def _scaling(cluster: LocalCluster, args: argparse.Namespace) -> dict[str, Any]:
+    mix = parse_mix(args.scaling_mix)
+    rates = scaling(cluster, mix, args.requests, args.clients)
+    return {"mix": args.scaling_mix, "requests_per_s": rates}
+
+
+def _routing(cluster: LocalCluster, args: argparse.Namespace) -> dict[str, Any]:
+    mix = parse_mix(args.routing_mix)
+    rate, rounds = latencies(cluster, mix, args.load, args.requests, args.rounds, args.clients)
+    return {
+        "mix": args.routing_mix,
+        "load": args.load,
+        "requests_per_s": rate,
+        "rounds": [{"router": it.router, "latency_s": it.by_size} for it in rounds],
+    }
+
+
+_PARTS = {"scaling": _scaling, "routing": _routing}
 
 
 def table(results: dict[str, Any]) -> str:
     """The results, for a person."""
-    rates = {int(size): values for size, values in results["scaling"]["requests_per_s"].items()}
-    routing = results["routing"]
-    rounds = [Latencies(it["router"], it["latency_s"]) for it in routing["rounds"]]
+    lines = ["# Ray Serve on one machine", ""]
+    if "scaling" in results:
+        lines += _scaling_table(results["scaling"])
+    if "routing" in results:
+        lines += _routing_table(results["routing"])
+    return "\n".join(lines)
+
+
+def _scaling_table(part: dict[str, Any]) -> list[str]:
+    rates = {int(size): values for size, values in part["requests_per_s"].items()}
     ratio = fmean(rates[2]) / fmean(rates[1])
-    lines = [
-        "# Ray Serve on one machine",
+    return [
+        f"## Two replicas against one: {part['mix']}",
         "",
-        f"`{results['provenance']['command']}`, {results['provenance']['cpu_count']} cores.",
+        _made_by(part),
         "",
-        f"## Two replicas against one ({results['scaling']['mix']}, closed loop)",
-        "",
-        "| replicas | requests/s, each time |",
+        "| replicas, a core each | requests/s of a closed loop, each time |",
         "| --- | --- |",
         *(f"| {size} | {_list(values)} |" for size, values in rates.items()),
         "",
         f"Ratio of the means: **{ratio:.2f}** (target 1.8).",
         "",
-        f"## Routing on three replicas ({routing['mix']})",
+    ]
+
+
+def _routing_table(part: dict[str, Any]) -> list[str]:
+    rounds = [Latencies(it["router"], it["latency_s"]) for it in part["rounds"]]
+    lines = [
+        f"## Routing on three replicas: {part['mix']}",
         "",
-        f"{routing['requests_per_s']:.2f} requests/s, {routing['load']:g} of the most they do.",
+        _made_by(part),
+        "",
+        f"{part['requests_per_s']:.2f} requests/s, {part['load']:g} of the most that they do.",
         "",
         "| size | p95 by work, s | p95 in turn, s | ratio | p50 by work, s | p50 in turn, s |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -91,17 +116,19 @@ def table(results: dict[str, Any]) -> str:
             f"| {size} | {p95[0]:.2f} | {p95[1]:.2f} | {p95[0] / p95[1]:.2f} "
             f"| {p50[0]:.2f} | {p50[1]:.2f} |"
         )
-    each = {
-        router: [percentile(it.all, 95) for it in rounds if it.router == router]
-        for router in ROUTERS
-    }
-    ratios = [ours / theirs for ours, theirs in zip(*each.values(), strict=True)]
-    lines += [
+    each = [[percentile(it.all, 95) for it in rounds if it.router == router] for router in ROUTERS]
+    ratios = [ours / theirs for ours, theirs in zip(*each, strict=True)]
+    return [
+        *lines,
         "",
         f"p95 of all sizes, by work over in turn, round by round: {_list(ratios)} (target 0.75).",
         "",
     ]
-    return "\n".join(lines)
+
+
+def _made_by(part: dict[str, Any]) -> str:
+    made = part["provenance"]
+    return f"`{made['command']}`, {made['date'][:10]}, {made['cpu_count']} cores."
 
 
 def _pooled(rounds: Sequence[Latencies], router: str, size: str) -> list[float]:

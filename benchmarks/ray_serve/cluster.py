@@ -109,9 +109,10 @@ class LocalCluster:
         """The process of each engine replica, the scheduler's parent."""
         return _children("ray::ServeReplica:krea2:engine")
 
-    def http_processes(self) -> list[int]:
-        """The process of each HTTP replica."""
-        return _children("ray::ServeReplica:krea2:images")
+    def schedulers(self) -> list[int]:
+        """The scheduler process of each engine replica."""
+        found = [psutil.Process(pid).children() for pid in self.engine_processes()]
+        return [scheduler.pid for (scheduler,) in found]
 
 
 def _children(title: str) -> list[int]:
