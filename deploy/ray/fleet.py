@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,6 @@ from krea2_srt.engine.backlog import Backlog, Place, order_key
 
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
-
 
 DOUBT_S = 3.0
 """Longer than a report takes to get here: the first that counts again is new."""
@@ -52,7 +50,7 @@ class Fleet:
     def __init__(self) -> None:
         self.members: dict[Hashable, Member] = {}
         self._places: dict[str, tuple[Hashable, Place]] = {}
-        self._turn: dict[Hashable, int] = defaultdict(int)
+        self._turn: dict[Hashable, int] = {}
 
     def update(self, reports: Mapping[Hashable, Mapping[str, Any]]) -> None:
         """These replicas are there, no others, and say this."""
@@ -62,6 +60,7 @@ class Fleet:
             member.report = report
             members[replica] = member
         self.members = members
+        self._turn = {replica: self._turn.get(replica, 0) for replica in members}
 
     def drop(self, replica: Hashable) -> None:
         """It has died."""
@@ -84,7 +83,7 @@ class Fleet:
             member = self.members.get(replica) or Member()
             backlog, foreign = member.backlog, member.foreign_ms
             before = backlog.work_before(key) + foreign
-            turn = self._turn[replica]
+            turn = self._turn.get(replica, 0)
             return not member.ready, before, backlog.outstanding + foreign, turn
 
         return sorted(candidates, key=wait)
