@@ -6,6 +6,7 @@ engine a part of them. Writes samples as JSON, and a table.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +14,7 @@ from typing import Any
 
 from benchmarks.load.mix import parse_mix
 from benchmarks.percentiles import percentile
-from benchmarks.provenance import provenance, typed
+from benchmarks.provenance import provenance
 from benchmarks.ray_serve.cluster import LocalCluster
 from benchmarks.ray_serve.measure import ROUTERS, Latencies, latencies, scaling
 
@@ -41,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with LocalCluster(args.model) as cluster:
         for part in args.parts:
             results[part] = {
-                "provenance": provenance(typed("python -m benchmarks.ray_serve"), _PACKAGES),
+                "provenance": provenance(_command(), _PACKAGES),
                 **_PARTS[part](cluster, args),
             }
             file.write_text(json.dumps(results, indent=1) + "\n")
     args.output.with_suffix(".md").write_text(text := table(results))
     print(text)
+
+
+def _command() -> list[str]:
+    return ["python", "-m", "benchmarks.ray_serve", *sys.argv[1:]]
 
 
 def _scaling(cluster: LocalCluster, args: argparse.Namespace) -> dict[str, Any]:
