@@ -224,8 +224,7 @@ def usage(address: str, settings: Settings, model: ModelInfo) -> str:
     body = {"prompt": "a red fox in fresh snow", "size": f"{width}x{height}"}
     if settings.storage != NO_STORAGE:
         body["response_format"] = "url"
-    has_keys = settings.api_keys_file is not None or settings.plain_api_keys
-    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    key = ' -H "authorization: Bearer $KEY"' if settings.has_keys else ""
     playground = f"  playground: {address}/\n" if settings.playground else ""
     return f"""
 {settings.model_name} is ready. Try:

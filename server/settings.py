@@ -264,14 +264,18 @@ class Settings(BaseSettings):
         return [key for text in texts if (key := text.strip())]
 
     @property
+    def has_keys(self) -> bool:
+        """Whether clients need one."""
+        return self.api_keys_file is not None or bool(self.plain_api_keys)
+
+    @property
     def scheduler_environment(self) -> dict[str, str]:
         """What scheduler processes read from their environment."""
         return {**self.engine.environment(), **self.runner.environment()}
 
     @model_validator(mode="after")
     def _check_access(self) -> "Settings":
-        has_keys = self.api_keys_file is not None or self.plain_api_keys
-        if not has_keys and not self.allow_anonymous and not _is_loopback(self.host):
+        if not self.has_keys and not self.allow_anonymous and not _is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host} can be reached from outside, and there are no API keys; give "
                 "--api-keys-file, or --allow-anonymous if that is meant"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from deploy.drills.load import DONE, UNAVAILABLE, Load
 
 
 def _run(model: Path, folder: Path) -> None:
@@ -29,7 +29,7 @@ def _run(model: Path, folder: Path) -> None:
             deployment.wait_until_ready()
             load.phase = "after"
             load.wait_for(5)
-        check(set(load.counts("during")) <= {DONE, "503 engine_unavailable"}, "503 meanwhile")
+        check(set(load.counts("during")) <= {DONE, UNAVAILABLE}, "503 meanwhile")
         check(set(load.counts("after")) == {DONE}, "with the file back, images again")
 
 

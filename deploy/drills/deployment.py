@@ -99,12 +99,6 @@ class Deployment:
         body = {"prompt": "x", "seed": 1, **fields}
         return httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=300)
 
-    def ended(self) -> dict[str, int]:
-        """Requests by how they ended, as the server counts them."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        found = re.findall(r'^krea2_requests_total\{outcome="(\w+)"\} ([\d.e+]+)$', text, re.M)
-        return {outcome: int(float(count)) for outcome, count in found if float(count)}
-
     def wait_until_ready(self, replicas: int | None = None, timeout_s: float = _START_S) -> None:
         """Until so many replicas draw; all of them by default."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.drills.deployment import Deployment
-from deploy.drills.load import PHASES, VANISHED, Load
+from deploy.drills.load import DONE, PHASES, VANISHED, Load, ended_by_server
 
 
 class DrillFailedError(Exception):
@@ -47,14 +47,14 @@ def under_load(deployment: Deployment, load: Load) -> Iterator[Load]:
     Raises:
         DrillFailedError: a request has vanished, or the server counts others than its clients.
     """
-    before = deployment.ended()
+    before = ended_by_server(deployment.url)
     with load.running():
         load.wait_for(3)
         yield load
     print_counts(load)
     check(not load.counts()[VANISHED], "every request ends in an image or an error")
     if deployment.server.is_running():
-        _compare(load, before, deployment.ended())
+        _compare(load, before, ended_by_server(deployment.url))
 
 
 def print_counts(load: Load) -> None:
@@ -70,5 +70,5 @@ def print_counts(load: Load) -> None:
 def _compare(load: Load, before: dict[str, int], after: dict[str, int]) -> None:
     """The server's own count of images against the clients'."""
     done = after.get("done", 0) - before.get("done", 0)
-    seen = load.counts()["done"]
+    seen = load.counts()[DONE]
     check(done >= seen, f"the server counts what its clients got: {done}, {seen}")

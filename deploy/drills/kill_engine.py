@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from deploy.drills.load import DONE, UNAVAILABLE, Load
 
 
 def _run(model: Path, folder: Path) -> None:
@@ -19,8 +19,8 @@ def _run(model: Path, folder: Path) -> None:
             load.phase = "after"
             load.wait_for(5)
             check(deployment.engines() != [engine], "the engine is a new one")
-        check(set(load.counts("before")) <= {DONE, "503 engine_unavailable"}, "a 503 at once")
-        check(set(load.counts("during")) <= {DONE, "503 engine_unavailable"}, "503 meanwhile")
+        check(set(load.counts("before")) <= {DONE, UNAVAILABLE}, "a 503 at once")
+        check(set(load.counts("during")) <= {DONE, UNAVAILABLE}, "503 meanwhile")
         check(set(load.counts("after")) == {DONE}, "after that, images again")
 
 

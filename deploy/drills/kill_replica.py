@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from deploy.drills.load import DONE, UNAVAILABLE, Load
 
 CLIENTS = 4
 
@@ -22,9 +22,9 @@ def _run(model: Path, folder: Path) -> None:
             load.phase = "after"
             load.wait_for(5)
             check(other in deployment.engines(), "the other replica has gone on")
-        lost = (load.counts() - load.counts("after"))["503 engine_unavailable"]
+        lost = (load.counts() - load.counts("after"))[UNAVAILABLE]
         check(lost <= CLIENTS, "only requests that were on the dead replica fail")
-        check(set(load.counts()) <= {DONE, "503 engine_unavailable"}, "with a 503")
+        check(set(load.counts()) <= {DONE, UNAVAILABLE}, "with a 503")
         check(set(load.counts("after")) == {DONE}, "both draw again")
 
 

@@ -1,5 +1,6 @@
 """Clients that ask one request after the other, and what became of each."""
 
+import re
 import threading
 import time
 from collections import Counter
@@ -13,6 +14,9 @@ import httpx
 DONE = "done"
 NO_ANSWER = "no answer"
 """Refused by the machine, or the connection broke: the client knows, and asks again."""
+
+UNAVAILABLE = "503 engine_unavailable"
+"""No engine is there, or it has died with the request."""
 
 VANISHED = "vanished"
 """Neither image nor error within the client's patience. This must not be."""
@@ -34,6 +38,13 @@ class Ended:
     outcome: str
     sent_at: float
     ended_at: float
+
+
+def ended_by_server(url: str) -> dict[str, int]:
+    """Requests by how they ended, as the server itself counts them."""
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    found = re.findall(r'^krea2_requests_total\{outcome="(\w+)"\} ([\d.e+]+)$', text, re.M)
+    return {outcome: int(float(count)) for outcome, count in found if float(count)}
 
 
 class Load:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from deploy.drills.load import DONE, UNAVAILABLE, Load
 
 # Of RFC 5737, for documentation: nobody's. Both ends are in this machine.
 _OURS, _THEIRS = "198.51.100.1", "198.51.100.2"
@@ -29,13 +29,13 @@ def _run(model: Path, folder: Path) -> None:
             with under_load(deployment, load):
                 load.phase = "during"
                 _ip("link", "set", link, "down")
-                load.wait_for(3, "503 engine_unavailable")
+                load.wait_for(3, UNAVAILABLE)
                 check(deployment.queue()["replicas_ready"] == 0, "nobody is ready")
                 _ip("link", "set", link, "up")
                 deployment.wait_until_ready()
                 load.phase = "after"
                 load.wait_for(5)
-            check(set(load.counts()) <= {DONE, "503 engine_unavailable"}, "a 503, and no other end")
+            check(set(load.counts()) <= {DONE, UNAVAILABLE}, "a 503, and no other end")
             check(set(load.counts("after")) == {DONE}, "with the network back, images again")
             deployment.wait_until(
                 lambda: _idle(deployment), "the engine has nothing left of it", 10

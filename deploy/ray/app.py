@@ -30,16 +30,13 @@ def build(args: Arguments) -> Application:
         args: checked here, on the cluster's head; what depends on a machine is checked there.
     """
     settings, values = args.server_settings(), args.values()
-    http: dict[str, Any] = {
-        "max_ongoing_requests": settings.max_requests,
+    http = serve.deployment(ImagesIngress).options(
+        name="images",
+        num_replicas=args.http_replicas,
+        max_ongoing_requests=settings.max_requests,
         **_ending(settings),
-    }
-    engines = _engines(args, settings).bind(values)
-    return (
-        serve.deployment(ImagesIngress)
-        .options(name="images", num_replicas=args.http_replicas, **http)
-        .bind(values, engines)
     )
+    return http.bind(values, _engines(args, settings).bind(values))
 
 
 def _engines(args: Arguments, settings: Settings) -> Any:
@@ -71,7 +68,7 @@ def _engines(args: Arguments, settings: Settings) -> Any:
     )
 
 
-def _ending(settings: Settings) -> dict[str, float]:
+def _ending(settings: Settings) -> dict[str, Any]:
     """How long a replica that has to go may finish what it has accepted."""
     return {
         "graceful_shutdown_wait_loop_s": 0.5,

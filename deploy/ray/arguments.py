@@ -3,7 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+from pydantic_settings import PydanticBaseSettingsSource
 
 from server.settings import NO_STORAGE, Settings
 
@@ -27,14 +27,9 @@ class RaySettings(Settings):
 
     @classmethod
     def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        cls, *args: Any, **sources: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+        return super().settings_customise_sources(*args, **sources)[::-1]
 
 
 class Arguments(BaseModel):
@@ -74,8 +69,7 @@ class Arguments(BaseModel):
                 raise ValueError(f"settings.{name}: has no effect here; {instead} has")
         settings = self.server_settings()
         # Ray Serve listens where it is told to: as if that were all addresses.
-        has_keys = settings.api_keys_file is not None or settings.plain_api_keys
-        if not has_keys and not settings.allow_anonymous:
+        if not settings.has_keys and not settings.allow_anonymous:
             raise ValueError(
                 "settings: there are no API keys; give api_keys_file, or allow_anonymous if that "
                 "is meant"

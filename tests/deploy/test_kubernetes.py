@@ -13,7 +13,7 @@ import yaml
 
 from server.metrics import _ENGINE_GAUGES
 from server.settings import Settings, load_settings
-from tests.deploy.tools import required
+from tests.programs import required
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SCHEMAS = Path(__file__).parent / "schemas"

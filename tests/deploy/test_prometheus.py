@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.deploy.tools import required
+from tests.programs import required
 from tests.server.serving import Api
 from tests.sglang.channel import wait_until
 from tests.sglang.conftest import free_port

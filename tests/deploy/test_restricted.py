@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy.drills.deployment import Deployment
-from tests.deploy.tools import required
+from tests.programs import required
 
 SCRIPT = Path(__file__).parent / "restricted.sh"
 

@@ -16,13 +16,6 @@ class Cluster(Api):
 
     ray: LocalCluster
 
-    def ended(self) -> dict[str, float]:
-        """Requests by how they ended, as the present HTTP process counts them."""
-        name = "krea2_requests_total{outcome="
-        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith(name)]
-        counts = {line.split('"')[1]: float(line.rsplit(" ", 1)[1]) for line in lines}
-        return {outcome: count for outcome, count in counts.items() if count}
-
 
 @pytest.fixture(scope="session")
 def cluster(demo_model: Path) -> Iterator[Cluster]:
