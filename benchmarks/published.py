@@ -38,10 +38,10 @@ FIGURES = {
     "psnr-512": ("cpu.uniform-512.json", "pictures.ours.psnr_min", ".0f"),
     "psnr-mixed": ("cpu.mixed.json", "pictures.ours.psnr_min", ".0f"),
     # simulate.json
-    "late-ours": ("simulate.json", "table.srpt, total-ahead[*].misses", ".1%"),
+    "late-ours": ("simulate.json", "table.srpt, added-wait[*].misses", ".1%"),
     "late-sglang": ("simulate.json", "table.baseline, round-robin[*].misses", ".0%"),
     "late-router": ("simulate.json", "table.baseline, least-work[*].misses", ".0%"),
-    "load-ours": ("simulate.json", "capacity.srpt, total-ahead[*]", ".2f"),
+    "load-ours": ("simulate.json", "capacity.srpt, added-wait[*]", ".2f"),
     "load-sglang": ("simulate.json", "capacity.baseline, round-robin[*]", ".2f"),
     "load-router": ("simulate.json", "capacity.baseline, least-work[*]", ".2f"),
     # http_overhead.json

@@ -16,7 +16,7 @@ from benchmarks.load.mix import parse_mix
 from benchmarks.percentiles import percentile
 from benchmarks.provenance import provenance
 from benchmarks.ray_serve.cluster import LocalCluster
-from benchmarks.ray_serve.measure import ROUTERS, Latencies, latencies, scaling
+from benchmarks.ray_serve.measure import CORES, ROUTERS, Latencies, latencies, scaling
 
 _RESULTS = Path(__file__).parent.parent / "results"
 _PACKAGES = ("ray", "sglang", "torch")
@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--routing-mix",
         default="256x256:steps=8:weight=11,512x512:steps=8:weight=2,1024x1024:steps=8:weight=1",
     )
-    parser.add_argument("--load", type=float, default=0.6, help="of the most that they do")
-    parser.add_argument("--requests", type=int, default=60, help="of each measurement")
+    parser.add_argument("--load", type=float, default=0.85, help="of the most that they do")
+    parser.add_argument("--scaling-requests", type=int, default=60, help="each time")
+    parser.add_argument("--routing-requests", type=int, default=300, help="of a round")
     parser.add_argument("--clients", type=int, default=8, help="of closed loops")
     parser.add_argument("--rounds", type=int, default=3, help="of each router")
     parser.add_argument("--output", type=Path, default=_RESULTS / "ray_serve")
@@ -56,13 +57,14 @@ def _command() -> list[str]:
 
 def _scaling(cluster: LocalCluster, args: argparse.Namespace) -> dict[str, Any]:
     mix = parse_mix(args.scaling_mix)
-    rates = scaling(cluster, mix, args.requests, args.clients)
+    rates = scaling(cluster, mix, args.scaling_requests, args.clients)
     return {"mix": args.scaling_mix, "requests_per_s": rates}
 
 
 def _routing(cluster: LocalCluster, args: argparse.Namespace) -> dict[str, Any]:
     mix = parse_mix(args.routing_mix)
-    rate, rounds = latencies(cluster, mix, args.load, args.requests, args.rounds, args.clients)
+    count = args.routing_requests
+    rate, rounds = latencies(cluster, mix, args.load, count, args.rounds, args.clients)
     return {
         "mix": args.routing_mix,
         "load": args.load,
@@ -92,7 +94,7 @@ def _scaling_table(part: dict[str, Any]) -> list[str]:
         "",
         _made_by(part),
         "",
-        "| replicas, a core each | requests/s of a closed loop, each time |",
+        f"| replicas, {CORES:g} of a core each | requests/s of a closed loop, each time |",
         "| --- | --- |",
         *(f"| {size} | {_list(values)} |" for size, values in rates.items()),
         "",

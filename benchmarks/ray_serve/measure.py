@@ -19,9 +19,13 @@ SIZES = (2, 1, 1, 2)
 
 ROUTERS = ("work", "round_robin")
 
+CORES = 0.55
+"""That each engine has: of two cores something is left for all else, also beside three engines.
+
+A part for each, so that what one leaves idle is lost, as on machines of their own.
+"""
+
 _REPLICAS = 3
-_CORES = 0.55
-"""Of each engine of three: two cores have something left for all else."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,15 @@ def throughput(cluster: LocalCluster, mix: Sequence[Kind], count: int, clients: 
 def scaling(
     cluster: LocalCluster, mix: Sequence[Kind], count: int, clients: int
 ) -> dict[int, list[float]]:
-    """Requests a second, by the number of replicas, each with one core."""
+    """Requests a second, by the number of replicas."""
     found: dict[int, list[float]] = {size: [] for size in sorted(set(SIZES))}
     for size in SIZES:
         cluster.deploy(min_replicas=size, max_replicas=size)
         while cluster.queue.get("replicas") != size:
             time.sleep(0.5)
         throughput(cluster, mix, 3 * clients, clients)  # what the first requests cost
-        found[size].append(throughput(cluster, mix, count, clients))
+        with limited(cluster.schedulers(), CORES):
+            found[size].append(throughput(cluster, mix, count, clients))
     return found
 
 
@@ -69,9 +74,6 @@ def latencies(
     cluster: LocalCluster, mix: Sequence[Kind], load: float, count: int, rounds: int, clients: int
 ) -> tuple[float, list[Latencies]]:
     """The same requests at the same times to each router, in turn, on three replicas.
-
-    Each engine has its part of the cores, so that what one leaves idle is lost, as on machines of
-    their own.
 
     Args:
         load: share of what the replicas do at most.
@@ -86,7 +88,7 @@ def latencies(
         for router in ROUTERS if turn % 2 == 0 else reversed(ROUTERS):
             if not found or found[-1].router != router:
                 cluster.deploy(min_replicas=_REPLICAS, max_replicas=_REPLICAS, router=router)
-            with limited(cluster.schedulers(), _CORES):
+            with limited(cluster.schedulers(), CORES):
                 if not rate:
                     # As a whole: a mix's large ones end last, and are most of the work.
                     outcomes = _play(cluster, mix, count, f"{clients} clients", clients=clients)

@@ -99,7 +99,8 @@ class Cluster:
         deadline = None if limit_s is None else arrival.time_s + limit_s
         probe = Request("probe", (job.request,), 0, arrival.time_s, deadline)
         probe.remaining_ms = alone_s * 1e3
-        offer = Offer(number, arrival.time_s, POLICIES[self.scheduler.config.policy](probe))
+        key = POLICIES[self.scheduler.config.policy](probe)
+        offer = Offer(number, arrival.time_s, key, work_ms=alone_s * 1e3)
         self._router(self.replicas, offer).submit(str(number), job, arrival.time_s, limit_s)
 
     def drain(self) -> None:

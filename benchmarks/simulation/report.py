@@ -74,7 +74,8 @@ The baseline takes one request at a time from start to end, first come, first se
 SGLang, whose router is round-robin. Routers: total-work counts the work of all requests on a
 replica as if nothing of it were done; least-work counts what is left of it; total-ahead and
 work-ahead are the same, but count first of all requests that the policy would run before the new
-one. Ours is total-ahead with edf, which without deadlines is srpt.
+one; added-wait adds the new one's own work for each request that it would come before. Ours is
+added-wait with edf, which without deadlines is srpt.
 """
 
 

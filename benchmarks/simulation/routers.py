@@ -14,11 +14,13 @@ class Offer:
         number: how many came before it.
         time_s: its arrival.
         key: its place in the order of the policy that all replicas have.
+        work_ms: its time alone.
     """
 
     number: int
     time_s: float
     key: float
+    work_ms: float = 0.0
 
 
 Router = Callable[[Sequence[Replica], Offer], Replica]
@@ -42,7 +44,7 @@ def least_work(replicas: Sequence[Replica], offer: Offer) -> Replica:
 
 
 def total_ahead(replicas: Sequence[Replica], offer: Offer) -> Replica:
-    """Ours: like `total_work`, but first of all among requests that come before this one."""
+    """Like `total_work`, but first of all among requests that come before this one."""
 
     def work(replica: Replica) -> tuple[float, float]:
         taken = replica.taken.values()
@@ -50,6 +52,17 @@ def total_ahead(replicas: Sequence[Replica], offer: Offer) -> Replica:
         return ahead_ms, sum(other.total_ms for other in taken)
 
     return min(replicas, key=work)
+
+
+def added_wait(replicas: Sequence[Replica], offer: Offer) -> Replica:
+    """Ours: the least that it waits and makes others wait; see `krea2_srt.engine.backlog`."""
+
+    def added(replica: Replica) -> tuple[float, float]:
+        taken = replica.taken.values()
+        wait_ms = sum(t.total_ms if t.key <= offer.key else offer.work_ms for t in taken)
+        return wait_ms, sum(other.total_ms for other in taken)
+
+    return min(replicas, key=added)
 
 
 def work_ahead(replicas: Sequence[Replica], offer: Offer) -> Replica:
@@ -68,5 +81,6 @@ ROUTERS: dict[str, Router] = {
     "total-work": total_work,
     "least-work": least_work,
     "total-ahead": total_ahead,
+    "added-wait": added_wait,
     "work-ahead": work_ahead,
 }

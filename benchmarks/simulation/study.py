@@ -20,14 +20,14 @@ from benchmarks.simulation.summary import WARM_UP, Summary, summarise
 from benchmarks.simulation.traces import PROCESSES, Arrival
 
 BASELINES = (request_at_a_time("round-robin"), request_at_a_time("least-work"))
-DEFAULT = ours("srpt", "total-ahead")
+DEFAULT = ours("srpt", "added-wait")
 """Ours, for requests without a deadline."""
 
 MAIN = (
     *BASELINES,
     DEFAULT,
-    ours("edf", "total-ahead"),
-    ours("srpt", "work-ahead"),
+    ours("edf", "added-wait"),
+    ours("srpt", "total-ahead"),
 )
 """Of these the highest loads are looked for on all traces, of the others on the first only."""
 

@@ -44,7 +44,8 @@ class Arguments(BaseModel):
         gpus, cpus: of an engine. Ray gives PyTorch as many threads as CPUs.
         http_replicas: processes that check, limit, store and answer. Limits of keys and metrics
             are each one's own, so 1 is best as long as it is enough: hundreds of images a second.
-        router: ``work`` sends requests where they wait for the least work, ``round_robin`` in turn.
+        router: ``work`` sends requests where they add least to what all wait, ``round_robin`` in
+            turn.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from krea2_srt.engine.backlog import Backlog, Place, order_key
+from krea2_srt.engine.backlog import Backlog, Place
 
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
@@ -72,19 +72,18 @@ class Fleet:
             member.doubted_until = time.monotonic() + DOUBT_S
 
     def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
-        """The candidates, first the one where a request of ``work`` ms would wait for the least.
+        """The candidates, first the one where a request of ``work`` ms adds least to what all wait.
 
-        See `krea2_srt.sglang.replicas.Replicas.choose`. Of work that others have sent only the sum
-        is known: all of it counts. Replicas that are not ready come last.
+        See `Backlog.added_wait`. Of work that others have sent only the sum is known: the request
+        waits for all of it. Replicas that are not ready come last.
         """
-        key = order_key(work)
 
         def wait(replica: Hashable) -> tuple[bool, int, int, int]:
             member = self.members.get(replica) or Member()
             backlog, foreign = member.backlog, member.foreign_ms
-            before = backlog.work_before(key) + foreign
+            added = backlog.added_wait(work) + foreign
             turn = self._turn.get(replica, 0)
-            return not member.ready, before, backlog.outstanding + foreign, turn
+            return not member.ready, added, backlog.outstanding + foreign, turn
 
         return sorted(candidates, key=wait)
 

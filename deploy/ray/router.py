@@ -1,4 +1,4 @@
-"""Where a request goes: to the replica where it waits for the least work."""
+"""Where a request goes: to the replica where it adds least to what all wait."""
 
 from collections.abc import Sequence
 from itertools import count

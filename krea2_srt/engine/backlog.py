@@ -51,9 +51,15 @@ class Backlog:
             self._places.discard(place)
             self.outstanding -= place.work
 
-    def work_before(self, key: float) -> int:
-        """Milliseconds that the engine's default policy would do before a request of that key."""
-        return sum(place.work for place in self._places if place.key <= key)
+    def added_wait(self, work: int) -> int:
+        """Milliseconds that a request of ``work`` ms would wait here, and make others wait.
+
+        What the engine's default policy would do before it, and its own work for each request that
+        it would come before. Each request where this is least keeps the sum of all latencies low:
+        a small one may pass a large one, but not without counting that.
+        """
+        key = order_key(work)
+        return sum(place.work if place.key <= key else work for place in self._places)
 
     def ahead(self, place: Place) -> int:
         """How many requests the engine's default policy would finish before this one."""

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from krea2_srt.engine.backlog import Backlog, Place, image_ms, order_key
+from krea2_srt.engine.backlog import Backlog, Place, image_ms
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.sglang.messages import Cancel, GetStatistics
 
@@ -65,23 +65,20 @@ class Replicas:
         return [index for index in range(len(self)) if index not in self._dead]
 
     def choose(self, work: int = 0) -> int:
-        """The live replica where a request of ``work`` ms would wait for the least work.
+        """The live replica where a request of ``work`` ms adds least to what all wait.
 
-        That is what the engine's default policy would run before it: a small request goes where
-        other small ones are few, however large the large ones are. Then counts all outstanding
-        work; equal replicas take turns.
+        See `Backlog.added_wait`. Then counts all outstanding work; equal replicas take turns.
 
         Raises:
             ReplicaExited: none is left.
         """
         if not self.live:
             raise ReplicaExited(_NONE_LEFT)
-        key = order_key(work)
 
         def wait(index: int) -> tuple[int, int, int]:
             backlog = self.backlogs[index]
             turn = (index - self._turn) % len(self)
-            return backlog.work_before(key), backlog.outstanding, turn
+            return backlog.added_wait(work), backlog.outstanding, turn
 
         index = min(self.live, key=wait)
         self._turn = index + 1

@@ -272,6 +272,7 @@ class HeldWork:
         ("total-work", 0),
         ("least-work", 1),
         ("total-ahead", 2),
+        ("added-wait", 0),
         ("work-ahead", 3),
     ],
 )
@@ -282,11 +283,11 @@ def test_routers_differ_in_the_work_that_they_count(router: str, chosen: int):
         HeldWork([(1.0, 300.0, 300.0), (9.0, 900.0, 900.0)]),
         HeldWork([(1.0, 700.0, 100.0), (9.0, 900.0, 900.0)]),
     ]
-    offer = Offer(number=7, time_s=0.0, key=5.0)
+    offer = Offer(number=7, time_s=0.0, key=5.0, work_ms=400.0)
     assert ROUTERS[router](replicas, offer) is replicas[chosen]
 
 
-@pytest.mark.parametrize("router", ["total-ahead", "work-ahead"])
+@pytest.mark.parametrize("router", ["total-ahead", "added-wait", "work-ahead"])
 def test_where_nothing_is_ahead_all_work_counts(router: str):
     replicas = [HeldWork([(9.0, 900.0, 900.0)]), HeldWork([(9.0, 500.0, 500.0)])]
     assert ROUTERS[router](replicas, Offer(0, 0.0, key=5.0)) is replicas[1]

@@ -38,6 +38,14 @@ def test_small_requests_go_around_a_large_one():
     assert send(fleet, "small", SMALL) == free
 
 
+def test_passing_a_large_request_is_not_free():
+    fleet = fleet_of("a", "b")
+    for replica, request, work in (("a", "large", LARGE), ("b", "smaller", SMALL // 2)):
+        fleet.place(request, replica, work)
+    # On a it would wait for nothing, and the large one for it; on b it waits for half as much.
+    assert send(fleet, "small", SMALL) == "b"
+
+
 def test_large_requests_go_where_there_is_less_to_do_however_many_requests_that_are():
     fleet = fleet_of("a", "b")
     busy = send(fleet, "large", LARGE)
