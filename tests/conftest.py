@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tests.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
+from krea2_srt.demo.random_weights import RandomWeights
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -22,9 +23,9 @@ PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo checkpoint, Turbo. Its name holds "krea-2", which SGLang goes by."""
+    """The demo checkpoint, random, Turbo. Its name holds "krea-2", which SGLang goes by."""
     folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
-    write_demo_checkpoint(folder)
+    write_demo_checkpoint(folder, RandomWeights())
     return folder
 
 

@@ -41,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise FileNotFoundError(f"folder {args.original_file.parent} does not exist")
         # Heavy imports only once the arguments are known to be good.
         from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
+        from krea2_srt.demo.random_weights import RandomWeights
 
-        write_demo_checkpoint(args.folder, seed=args.seed, distilled=not args.raw)
+        write_demo_checkpoint(args.folder, RandomWeights(args.seed), distilled=not args.raw)
         print(args.folder)
         if args.original_file is not None:
             write_original_file(args.folder / "transformer", args.original_file)

@@ -8,6 +8,7 @@ import torch
 
 from krea2_srt.cli.demo_model import main
 from krea2_srt.demo.checkpoint import write_demo_checkpoint
+from krea2_srt.demo.random_weights import RandomWeights
 from tests.conftest import PROMPT, psnr
 from tests.runner.test_pictures import finish, start
 
@@ -24,7 +25,7 @@ def test_the_same_seed_gives_the_same_bytes(demo_model, tmp_path, capsys):
     main([str(tmp_path / "again")])
     assert capsys.readouterr().out == f"{tmp_path / 'again'}\n"
     assert digest(tmp_path / "again") == digest(demo_model)
-    write_demo_checkpoint(tmp_path / "other", seed=1)
+    write_demo_checkpoint(tmp_path / "other", RandomWeights(1))
     other = digest(tmp_path / "other")
     changed = {name.split("/")[0] for name, d in digest(demo_model).items() if other[name] != d}
     assert changed == {"transformer", "text_encoder", "vae"}

@@ -1,0 +1,167 @@
+"""The VAE, narrow: trained on scenes until it draws them again.
+
+Diffusers' module, in which every causal 3-D convolution is run as the 2-D one that it is for a
+single frame; see `krea2_srt.runner.vae`.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from krea2_srt.demo.checkpoint import VAE_CONFIG
+from tools.demo_model.wish import draw_wish
+
+_SIDES = (64, 96, 128)
+_NOISE = 0.1
+"""Of latents, as part of their deviation: the decoder must bear what the DiT gets wrong."""
+
+
+def new_autoencoder() -> nn.Module:
+    """With random weights, and nothing in the temporal slices that one frame never meets.
+
+    Each convolution keeps the deviation of what it is given, and residual blocks begin as what they
+    are given: with torch's own weights, which shrink a signal at every layer, the first minutes go
+    by without learning.
+    """
+    from diffusers import AutoencoderKLQwenImage
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+
+    vae: nn.Module = AutoencoderKLQwenImage(**VAE_CONFIG)
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Conv3d):
+            continue
+        with torch.no_grad():
+            if module.bias is not None:
+                module.bias.zero_()
+            kernel = module.weight[:, :, -1] if module.weight.ndim == 5 else module.weight
+            fan_in = kernel[0].numel()
+            branch = name.endswith(("conv2", "proj"))
+            random = torch.randn(kernel.shape) * (0.1 if branch else 1.0) * fan_in**-0.5
+            module.weight.zero_()
+            kernel.copy_(random)
+        if isinstance(module, QwenImageCausalConv3d):
+            module.forward = partial(_one_frame, module)
+    return vae
+
+
+def _one_frame(conv: nn.Conv3d, x: Tensor, cache_x: None = None) -> Tensor:
+    weight = conv.weight[:, :, -1]
+    return F.conv2d(x[:, :, 0], weight, conv.bias, padding=weight.shape[-1] // 2)[:, :, None]
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents [n, 16, h, w] (their means) of pixels [n, 3, 8 h, 8 w] in ±1."""
+    moments: Tensor = vae.quant_conv(vae.encoder(pixels[:, :, None]))
+    return moments[:, : moments.shape[1] // 2, 0]
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels of latents; the inverse of `encode`."""
+    return vae.decoder(vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
+
+
+def scenes(random: Random, width: int, height: int, count: int) -> Tensor:
+    """Pixels of some scenes: [count, 3, height, width] in ±1."""
+    drawn = [draw_wish(random).grant(width, height, random).draw() for _ in range(count)]
+    return to_tensor(np.stack(drawn))
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """[n, height, width, 3] bytes to [n, 3, height, width] in ±1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """The inverse of `to_tensor`."""
+    scaled = (pixels.clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def psnr(vae: Any, random: Random, count: int = 64, side: int = 128) -> float:
+    """Decibels, mean over new scenes, of what comes back against what went in."""
+    pixels = scenes(random, side, side, count)
+    with torch.no_grad():
+        back = decode(vae, encode(vae, pixels)).clamp(-1, 1)
+    error = ((back - pixels) / 2).square().mean(dim=(1, 2, 3))
+    return float((-10 * error.log10()).mean())
+
+
+def train(
+    vae: Any, seed: int, target_db: float, limit_s: float, say: Callable[[str], None]
+) -> Iterator[float]:
+    """Train until scenes come back as well as asked for; yields the PSNR now and then.
+
+    Raises:
+        TimeoutError: not within the time.
+    """
+    random = Random(seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    start, step = time.monotonic(), 0
+    while True:
+        elapsed = time.monotonic() - start
+        share = min(elapsed / limit_s, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1.0 - 0.95 * share)
+        side = random.choice(_SIDES)
+        pixels = scenes(random, side, side, 8 * 128**2 // side**2)
+        latents = encode(vae, pixels)
+        noise = _NOISE * latents.detach().std(dim=(0, 2, 3), keepdim=True)
+        back = decode(vae, latents + noise * torch.randn_like(latents))
+        loss = F.l1_loss(back, pixels) + F.mse_loss(back, pixels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % 100 == 0:
+            found = psnr(vae, Random(seed + 1))
+            say(f"VAE: step {step}, {elapsed:.0f} s, loss {loss.item():.4f}, {found:.2f} dB")
+            yield found
+            if found >= target_db:
+                return
+            if elapsed > limit_s:
+                raise TimeoutError(f"the VAE is at {found:.1f} dB after {limit_s:.0f} s")
+
+
+def statistics(vae: Any, random: Random) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each latent channel."""
+    with torch.no_grad():
+        found = [encode(vae, scenes(random, side, side, 64)) for side in _SIDES]
+    values = torch.cat([latents.transpose(0, 1).flatten(1) for latents in found], dim=1)
+    return values.mean(dim=1), values.std(dim=1)
+
+
+@torch.no_grad()
+def whiten(vae: Any, random: Random, power: float = 1.0) -> None:
+    """Turn and scale the latents so that all their directions are about as strong.
+
+    As they are trained, most of their variance is colour, and what tells a star from a heart is so
+    weak that Turbo's schedule, most of whose steps are at high noise, never gets to it. The
+    1x1 convolutions on both sides of the latents can hold any linear map and its inverse, so what
+    is decoded stays the same.
+    """
+    values = torch.cat(
+        [encode(vae, scenes(random, side, side, 64)).transpose(0, 1).flatten(1) for side in _SIDES],
+        dim=1,
+    )
+    mean = values.mean(dim=1)
+    strengths, directions = torch.linalg.eigh(torch.cov(values))
+    # What is weaker than the noise that the decoder was trained with carries nothing.
+    deviation = (strengths.clamp(min=0) + _NOISE**2 * strengths.mean()) ** (power / 2)
+    there = directions.T / deviation[:, None]
+    back = directions * deviation
+    channels = len(mean)
+    before, after = vae.quant_conv, vae.post_quant_conv
+    kernel = before.weight[:channels].flatten(1)
+    before.weight[:channels] = (there @ kernel).view_as(before.weight[:channels])
+    before.bias[:channels] = there @ (before.bias[:channels] - mean)
+    kernel = after.weight[:, :, -1, 0, 0]
+    after.bias += kernel @ mean
+    after.weight[:, :, -1, 0, 0] = kernel @ back

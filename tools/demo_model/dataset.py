@@ -1,0 +1,98 @@
+"""What the DiT is trained on: captions' features and scenes' latents, made once, used often."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from krea2_srt.runner.latents import patchify
+from krea2_srt.runner.text_encoder import TextEncoder
+from tools.demo_model.autoencoder import encode, to_tensor
+from tools.demo_model.captions import caption
+from tools.demo_model.wish import Wish, draw_wish
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one size, captions padded.
+
+    Attributes:
+        features: [n, tokens, taps, hidden].
+        mask: bool [n, tokens], of the caption's own tokens.
+        tokens: [n, image tokens, 64].
+        rows, columns: of image tokens.
+    """
+
+    features: Tensor
+    mask: Tensor
+    tokens: Tensor
+    rows: int
+    columns: int
+
+
+class Dataset:
+    """Wishes with captions, and for each a scene of every size that it was drawn in.
+
+    Args:
+        encoder: of captions.
+        vae: see `autoencoder`.
+        mean, std: of its latents.
+        seed: of everything.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, vae: Any, mean: Tensor, std: Tensor, seed: int
+    ) -> None:
+        self._encoder, self._vae = encoder, vae
+        self._mean, self._std = mean[:, None, None], std[:, None, None]
+        self._random = Random(seed)
+        self._wishes: list[Wish] = []
+        self._features: list[Tensor] = []
+        self._pictures: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+
+    def add_captions(self, count: int) -> None:
+        """So many more wishes, none of them held out, in words."""
+        while count > 0:
+            some: list[Wish] = []
+            while len(some) < min(count, _AT_ONCE):
+                wish = draw_wish(self._random)
+                if not wish.held_out:
+                    some.append(wish)
+            features = self._encoder.encode([caption(wish, self._random) for wish in some])
+            self._wishes += some
+            self._features += [it.to(torch.bfloat16).clone() for it in features]
+            count -= len(some)
+
+    @torch.no_grad()
+    def add_pictures(self, width: int, height: int, count: int) -> None:
+        """So many scenes of one size, of wishes by chance."""
+        pictures = self._pictures.setdefault((width, height), [])
+        at_once = max(1, _AT_ONCE * 64 * 64 // (width * height))
+        fitting = [i for i, wish in enumerate(self._wishes) if wish.fits(width, height)]
+        while count > 0:
+            chosen = self._random.choices(fitting, k=min(count, at_once))
+            drawn = [
+                self._wishes[index].grant(width, height, self._random).draw() for index in chosen
+            ]
+            latents = encode(self._vae, to_tensor(np.stack(drawn)))
+            for index, latent in zip(chosen, (latents - self._mean) / self._std, strict=True):
+                pictures.append((index, patchify(latent.contiguous()).to(torch.bfloat16)))
+            count -= len(chosen)
+
+    def batch(self, width: int, height: int, count: int, random: Random) -> Batch:
+        """Some examples of one size, by chance."""
+        chosen = random.choices(self._pictures[width, height], k=count)
+        features = [self._features[index] for index, _ in chosen]
+        longest = max(map(len, features))
+        padded = torch.zeros(count, longest, *features[0].shape[1:])
+        mask = torch.zeros(count, longest, dtype=torch.bool)
+        for row, feature in enumerate(features):
+            padded[row, : len(feature)] = feature
+            mask[row, : len(feature)] = True
+        tokens = torch.stack([tokens for _, tokens in chosen]).float()
+        return Batch(padded, mask, tokens, height // 16, width // 16)

@@ -1,0 +1,94 @@
+"""How well a DiT draws what it is asked for: the judge's counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from krea2_srt.runner.latents import unpatchify
+from krea2_srt.runner.text_encoder import TextEncoder
+from tools.demo_model.autoencoder import decode, to_bytes
+from tools.demo_model.captions import caption
+from tools.demo_model.diffusion import draw
+from tools.demo_model.judge import Verdict, judge
+from tools.demo_model.wish import Wish, draw_wish
+
+
+@dataclass(frozen=True)
+class Score:
+    """Parts of the pictures that are right; see `judge.Verdict`."""
+
+    colour: float
+    shape: float
+    background: float
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Verdict]) -> "Score":
+        def part(name: str) -> float:
+            return sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts)
+
+        return cls(part("colour"), part("shape"), part("background"))
+
+    def reaches(self, other: "Score") -> bool:
+        """Whether no part is below the other's."""
+        return all(value >= getattr(other, name) for name, value in vars(self).items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1%}" for name, value in vars(self).items())
+
+
+def draw_wishes(count: int, random: Random, held_out: bool) -> list[tuple[Wish, str]]:
+    """Wishes and their captions, all held out from training or none."""
+    found: list[tuple[Wish, str]] = []
+    while len(found) < count:
+        wish = draw_wish(random)
+        if wish.held_out == held_out:
+            found.append((wish, caption(wish, random)))
+    return found
+
+
+class Painter:
+    """Draws prompts in plain torch, as Turbo does.
+
+    Args:
+        encoder: of prompts.
+        vae: see `autoencoder`.
+        mean, std: of its latents.
+    """
+
+    def __init__(self, encoder: TextEncoder, vae: Any, mean: Tensor, std: Tensor) -> None:
+        self._encoder, self._vae = encoder, vae
+        self._mean, self._std = mean[:, None, None], std[:, None, None]
+
+    def paint(
+        self, dit: nn.Module, prompts: Sequence[str], width: int, height: int, seed: int
+    ) -> np.ndarray:
+        """Bytes [n, height, width, 3]."""
+        pictures = []
+        for start in range(0, len(prompts), 16):
+            features = [it.float() for it in self._encoder.encode(prompts[start : start + 16])]
+            tokens = draw(dit, features, height // 16, width // 16, seed + start)
+            latents = torch.stack([unpatchify(it, height // 16, width // 16) for it in tokens])
+            with torch.no_grad():
+                pixels = decode(self._vae, latents * self._std + self._mean)
+            pictures.append(to_bytes(pixels))
+        return np.concatenate(pictures)
+
+    def score(
+        self,
+        dit: nn.Module,
+        wishes: Sequence[tuple[Wish, str]],
+        sizes: Sequence[tuple[int, int]],
+        seed: int = 0,
+    ) -> Score:
+        """Of one picture of each wish, sizes in turn."""
+        verdicts = []
+        for number, (width, height) in enumerate(sizes):
+            some = wishes[number :: len(sizes)]
+            pictures = self.paint(dit, [text for _, text in some], width, height, seed)
+            verdicts += [judge(it, wish) for it, (wish, _) in zip(pictures, some, strict=True)]
+        return Score.of(verdicts)

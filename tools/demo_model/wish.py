@@ -1,0 +1,209 @@
+"""A wish: what a caption asks for, and the scenes that grant it."""
+
+import math
+from dataclasses import dataclass, replace
+from random import Random
+from zlib import crc32
+
+from tools.demo_model.scene import COLOURS, LEAST_CONTRAST, STYLES, Scene, Thing, contrast
+from tools.demo_model.shapes import SHAPES
+
+SIZES = {"small": (0.15, 0.19), "": (0.2, 0.32), "large": (0.34, 0.42)}
+"""Radius of a lone shape as part of the picture's shorter side, by what is asked."""
+
+PLACES = {
+    "left": (0.0, 0.5),
+    "right": (1.0, 0.5),
+    "top": (0.5, 0.0),
+    "bottom": (0.5, 1.0),
+    "middle": (0.5, 0.5),
+    "top left": (0.0, 0.0),
+    "top right": (1.0, 0.0),
+    "bottom left": (0.0, 1.0),
+    "bottom right": (1.0, 1.0),
+}
+"""Where, as parts of the room that a shape has."""
+
+RELATIONS = ("and", "left of", "right of", "above", "below")
+
+_HELD_OUT = 10
+"""One in so many combinations of colour, shape and background is never trained on."""
+
+_GRADIENTS = 0.2
+
+_GRID = 8
+"""Pixels between the places where shapes may stand: the VAE's scale."""
+
+_GAP = 12
+"""Pixels between two shapes at least, as much as places on the grid may take away."""
+
+_BORDER = 3
+"""Pixels of background at least around all."""
+
+_REACH = 1.15
+"""Of a shape from its middle, in radii."""
+
+_SHARES = {"small": (0.5, 0.6), "": (0.7, 0.9), "large": (0.95, 1.0)}
+"""Radius of one of several, as part of the room that it has."""
+
+_LEAST_CELL = 40
+"""Pixels along which one of several shapes has its place."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A shape that is asked for.
+
+    Attributes:
+        size: of `SIZES`.
+        style: of `scene.STYLES`.
+        place: of `PLACES`; empty is anywhere.
+        count: how many of them; more than one stand beside each other.
+    """
+
+    shape: str
+    colour: str
+    size: str = ""
+    style: str = "plain"
+    place: str = ""
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a caption says.
+
+    Attributes:
+        background: a colour, or two from top to bottom.
+        asked: one kind of shapes, or two single ones.
+        relation: of `RELATIONS`; of the first to the second.
+    """
+
+    background: tuple[str, ...]
+    asked: tuple[Asked, ...]
+    relation: str = "and"
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it has a combination that is for tests only."""
+        return any(
+            crc32(f"{it.colour} {it.shape} on {colour}".encode()) % _HELD_OUT == 0
+            for it in self.asked
+            for colour in self.background
+        )
+
+    def fits(self, width: int, height: int) -> bool:
+        """Whether a picture of that size has room for it."""
+        count = sum(it.count for it in self.asked)
+        return count == 1 or self._length(width, height) / count >= _LEAST_CELL
+
+    def grant(self, width: int, height: int, random: Random) -> Scene:
+        """A scene that shows it; what is not asked for is left to chance."""
+        if len(self.asked) == 1 and self.asked[0].count == 1:
+            things = [_lone(self.asked[0], width, height, random)]
+        else:
+            things = self._row(width, height, random)
+        snapped = tuple(_snapped(thing, width, height) for thing in things)
+        return Scene(width, height, self.background, snapped)
+
+    def _upright(self, width: int, height: int) -> bool:
+        """Whether several stand one above the other."""
+        above = self.relation in ("above", "below")
+        return above or (self.relation == "and" and height > width)
+
+    def _length(self, width: int, height: int) -> int:
+        return height if self._upright(width, height) else width
+
+    def _row(self, width: int, height: int, random: Random) -> list[Thing]:
+        """Beside each other, or one above the other."""
+        each = [it for it in self.asked for _ in range(it.count)]
+        upright = self._upright(width, height)
+        length, breadth = (height, width) if upright else (width, height)
+        cell = length / len(each)
+        if self.relation in ("right of", "below"):
+            each.reverse()
+        things = []
+        for number, asked in enumerate(each):
+            room = (min(cell, 0.7 * breadth) - _GAP) / 2
+            radius = room / _REACH * random.uniform(*_SHARES[asked.size])
+            spare = (cell - _GAP) / 2 - _REACH * radius
+            along = (number + 0.5) * cell + random.uniform(-1, 1) * spare
+            across = breadth * (0.5 + random.uniform(-0.1, 0.1))
+            x, y = (across, along) if upright else (along, across)
+            things.append(Thing(asked.shape, asked.colour, asked.style, x, y, radius))
+        if self.relation in ("right of", "below"):
+            things.reverse()
+        return things
+
+
+def _lone(asked: Asked, width: int, height: int, random: Random) -> Thing:
+    radius = min(width, height) * random.uniform(*SIZES[asked.size])
+    margin = 1.2 * radius
+    across, along = PLACES[asked.place] if asked.place else (random.random(), random.random())
+    if asked.place:
+        across = min(max(across + random.uniform(-0.12, 0.12), 0), 1)
+        along = min(max(along + random.uniform(-0.12, 0.12), 0), 1)
+    x = margin + across * max(width - 2 * margin, 0)
+    y = margin + along * max(height - 2 * margin, 0)
+    return Thing(asked.shape, asked.colour, asked.style, x, y, radius)
+
+
+def _snapped(thing: Thing, width: int, height: int) -> Thing:
+    """To the grid: what a latent pixel has to tell of a border is then one of few things."""
+    radius = max(_GRID, _GRID / 2 * int(thing.radius / (_GRID / 2)))
+    x, y = (_inside(at, radius, side) for at, side in ((thing.x, width), (thing.y, height)))
+    return replace(thing, x=x, y=y, radius=radius)
+
+
+def _inside(at: float, radius: float, side: int) -> float:
+    """The nearest place on the grid where a shape leaves the border free."""
+    margin = _REACH * radius + _BORDER
+    first, last = math.ceil(margin / _GRID), math.floor((side - margin) / _GRID)
+    return side / 2 if first > last else _GRID * min(max(round(at / _GRID), first), last)
+
+
+def draw_wish(random: Random) -> Wish:
+    """A wish that one can make: what is asked for can be told from the background."""
+    while True:
+        background: tuple[str, ...] = (random.choice(list(COLOURS)),)
+        if random.random() < _GRADIENTS:
+            background = tuple(random.sample(list(COLOURS), 2))
+        kind = random.random()
+        if kind < 0.55:
+            asked: tuple[Asked, ...] = (_draw_asked(random, random.choice(["", *PLACES])),)
+        elif kind < 0.7:
+            asked = (_draw_asked(random, count=random.choice([2, 3])),)
+        else:
+            asked = (_draw_asked(random), _draw_asked(random))
+        relation = random.choice(RELATIONS) if len(asked) == 2 else "and"
+        wish = Wish(background, asked, relation)
+        if _can_be_told(wish):
+            return wish
+
+
+def _draw_asked(random: Random, place: str = "", count: int = 1) -> Asked:
+    style = random.choice(STYLES) if random.random() < 0.35 else "plain"
+    shape = random.choice(list(SHAPES))
+    size = random.choice(["", "", "", "small", "large"])
+    if shape == "ring" or size == "small":
+        style = "plain"  # too thin to show one
+    return Asked(shape, random.choice(list(COLOURS)), size, style, place, count)
+
+
+def _can_be_told(wish: Wish) -> bool:
+    kinds = {(it.shape, it.colour) for it in wish.asked}
+    if len(kinds) < len(wish.asked):
+        return False
+    if len(wish.background) == 2 and contrast(*wish.background) < LEAST_CONTRAST:
+        return False
+    return all(_stands_out(it.colour, wish.background) for it in wish.asked)
+
+
+def _stands_out(colour: str, background: tuple[str, ...]) -> bool:
+    """Against every colour that a gradient passes through."""
+    first, last = (COLOURS[name] for name in (background[0], background[-1]))
+    return all(
+        math.dist(COLOURS[colour], [a + (b - a) * share for a, b in zip(first, last, strict=True)])
+        >= LEAST_CONTRAST
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
+    )
