@@ -63,7 +63,7 @@ class TrainedWeights(TextEncoderWeights):
         stored = self._tensors.get(f"vae.{name}")
         if stored is None:
             return torch.zeros(shape, dtype=torch.bfloat16)  # between frames, of which there is one
-        if len(shape) < 5 or stored.ndim == 5:
+        if len(shape) < 5:
             return stored.view(shape)
         # Of a causal 3-D kernel a single frame meets the last temporal slice alone.
         kernel = torch.zeros(shape, dtype=torch.bfloat16)

@@ -19,6 +19,7 @@ from krea2_srt.demo.checkpoint import VAE_CONFIG
 from tools.demo_model.wish import draw_wish
 
 _SIDES = (64, 96, 128)
+_LR = 2e-3
 _NOISE = 0.1
 """Of latents, as part of their deviation: the decoder must bear what the DiT gets wrong."""
 
@@ -102,13 +103,13 @@ def train(
         TimeoutError: not within the time.
     """
     random = Random(seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LR, betas=(0.9, 0.95), weight_decay=0.0)
     start, step = time.monotonic(), 0
     while True:
         elapsed = time.monotonic() - start
         share = min(elapsed / limit_s, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 50) * (1.0 - 0.95 * share)
+            group["lr"] = _LR * min(1.0, (step + 1) / 50) * (1.0 - 0.95 * share)
         side = random.choice(_SIDES)
         pixels = scenes(random, side, side, 8 * 128**2 // side**2)
         latents = encode(vae, pixels)
@@ -136,32 +137,3 @@ def statistics(vae: Any, random: Random) -> tuple[Tensor, Tensor]:
         found = [encode(vae, scenes(random, side, side, 64)) for side in _SIDES]
     values = torch.cat([latents.transpose(0, 1).flatten(1) for latents in found], dim=1)
     return values.mean(dim=1), values.std(dim=1)
-
-
-@torch.no_grad()
-def whiten(vae: Any, random: Random, power: float = 1.0) -> None:
-    """Turn and scale the latents so that all their directions are about as strong.
-
-    As they are trained, most of their variance is colour, and what tells a star from a heart is so
-    weak that Turbo's schedule, most of whose steps are at high noise, never gets to it. The
-    1x1 convolutions on both sides of the latents can hold any linear map and its inverse, so what
-    is decoded stays the same.
-    """
-    values = torch.cat(
-        [encode(vae, scenes(random, side, side, 64)).transpose(0, 1).flatten(1) for side in _SIDES],
-        dim=1,
-    )
-    mean = values.mean(dim=1)
-    strengths, directions = torch.linalg.eigh(torch.cov(values))
-    # What is weaker than the noise that the decoder was trained with carries nothing.
-    deviation = (strengths.clamp(min=0) + _NOISE**2 * strengths.mean()) ** (power / 2)
-    there = directions.T / deviation[:, None]
-    back = directions * deviation
-    channels = len(mean)
-    before, after = vae.quant_conv, vae.post_quant_conv
-    kernel = before.weight[:channels].flatten(1)
-    before.weight[:channels] = (there @ kernel).view_as(before.weight[:channels])
-    before.bias[:channels] = there @ (before.bias[:channels] - mean)
-    kernel = after.weight[:, :, -1, 0, 0]
-    after.bias += kernel @ mean
-    after.weight[:, :, -1, 0, 0] = kernel @ back

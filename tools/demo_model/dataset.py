@@ -1,5 +1,6 @@
 """What the DiT is trained on: captions' features and scenes' latents, made once, used often."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -87,12 +88,17 @@ class Dataset:
     def batch(self, width: int, height: int, count: int, random: Random) -> Batch:
         """Some examples of one size, by chance."""
         chosen = random.choices(self._pictures[width, height], k=count)
-        features = [self._features[index] for index, _ in chosen]
-        longest = max(map(len, features))
-        padded = torch.zeros(count, longest, *features[0].shape[1:])
-        mask = torch.zeros(count, longest, dtype=torch.bool)
-        for row, feature in enumerate(features):
-            padded[row, : len(feature)] = feature
-            mask[row, : len(feature)] = True
+        features, mask = pad([self._features[index] for index, _ in chosen])
         tokens = torch.stack([tokens for _, tokens in chosen]).float()
-        return Batch(padded, mask, tokens, height // 16, width // 16)
+        return Batch(features, mask, tokens, height // 16, width // 16)
+
+
+def pad(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Captions' features in one float32 tensor, and the mask of their own tokens; see `Batch`."""
+    longest = max(map(len, features))
+    padded = torch.zeros(len(features), longest, *features[0].shape[1:])
+    mask = torch.zeros(len(features), longest, dtype=torch.bool)
+    for row, feature in enumerate(features):
+        padded[row, : len(feature)] = feature
+        mask[row, : len(feature)] = True
+    return padded, mask

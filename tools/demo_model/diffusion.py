@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from krea2_srt.model.checkpoint import config_dict
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
-from tools.demo_model.dataset import Batch
+from tools.demo_model.dataset import Batch, pad
 
 STEPS = 8
 """Of Turbo."""
@@ -149,11 +149,7 @@ def draw(
     steps: int = STEPS,
 ) -> Tensor:
     """Latents of prompts, as Turbo draws them: [n, image tokens, 64]."""
-    longest = max(map(len, features))
-    padded = torch.zeros(len(features), longest, *features[0].shape[1:])
-    mask = torch.zeros(len(features), longest, dtype=torch.bool)
-    for row, feature in enumerate(features):
-        padded[row, : len(feature)], mask[row, : len(feature)] = feature, True
+    padded, mask = pad(features)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(features), rows * columns, 64, generator=generator)
     sigmas = flow_schedule(steps, TURBO_MU).sigmas
