@@ -45,24 +45,28 @@ class TrainedWeights(TextEncoderWeights):
         CheckpointError: the file is missing, or not the one that the recipe has made.
     """
 
+    vae_config: Mapping[str, Any]
+
     def __init__(self, file: Path = WEIGHTS) -> None:
         try:
             content = file.read_bytes()
             self.about: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
+            digest, self.vae_config = self.about["sha256"], self.about["vae_config"]
+        except KeyError as error:
+            raise CheckpointError(f"{file.with_suffix('.json')} lacks {error}") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"the demo's weights cannot be read: {error}") from None
-        if hashlib.sha256(content).hexdigest() != self.about["sha256"]:
+        if hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(f"{file} is damaged: its checksum is not that of its recipe")
         self._tensors = load(content)
-        self.vae_config: Mapping[str, Any] = self.about["vae_config"]
 
     def transformer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._tensors[f"transformer.{name}"].view(shape)
 
     def vae(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        stored = self._tensors.get(f"vae.{name}")
-        if stored is None:
+        if "time_conv" in name:
             return torch.zeros(shape, dtype=torch.bfloat16)  # between frames, of which there is one
+        stored = self._tensors[f"vae.{name}"]
         if len(shape) < 5:
             return stored.view(shape)
         # Of a causal 3-D kernel a single frame meets the last temporal slice alone.

@@ -77,14 +77,19 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     *_, db = autoencoder.train(vae, args.seed, VAE_DB, args.vae_minutes * 60, _say)
     rounded(vae).requires_grad_(False)
     mean, std = autoencoder.statistics(vae, Random(args.seed + 2))
-    encoder = _text_encoder()
-    data = Dataset(encoder, vae, mean, std, args.seed)
+    encoder, dit = _text_encoder(), new_dit(DIT_CONFIG)
+    trainer = Trainer(dit)
+
+    def encode(prompts: Sequence[str]) -> list[torch.Tensor]:
+        return trainer.fuse(encoder.encode(prompts))
+
+    data = Dataset(encode, vae, mean, std, args.seed)
     data.add_captions(args.captions)
     for width, height in SIZES:
         data.add_pictures(width, height, args.captions * 64 * 64 // (width * height) + 2000)
     _say(f"data: {time.monotonic() - start:.0f} s from the start")
-    painter = Painter(encoder, vae, mean, std)
-    dit, seen = _train_dit(data, painter, encoder.encode([""])[0], args)
+    painter = Painter(encode, vae, mean, std)
+    seen = _train_dit(trainer, data, painter, encode([""])[0], args)
     held_out = draw_wishes(200, Random(args.seed + 4), held_out=True)
     about = {
         "recipe": RECIPE,
@@ -92,19 +97,22 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "minutes": round((time.monotonic() - start) / 60, 1),
         "vae_db": round(db, 2),
         "seen": asdict(seen),
-        "held_out": asdict(painter.score(dit, held_out, SIZES)),
+        "held_out": asdict(painter.score(trainer.average, held_out, SIZES)),
         "vae_config": {"latents_mean": _list(mean), "latents_std": _list(std)},
     }
-    write_weights(args.output, tensors_of(dit, vae), about)
+    write_weights(args.output, tensors_of(trainer.finished(), vae), about)
     return about
 
 
 def _train_dit(
-    data: Dataset, painter: Painter, no_prompt: torch.Tensor, args: argparse.Namespace
-) -> tuple[torch.nn.Module, Score]:
+    trainer: Trainer,
+    data: Dataset,
+    painter: Painter,
+    no_prompt: torch.Tensor,
+    args: argparse.Namespace,
+) -> Score:
     random, generator = Random(args.seed), torch.Generator().manual_seed(args.seed)
     looks = draw_wishes(100, Random(args.seed + 3), held_out=False)
-    trainer = Trainer(new_dit(DIT_CONFIG))
     limit_s, start, looked = args.dit_minutes * 60, time.monotonic(), 0.0
     while True:
         elapsed = time.monotonic() - start
@@ -118,10 +126,10 @@ def _train_dit(
             continue
         looked = elapsed
         score = painter.score(trainer.average, looks, sizes)
-        _say(f"DiT: step {trainer.steps}, {elapsed:.0f} s, loss {float(loss):.4f}: {score}")
+        _say(f"DiT: step {trainer.steps}, {elapsed:.0f} s, loss {loss.item():.4f}: {score}")
         if share > 0.5 and score.reaches(WANTED):
-            dit = rounded(trainer.average)
-            return dit, painter.score(dit, looks, sizes)
+            rounded(trainer.average)
+            return painter.score(trainer.average, looks, sizes)
         if elapsed > limit_s:
             raise TimeoutError(f"the DiT is at {score} after {limit_s / 60:.0f} minutes")
 

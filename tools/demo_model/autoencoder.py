@@ -20,8 +20,8 @@ from tools.demo_model.wish import draw_wish
 
 _SIDES = (64, 96, 128)
 _LR = 2e-3
-_NOISE = 0.1
-"""Of latents, as part of their deviation: the decoder must bear what the DiT gets wrong."""
+_NOISE = 0.4
+"""Of latents at most, as part of their deviation: the decoder must bear what the DiT gets wrong."""
 
 
 def new_autoencoder() -> nn.Module:
@@ -70,7 +70,11 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 def scenes(random: Random, width: int, height: int, count: int) -> Tensor:
     """Pixels of some scenes: [count, 3, height, width] in ±1."""
-    drawn = [draw_wish(random).grant(width, height, random).draw() for _ in range(count)]
+    drawn: list[np.ndarray] = []
+    while len(drawn) < count:
+        wish = draw_wish(random)
+        if wish.fits(width, height):
+            drawn.append(wish.grant(width, height, random).draw())
     return to_tensor(np.stack(drawn))
 
 
@@ -113,7 +117,8 @@ def train(
         side = random.choice(_SIDES)
         pixels = scenes(random, side, side, 8 * 128**2 // side**2)
         latents = encode(vae, pixels)
-        noise = _NOISE * latents.detach().std(dim=(0, 2, 3), keepdim=True)
+        noise = _NOISE * torch.rand(len(latents), 1, 1, 1)
+        noise = noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
         back = decode(vae, latents + noise * torch.randn_like(latents))
         loss = F.l1_loss(back, pixels) + F.mse_loss(back, pixels)
         optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
 """What the DiT is trained on: captions' features and scenes' latents, made once, used often."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from krea2_srt.runner.latents import patchify
-from krea2_srt.runner.text_encoder import TextEncoder
 from tools.demo_model.autoencoder import encode, to_tensor
 from tools.demo_model.captions import caption
 from tools.demo_model.wish import Wish, draw_wish
 
 _AT_ONCE = 64
+
+_BATCHES = 4
+"""So many are drawn, sorted by the captions' lengths, for each that is used: less padding."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Batch:
     """Examples of one size, captions padded.
 
     Attributes:
-        features: [n, tokens, taps, hidden].
+        features: [n, tokens, hidden], fused.
         mask: bool [n, tokens], of the caption's own tokens.
         tokens: [n, image tokens, 64].
         rows, columns: of image tokens.
@@ -40,16 +42,21 @@ class Dataset:
     """Wishes with captions, and for each a scene of every size that it was drawn in.
 
     Args:
-        encoder: of captions.
+        encode: captions to fused features, [tokens, hidden] each.
         vae: see `autoencoder`.
         mean, std: of its latents.
         seed: of everything.
     """
 
     def __init__(
-        self, encoder: TextEncoder, vae: Any, mean: Tensor, std: Tensor, seed: int
+        self,
+        encode: Callable[[Sequence[str]], list[Tensor]],
+        vae: Any,
+        mean: Tensor,
+        std: Tensor,
+        seed: int,
     ) -> None:
-        self._encoder, self._vae = encoder, vae
+        self._encode, self._vae = encode, vae
         self._mean, self._std = mean[:, None, None], std[:, None, None]
         self._random = Random(seed)
         self._wishes: list[Wish] = []
@@ -64,9 +71,8 @@ class Dataset:
                 wish = draw_wish(self._random)
                 if not wish.held_out:
                     some.append(wish)
-            features = self._encoder.encode([caption(wish, self._random) for wish in some])
+            self._features += self._encode([caption(wish, self._random) for wish in some])
             self._wishes += some
-            self._features += [it.to(torch.bfloat16).clone() for it in features]
             count -= len(some)
 
     @torch.no_grad()
@@ -86,8 +92,11 @@ class Dataset:
             count -= len(chosen)
 
     def batch(self, width: int, height: int, count: int, random: Random) -> Batch:
-        """Some examples of one size, by chance."""
-        chosen = random.choices(self._pictures[width, height], k=count)
+        """Some examples of one size, by chance, with captions of about one length."""
+        several = random.choices(self._pictures[width, height], k=_BATCHES * count)
+        several.sort(key=lambda it: len(self._features[it[0]]))
+        first = random.randrange(_BATCHES) * count
+        chosen = several[first : first + count]
         features, mask = pad([self._features[index] for index, _ in chosen])
         tokens = torch.stack([tokens for _, tokens in chosen]).float()
         return Batch(features, mask, tokens, height // 16, width // 16)

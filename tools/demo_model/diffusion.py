@@ -3,8 +3,8 @@
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from krea2_srt.model.checkpoint import config_dict
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
 from tools.demo_model.dataset import Batch, pad
+from tools.demo_model.muon import Muon
 
 STEPS = 8
 """Of Turbo."""
@@ -25,23 +26,47 @@ _NO_PROMPT = 0.08
 
 _EMA = 0.998
 
+_FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+
+_TIME_ERROR = 2.0**-9
+"""Of a noise level as it is told, at most: some engines round it to bfloat16."""
+
+_FEWEST_RADIANS = 20.0
+"""Per unit of time. Of the time's sinusoids, faster ones count less at first."""
+
 
 def new_dit(config: Krea2Config) -> nn.Module:
-    """With random weights: Diffusers' module, which keeps what gradients need."""
+    """With random weights: Diffusers' module, which keeps what gradients need.
+
+    It begins with what it is given, x, for an answer: with as many channels of noise to hand on as
+    a patch has, learning that alone would take a good part of the time.
+    """
     from diffusers import Krea2Transformer2DModel
 
-    dit: nn.Module = Krea2Transformer2DModel(**config_dict(config))
-    for name, parameter in dit.named_parameters():
-        with torch.no_grad():
-            if name == "final_layer.linear.weight":
-                parameter.zero_()
-            elif name.endswith("scale_shift_table"):
-                parameter.zero_()
-                if parameter.shape[0] == 6:
-                    parameter[[2, 5]] = 0.3  # gates: open a bit
-            elif name.startswith("time_mod_proj"):
-                parameter.zero_()
+    dit: Any = Krea2Transformer2DModel(**config_dict(config))
+    with torch.no_grad():
+        dit.text_fusion.projector.weight.fill_(1 / config.num_text_layers)
+        dit.text_fusion.requires_grad_(False)
+        for block in dit.transformer_blocks:
+            block.scale_shift_table[[2, 5]] = 0.3  # gates: open a bit
+        for module in (dit.time_mod_proj, dit.final_layer.linear, dit.img_in):
+            module.weight.zero_()
+            module.bias.zero_()
+        hidden, channels = dit.img_in.weight.shape
+        given = torch.linalg.qr(torch.randn(hidden, channels)).Q
+        dit.img_in.weight.copy_(given * (hidden / channels) ** 0.5)
+        dit.final_layer.linear.weight.copy_(given.T * (channels / hidden) ** 0.5)
+        radians = 1e3 * torch.exp(-math.log(1e4) * torch.linspace(0, 1, 129)[:-1])
+        share = (_FEWEST_RADIANS / radians).clamp(max=1.0).repeat(2)
+        dit.time_embed.linear_1.weight *= share / share.square().mean().sqrt()
     return dit
+
+
+class _Fused(nn.Module):
+    """In the place of the text fusion, for features that have been through it."""
+
+    def forward(self, features: Tensor, attention_mask: Tensor) -> Tensor:
+        return features
 
 
 def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
@@ -54,10 +79,10 @@ def position_ids(text_tokens: int, rows: int, columns: int) -> Tensor:
 def velocity(dit: nn.Module, batch: Batch, noisy: Tensor, sigmas: Tensor) -> Tensor:
     """What the DiT says: float32 [n, image tokens, 64].
 
-    In bfloat16, in which it will be served, and which a CPU multiplies faster.
+    In bfloat16, in which it will be served, where the CPU multiplies that faster than float32.
     """
     ids = position_ids(batch.features.shape[1], batch.rows, batch.columns)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_FAST_BFLOAT16):
         found: Tensor = dit(noisy, batch.features, sigmas, ids, batch.mask, return_dict=False)[0]
     return found.float()
 
@@ -88,33 +113,45 @@ def loss_of(dit: nn.Module, batch: Batch, generator: torch.Generator, no_prompt:
     features[dropped, : len(no_prompt)] = no_prompt
     mask[dropped, : len(no_prompt)] = True
     batch = Batch(features, mask, batch.tokens, batch.rows, batch.columns)
-    return (velocity(dit, batch, noisy, sigmas) - (noise - batch.tokens)).square().mean()
+    told = sigmas * (1 + _TIME_ERROR * (2 * torch.rand(count, generator=generator) - 1))
+    return (velocity(dit, batch, noisy, told) - (noise - batch.tokens)).square().mean()
 
 
-@dataclass
 class Trainer:
     """The weights, their moving average, and the optimisers.
 
+    The text fusion stays as it begins: a token's states say all that a small grammar needs, so it
+    is done once for each caption instead of at each step.
+
+    Args:
+        dit: to train.
+
     Attributes:
         dit: being trained.
-        average: of its weights; what is shipped.
+        average: of its weights.
+
+    Both take captions that are fused already.
     """
 
-    dit: nn.Module
-    lr: float = 2e-3
-
-    def __post_init__(self) -> None:
-        self.average = copy.deepcopy(self.dit).requires_grad_(False)
+    def __init__(self, dit: Any, lr: float = 2e-3) -> None:
+        self.dit, self._lr, self._fusion = dit, lr, dit.text_fusion
+        dit.text_fusion = _Fused()
+        self.average = copy.deepcopy(dit).requires_grad_(False)
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for name, parameter in self.dit.named_parameters():
+        for name, parameter in dit.named_parameters():
             hidden = "blocks." in name and parameter.ndim == 2 and "table" not in name
             (matrices if hidden else others).append(parameter)
-        self._optimizers = [
-            torch.optim.Muon(matrices, lr=10 * self.lr, weight_decay=0.0, momentum=0.95),
-            torch.optim.AdamW(others, lr=self.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        self._optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=10 * lr),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
         self.steps = 0
+
+    @torch.no_grad()
+    def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Captions' features, [tokens, taps, hidden] each, after the text fusion."""
+        return [self._fusion(it[None].float())[0] for it in features]
 
     def step(self, loss: Tensor, scale: float) -> None:
         """One step down.
@@ -126,7 +163,7 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0)
         warm = min(1.0, (self.steps + 1) / 100)
-        for optimizer, lr in zip(self._optimizers, (10 * self.lr, self.lr), strict=True):
+        for optimizer, lr in zip(self._optimizers, (10 * self._lr, self._lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * scale * warm
             optimizer.step()
@@ -137,6 +174,12 @@ class Trainer:
             torch._foreach_lerp_(
                 list(self.average.parameters()), list(self.dit.parameters()), 1 - keep
             )
+
+    def finished(self) -> Any:
+        """The average as a whole DiT, with the text fusion back in its place."""
+        dit = copy.deepcopy(self.average)
+        dit.text_fusion = self._fusion
+        return dit
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """How well a DiT draws what it is asked for: the judge's counts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.runner.latents import unpatchify
-from krea2_srt.runner.text_encoder import TextEncoder
 from tools.demo_model.autoencoder import decode, to_bytes
 from tools.demo_model.captions import caption
 from tools.demo_model.diffusion import draw
@@ -52,16 +51,22 @@ def draw_wishes(count: int, random: Random, held_out: bool) -> list[tuple[Wish, 
 
 
 class Painter:
-    """Draws prompts in plain torch, as Turbo does.
+    """Draws prompts in plain torch, as Turbo does, with a DiT in training.
 
     Args:
-        encoder: of prompts.
+        encode: prompts to fused features.
         vae: see `autoencoder`.
         mean, std: of its latents.
     """
 
-    def __init__(self, encoder: TextEncoder, vae: Any, mean: Tensor, std: Tensor) -> None:
-        self._encoder, self._vae = encoder, vae
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], list[Tensor]],
+        vae: Any,
+        mean: Tensor,
+        std: Tensor,
+    ) -> None:
+        self._encode, self._vae = encode, vae
         self._mean, self._std = mean[:, None, None], std[:, None, None]
 
     def paint(
@@ -70,7 +75,7 @@ class Painter:
         """Bytes [n, height, width, 3]."""
         pictures = []
         for start in range(0, len(prompts), 16):
-            features = [it.float() for it in self._encoder.encode(prompts[start : start + 16])]
+            features = self._encode(prompts[start : start + 16])
             tokens = draw(dit, features, height // 16, width // 16, seed + start)
             latents = torch.stack([unpatchify(it, height // 16, width // 16) for it in tokens])
             with torch.no_grad():
@@ -85,10 +90,15 @@ class Painter:
         sizes: Sequence[tuple[int, int]],
         seed: int = 0,
     ) -> Score:
-        """Of one picture of each wish, sizes in turn."""
+        """Of one picture of each wish, sizes in turn, but for those that have no room for it."""
+        by_size: dict[tuple[int, int], list[tuple[Wish, str]]] = {size: [] for size in sizes}
+        for number, (wish, text) in enumerate(wishes):
+            turn = number % len(sizes)
+            size = next(it for it in (*sizes[turn:], *sizes[::-1]) if wish.fits(*it))
+            by_size[size].append((wish, text))
         verdicts = []
-        for number, (width, height) in enumerate(sizes):
-            some = wishes[number :: len(sizes)]
-            pictures = self.paint(dit, [text for _, text in some], width, height, seed)
-            verdicts += [judge(it, wish) for it, (wish, _) in zip(pictures, some, strict=True)]
+        for (width, height), some in by_size.items():
+            if some:
+                pictures = self.paint(dit, [text for _, text in some], width, height, seed)
+                verdicts += [judge(it, wish) for it, (wish, _) in zip(pictures, some, strict=True)]
         return Score.of(verdicts)

@@ -8,7 +8,7 @@ from zlib import crc32
 from tools.demo_model.scene import COLOURS, LEAST_CONTRAST, STYLES, Scene, Thing, contrast
 from tools.demo_model.shapes import SHAPES
 
-SIZES = {"small": (0.15, 0.19), "": (0.2, 0.32), "large": (0.34, 0.42)}
+SIZES = {"small": (0.15, 0.18), "": (0.24, 0.3), "large": (0.36, 0.4)}
 """Radius of a lone shape as part of the picture's shorter side, by what is asked."""
 
 PLACES = {
@@ -30,6 +30,9 @@ _HELD_OUT = 10
 """One in so many combinations of colour, shape and background is never trained on."""
 
 _GRADIENTS = 0.2
+
+_ABOUT = 0.15
+"""How far a lone shape may be from its place, as part of the room that it has."""
 
 _GRID = 8
 """Pixels between the places where shapes may stand: the VAE's scale."""
@@ -57,7 +60,7 @@ class Asked:
     Attributes:
         size: of `SIZES`.
         style: of `scene.STYLES`.
-        place: of `PLACES`; empty is anywhere.
+        place: of `PLACES`; empty is about the middle.
         count: how many of them; more than one stand beside each other.
     """
 
@@ -139,10 +142,10 @@ class Wish:
 def _lone(asked: Asked, width: int, height: int, random: Random) -> Thing:
     radius = min(width, height) * random.uniform(*SIZES[asked.size])
     margin = 1.2 * radius
-    across, along = PLACES[asked.place] if asked.place else (random.random(), random.random())
-    if asked.place:
-        across = min(max(across + random.uniform(-0.12, 0.12), 0), 1)
-        along = min(max(along + random.uniform(-0.12, 0.12), 0), 1)
+    across, along = (
+        min(max(at + random.uniform(-_ABOUT, _ABOUT), 0), 1)
+        for at in PLACES[asked.place or "middle"]
+    )
     x = margin + across * max(width - 2 * margin, 0)
     y = margin + along * max(height - 2 * margin, 0)
     return Thing(asked.shape, asked.colour, asked.style, x, y, radius)
@@ -169,9 +172,10 @@ def draw_wish(random: Random) -> Wish:
         if random.random() < _GRADIENTS:
             background = tuple(random.sample(list(COLOURS), 2))
         kind = random.random()
-        if kind < 0.55:
-            asked: tuple[Asked, ...] = (_draw_asked(random, random.choice(["", *PLACES])),)
-        elif kind < 0.7:
+        if kind < 0.65:
+            place = random.choice(list(PLACES)) if random.random() < 0.5 else ""
+            asked: tuple[Asked, ...] = (_draw_asked(random, place),)
+        elif kind < 0.8:
             asked = (_draw_asked(random, count=random.choice([2, 3])),)
         else:
             asked = (_draw_asked(random), _draw_asked(random))
@@ -182,7 +186,7 @@ def draw_wish(random: Random) -> Wish:
 
 
 def _draw_asked(random: Random, place: str = "", count: int = 1) -> Asked:
-    style = random.choice(STYLES) if random.random() < 0.35 else "plain"
+    style = random.choice(STYLES) if random.random() < 0.25 else "plain"
     shape = random.choice(list(SHAPES))
     size = random.choice(["", "", "", "small", "large"])
     if shape == "ring" or size == "small":
