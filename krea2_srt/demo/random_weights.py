@@ -69,15 +69,21 @@ def _dit_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return normal(name, shape, seed, gain * _fan_in(shape) ** -0.5)
 
 
-def _time_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Smooth in time, as a trained network is: fast sinusoids count less. Without it the rounding
-    of the timestep to bf16, which Diffusers does and SGLang does not, would give other pictures.
+def time_shares(sinusoids: int) -> Tensor:
+    """How much each of the time's sinusoids counts: fast ones less, as in a trained network.
+
+    Without it the rounding of the timestep to bf16, which Diffusers does and SGLang does not, would
+    give other pictures.
     """
-    half = shape[1] // 2
+    half = sinusoids // 2
     radians_per_unit_time = 1e3 * torch.exp(-math.log(1e4) * torch.arange(half) / half)
     share = (20.0 / radians_per_unit_time).clamp(max=1.0).repeat(2)
     share /= share.square().mean().sqrt()
-    weight = normal(name, shape, seed, _fan_in(shape) ** -0.5).float() * share
+    return share
+
+
+def _time_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    weight = normal(name, shape, seed, _fan_in(shape) ** -0.5).float() * time_shares(shape[1])
     return weight.to(torch.bfloat16)
 
 

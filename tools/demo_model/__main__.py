@@ -77,18 +77,18 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     *_, db = autoencoder.train(vae, args.seed, VAE_DB, args.vae_minutes * 60, _say)
     rounded(vae).requires_grad_(False)
     mean, std = autoencoder.statistics(vae, Random(args.seed + 2))
-    encoder, dit = _text_encoder(), new_dit(DIT_CONFIG)
-    trainer = Trainer(dit)
+    codec = autoencoder.Codec(vae, mean, std)
+    encoder, trainer = _text_encoder(), Trainer(new_dit(DIT_CONFIG))
 
     def encode(prompts: Sequence[str]) -> list[torch.Tensor]:
         return trainer.fuse(encoder.encode(prompts))
 
-    data = Dataset(encode, vae, mean, std, args.seed)
+    data = Dataset(encode, codec, args.seed)
     data.add_captions(args.captions)
     for width, height in SIZES:
         data.add_pictures(width, height, args.captions * 64 * 64 // (width * height) + 2000)
     _say(f"data: {time.monotonic() - start:.0f} s from the start")
-    painter = Painter(encode, vae, mean, std)
+    painter = Painter(encode, codec)
     seen = _train_dit(trainer, data, painter, encode([""])[0], args)
     held_out = draw_wishes(200, Random(args.seed + 4), held_out=True)
     about = {

@@ -68,6 +68,27 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return vae.decoder(vae.post_quant_conv(latents[:, :, None]))[:, :, 0]
 
 
+class Codec:
+    """Pixels to what the DiT draws and back: latents of mean 0 and deviation 1.
+
+    Args:
+        vae: trained.
+        mean, std: of its latents, by channel; see `statistics`.
+    """
+
+    def __init__(self, vae: Any, mean: Tensor, std: Tensor) -> None:
+        self._vae = vae
+        self._mean, self._std = mean[:, None, None], std[:, None, None]
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        return (encode(self._vae, pixels) - self._mean) / self._std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode(self._vae, latents * self._std + self._mean)
+
+
 def scenes(random: Random, width: int, height: int, count: int) -> Tensor:
     """Pixels of some scenes: [count, 3, height, width] in ±1."""
     drawn: list[np.ndarray] = []

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from krea2_srt.runner.latents import patchify
-from tools.demo_model.autoencoder import encode, to_tensor
+from tools.demo_model.autoencoder import Codec, to_tensor
 from tools.demo_model.captions import caption
 from tools.demo_model.wish import Wish, draw_wish
 
@@ -43,21 +42,14 @@ class Dataset:
 
     Args:
         encode: captions to fused features, [tokens, hidden] each.
-        vae: see `autoencoder`.
-        mean, std: of its latents.
+        codec: of pictures.
         seed: of everything.
     """
 
     def __init__(
-        self,
-        encode: Callable[[Sequence[str]], list[Tensor]],
-        vae: Any,
-        mean: Tensor,
-        std: Tensor,
-        seed: int,
+        self, encode: Callable[[Sequence[str]], list[Tensor]], codec: Codec, seed: int
     ) -> None:
-        self._encode, self._vae = encode, vae
-        self._mean, self._std = mean[:, None, None], std[:, None, None]
+        self._encode, self._codec = encode, codec
         self._random = Random(seed)
         self._wishes: list[Wish] = []
         self._features: list[Tensor] = []
@@ -75,7 +67,6 @@ class Dataset:
             self._wishes += some
             count -= len(some)
 
-    @torch.no_grad()
     def add_pictures(self, width: int, height: int, count: int) -> None:
         """So many scenes of one size, of wishes by chance."""
         pictures = self._pictures.setdefault((width, height), [])
@@ -86,8 +77,8 @@ class Dataset:
             drawn = [
                 self._wishes[index].grant(width, height, self._random).draw() for index in chosen
             ]
-            latents = encode(self._vae, to_tensor(np.stack(drawn)))
-            for index, latent in zip(chosen, (latents - self._mean) / self._std, strict=True):
+            latents = self._codec.encode(to_tensor(np.stack(drawn)))
+            for index, latent in zip(chosen, latents, strict=True):
                 pictures.append((index, patchify(latent.contiguous()).to(torch.bfloat16)))
             count -= len(chosen)
 

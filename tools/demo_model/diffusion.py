@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from krea2_srt.demo.random_weights import time_shares
 from krea2_srt.model.checkpoint import config_dict
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
@@ -30,9 +31,6 @@ _FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 _TIME_ERROR = 2.0**-9
 """Of a noise level as it is told, at most: some engines round it to bfloat16."""
-
-_FEWEST_RADIANS = 20.0
-"""Per unit of time. Of the time's sinusoids, faster ones count less at first."""
 
 
 def new_dit(config: Krea2Config) -> nn.Module:
@@ -56,9 +54,7 @@ def new_dit(config: Krea2Config) -> nn.Module:
         given = torch.linalg.qr(torch.randn(hidden, channels)).Q
         dit.img_in.weight.copy_(given * (hidden / channels) ** 0.5)
         dit.final_layer.linear.weight.copy_(given.T * (channels / hidden) ** 0.5)
-        radians = 1e3 * torch.exp(-math.log(1e4) * torch.linspace(0, 1, 129)[:-1])
-        share = (_FEWEST_RADIANS / radians).clamp(max=1.0).repeat(2)
-        dit.time_embed.linear_1.weight *= share / share.square().mean().sqrt()
+        dit.time_embed.linear_1.weight *= time_shares(config.timestep_embed_dim)
     return dit
 
 

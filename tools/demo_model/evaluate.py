@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from krea2_srt.runner.latents import unpatchify
-from tools.demo_model.autoencoder import decode, to_bytes
+from tools.demo_model.autoencoder import Codec, to_bytes
 from tools.demo_model.captions import caption
 from tools.demo_model.diffusion import draw
 from tools.demo_model.judge import Verdict, judge
@@ -55,19 +54,11 @@ class Painter:
 
     Args:
         encode: prompts to fused features.
-        vae: see `autoencoder`.
-        mean, std: of its latents.
+        codec: of pictures.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[Sequence[str]], list[Tensor]],
-        vae: Any,
-        mean: Tensor,
-        std: Tensor,
-    ) -> None:
-        self._encode, self._vae = encode, vae
-        self._mean, self._std = mean[:, None, None], std[:, None, None]
+    def __init__(self, encode: Callable[[Sequence[str]], list[Tensor]], codec: Codec) -> None:
+        self._encode, self._codec = encode, codec
 
     def paint(
         self, dit: nn.Module, prompts: Sequence[str], width: int, height: int, seed: int
@@ -78,9 +69,7 @@ class Painter:
             features = self._encode(prompts[start : start + 16])
             tokens = draw(dit, features, height // 16, width // 16, seed + start)
             latents = torch.stack([unpatchify(it, height // 16, width // 16) for it in tokens])
-            with torch.no_grad():
-                pixels = decode(self._vae, latents * self._std + self._mean)
-            pictures.append(to_bytes(pixels))
+            pictures.append(to_bytes(self._codec.decode(latents)))
         return np.concatenate(pictures)
 
     def score(

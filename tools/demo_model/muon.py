@@ -35,7 +35,9 @@ class Muon(torch.optim.Optimizer):
             matrices = group["params"]
             state = self.state[matrices[0]]
             gradient = torch.stack([matrix.grad for matrix in matrices])
-            momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+            if not state:
+                state["momentum"] = torch.zeros_like(gradient)
+            momentum = state["momentum"]
             momentum.lerp_(gradient, 1 - _MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, _MOMENTUM))
             rows, columns = matrices[0].shape

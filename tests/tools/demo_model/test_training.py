@@ -100,10 +100,7 @@ def test_pictures_are_looked_at_in_sizes_that_have_room():
         assert all(by_text[text].fits(width, height) for text in prompts)
         return [by_text[text].grant(width, height, Random(1)).draw() for text in prompts]
 
-    nothing = torch.zeros(16)
-    score = Painted(lambda prompts: [], None, nothing, nothing).score(
-        nn.Identity(), asked, [(64, 64), (256, 256)]
-    )
+    score = Painted(lambda prompts: [], None).score(nn.Identity(), asked, [(64, 64), (256, 256)])
     assert score.colour == score.background == 1
     assert sum(len(prompts) for *_, prompts in painted) == 40
     assert {(width, height) for width, height, _ in painted} == {(64, 64), (256, 256)}
