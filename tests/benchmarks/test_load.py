@@ -80,8 +80,9 @@ def test_a_server_that_stalls_cannot_hide_behind_its_client(fake: Fake, bench: B
         begins = max(due, end) if due >= start else due
         ready = begins + 0.5 if k != 10 else end + 0.5
         true.append((end if start < ready < end else ready) - due)
-    assert point["latency_s"]["all"]["mean"] == pytest.approx(sum(true) / 40, rel=0.01)
-    assert point["latency_s"]["all"]["p95"] == pytest.approx(percentile(true, 95), rel=0.01)
+    # A client that waits with its clock stopped would say 0.5 to 0.6; a slow machine adds a little.
+    assert point["latency_s"]["all"]["mean"] == pytest.approx(sum(true) / 40, rel=0.1)
+    assert point["latency_s"]["all"]["p95"] == pytest.approx(percentile(true, 95), rel=0.1)
     assert max(true) == pytest.approx(1.5)
 
 
@@ -141,8 +142,9 @@ def test_a_closed_loop_keeps_its_number_of_clients_busy(fake: Fake, bench: Bench
     assert bench(*quick(fake, "--concurrency=4", "--requests=20")) == 0
     (point,) = results()[0]["points"]
     assert fake.statistics["most_in_flight"] == 4
-    assert point["seconds"] == pytest.approx(0.5, rel=0.1)
-    assert point["images_per_s"] == pytest.approx(40, rel=0.1)
+    # Five rounds of 0.1 s, and what a slow machine adds; three busy clients would need seven.
+    assert 0.49 < point["seconds"] < 0.69
+    assert point["images_per_s"] == pytest.approx(20 / point["seconds"], rel=0.01)
 
 
 def test_mixes_have_their_shares_and_fields(fake: Fake, bench: Bench):

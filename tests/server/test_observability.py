@@ -206,5 +206,7 @@ def test_every_request_of_a_storm_is_counted_once(shared_engine, engine, tmp_pat
         assert found["invalid_json"] == 1
         assert found["done"] >= sum(status == 200 for status in statuses)
         assert found.get("cancelled", 0) <= statuses.count(0)
-        assert found.get("too_many_requests", 0) == statuses.count(503)
+        # Who hung up may have been refused in that moment.
+        refused = found.get("too_many_requests", 0)
+        assert statuses.count(503) <= refused <= statuses.count(503) + statuses.count(0)
         assert server.get("/v1/queue").json()["running"] == 0

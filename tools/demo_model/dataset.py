@@ -1,6 +1,6 @@
 """What the DiT is trained on: captions' features and scenes' latents, made once, used often."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from krea2_srt.runner.latents import patchify
 from tools.demo_model.autoencoder import Codec, to_tensor
-from tools.demo_model.captions import caption
-from tools.demo_model.wish import Wish, draw_wish
+from tools.demo_model.wish import Wish
 
 _AT_ONCE = 64
 
@@ -41,31 +40,22 @@ class Dataset:
     """Wishes with captions, and for each a scene of every size that it was drawn in.
 
     Args:
-        encode: captions to fused features, [tokens, hidden] each.
+        wishes: what captions ask for.
+        features: of the captions, fused: [tokens, hidden] each.
         codec: of pictures.
-        seed: of everything.
+        seed: of what wishes leave to chance.
     """
 
     def __init__(
-        self, encode: Callable[[Sequence[str]], list[Tensor]], codec: Codec, seed: int
+        self, wishes: Sequence[Wish], features: Sequence[Tensor], codec: Codec, seed: int
     ) -> None:
-        self._encode, self._codec = encode, codec
+        self._wishes, self._features, self._codec = wishes, features, codec
         self._random = Random(seed)
-        self._wishes: list[Wish] = []
-        self._features: list[Tensor] = []
         self._pictures: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
 
-    def add_captions(self, count: int) -> None:
-        """So many more wishes, none of them held out, in words."""
-        while count > 0:
-            some: list[Wish] = []
-            while len(some) < min(count, _AT_ONCE):
-                wish = draw_wish(self._random)
-                if not wish.held_out:
-                    some.append(wish)
-            self._features += self._encode([caption(wish, self._random) for wish in some])
-            self._wishes += some
-            count -= len(some)
+    def count(self, width: int, height: int) -> int:
+        """How many scenes there are of a size."""
+        return len(self._pictures.get((width, height), ()))
 
     def add_pictures(self, width: int, height: int, count: int) -> None:
         """So many scenes of one size, of wishes by chance."""

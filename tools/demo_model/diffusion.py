@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ _NO_PROMPT = 0.08
 
 _EMA = 0.998
 
-_FAST_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+_FAST_BFLOAT16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
 
 _TIME_ERROR = 2.0**-9
 """Of a noise level as it is told, at most: some engines round it to bfloat16."""
@@ -44,15 +45,18 @@ def new_dit(config: Krea2Config) -> nn.Module:
     dit: Any = Krea2Transformer2DModel(**config_dict(config))
     with torch.no_grad():
         dit.text_fusion.projector.weight.fill_(1 / config.num_text_layers)
-        dit.text_fusion.requires_grad_(False)
         for block in dit.transformer_blocks:
             block.scale_shift_table[[2, 5]] = 0.3  # gates: open a bit
         for module in (dit.time_mod_proj, dit.final_layer.linear, dit.img_in):
             module.weight.zero_()
             module.bias.zero_()
         hidden, channels = dit.img_in.weight.shape
-        given = torch.linalg.qr(torch.randn(hidden, channels)).Q
+        basis = torch.linalg.qr(torch.randn(hidden, channels + 1)).Q
+        given, common = basis[:, :channels], basis[:, channels]
         dit.img_in.weight.copy_(given * (hidden / channels) ** 0.5)
+        # What image tokens have in common, so that their queries are not of noise alone: by the
+        # text's keys, which are at the origin, they can then tell where they are.
+        dit.img_in.bias.copy_(common * hidden**0.5)
         dit.final_layer.linear.weight.copy_(given.T * (channels / hidden) ** 0.5)
         dit.time_embed.linear_1.weight *= time_shares(config.timestep_embed_dim)
     return dit
@@ -83,21 +87,43 @@ def velocity(dit: nn.Module, batch: Batch, noisy: Tensor, sigmas: Tensor) -> Ten
     return found.float()
 
 
-def draw_sigmas(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels, spread evenly so that no batch has only high ones."""
+def draw_sigmas(count: int, generator: torch.Generator, first: int = STEPS) -> Tensor:
+    """Noise levels, spread evenly so that no batch has only high ones.
+
+    Args:
+        count: of them.
+        generator: of the chance.
+        first: so many of Turbo's steps are drawn from. Fewer teach what a prompt asks for sooner:
+            where there is little noise the picture itself says it.
+    """
     schedule = torch.tensor(flow_schedule(STEPS, TURBO_MU).timesteps)
     even = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     shift = math.exp(0.5 * TURBO_MU)
     anywhere = shift * even / (1 + (shift - 1) * even)
-    listed = schedule[(even * STEPS).long().clamp(max=STEPS - 1)]
-    chosen = torch.rand(count, generator=generator) < _ON_SCHEDULE
+    listed = schedule[(even * first).long().clamp(max=first - 1)]
+    part = _ON_SCHEDULE if first == STEPS else 1 - (1 - _ON_SCHEDULE) / 2
+    chosen = torch.rand(count, generator=generator) < part
     return torch.where(chosen, listed, anywhere)
 
 
-def loss_of(dit: nn.Module, batch: Batch, generator: torch.Generator, no_prompt: Tensor) -> Tensor:
-    """Mean squared error of the velocity."""
+def loss_of(
+    dit: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    no_prompt: Tensor,
+    first: int = STEPS,
+) -> Tensor:
+    """Mean squared error of the velocity.
+
+    Args:
+        dit: in training.
+        batch: of pictures and their prompts.
+        generator: of the noise.
+        no_prompt: features of the empty prompt.
+        first: see `draw_sigmas`.
+    """
     count = len(batch.tokens)
-    sigmas = draw_sigmas(count, generator)[torch.randperm(count, generator=generator)]
+    sigmas = draw_sigmas(count, generator, first)[torch.randperm(count, generator=generator)]
     noise = torch.randn(batch.tokens.shape, generator=generator)
     level = sigmas[:, None, None]
     noisy = (1 - level) * batch.tokens + level * noise
@@ -116,17 +142,16 @@ def loss_of(dit: nn.Module, batch: Batch, generator: torch.Generator, no_prompt:
 class Trainer:
     """The weights, their moving average, and the optimisers.
 
-    The text fusion stays as it begins: a token's states say all that a small grammar needs, so it
-    is done once for each caption instead of at each step.
-
     Args:
-        dit: to train.
+        dit: to train; its text fusion is not.
+        lr: of AdamW; Muon's is ten times that.
 
     Attributes:
         dit: being trained.
         average: of its weights.
+        steps: so far.
 
-    Both take captions that are fused already.
+    The DiTs take captions that are fused already.
     """
 
     def __init__(self, dit: Any, lr: float = 2e-3) -> None:
@@ -144,10 +169,22 @@ class Trainer:
         ]
         self.steps = 0
 
-    @torch.no_grad()
-    def fuse(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Captions' features, [tokens, taps, hidden] each, after the text fusion."""
-        return [self._fusion(it[None].float())[0] for it in features]
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from."""
+        return {
+            "dit": self.dit.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "steps": self.steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.dit.load_state_dict(state["dit"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, its in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+        self.steps = state["steps"]
 
     def step(self, loss: Tensor, scale: float) -> None:
         """One step down.

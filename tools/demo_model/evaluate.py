@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor, nn
 
 from krea2_srt.runner.latents import unpatchify
 from tools.demo_model.autoencoder import Codec, to_bytes
-from tools.demo_model.captions import caption
 from tools.demo_model.diffusion import draw
 from tools.demo_model.judge import Verdict, judge
-from tools.demo_model.wish import Wish, draw_wish
+from tools.demo_model.wish import Wish
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,6 @@ class Score:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {value:.1%}" for name, value in vars(self).items())
-
-
-def draw_wishes(count: int, random: Random, held_out: bool) -> list[tuple[Wish, str]]:
-    """Wishes and their captions, all held out from training or none."""
-    found: list[tuple[Wish, str]] = []
-    while len(found) < count:
-        wish = draw_wish(random)
-        if wish.held_out == held_out:
-            found.append((wish, caption(wish, random)))
-    return found
 
 
 class Painter:
@@ -79,12 +67,13 @@ class Painter:
         sizes: Sequence[tuple[int, int]],
         seed: int = 0,
     ) -> Score:
-        """Of one picture of each wish, sizes in turn, but for those that have no room for it."""
+        """Of one picture of each wish for which any size has room, sizes in turn."""
         by_size: dict[tuple[int, int], list[tuple[Wish, str]]] = {size: [] for size in sizes}
         for number, (wish, text) in enumerate(wishes):
             turn = number % len(sizes)
-            size = next(it for it in (*sizes[turn:], *sizes[::-1]) if wish.fits(*it))
-            by_size[size].append((wish, text))
+            with_room = [it for it in (*sizes[turn:], *sizes[::-1]) if wish.fits(*it)]
+            if with_room:
+                by_size[with_room[0]].append((wish, text))
         verdicts = []
         for (width, height), some in by_size.items():
             if some:

@@ -19,7 +19,8 @@ class Muon(torch.optim.Optimizer):
     """See https://kellerjordan.github.io/posts/muon/.
 
     Args:
-        matrices: of two dimensions; those of one shape are stepped together.
+        matrices: of two dimensions, or kernels of convolutions, whose dimensions after the first
+            count as one; those of one shape are stepped together.
         lr: of updates whose singular values are about 1, times the root of a tall matrix' aspect.
     """
 
@@ -34,14 +35,14 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             matrices = group["params"]
             state = self.state[matrices[0]]
-            gradient = torch.stack([matrix.grad for matrix in matrices])
+            gradient = torch.stack([matrix.grad for matrix in matrices]).flatten(2)
             if not state:
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"]
             momentum.lerp_(gradient, 1 - _MOMENTUM)
             update = orthogonal(gradient.lerp(momentum, _MOMENTUM))
-            rows, columns = matrices[0].shape
-            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            lr = group["lr"] * max(1, update.shape[1] / update.shape[2]) ** 0.5
+            update = update.view(len(matrices), *matrices[0].shape)
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-lr)
 
 

@@ -49,8 +49,8 @@ _REACH = 1.15
 _SHARES = {"small": (0.5, 0.6), "": (0.7, 0.9), "large": (0.95, 1.0)}
 """Radius of one of several, as part of the room that it has."""
 
-_LEAST_CELL = 40
-"""Pixels along which one of several shapes has its place."""
+_LEAST_RADIUS = 14
+"""Pixels; smaller shapes cannot be told from one another behind a VAE that takes 8 x 8 for one."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,12 @@ class Wish:
 
     def fits(self, width: int, height: int) -> bool:
         """Whether a picture of that size has room for it."""
-        count = sum(it.count for it in self.asked)
-        return count == 1 or self._length(width, height) / count >= _LEAST_CELL
+        if len(self.asked) == self.asked[0].count == 1:
+            least = min(width, height) * SIZES[self.asked[0].size][0]
+        else:
+            room = self._room(width, height)
+            least = room * min(_SHARES[it.size][0] for it in self.asked)
+        return least >= _LEAST_RADIUS
 
     def grant(self, width: int, height: int, random: Random) -> Scene:
         """A scene that shows it; what is not asked for is left to chance."""
@@ -114,8 +118,11 @@ class Wish:
         above = self.relation in ("above", "below")
         return above or (self.relation == "and" and height > width)
 
-    def _length(self, width: int, height: int) -> int:
-        return height if self._upright(width, height) else width
+    def _room(self, width: int, height: int) -> float:
+        """Of each of several: the largest radius."""
+        sides = (height, width) if self._upright(width, height) else (width, height)
+        cell = sides[0] / sum(it.count for it in self.asked)
+        return (min(cell, 0.7 * sides[1]) - _GAP) / 2 / _REACH
 
     def _row(self, width: int, height: int, random: Random) -> list[Thing]:
         """Beside each other, or one above the other."""
@@ -127,8 +134,7 @@ class Wish:
             each.reverse()
         things = []
         for number, asked in enumerate(each):
-            room = (min(cell, 0.7 * breadth) - _GAP) / 2
-            radius = room / _REACH * random.uniform(*_SHARES[asked.size])
+            radius = self._room(width, height) * random.uniform(*_SHARES[asked.size])
             spare = (cell - _GAP) / 2 - _REACH * radius
             along = (number + 0.5) * cell + random.uniform(-1, 1) * spare
             across = breadth * (0.5 + random.uniform(-0.1, 0.1))

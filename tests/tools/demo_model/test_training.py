@@ -1,5 +1,6 @@
 """The parts of the recipe that makes the demo's weights, and how these come into a checkpoint."""
 
+import copy
 import json
 from random import Random
 
@@ -10,11 +11,14 @@ from torch import nn
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_demo_checkpoint
 from krea2_srt.demo.trained_weights import TrainedWeights
 from krea2_srt.errors import CheckpointError
-from tools.demo_model.autoencoder import decode, encode, new_autoencoder, scenes
-from tools.demo_model.dataset import Batch, pad
+from tools.demo_model.__main__ import _kept, _text_encoder
+from tools.demo_model.autoencoder import decode, encode, new_autoencoder, scenes, shrunk
+from tools.demo_model.dataset import Batch, Dataset, pad
 from tools.demo_model.diffusion import Trainer, draw, loss_of, new_dit, velocity
-from tools.demo_model.evaluate import Painter, draw_wishes
+from tools.demo_model.evaluate import Painter
 from tools.demo_model.muon import Muon, orthogonal
+from tools.demo_model.reading import by_layer, draw_captions, fuse, train
+from tools.demo_model.scene import COLOURS
 from tools.demo_model.shipping import rounded, tensors_of, write_weights
 
 
@@ -38,13 +42,15 @@ def test_muon_goes_down():
     torch.manual_seed(0)
     wanted = torch.randn(8, 12)
     same, other = nn.Parameter(torch.zeros(8, 12)), nn.Parameter(torch.zeros(12, 8))
-    optimizer = Muon([same, other], lr=0.1)
+    kernel = nn.Parameter(torch.zeros(8, 3, 2, 2))  # of a convolution: a matrix of 8 x 12
+    optimizer = Muon([same, other, kernel], lr=0.1)
     for _ in range(100):
         loss = (same - wanted).square().mean() + (other - wanted.T).square().mean()
+        loss = loss + (kernel - wanted.view(8, 3, 2, 2)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.1 * 2 * wanted.square().mean()
+    assert loss < 0.1 * 3 * wanted.square().mean()
 
 
 def test_a_new_dit_answers_with_what_it_is_given():
@@ -85,7 +91,7 @@ def test_a_caption_draws_the_same_in_company_of_longer_ones():
 
 
 def test_pictures_are_looked_at_in_sizes_that_have_room():
-    asked = draw_wishes(40, Random(0), held_out=True)
+    asked = draw_captions(40, Random(0), held_out=True)
     assert all(wish.held_out for wish, _ in asked)
     painted = []
 
@@ -104,6 +110,90 @@ def test_pictures_are_looked_at_in_sizes_that_have_room():
     assert score.colour == score.background == 1
     assert sum(len(prompts) for *_, prompts in painted) == 40
     assert {(width, height) for width, height, _ in painted} == {(64, 64), (256, 256)}
+
+
+def test_training_goes_on_where_it_was_interrupted():
+    torch.manual_seed(0)
+    first, batch, no_prompt = Trainer(new_dit(DIT_CONFIG)), examples(), torch.zeros(5, 64)
+    second = Trainer(new_dit(DIT_CONFIG))
+
+    def step(trainer: Trainer, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        trainer.step(loss_of(trainer.dit, batch, generator, no_prompt), 1.0)
+
+    for seed in range(3):
+        step(first, seed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for trainer in (first, second):
+        step(trainer, 3)
+    assert first.steps == second.steps == 4
+    for name, tensor in first.average.state_dict().items():
+        torch.testing.assert_close(second.average.state_dict()[name], tensor)
+
+
+def test_text_fusion_learns_to_say_what_a_caption_asks():
+    torch.manual_seed(0)
+    fusion = new_dit(DIT_CONFIG).text_fusion
+    captions = draw_captions(600, Random(0), held_out=False)
+    states = by_layer(fusion, _text_encoder().encode([text for _, text in captions]))
+    across = {name: it.clone() for name, it in fusion.layerwise_blocks.state_dict().items()}
+    right = train(fusion, [wish for wish, _ in captions], states, 0, 500, print)
+    assert right > 0.15  # of tokens that had not been seen; by chance one in 10^8
+    for name, tensor in fusion.layerwise_blocks.state_dict().items():
+        torch.testing.assert_close(tensor, across[name], rtol=0, atol=0)
+    # One by one or padded together, and by the module itself: all the same.
+    together, alone = fuse(fusion, states[:8]), fuse(fusion, states[3:4])
+    torch.testing.assert_close(together[3], alone[0], rtol=1e-4, atol=1e-4)
+    taps = _text_encoder().encode([captions[3][1]])[0]
+    with torch.no_grad():
+        torch.testing.assert_close(fusion(taps[None])[0], alone[0], rtol=1e-4, atol=1e-4)
+
+
+class Shrinks:
+    """A codec whose latents are the picture, smaller."""
+
+    def encode(self, pixels):
+        return torch.cat(
+            [shrunk(pixels), torch.zeros(len(pixels), 4, *pixels.shape[2:])[..., ::8, ::8]], 1
+        )
+
+
+def test_each_caption_keeps_its_own_pictures():
+    captions = draw_captions(40, Random(0), held_out=False)
+    # Features that tell which caption they are of.
+    features = [torch.full((3 + number % 5, 2), float(number)) for number in range(len(captions))]
+    data = Dataset([wish for wish, _ in captions], features, Shrinks(), seed=0)
+    assert data.count(96, 64) == 0
+    data.add_pictures(96, 64, 50)
+    assert data.count(96, 64) == 50
+    batch = data.batch(96, 64, 12, Random(1))
+    assert (batch.rows, batch.columns, batch.tokens.shape) == (4, 6, (12, 24, 64))
+    assert batch.features.shape[:2] == batch.mask.shape
+    for number in range(12):
+        index = int(batch.features[number, 0, 0])
+        assert batch.mask[number].sum() == len(features[index])
+        assert (batch.features[number, batch.mask[number]] == index).all()
+        wish = captions[index][0]
+        if len(wish.background) == 1:
+            corner = batch.tokens[number, 0].view(16, 4)[:12:4, 0]  # red, green and blue
+            expected = torch.tensor(COLOURS[wish.background[0]]) / 127.5 - 1
+            torch.testing.assert_close(corner, expected, rtol=0, atol=0.02)
+
+
+def test_what_an_earlier_run_has_made_is_not_made_again(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"state": {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}}
+
+    for _ in range(2):
+        module = nn.Linear(2, 1)
+        _kept(tmp_path / "work", "part", make, module)
+        assert module.weight.tolist() == [[1, 1]]
+    assert len(made) == 1
+    assert _kept(None, "part", make, nn.Linear(2, 1))["seconds"] < 1
+    assert len(made) == 2
 
 
 @pytest.fixture(scope="module")
