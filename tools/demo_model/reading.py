@@ -40,7 +40,7 @@ _QUESTIONS: tuple[tuple[Callable[[Wish], object], tuple[object, ...]], ...] = (
     (lambda wish: wish.asked[0].count, (1, 2, 3)),
     (lambda wish: wish.relation if len(wish.asked) > 1 else "", ("", *RELATIONS)),
     *(
-        (lambda wish, name=name: getattr(wish.asked[0], name), answers)  # type: ignore[misc]
+        (lambda wish, name=name: getattr(wish.asked[0], name), answers)
         for name, answers in _THING.items()
     ),
     *(
@@ -118,9 +118,7 @@ def train(
     Returns:
         Of the tokens that are looked at, how many answer all questions right.
     """
-    answers = torch.tensor(
-        [[among.index(of(wish)) for of, among in _QUESTIONS] for wish in wishes]  # type: ignore[arg-type]
-    )
+    answers = torch.tensor([[among.index(of(wish)) for of, among in _QUESTIONS] for wish in wishes])
     sizes = [*(len(among) for _, among in _QUESTIONS), _ENDING + 1]
     hidden = states[0].shape[-1]
     asks = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, sum(sizes)))
