@@ -99,13 +99,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     vae: Any = autoencoder.new_autoencoder()
     dit: Any = new_dit(DIT_CONFIG)
-    _kept(args.work, "encoder", lambda: _train_vae(vae, args), vae)
+    first = _kept(args.work, "encoder", lambda: _train_vae(vae, args), vae)
     made = _kept(args.work, "decoder", lambda: _train_decoder(vae, args), vae)
     codec = autoencoder.Codec(vae, made["mean"], made["std"])
 
-    encoder = _text_encoder()
-
-    fusion = dit.text_fusion
+    encoder, fusion = _text_encoder(), dit.text_fusion
 
     def by_layer(prompts: Sequence[str]) -> list[Tensor]:
         return reading.by_layer(fusion, encoder.encode(prompts))
@@ -129,10 +127,13 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "minutes": {
             part: round(its["seconds"] / 60, 1)
-            for part, its in (("decoder", made), ("reading", read), ("dit", drawn))
+            for part, its in (
+                *(("encoder", first), ("decoder", made)),
+                *(("reading", read), ("dit", drawn)),
+            )
         },
         "vae_db": round(made["db"], 2),
-        "read": round(read.get("right", 0), 4),
+        "read": round(read["right"], 4),
         "steps": trainer.steps,
         "seen": asdict(drawn["score"]),
         "held_out": asdict(painter.score(trainer.average, held_out, SIZES)),
@@ -155,7 +156,7 @@ def _kept(
         made = {**make(), "seconds": time.monotonic() - start}
         if file:
             _keep(file, made)
-    rounded(module).load_state_dict(made["state"])
+    module.load_state_dict(made["state"])
     return made
 
 
@@ -166,8 +167,8 @@ def _keep(file: Path, made: dict[str, Any]) -> None:
 
 
 def _train_vae(vae: Any, args: argparse.Namespace) -> dict[str, Any]:
-    *_, _ = autoencoder.train(vae, args.seed, VAE_DB, args.vae_minutes * 60, _say)
-    return {"state": rounded(vae).state_dict()}
+    *_, db = autoencoder.train(vae, args.seed, VAE_DB, args.vae_minutes * 60, _say)
+    return {"state": rounded(vae).state_dict(), "db": db}
 
 
 def _train_decoder(vae: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -161,9 +161,7 @@ def train(
         side = random.choice(_SIDES)
         pixels = scenes(random, side, side, 8 * 128**2 // side**2)
         latents = encode(vae, pixels)
-        noise = _NOISE * torch.rand(len(latents), 1, 1, 1)
-        noise = noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
-        back = decode(vae, latents + noise * torch.randn_like(latents))
+        back = decode(vae, _noisy(latents, _NOISE))
         loss = F.l1_loss(back, pixels) + F.mse_loss(back, pixels)
         loss = loss + F.mse_loss(latents[:, :_SHRUNK], shrunk(pixels))
         optimizer.zero_grad(set_to_none=True)
@@ -179,6 +177,13 @@ def train(
                 return
             if elapsed > limit_s:
                 raise TimeoutError(f"the VAE is at {found:.1f} dB after {limit_s:.0f} s")
+
+
+def _noisy(latents: Tensor, most: float) -> Tensor:
+    """With noise of up to so much of their deviation, more on some of them than on others."""
+    noise = most * torch.rand(len(latents), 1, 1, 1)
+    noise = noise * latents.detach().std(dim=(0, 2, 3), keepdim=True)
+    return latents + noise * torch.randn_like(latents)
 
 
 def _optimizers(module: nn.Module) -> tuple[torch.optim.Optimizer, ...]:
@@ -217,9 +222,7 @@ def sharpen(vae: Any, seed: int, limit_s: float, say: Callable[[str], None]) -> 
         share = min(elapsed / limit_s, 1.0)
         _set_rates(optimizers, min(1.0, (step + 1) / 50) * max(0.01, 1.0 - share))
         pixels, latents = random.choice(pool)
-        noise = _LITTLE_NOISE * torch.rand(len(latents), 1, 1, 1)
-        noise = noise * latents.std(dim=(0, 2, 3), keepdim=True)
-        back = decode(vae, latents + noise * torch.randn_like(latents))
+        back = decode(vae, _noisy(latents, _LITTLE_NOISE))
         wrong = back - pixels
         edges = sum(wrong.diff(dim=axis).abs().mean() for axis in (2, 3))
         loss = wrong.abs().mean() + wrong.square().mean() + edges

@@ -122,8 +122,8 @@ def train(
     sizes = [*(len(among) for _, among in _QUESTIONS), _ENDING + 1]
     hidden = states[0].shape[-1]
     asks = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, sum(sizes)))
-    parts = [fusion.projector, fusion.refiner_blocks, asks]
-    parameters = [it for part in parts for it in nn.ModuleList([part]).parameters()]
+    trained = nn.ModuleList([fusion.projector, fusion.refiner_blocks, asks])
+    parameters = list(trained.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=_LR, betas=(0.9, 0.98), weight_decay=0.0)
     random = Random(seed)
     known = len(states) * 9 // 10

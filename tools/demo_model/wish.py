@@ -129,12 +129,12 @@ class Wish:
         each = [it for it in self.asked for _ in range(it.count)]
         upright = self._upright(width, height)
         length, breadth = (height, width) if upright else (width, height)
-        cell = length / len(each)
+        cell, room = length / len(each), self._room(width, height)
         if self.relation in ("right of", "below"):
             each.reverse()
         things = []
         for number, asked in enumerate(each):
-            radius = self._room(width, height) * random.uniform(*_SHARES[asked.size])
+            radius = room * random.uniform(*_SHARES[asked.size])
             spare = (cell - _GAP) / 2 - _REACH * radius
             along = (number + 0.5) * cell + random.uniform(-1, 1) * spare
             across = breadth * (0.5 + random.uniform(-0.1, 0.1))
