@@ -4,12 +4,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# What `make generate` draws, and with which checkpoint (a folder or a repo id).
+# What `make generate` draws, and with which checkpoint (a folder or a repo id; none is the demo).
 MODEL  ?=
-DEMO   := demo-model/krea-2-demo
+override DEMO := demo-model/krea-2-demo
+ifeq ($(strip $(MODEL)),)
+PROMPT ?= a red heart on a yellow background
+WIDTH  ?= 256
+HEIGHT ?= 256
+else
 PROMPT ?= a red fox sitting in fresh snow, golden hour, photorealistic
 WIDTH  ?= 512
 HEIGHT ?= 512
+endif
 STEPS  ?= 8
 OUTPUT ?= outputs
 
@@ -30,8 +36,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(DEMO): | $(STAMP)
-	$(BIN)/krea2-demo-model $@
+# Again where the package has other weights.
+$(DEMO): krea2_srt/demo/weights.safetensors | $(STAMP)
+	rm -rf $(DEMO).new
+	$(BIN)/krea2-demo-model $(DEMO).new >/dev/null
+	rm -rf $(DEMO) && mv $(DEMO).new $(DEMO) && touch $(DEMO)
 
 # Passed through the environment, so that no quote or dollar sign in them reaches the shell's parser.
 export MODEL PROMPT OUTPUT

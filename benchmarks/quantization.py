@@ -44,8 +44,8 @@ Gaussian with one channel in a hundred 30 times as large, as those of large tran
 {products}
 ## The demo checkpoint
 
-Its weights are random: these figures say that the mode works, and nothing of the released model's
-pictures. {sizes}. The error of a step is that of the velocity on the same
+It is tiny: these figures say that the mode works, and nothing of the released model's pictures.
+{sizes}. The error of a step is that of the velocity on the same
 tokens, against bf16.
 
 {pictures}

@@ -1,4 +1,4 @@
-"""Shared by all tests: one demo checkpoint, runner, Diffusers pipeline and server per run."""
+"""Shared by all tests: demo checkpoints, runner, Diffusers pipeline and server, one per run."""
 
 import json
 import os
@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import tests.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
 from krea2_srt.demo.random_weights import RandomWeights
+from krea2_srt.demo.trained_weights import TrainedWeights
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -26,6 +27,14 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, random, Turbo. Its name holds "krea-2", which SGLang goes by."""
     folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
     write_demo_checkpoint(folder, RandomWeights())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo checkpoint, trained: it draws what it is asked for."""
+    folder = tmp_path_factory.mktemp("trained") / "krea-2-demo"
+    write_demo_checkpoint(folder, TrainedWeights())
     return folder
 
 
@@ -70,13 +79,13 @@ def diffusers_pipeline(demo_model: Path, load_diffusers: Callable):
 
 
 @pytest.fixture(scope="session")
-def real_server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """krea2-serve with the real engine and the demo checkpoint, in float32; a `Served`."""
+def real_server(trained_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """krea2-serve with the real engine and the trained demo, in float32; a `Served`."""
     from tests.server.serving import serve
 
     precisions = ("dit-precision", "vae-precision", "text-encoder-precisions")
     float32 = " ".join(f"--{name} fp32" for name in precisions)
-    flags = ["--model-path", str(demo_model), f"--sglang-args={float32}"]
+    flags = ["--model-path", str(trained_model), f"--sglang-args={float32}"]
     # On a busy machine everything is estimated to take long; refusals have tests of their own.
     flags += ["--engine.max-queue-s", "2000", "--engine.turn-log", "turns.jsonl"]
     with serve(tmp_path_factory.mktemp("real-server"), *flags, timeout_s=300) as running:

@@ -45,7 +45,7 @@ for _ in $(seq 300); do
   sleep 1
 done
 curl --silent --fail-with-body http://127.0.0.1:$port/v1/images/generations \
-  --header 'content-type: application/json' --data '{"prompt": "x", "size": "256x256"}' \
+  --header 'content-type: application/json' --data '{"prompt": "a red heart on a yellow background", "size": "256x256"}' \
   --output "$root.json"
 kill -TERM $server
 wait $server

@@ -1,1 +1,1 @@
-"""A complete, tiny Krea 2 checkpoint with random weights, for machines without a GPU."""
+"""A complete, tiny Krea 2 checkpoint, for machines without a GPU: trained, or random."""

@@ -22,7 +22,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def test_the_same_seed_gives_the_same_bytes(demo_model, tmp_path, capsys):
-    main([str(tmp_path / "again")])
+    main([str(tmp_path / "again"), "--random"])
     assert capsys.readouterr().out == f"{tmp_path / 'again'}\n"
     assert digest(tmp_path / "again") == digest(demo_model)
     write_demo_checkpoint(tmp_path / "other", RandomWeights(1))
@@ -66,6 +66,14 @@ def test_pictures_have_structure(runner):
 def test_a_wrong_seed_prompt_or_step_count_shows(runner, wrong):
     """Far below the 40 dB at which the tests call two pictures equal."""
     assert psnr(picture(runner), picture(runner, **wrong)) < 35
+
+
+def test_a_seed_is_of_random_weights_only(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(tmp_path / "model"), "--seed", "1"])
+    assert exit_.value.code == 2
+    assert "--seed: only random weights have one" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, capsys):

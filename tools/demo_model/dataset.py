@@ -14,8 +14,12 @@ from tools.demo_model.wish import Wish
 
 _AT_ONCE = 64
 
-_BATCHES = 4
-"""So many are drawn, sorted by the captions' lengths, for each that is used: less padding."""
+TEXT_TOKENS = 32
+"""A caption's are padded to so many, or a multiple: few shapes, each of which can be compiled."""
+
+
+_SEVERAL = 4
+"""So much more often than in captions there are several shapes: they are harder to draw."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class Dataset:
         pictures = self._pictures.setdefault((width, height), [])
         at_once = max(1, _AT_ONCE * 64 * 64 // (width * height))
         fitting = [i for i, wish in enumerate(self._wishes) if wish.fits(width, height)]
+        often = [1 if self._wishes[index].lone else _SEVERAL for index in fitting]
         while count > 0:
-            chosen = self._random.choices(fitting, k=min(count, at_once))
+            chosen = self._random.choices(fitting, often, k=min(count, at_once))
             drawn = [
                 self._wishes[index].grant(width, height, self._random).draw() for index in chosen
             ]
@@ -73,19 +78,16 @@ class Dataset:
             count -= len(chosen)
 
     def batch(self, width: int, height: int, count: int, random: Random) -> Batch:
-        """Some examples of one size, by chance, with captions of about one length."""
-        several = random.choices(self._pictures[width, height], k=_BATCHES * count)
-        several.sort(key=lambda it: len(self._features[it[0]]))
-        first = random.randrange(_BATCHES) * count
-        chosen = several[first : first + count]
-        features, mask = pad([self._features[index] for index, _ in chosen])
+        """Some examples of one size, by chance."""
+        chosen = random.choices(self._pictures[width, height], k=count)
+        features, mask = pad([self._features[index] for index, _ in chosen], TEXT_TOKENS)
         tokens = torch.stack([tokens for _, tokens in chosen]).float()
         return Batch(features, mask, tokens, height // 16, width // 16)
 
 
-def pad(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pad(features: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Captions' features in one float32 tensor, and the mask of their own tokens; see `Batch`."""
-    longest = max(map(len, features))
+    longest = -(-max(map(len, features)) // multiple) * multiple
     padded = torch.zeros(len(features), longest, *features[0].shape[1:])
     mask = torch.zeros(len(features), longest, dtype=torch.bool)
     for row, feature in enumerate(features):

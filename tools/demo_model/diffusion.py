@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
 from tools.demo_model.dataset import Batch, pad
 from tools.demo_model.muon import Muon
+from tools.demo_model.precision import FAST_BFLOAT16
 
 STEPS = 8
 """Of Turbo."""
@@ -27,8 +27,6 @@ _NO_PROMPT = 0.08
 """Part of the examples without a caption, so that guidance has something to guide away from."""
 
 _EMA = 0.998
-
-_FAST_BFLOAT16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
 
 _TIME_ERROR = 2.0**-9
 """Of a noise level as it is told, at most: some engines round it to bfloat16."""
@@ -82,7 +80,7 @@ def velocity(dit: nn.Module, batch: Batch, noisy: Tensor, sigmas: Tensor) -> Ten
     In bfloat16, in which it will be served, where the CPU multiplies that faster than float32.
     """
     ids = position_ids(batch.features.shape[1], batch.rows, batch.columns)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=_FAST_BFLOAT16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
         found: Tensor = dit(noisy, batch.features, sigmas, ids, batch.mask, return_dict=False)[0]
     return found.float()
 

@@ -1,7 +1,6 @@
 """Muon: momentum whose update is made orthogonal, matrix by matrix.
 
-torch's own works in bfloat16, which a CPU without instructions for it multiplies ten times slower
-than float32, and on one matrix at a time.
+torch's own always works in bfloat16, and on one matrix at a time.
 """
 
 from collections import defaultdict
@@ -9,6 +8,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from tools.demo_model.precision import FASTEST
 
 _MOMENTUM = 0.95
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -40,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(gradient)
             momentum = state["momentum"]
             momentum.lerp_(gradient, 1 - _MOMENTUM)
-            update = orthogonal(gradient.lerp(momentum, _MOMENTUM))
+            update = orthogonal(gradient.lerp(momentum, _MOMENTUM).to(FASTEST)).float()
             lr = group["lr"] * max(1, update.shape[1] / update.shape[2]) ** 0.5
             update = update.view(len(matrices), *matrices[0].shape)
             torch._foreach_add_(matrices, list(update.unbind()), alpha=-lr)

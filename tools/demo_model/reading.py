@@ -1,7 +1,10 @@
-"""The text fusion, trained first and by itself: each token is to say what the whole caption asks.
+"""The text fusion, trained first and by itself: tokens are to say what the caption asks.
 
-The DiT that comes after it need not learn to read while it learns to draw. What tells whether a
-token says it is one linear layer for each question, which nobody keeps.
+The DiT that comes after it need not learn to read while it learns to draw. All tokens say what is
+true of the whole picture. Of the last ones, every other says what is at the left, or on top, and
+the others what is at the right, or below: an image token then finds what is to be where it is by
+attention alone. What tells whether a token says it is one linear layer for each question, which
+nobody keeps.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from tools.demo_model.captions import caption
 from tools.demo_model.dataset import pad
 from tools.demo_model.scene import COLOURS, STYLES
 from tools.demo_model.shapes import SHAPES
-from tools.demo_model.wish import PLACES, RELATIONS, SIZES, Wish, draw_wish
+from tools.demo_model.wish import PLACES, SIZES, Asked, Wish, draw_wish
 
 _BATCH = 64
 _ENDING = 5
@@ -31,27 +34,26 @@ _NOISE = 0.5
 
 _LOOK_EVERY = 500
 
-_THING = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES), "style": STYLES}
-
 _QUESTIONS: tuple[tuple[Callable[[Wish], object], tuple[object, ...]], ...] = (
     (lambda wish: wish.background[0], tuple(COLOURS)),
     (lambda wish: wish.background[-1], tuple(COLOURS)),
     (lambda wish: wish.asked[0].place, ("", *PLACES)),
     (lambda wish: wish.asked[0].count, (1, 2, 3)),
-    (lambda wish: wish.relation if len(wish.asked) > 1 else "", ("", *RELATIONS)),
-    *(
-        (lambda wish, name=name: getattr(wish.asked[0], name), answers)
-        for name, answers in _THING.items()
-    ),
-    *(
-        (
-            lambda wish, name=name: getattr(wish.asked[1], name) if len(wish.asked) > 1 else None,
-            (None, *answers),
-        )
-        for name, answers in _THING.items()
-    ),
+    (lambda wish: wish.upright if len(wish.asked) > 1 else None, (None, False, True)),
 )
-"""What a caption is asked, and the answers that there are."""
+"""What all tokens of a caption are asked, and the answers that there are."""
+
+
+_THING = {
+    name: (None, *answers)
+    for name, answers in (
+        ("shape", tuple(SHAPES)),
+        ("colour", tuple(COLOURS)),
+        ("size", tuple(SIZES)),
+        ("style", STYLES),
+    )
+}
+"""What the last tokens are asked of one thing; the others are to answer that they speak of none."""
 
 
 def draw_captions(count: int, random: Random, held_out: bool) -> list[tuple[Wish, str]]:
@@ -118,8 +120,9 @@ def train(
     Returns:
         Of the tokens that are looked at, how many answer all questions right.
     """
-    answers = torch.tensor([[among.index(of(wish)) for of, among in _QUESTIONS] for wish in wishes])
-    sizes = [*(len(among) for _, among in _QUESTIONS), _ENDING + 1]
+    answers = torch.tensor([_answers(wish) for wish in wishes])
+    among = [*(among for _, among in _QUESTIONS), *_THING.values()]
+    sizes = [*map(len, among), _ENDING + 1]
     hidden = states[0].shape[-1]
     asks = nn.Sequential(nn.RMSNorm(hidden), nn.Linear(hidden, sum(sizes)))
     trained = nn.ModuleList([fusion.projector, fusion.refiner_blocks, asks])
@@ -156,6 +159,19 @@ def train(
     return all_right
 
 
+def _answers(wish: Wish) -> list[list[int]]:
+    """Right ones, of each token from the end."""
+    of_all = [among.index(of(wish)) for of, among in _QUESTIONS]
+
+    def of_one(asked: Asked) -> list[int]:
+        return [among.index(getattr(asked, name)) for name, among in _THING.items()]
+
+    first, *_, last = (of_one(it) for it in wish.in_order * 2)
+    of_none = [among.index(None) for among in _THING.values()]
+    ends = [last if number % 2 else first for number in range(_ENDING)]
+    return [of_all + its for its in (*ends, of_none)]
+
+
 def _told(
     fusion: Any, asks: nn.Module, states: Sequence[Tensor], answers: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -163,5 +179,6 @@ def _told(
     fused, mask = refine(fusion, states)
     told: Tensor = asks(fused[mask])
     from_end = torch.cat([torch.arange(len(it) - 1, -1, -1) for it in states]).clamp(max=_ENDING)
-    expected = answers.repeat_interleave(mask.sum(1), dim=0)
+    whose = torch.arange(len(states)).repeat_interleave(mask.sum(1))
+    expected = answers[whose, from_end]
     return told, torch.cat([expected, from_end[:, None]], dim=1)

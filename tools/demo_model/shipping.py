@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from krea2_srt.demo.trained_weights import TrainedWeights
 
 
 def tensors_of(dit: nn.Module, vae: nn.Module) -> dict[str, Tensor]:
@@ -32,6 +34,26 @@ def write_weights(file: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     text = json.dumps({**about, "sha256": digest}, indent=1)
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_weights(file: Path, dit: nn.Module, vae: nn.Module) -> dict[str, Any]:
+    """Load what `write_weights` has written into modules that are as before training.
+
+    Returns:
+        What it is said to be.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    about = TrainedWeights(file).about
+    tensors = load_file(file)
+    for part, module in (("transformer.", dit), ("vae.", vae)):
+        state = module.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(part):
+                its = state[name.removeprefix(part)]
+                its.copy_(tensor.view(its.shape))
+    return about
 
 
 def rounded(module: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from zlib import crc32
 from tools.demo_model.scene import COLOURS, LEAST_CONTRAST, STYLES, Scene, Thing, contrast
 from tools.demo_model.shapes import SHAPES
 
-SIZES = {"small": (0.15, 0.18), "": (0.24, 0.3), "large": (0.36, 0.4)}
+SIZES = {"small": (0.16, 0.18), "": (0.26, 0.28), "large": (0.37, 0.39)}
 """Radius of a lone shape as part of the picture's shorter side, by what is asked."""
 
 PLACES = {
@@ -31,7 +31,7 @@ _HELD_OUT = 10
 
 _GRADIENTS = 0.2
 
-_ABOUT = 0.15
+_ABOUT = 0.12
 """How far a lone shape may be from its place, as part of the room that it has."""
 
 _GRID = 8
@@ -46,7 +46,7 @@ _BORDER = 3
 _REACH = 1.15
 """Of a shape from its middle, in radii."""
 
-_SHARES = {"small": (0.5, 0.6), "": (0.7, 0.9), "large": (0.95, 1.0)}
+_SHARES = {"small": (0.5, 0.6), "": (0.75, 0.85), "large": (0.95, 1.0)}
 """Radius of one of several, as part of the room that it has."""
 
 _LEAST_RADIUS = 14
@@ -95,9 +95,14 @@ class Wish:
             for colour in self.background
         )
 
+    @property
+    def lone(self) -> bool:
+        """Whether it asks for one shape only."""
+        return len(self.asked) == self.asked[0].count == 1
+
     def fits(self, width: int, height: int) -> bool:
         """Whether a picture of that size has room for it."""
-        if len(self.asked) == self.asked[0].count == 1:
+        if self.lone:
             least = min(width, height) * SIZES[self.asked[0].size][0]
         else:
             room = self._room(width, height)
@@ -106,39 +111,39 @@ class Wish:
 
     def grant(self, width: int, height: int, random: Random) -> Scene:
         """A scene that shows it; what is not asked for is left to chance."""
-        if len(self.asked) == 1 and self.asked[0].count == 1:
+        if self.lone:
             things = [_lone(self.asked[0], width, height, random)]
         else:
             things = self._row(width, height, random)
         snapped = tuple(_snapped(thing, width, height) for thing in things)
         return Scene(width, height, self.background, snapped)
 
-    def _upright(self, width: int, height: int) -> bool:
-        """Whether several stand one above the other."""
-        above = self.relation in ("above", "below")
-        return above or (self.relation == "and" and height > width)
+    @property
+    def upright(self) -> bool:
+        """Whether several stand one above the other, and not beside each other."""
+        return self.relation in ("above", "below")
+
+    @property
+    def in_order(self) -> tuple[Asked, ...]:
+        """What is asked for, from left to right, or from top to bottom."""
+        return self.asked[::-1] if self.relation in ("right of", "below") else self.asked
 
     def _room(self, width: int, height: int) -> float:
         """Of each of several: the largest radius."""
-        sides = (height, width) if self._upright(width, height) else (width, height)
+        sides = (height, width) if self.upright else (width, height)
         cell = sides[0] / sum(it.count for it in self.asked)
         return (min(cell, 0.7 * sides[1]) - _GAP) / 2 / _REACH
 
     def _row(self, width: int, height: int, random: Random) -> list[Thing]:
         """Beside each other, or one above the other."""
-        each = [it for it in self.asked for _ in range(it.count)]
-        upright = self._upright(width, height)
-        length, breadth = (height, width) if upright else (width, height)
+        each = [it for it in self.in_order for _ in range(it.count)]
+        length, breadth = (height, width) if self.upright else (width, height)
         cell, room = length / len(each), self._room(width, height)
-        if self.relation in ("right of", "below"):
-            each.reverse()
-        things = []
+        things, across = [], breadth * random.uniform(0.45, 0.55)
         for number, asked in enumerate(each):
             radius = room * random.uniform(*_SHARES[asked.size])
-            spare = (cell - _GAP) / 2 - _REACH * radius
-            along = (number + 0.5) * cell + random.uniform(-1, 1) * spare
-            across = breadth * (0.5 + random.uniform(-0.1, 0.1))
-            x, y = (across, along) if upright else (along, across)
+            along = (number + 0.5) * cell
+            x, y = (across, along) if self.upright else (along, across)
             things.append(Thing(asked.shape, asked.colour, asked.style, x, y, radius))
         if self.relation in ("right of", "below"):
             things.reverse()

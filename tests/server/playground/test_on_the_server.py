@@ -32,7 +32,7 @@ def playground_url(real_server) -> str:
 def test_what_it_looks_like(page: Page, artefacts):
     """Kept for whoever wants to look."""
     page.locator("#size").select_option("256x256")
-    draw(page, "layered hills at dusk, a low sun behind haze", count="3", seed="14")
+    draw(page, "a red heart on a yellow background", count="3", seed="14")
     expect(finished(page)).to_have_count(3)
     page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
     page.screenshot(path=artefacts / "playground-real-server.png")

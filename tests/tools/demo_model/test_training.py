@@ -17,9 +17,10 @@ from tools.demo_model.dataset import Batch, Dataset, pad
 from tools.demo_model.diffusion import Trainer, draw, loss_of, new_dit, velocity
 from tools.demo_model.evaluate import Painter
 from tools.demo_model.muon import Muon, orthogonal
-from tools.demo_model.reading import by_layer, draw_captions, fuse, train
+from tools.demo_model.reading import _QUESTIONS, _answers, by_layer, draw_captions, fuse, train
 from tools.demo_model.scene import COLOURS
-from tools.demo_model.shipping import rounded, tensors_of, write_weights
+from tools.demo_model.shipping import read_weights, rounded, tensors_of, write_weights
+from tools.demo_model.wish import Asked, Wish
 
 
 def examples(count: int = 6) -> Batch:
@@ -149,6 +150,21 @@ def test_text_fusion_learns_to_say_what_a_caption_asks():
         torch.testing.assert_close(fusion(taps[None])[0], alone[0], rtol=1e-4, atol=1e-4)
 
 
+def test_the_last_tokens_speak_of_one_thing_each_in_the_order_of_the_picture():
+    red, blue = Asked("star", "red"), Asked("ring", "blue")
+    answers = {
+        relation: _answers(Wish(("white",), (red, blue), relation))
+        for relation in ("and", "left of", "right of", "above", "below")
+    }
+    colours = len(_QUESTIONS) + 1  # of one thing: its shape, then its colour
+    for relation, tokens in answers.items():
+        order = (blue, red) if relation in ("right of", "below") else (red, blue)
+        said = [its[colours] for its in tokens]
+        first, last = (1 + list(COLOURS).index(it.colour) for it in order)
+        assert said == [first, last, first, last, first, 0]  # from the end; 0 is none
+    assert answers["left of"] == answers["and"] != answers["above"]
+
+
 class Shrinks:
     """A codec whose latents are the picture, smaller."""
 
@@ -223,6 +239,16 @@ def test_the_checkpoint_has_the_weights_that_were_trained(trained, tmp_path):
         torch.testing.assert_close(theirs, latents, rtol=1e-3, atol=1e-3)
         drawn = released.decode(latents[:, :, None], return_dict=False)[0][:, :, 0]
         torch.testing.assert_close(drawn, decode(vae, latents).clamp(-1, 1), rtol=1e-3, atol=1e-3)
+
+
+def test_an_earlier_runs_weights_are_those_that_training_goes_on_from(trained):
+    dit, vae, file = trained
+    again: tuple[nn.Module, nn.Module] = (new_dit(DIT_CONFIG), new_autoencoder())
+    assert read_weights(file, *again)["vae_config"]["latents_std"] == [2.0] * 16
+    for module, expected in zip(again, (dit, vae), strict=True):
+        for name, tensor in expected.state_dict().items():
+            if "time_conv" not in name:
+                torch.testing.assert_close(module.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def test_weights_that_are_damaged_are_refused(trained, tmp_path):
