@@ -181,7 +181,7 @@ def _refuse_others_work(args: argparse.Namespace) -> None:
     note = args.work / "run.json"
     if note.exists() and note.read_text() != run:
         raise ValueError(f"--work: {args.work} is of another run: {note.read_text()}, not {run}")
-    args.work.mkdir(parents=True, exist_ok=True)
+    note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(run)
 
 
@@ -203,6 +203,7 @@ def _kept(
 
 
 def _keep(file: Path, made: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(made, part := file.with_suffix(".part"))
     part.replace(file)
 
