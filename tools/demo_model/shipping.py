@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from krea2_srt.demo.trained_weights import TrainedWeights
@@ -45,15 +45,11 @@ def read_weights(file: Path, dit: nn.Module, vae: nn.Module) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    about = TrainedWeights(file).about
-    tensors = load_file(file)
-    for part, module in (("transformer.", dit), ("vae.", vae)):
-        state = module.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith(part):
-                its = state[name.removeprefix(part)]
-                its.copy_(tensor.view(its.shape))
-    return about
+    weights = TrainedWeights(file)
+    for stored, module in ((weights.transformer, dit), (weights.vae, vae)):
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(stored(name, tuple(tensor.shape)))
+    return weights.about
 
 
 def rounded(module: nn.Module) -> nn.Module:

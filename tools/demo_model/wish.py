@@ -25,6 +25,8 @@ PLACES = {
 """Where, as parts of the room that a shape has."""
 
 RELATIONS = ("and", "left of", "right of", "above", "below")
+_BACKWARDS = ("right of", "below")
+"""Of these, those that name first what stands last."""
 
 _HELD_OUT = 10
 """One in so many combinations of colour, shape and background is never trained on."""
@@ -126,7 +128,7 @@ class Wish:
     @property
     def in_order(self) -> tuple[Asked, ...]:
         """What is asked for, from left to right, or from top to bottom."""
-        return self.asked[::-1] if self.relation in ("right of", "below") else self.asked
+        return self.asked[::-1] if self.relation in _BACKWARDS else self.asked
 
     def _room(self, width: int, height: int) -> float:
         """Of each of several: the largest radius."""
@@ -145,7 +147,7 @@ class Wish:
             along = (number + 0.5) * cell
             x, y = (across, along) if self.upright else (along, across)
             things.append(Thing(asked.shape, asked.colour, asked.style, x, y, radius))
-        if self.relation in ("right of", "below"):
+        if self.relation in _BACKWARDS:
             things.reverse()
         return things
 
