@@ -5,6 +5,7 @@ with pictures of new captions, and fails where that takes too long.
 """
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
 from krea2_srt.demo.tokenizer import write_tokenizer
-from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights
+from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights, TrainedWeights
 from krea2_srt.runner.text_encoder import DEFAULT_TAPS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset
@@ -29,21 +30,23 @@ from tools.demo_model.evaluate import Painter, Score
 from tools.demo_model.shipping import read_weights, rounded, tensors_of, write_weights
 from tools.demo_model.wish import Wish
 
-RECIPE = 2
+RECIPE = 3
 """Goes up with whatever makes the weights others."""
 
 VAE_DB = 29.0
 """Of encoder and decoder together; then the decoder learns alone what edges look like."""
 DECODER_DB = 35.0
-WANTED = Score(colour=0.97, shape=0.92, background=0.97)
-"""On captions of training's kind; a bit more than the tests ask for on held-out ones."""
+WANTED = Score(colour=0.95, shape=0.9, background=0.97)
+"""On captions of training's kind; of shapes more than the tests ask for, as held-out ones have more
+often two.
+"""
 
 _SQUARES = ((64, 64), (96, 96), (128, 128))
 SIZES = (*_SQUARES, (192, 128), (128, 192), (192, 192), (256, 256))
 
 PHASES = (
-    (0.15, _SQUARES, 4),
-    (0.4, (*_SQUARES, (128, 128)), STEPS),
+    (0.12, _SQUARES, 4),
+    (0.35, (*SIZES[1:5], *SIZES[2:5]), STEPS),
     (1.0, (*SIZES, *SIZES[2:], *SIZES[-2:]), STEPS),
 )
 """Until which share of the time: sizes, some more often than others, and how many of Turbo's steps.
@@ -60,6 +63,9 @@ _AT_ONCE = 64
 _PIXELS = 70_000_000
 """Of the different scenes of a size, about."""
 
+_GUIDED = 0.1
+"""Weight of what image tokens say of themselves, beside the velocity; see `guide`."""
+
 _READING_STEPS = 5000
 _LOOK_EVERY_S = 300.0
 
@@ -70,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--vae-minutes", type=float, default=12, help="at most")
     parser.add_argument("--decoder-minutes", type=float, default=16, help="of the VAE's decoder")
     parser.add_argument("--dit-minutes", type=float, default=60, help="at most")
-    parser.add_argument("--captions", type=int, default=24_000, help="different ones")
+    parser.add_argument("--captions", type=int, default=40_000, help="different ones")
     parser.add_argument("--output", type=Path, default=WEIGHTS, help="safetensors file")
     parser.add_argument(
         "--work",
@@ -79,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="keeps what is done, so that an interrupted run goes on when it is started again",
     )
     parser.add_argument(
-        "--start-from",
+        "--vae-from",
         type=Path,
         metavar="WEIGHTS",
-        help="safetensors file of an earlier run: its VAE stays, its DiT is trained further",
+        help="safetensors file of an earlier run, whose VAE is kept; the DiT is trained anew",
     )
     parser.add_argument(
         "--compile",
@@ -111,15 +117,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     vae: Any = autoencoder.new_autoencoder()
     dit: Any = new_dit(DIT_CONFIG)
-    first: dict[str, Any]
-    made: dict[str, Any]
-    started_from: dict[str, Any] = {}
-    if args.start_from:
-        before = read_weights(args.start_from, dit, vae)
-        started_from = {name: before[name] for name in ("recipe", "seed", "sha256")}
-        config = before["vae_config"]
-        first = {"seconds": 0.0}
-        made = {"seconds": 0.0, "db": before["vae_db"]}
+    if args.vae_from:
+        before = read_weights(args.vae_from, copy.deepcopy(dit), vae)
+        config, minutes = before["vae_config"], before["minutes"]
+        first, made = ({"seconds": 60 * minutes[part]} for part in ("encoder", "decoder"))
+        made["db"] = before["vae_db"]
         made |= {name: torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std")}
     else:
         first = _kept(args.work, "encoder", lambda: _train_vae(vae, args), vae)
@@ -162,22 +164,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "held_out": asdict(painter.score(trainer.average, held_out, SIZES)),
         "vae_config": {"latents_mean": _list(made["mean"]), "latents_std": _list(made["std"])},
     }
-    if started_from:
-        about["started_from"] = started_from
     write_weights(args.output, tensors_of(trainer.finished(), vae), about)
     return about
 
 
 def _refuse_others_work(args: argparse.Namespace) -> None:
-    """What another recipe, seed or start has made would be taken for this run's.
+    """What another recipe, seed or VAE has made would be taken for this run's.
 
     Raises:
         ValueError: the folder holds that.
     """
     if not args.work:
         return
-    start = args.start_from and args.start_from.with_suffix(".json").read_text(encoding="utf-8")
-    run = json.dumps([RECIPE, args.seed, args.captions, start and json.loads(start)["sha256"]])
+    vae = args.vae_from and TrainedWeights(args.vae_from).about["sha256"]
+    run = json.dumps([RECIPE, args.seed, args.captions, vae])
     note = args.work / "run.json"
     if note.exists() and note.read_text() != run:
         raise ValueError(f"--work: {args.work} is of another run: {note.read_text()}, not {run}")
@@ -245,7 +245,7 @@ def _train_dit(
     no_prompt: Tensor,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    looks = reading.draw_captions(100, Random(args.seed + 3), held_out=False)
+    looks = reading.draw_captions(200, Random(args.seed + 3), held_out=False)
     limit_s, before_s = args.dit_minutes * 60, 0.0
     file = args.work / "dit.pt" if args.work else None
     if file and file.exists():
@@ -255,8 +255,11 @@ def _train_dit(
         _say(f"DiT: goes on at step {trainer.steps}")
     random, generator = Random(args.seed + trainer.steps), torch.Generator()
     generator.manual_seed(args.seed + trainer.steps)
-    dit: Any = torch.compile(trainer.dit, dynamic=False) if args.compile else trainer.dit
-    start, losses = time.monotonic() - before_s, []
+    guided: Any = trainer.guided
+    if args.compile:
+        guided = torch.compile(guided, dynamic=False)
+    start = time.monotonic() - before_s
+    losses: list[tuple[float, ...]] = []
     looked = before_s
     while True:
         elapsed = time.monotonic() - start
@@ -267,18 +270,22 @@ def _train_dit(
             data.add_pictures(width, height, _PIXELS // (width * height) + 200)
         count = max(8, _TOKENS // (width * height // 256 + TEXT_TOKENS))
         batch = data.batch(width, height, count, random)
-        loss = loss_of(dit, batch, generator, no_prompt, first)
-        losses.append(loss.item())
-        trainer.step(loss, min(1.0, max(0.02, 2.2 * (1 - share))))
+        error, unsure, knows = loss_of(guided, batch, generator, no_prompt, first)
+        losses.append((error.item(), unsure.item(), knows.item()))
+        scale = min(1.0, max(0.02, 2.2 * (1 - share)))
+        trainer.step(error + _GUIDED * scale * unsure, scale)
         if elapsed - looked < _LOOK_EVERY_S and share < 1:
             continue
         looked = elapsed
         if file:
             _keep(file, {"state": trainer.state_dict(), "seconds": elapsed})
         score = painter.score(trainer.average, looks, tuple(dict.fromkeys(sizes)))
-        loss_now = sum(losses) / len(losses)
+        error_now, unsure_now, knows_now = (sum(it) / len(it) for it in zip(*losses, strict=True))
         losses.clear()
-        _say(f"DiT: step {trainer.steps}, {elapsed:.0f} s, loss {loss_now:.4f}: {score}")
+        _say(
+            f"DiT: step {trainer.steps}, {elapsed:.0f} s, loss {error_now:.4f}, "
+            f"unsure {unsure_now:.3f}, shapes known {knows_now:.1%}: {score}"
+        )
         if share > PHASES[-2][0] and score.reaches(WANTED):
             rounded(trainer.average)
             score = painter.score(trainer.average, looks, SIZES)

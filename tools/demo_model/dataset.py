@@ -10,6 +10,8 @@ from torch import Tensor
 
 from krea2_srt.runner.latents import patchify
 from tools.demo_model.autoencoder import Codec, to_tensor
+from tools.demo_model.guide import PATCH, answers
+from tools.demo_model.precision import FAST_BFLOAT16
 from tools.demo_model.wish import Wish
 
 _AT_ONCE = 64
@@ -30,12 +32,14 @@ class Batch:
         features: [n, tokens, hidden], fused.
         mask: bool [n, tokens], of the caption's own tokens.
         tokens: [n, image tokens, 64].
+        answers: [n, image tokens, 5]; see `guide.answers`. None where nothing is learned.
         rows, columns: of image tokens.
     """
 
     features: Tensor
     mask: Tensor
     tokens: Tensor
+    answers: Tensor | None
     rows: int
     columns: int
 
@@ -55,7 +59,7 @@ class Dataset:
     ) -> None:
         self._wishes, self._features, self._codec = wishes, features, codec
         self._random = Random(seed)
-        self._pictures: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        self._pictures: dict[tuple[int, int], list[tuple[int, Tensor, Tensor]]] = {}
 
     def count(self, width: int, height: int) -> int:
         """How many scenes there are of a size."""
@@ -69,20 +73,22 @@ class Dataset:
         often = [1 if self._wishes[index].lone else _SEVERAL for index in fitting]
         while count > 0:
             chosen = self._random.choices(fitting, often, k=min(count, at_once))
-            drawn = [
-                self._wishes[index].grant(width, height, self._random).draw() for index in chosen
-            ]
-            latents = self._codec.encode(to_tensor(np.stack(drawn)))
-            for index, latent in zip(chosen, latents, strict=True):
-                pictures.append((index, patchify(latent.contiguous()).to(torch.bfloat16)))
+            scenes = [self._wishes[index].grant(width, height, self._random) for index in chosen]
+            pixels = to_tensor(np.stack([scene.draw() for scene in scenes]))
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+                latents = self._codec.encode(pixels)
+            for index, scene, latent in zip(chosen, scenes, latents, strict=True):
+                tokens = patchify(latent.float().contiguous()).to(torch.bfloat16)
+                pictures.append((index, tokens, answers(scene).to(torch.bfloat16)))
             count -= len(chosen)
 
     def batch(self, width: int, height: int, count: int, random: Random) -> Batch:
         """Some examples of one size, by chance."""
         chosen = random.choices(self._pictures[width, height], k=count)
-        features, mask = pad([self._features[index] for index, _ in chosen], TEXT_TOKENS)
-        tokens = torch.stack([tokens for _, tokens in chosen]).float()
-        return Batch(features, mask, tokens, height // 16, width // 16)
+        features, mask = pad([self._features[index] for index, *_ in chosen], TEXT_TOKENS)
+        tokens = torch.stack([its for _, its, _ in chosen]).float()
+        right = torch.stack([its for *_, its in chosen]).float()
+        return Batch(features, mask, tokens, right, height // PATCH, width // PATCH)
 
 
 def pad(features: Sequence[Tensor], multiple: int = 1) -> tuple[Tensor, Tensor]:

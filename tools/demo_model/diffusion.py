@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ from krea2_srt.model.checkpoint import config_dict
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
 from tools.demo_model.dataset import Batch, pad
+from tools.demo_model.guide import Guided, wrong
 from tools.demo_model.muon import Muon
 from tools.demo_model.precision import FAST_BFLOAT16
 
@@ -79,10 +81,15 @@ def velocity(dit: nn.Module, batch: Batch, noisy: Tensor, sigmas: Tensor) -> Ten
 
     In bfloat16, in which it will be served, where the CPU multiplies that faster than float32.
     """
-    ids = position_ids(batch.features.shape[1], batch.rows, batch.columns)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
-        found: Tensor = dit(noisy, batch.features, sigmas, ids, batch.mask, return_dict=False)[0]
+        found: Tensor = dit(noisy, *_asked(batch, sigmas), return_dict=False)[0]
     return found.float()
+
+
+def _asked(batch: Batch, sigmas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a DiT is given with the latents."""
+    ids = position_ids(batch.features.shape[1], batch.rows, batch.columns)
+    return batch.features, sigmas, ids, batch.mask
 
 
 def draw_sigmas(count: int, generator: torch.Generator, first: int = STEPS) -> Tensor:
@@ -105,22 +112,26 @@ def draw_sigmas(count: int, generator: torch.Generator, first: int = STEPS) -> T
 
 
 def loss_of(
-    dit: nn.Module,
+    guided: nn.Module,
     batch: Batch,
     generator: torch.Generator,
     no_prompt: Tensor,
     first: int = STEPS,
-) -> Tensor:
-    """Mean squared error of the velocity.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How wrong a DiT is.
 
     Args:
-        dit: in training.
+        guided: the DiT in training.
         batch: of pictures and their prompts.
         generator: of the noise.
         no_prompt: features of the empty prompt.
         first: see `draw_sigmas`.
+
+    Returns:
+        Mean squared error of the velocity, and what `guide.wrong` finds.
     """
     count = len(batch.tokens)
+    assert batch.answers is not None
     sigmas = draw_sigmas(count, generator, first)[torch.randperm(count, generator=generator)]
     noise = torch.randn(batch.tokens.shape, generator=generator)
     level = sigmas[:, None, None]
@@ -132,9 +143,12 @@ def loss_of(
     mask[dropped] = False
     features[dropped, : len(no_prompt)] = no_prompt
     mask[dropped, : len(no_prompt)] = True
-    batch = Batch(features, mask, batch.tokens, batch.rows, batch.columns)
+    shown = replace(batch, features=features, mask=mask)
     told = sigmas * (1 + _TIME_ERROR * (2 * torch.rand(count, generator=generator) - 1))
-    return (velocity(dit, batch, noisy, told) - (noise - batch.tokens)).square().mean()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+        found, said = guided(noisy, *_asked(shown, told))
+    error = (found.float() - (noise - batch.tokens)).square().mean()
+    return error, *wrong(said, batch.answers)
 
 
 class Trainer:
@@ -145,7 +159,7 @@ class Trainer:
         lr: of AdamW; Muon's is ten times that.
 
     Attributes:
-        dit: being trained.
+        guided: being trained.
         average: of its weights.
         steps: so far.
 
@@ -153,7 +167,7 @@ class Trainer:
     """
 
     def __init__(self, dit: Any, lr: float = 2e-3) -> None:
-        self.dit, self._lr, self._fusion = dit, lr, dit.text_fusion
+        self._lr, self._fusion = lr, dit.text_fusion
         dit.text_fusion = _Fused()
         self.average = copy.deepcopy(dit).requires_grad_(False)
         matrices: list[nn.Parameter] = []
@@ -161,6 +175,8 @@ class Trainer:
         for name, parameter in dit.named_parameters():
             hidden = "blocks." in name and parameter.ndim == 2 and "table" not in name
             (matrices if hidden else others).append(parameter)
+        self.guided = Guided(dit)
+        others += self.guided.asks.parameters()
         self._optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, lr=10 * lr),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
@@ -170,7 +186,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from."""
         return {
-            "dit": self.dit.state_dict(),
+            "guided": self.guided.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "steps": self.steps,
@@ -178,7 +194,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.dit.load_state_dict(state["dit"])
+        self.guided.load_state_dict(state["guided"])
         self.average.load_state_dict(state["average"])
         for optimizer, its in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
@@ -192,7 +208,7 @@ class Trainer:
             scale: of the learning rates.
         """
         loss.backward()
-        nn.utils.clip_grad_norm_(self.dit.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.guided.parameters(), 1.0)
         warm = min(1.0, (self.steps + 1) / 100)
         for optimizer, lr in zip(self._optimizers, (10 * self._lr, self._lr), strict=True):
             for group in optimizer.param_groups:
@@ -203,7 +219,7 @@ class Trainer:
         keep = min(_EMA, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.dit.parameters()), 1 - keep
+                list(self.average.parameters()), list(self.guided.dit.parameters()), 1 - keep
             )
 
     def finished(self) -> Any:
@@ -228,6 +244,6 @@ def draw(
     x = torch.randn(len(features), rows * columns, 64, generator=generator)
     sigmas = flow_schedule(steps, TURBO_MU).sigmas
     for now, then in pairwise(sigmas):
-        batch = Batch(padded, mask, x, rows, columns)
+        batch = Batch(padded, mask, x, None, rows, columns)
         x = x + (then - now) * velocity(dit, batch, x, torch.full((len(x),), now))
     return x

@@ -16,9 +16,11 @@ from tools.demo_model.autoencoder import decode, encode, new_autoencoder, scenes
 from tools.demo_model.dataset import Batch, Dataset, pad
 from tools.demo_model.diffusion import Trainer, draw, loss_of, new_dit, velocity
 from tools.demo_model.evaluate import Painter
+from tools.demo_model.guide import answers, wrong
 from tools.demo_model.muon import Muon, orthogonal
 from tools.demo_model.reading import _QUESTIONS, _answers, by_layer, draw_captions, fuse, train
-from tools.demo_model.scene import COLOURS
+from tools.demo_model.scene import COLOURS, STYLES, Scene, Thing
+from tools.demo_model.shapes import SHAPES
 from tools.demo_model.shipping import read_weights, rounded, tensors_of, write_weights
 from tools.demo_model.wish import Asked, Wish
 
@@ -26,7 +28,9 @@ from tools.demo_model.wish import Asked, Wish
 def examples(count: int = 6) -> Batch:
     torch.manual_seed(5)
     features, mask = pad([torch.randn(4 + number, 64) for number in range(count)])
-    return Batch(features, mask, torch.randn(count, 4, 64), 2, 2)
+    names = torch.arange(count)[:, None, None].expand(count, 4, 3) % 4
+    answers = torch.cat([names.float(), torch.zeros(count, 4, 2)], dim=-1)
+    return Batch(features, mask, torch.randn(count, 4, 64), answers, 2, 2)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 48), (3, 16, 40), (1, 40, 16)])
@@ -59,7 +63,7 @@ def test_a_new_dit_answers_with_what_it_is_given():
     trainer = Trainer(new_dit(DIT_CONFIG))
     batch = examples()
     with torch.no_grad():
-        found = velocity(trainer.dit, batch, batch.tokens, torch.ones(len(batch.tokens)))
+        found = velocity(trainer.guided.dit, batch, batch.tokens, torch.ones(len(batch.tokens)))
     assert torch.cosine_similarity(found.flatten(), batch.tokens.flatten(), dim=0) > 0.9
 
 
@@ -71,10 +75,11 @@ def test_training_learns_and_leaves_the_text_fusion_alone():
     generator, no_prompt = torch.Generator().manual_seed(0), torch.zeros(5, 64)
     losses = []
     for _ in range(40):
-        loss = loss_of(trainer.dit, batch, generator, no_prompt)
-        trainer.step(loss, 1.0)
-        losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+        loss, unsure, _ = loss_of(trainer.guided, batch, generator, no_prompt)
+        trainer.step(loss + 0.1 * unsure, 1.0)
+        losses.append(torch.stack([loss, unsure]).detach())
+    first, last = (torch.stack(some).mean(0) for some in (losses[:5], losses[-5:]))
+    assert (last < 0.9 * first).all()
     after = trainer.finished().state_dict()
     assert before.keys() == {name for name in after if "fusion" in name}
     for name, tensor in before.items():
@@ -85,8 +90,8 @@ def test_a_caption_draws_the_same_in_company_of_longer_ones():
     torch.manual_seed(0)
     trainer = Trainer(new_dit(DIT_CONFIG))
     captions = [torch.randn(5, 64), torch.randn(9, 64)]
-    alone = draw(trainer.dit, captions[:1], 2, 3, seed=1)
-    together = draw(trainer.dit, captions, 2, 3, seed=1)
+    alone = draw(trainer.average, captions[:1], 2, 3, seed=1)
+    together = draw(trainer.average, captions, 2, 3, seed=1)
     assert alone.shape == (1, 6, 64)
     torch.testing.assert_close(together[:1], alone, rtol=2e-2, atol=2e-2)
 
@@ -120,7 +125,8 @@ def test_training_goes_on_where_it_was_interrupted():
 
     def step(trainer: Trainer, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
-        trainer.step(loss_of(trainer.dit, batch, generator, no_prompt), 1.0)
+        error, unsure, _ = loss_of(trainer.guided, batch, generator, no_prompt)
+        trainer.step(error + unsure, 1.0)
 
     for seed in range(3):
         step(first, seed)
@@ -165,6 +171,42 @@ def test_the_last_tokens_speak_of_one_thing_each_in_the_order_of_the_picture():
     assert answers["left of"] == answers["and"] != answers["above"]
 
 
+def test_image_tokens_are_to_know_which_thing_they_are_part_of():
+    things = (
+        Thing("star", "red", "plain", x=24, y=40, radius=20),
+        Thing("ring", "blue", "outline", x=88, y=40, radius=20),
+    )
+    right = answers(Scene(112, 80, ("white",), things)).view(5, 7, 5)
+    star, ring = (1 + list(SHAPES).index(it) for it in ("star", "ring"))
+    assert right[2, 1, 0] == star
+    assert right[2, 5, 0] == ring
+    assert (right[2, 5, :3] > 0).all()
+    assert right[2, 5, 2] != right[2, 1, 2]
+    assert (right[2, 3] == 0).all()  # between them
+    assert (right[0] == 0).all()  # and above
+    # The patch at 80 to 96 across and 32 to 48 down has the ring's middle in its own.
+    torch.testing.assert_close(right[2, 5, 3:], torch.zeros(2))
+    torch.testing.assert_close(right[1, 5, 3:], torch.tensor([0.0, -16 / 20]))
+
+
+def test_what_is_wrong_is_counted_for_every_answer():
+    right = answers(Scene(64, 64, ("white",), (Thing("star", "red", "plain", 32, 32, 20),)))[None]
+    classes = (len(SHAPES) + 1, len(COLOURS) + 1, len(STYLES) + 1)
+    sure = [
+        100.0 * nn.functional.one_hot(right[..., number].long(), count)
+        for number, count in enumerate(classes)
+    ]
+    told = torch.cat([*sure, right[..., 3:]], dim=-1)[None]
+    loss, knows = wrong(told, right)
+    assert loss < 1e-6
+    assert knows == 1
+    for at in (0, classes[0], sum(classes[:2])):  # all say "none" of the shape, colour, style
+        worse = told.clone()
+        worse[..., at] += 200
+        assert wrong(worse, right)[0] > 1
+    assert wrong(told + torch.tensor([0.0] * sum(classes) + [1.0, 0.0]), right)[0] > 0.4
+
+
 class Shrinks:
     """A codec whose latents are the picture, smaller."""
 
@@ -182,12 +224,16 @@ def test_each_caption_keeps_its_own_pictures():
     assert data.count(96, 64) == 50
     batch = data.batch(96, 64, 12, Random(1))
     assert (batch.rows, batch.columns, batch.tokens.shape) == (4, 6, (12, 24, 64))
+    assert batch.answers is not None
+    assert batch.answers.shape == (12, 24, 5)
     assert batch.features.shape[:2] == batch.mask.shape
     for number in range(12):
         index = int(batch.features[number, 0, 0])
         assert batch.mask[number].sum() == len(features[index])
         assert (batch.features[number, batch.mask[number]] == index).all()
         wish = captions[index][0]
+        shapes = {1 + list(SHAPES).index(it.shape) for it in wish.asked}
+        assert set(batch.answers[number, :, 0].tolist()) == {0, *shapes}
         if len(wish.background) == 1:
             corner = batch.tokens[number, 0].view(16, 4)[:12:4, 0]  # red, green and blue
             expected = torch.tensor(COLOURS[wish.background[0]]) / 127.5 - 1
