@@ -11,6 +11,7 @@ from torch import nn
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_demo_checkpoint
 from krea2_srt.demo.trained_weights import TrainedWeights
 from krea2_srt.errors import CheckpointError
+from tools.demo_model import autoencoder
 from tools.demo_model.__main__ import _kept, _text_encoder
 from tools.demo_model.autoencoder import decode, encode, new_autoencoder, scenes, shrunk
 from tools.demo_model.dataset import Batch, Dataset, pad
@@ -205,6 +206,22 @@ def test_what_is_wrong_is_counted_for_every_answer():
         worse[..., at] += 200
         assert wrong(worse, right)[0] > 1
     assert wrong(told + torch.tensor([0.0] * sum(classes) + [1.0, 0.0]), right)[0] > 0.4
+
+
+def test_the_vae_is_trained_until_it_is_good_or_time_is_up(monkeypatch):
+    monkeypatch.setattr(autoencoder, "_LOOK_EVERY", 15)
+    monkeypatch.setattr(autoencoder, "_POOL", 3)
+    torch.manual_seed(0)
+    vae = new_autoencoder()
+    before = autoencoder.psnr(vae, Random(1))
+    with pytest.raises(TimeoutError, match=f"is at {before:.0f}"):  # after a first, tiny step
+        autoencoder.train(vae, 0, before + 3, 0, False, print)
+    assert autoencoder.train(vae, 0, before + 3, 600, False, print) >= before + 3
+    encoder = copy.deepcopy(vae.encoder.state_dict())
+    now = autoencoder.psnr(vae, Random(1))
+    assert autoencoder.sharpen(vae, 0, now + 1, 600, False, print) >= now + 1
+    for name, tensor in vae.encoder.state_dict().items():
+        torch.testing.assert_close(tensor, encoder[name], rtol=0, atol=0)
 
 
 class Shrinks:
