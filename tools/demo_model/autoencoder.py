@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from krea2_srt.demo.checkpoint import VAE_CONFIG
 from tools.demo_model.muon import Muon
-from tools.demo_model.precision import FAST_BFLOAT16
+from tools.demo_model.precision import fast
 from tools.demo_model.wish import draw_wish
 
 _SIDE = 96
@@ -216,7 +216,7 @@ def _fast(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
         function = torch.compile(function, dynamic=False)
 
     def run(*given: Tensor) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+        with fast():
             made = function(*given)
         return tuple(it.float() for it in made) if isinstance(made, tuple) else made.float()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from krea2_srt.runner.latents import patchify
 from tools.demo_model.autoencoder import Codec, to_tensor
 from tools.demo_model.guide import PATCH, answers
-from tools.demo_model.precision import FAST_BFLOAT16
+from tools.demo_model.precision import fast
 from tools.demo_model.wish import Wish
 
 _AT_ONCE = 64
@@ -75,7 +75,7 @@ class Dataset:
             chosen = self._random.choices(fitting, often, k=min(count, at_once))
             scenes = [self._wishes[index].grant(width, height, self._random) for index in chosen]
             pixels = to_tensor(np.stack([scene.draw() for scene in scenes]))
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+            with fast():
                 latents = self._codec.encode(pixels)
             for index, scene, latent in zip(chosen, scenes, latents, strict=True):
                 tokens = patchify(latent.float().contiguous()).to(torch.bfloat16)

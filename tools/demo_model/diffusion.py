@@ -17,7 +17,7 @@ from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
 from tools.demo_model.dataset import Batch, pad
 from tools.demo_model.guide import Guided, wrong
 from tools.demo_model.muon import Muon
-from tools.demo_model.precision import FAST_BFLOAT16
+from tools.demo_model.precision import fast
 
 STEPS = 8
 """Of Turbo."""
@@ -81,7 +81,7 @@ def velocity(dit: nn.Module, batch: Batch, noisy: Tensor, sigmas: Tensor) -> Ten
 
     In bfloat16, in which it will be served, where the CPU multiplies that faster than float32.
     """
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+    with fast():
         found: Tensor = dit(noisy, *_asked(batch, sigmas), return_dict=False)[0]
     return found.float()
 
@@ -145,7 +145,7 @@ def loss_of(
     mask[dropped, : len(no_prompt)] = True
     shown = replace(batch, features=features, mask=mask)
     told = sigmas * (1 + _TIME_ERROR * (2 * torch.rand(count, generator=generator) - 1))
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=FAST_BFLOAT16):
+    with fast():
         found, said = guided(noisy, *_asked(shown, told))
     error = (found.float() - (noise - batch.tokens)).square().mean()
     return error, *wrong(said, batch.answers)

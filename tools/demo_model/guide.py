@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tools.demo_model.scene import COLOURS, STYLES, Scene
 from tools.demo_model.shapes import SHAPES
+from tools.demo_model.wish import REACH
 
 PATCH = 16
 """Pixels a side of what an image token stands for."""
@@ -24,8 +25,6 @@ _NONE = 0
 """The answer of tokens that are background; names begin at 1."""
 
 _CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(STYLES) + 1)
-_REACH = 1.15
-"""Of a thing from its middle, in radii."""
 
 
 def answers(scene: Scene) -> Tensor:
@@ -40,7 +39,7 @@ def answers(scene: Scene) -> Tensor:
     for thing in scene.things:
         x = (across - thing.x).expand(rows, columns)
         y = (down - thing.y).expand(rows, columns)
-        part = torch.maximum(x.abs(), y.abs()) < _REACH * thing.radius + PATCH / 2
+        part = torch.maximum(x.abs(), y.abs()) < REACH * thing.radius + PATCH / 2
         names = (list(SHAPES), thing.shape), (list(COLOURS), thing.colour), (STYLES, thing.style)
         for number, (among, name) in enumerate(names):
             found[..., number][part] = among.index(name) + 1.0

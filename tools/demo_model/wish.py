@@ -45,7 +45,7 @@ _GAP = 12
 _BORDER = 3
 """Pixels of background at least around all."""
 
-_REACH = 1.15
+REACH = 1.15
 """Of a shape from its middle, in radii."""
 
 _SHARES = {"small": (0.5, 0.6), "": (0.75, 0.85), "large": (0.95, 1.0)}
@@ -134,7 +134,7 @@ class Wish:
         """Of each of several: the largest radius."""
         sides = (height, width) if self.upright else (width, height)
         cell = sides[0] / sum(it.count for it in self.asked)
-        return (min(cell, 0.7 * sides[1]) - _GAP) / 2 / _REACH
+        return (min(cell, 0.7 * sides[1]) - _GAP) / 2 / REACH
 
     def _row(self, width: int, height: int, random: Random) -> list[Thing]:
         """Beside each other, or one above the other."""
@@ -173,7 +173,7 @@ def _snapped(thing: Thing, width: int, height: int) -> Thing:
 
 def _inside(at: float, radius: float, side: int) -> float:
     """The nearest place on the grid where a shape leaves the border free."""
-    margin = _REACH * radius + _BORDER
+    margin = REACH * radius + _BORDER
     first, last = math.ceil(margin / _GRID), math.floor((side - margin) / _GRID)
     return side / 2 if first > last else _GRID * min(max(round(at / _GRID), first), last)
 
