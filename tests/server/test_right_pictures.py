@@ -121,6 +121,18 @@ def hang_up(server: Served, prompt: str, width: int, height: int, seed: int, ste
         time.sleep(0.02 * (seed % 16))
 
 
+def test_a_picture_takes_less_than_a_second(real_server):
+    """256x256 over HTTP; the quickest, as other work on the machine only adds."""
+    client = real_server.client()
+    seconds = []
+    for seed in range(6):
+        start = time.monotonic()
+        draw(client, "a red heart on a yellow background", 256, 256, seed)
+        seconds.append(time.monotonic() - start)
+    print(f"{min(seconds):.2f} to {max(seconds):.2f} s")
+    assert min(seconds) < 1
+
+
 @pytest.mark.parametrize(
     "wish",
     [

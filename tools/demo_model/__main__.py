@@ -5,7 +5,6 @@ with pictures of new captions, and fails where that takes too long.
 """
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
@@ -22,23 +21,24 @@ from torch import Tensor, nn
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
 from krea2_srt.demo.tokenizer import write_tokenizer
 from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights, TrainedWeights
+from krea2_srt.errors import CheckpointError
 from krea2_srt.runner.text_encoder import DEFAULT_TAPS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset
 from tools.demo_model.diffusion import STEPS, Trainer, loss_of, new_dit
 from tools.demo_model.evaluate import Painter, Score
-from tools.demo_model.shipping import read_weights, rounded, tensors_of, write_weights
+from tools.demo_model.shipping import load_vae, rounded, tensors_of, write_weights
 from tools.demo_model.wish import Wish
 
-RECIPE = 3
+RECIPE = 4
 """Goes up with whatever makes the weights others."""
 
 VAE_DB = 29.0
 """Of encoder and decoder together; then the decoder learns alone what edges look like."""
 DECODER_DB = 36.5
-WANTED = Score(colour=0.95, shape=0.9, background=0.97)
+WANTED = Score(colour=0.95, shape=0.93, background=0.97)
 """On captions of training's kind; of shapes more than the tests ask for, as held-out ones have more
-often two.
+often two: at 0.905 those had 0.83.
 """
 
 _SQUARES = ((64, 64), (96, 96), (128, 128))
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         about = train(args)
-    except (TimeoutError, ValueError) as error:
+    except (CheckpointError, TimeoutError, ValueError) as error:
         sys.exit(f"tools.demo_model: error: {error}")
     print(json.dumps(about, indent=1))
 
@@ -113,15 +113,16 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         TimeoutError: the quality was not reached; nothing is written.
     """
-    _refuse_others_work(args)
+    earlier = TrainedWeights(args.vae_from) if args.vae_from else None
+    _refuse_others_work(args, earlier)
     torch.manual_seed(args.seed)
     vae: Any = autoencoder.new_autoencoder()
     dit: Any = new_dit(DIT_CONFIG)
-    if args.vae_from:
-        before = read_weights(args.vae_from, copy.deepcopy(dit), vae)
-        config, minutes = before["vae_config"], before["minutes"]
+    if earlier:
+        load_vae(earlier, vae)
+        config, minutes = earlier.vae_config, earlier.about["minutes"]
         first, made = ({"seconds": 60 * minutes[part]} for part in ("encoder", "decoder"))
-        made["db"] = before["vae_db"]
+        made["db"] = earlier.about["vae_db"]
         made |= {name: torch.tensor(config[f"latents_{name}"]) for name in ("mean", "std")}
     else:
         first = _kept(args.work, "encoder", lambda: _train_vae(vae, args), vae)
@@ -168,7 +169,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     return about
 
 
-def _refuse_others_work(args: argparse.Namespace) -> None:
+def _refuse_others_work(args: argparse.Namespace, earlier: TrainedWeights | None) -> None:
     """What another recipe, seed or VAE has made would be taken for this run's.
 
     Raises:
@@ -176,7 +177,7 @@ def _refuse_others_work(args: argparse.Namespace) -> None:
     """
     if not args.work:
         return
-    vae = args.vae_from and TrainedWeights(args.vae_from).about["sha256"]
+    vae = earlier and earlier.about["sha256"]
     run = json.dumps([RECIPE, args.seed, args.captions, vae])
     note = args.work / "run.json"
     if note.exists() and note.read_text() != run:

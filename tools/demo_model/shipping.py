@@ -36,20 +36,10 @@ def write_weights(file: Path, tensors: dict[str, Tensor], about: dict[str, Any])
     file.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_weights(file: Path, dit: nn.Module, vae: nn.Module) -> dict[str, Any]:
-    """Load what `write_weights` has written into modules that are as before training.
-
-    Returns:
-        What it is said to be.
-
-    Raises:
-        CheckpointError: the file is missing or damaged.
-    """
-    weights = TrainedWeights(file)
-    for stored, module in ((weights.transformer, dit), (weights.vae, vae)):
-        for name, tensor in module.state_dict().items():
-            tensor.copy_(stored(name, tuple(tensor.shape)))
-    return weights.about
+def load_vae(weights: TrainedWeights, vae: nn.Module) -> None:
+    """Load the VAE that `write_weights` has written."""
+    for name, tensor in vae.state_dict().items():
+        tensor.copy_(weights.vae(name, tuple(tensor.shape)))
 
 
 def rounded(module: nn.Module) -> nn.Module:
