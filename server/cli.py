@@ -220,7 +220,7 @@ def usage(address: str, settings: Settings, model: ModelInfo) -> str:
     """What to do with a server that is ready."""
     # Who listens on all addresses is reached on this machine by loopback.
     address = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-    width, height = automatic_size(PRESETS["low"], model.limits)
+    width, height = automatic_size(PRESETS["low"], model)
     body = {"prompt": "a red heart on a yellow background", "size": f"{width}x{height}"}
     if settings.storage != NO_STORAGE:
         body["response_format"] = "url"

@@ -89,7 +89,7 @@ def resolve(
     for field in ("prompt", "negative_prompt"):
         if len(getattr(request, field) or "") > max_prompt:
             raise invalid(field, f"{field}: must have at most {max_prompt} characters")
-    width, height = _size(request) or automatic_size(preset, model.limits)
+    width, height = _size(request) or automatic_size(preset, model)
     image = ImageRequest(
         prompt=request.prompt,
         width=width,

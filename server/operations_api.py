@@ -87,6 +87,7 @@ def operations_router(services: Services) -> APIRouter:
             capabilities = ModelCapabilities(
                 default_steps=info.default_steps,
                 default_guidance=info.default_guidance,
+                trained_side=info.trained_side,
                 max_n=min(settings.max_n, info.limits.max_images),
                 max_side=info.limits.max_side,
                 max_pixels=info.limits.max_pixels,

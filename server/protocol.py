@@ -261,6 +261,7 @@ class ModelCapabilities(BaseModel):
 
     default_steps: int
     default_guidance: float
+    trained_side: int = Field(description="Pixels of the longest side that it was trained on.")
     max_n: int
     max_side: int
     max_pixels: int

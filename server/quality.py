@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from krea2_srt.engine.request import SIZE_MULTIPLE, RequestLimits
+from krea2_srt.engine.request import SIZE_MULTIPLE
 from krea2_srt.sglang.messages import ModelInfo
 from server.errors import invalid
 
@@ -47,9 +47,10 @@ def steps_of(preset: Preset, model: ModelInfo) -> int:
     return max(1, min(round(preset.steps * model.default_steps), model.limits.max_steps))
 
 
-def automatic_size(preset: Preset, limits: RequestLimits) -> tuple[int, int]:
-    """Width and height of the largest square up to the preset's that the limits allow."""
-    side = min(preset.side, limits.max_side, int(limits.max_pixels**0.5))
+def automatic_size(preset: Preset, model: ModelInfo) -> tuple[int, int]:
+    """Width and height of the largest square up to the preset's that the model draws well."""
+    limits = model.limits
+    side = min(preset.side, model.trained_side, limits.max_side, int(limits.max_pixels**0.5))
     side -= side % SIZE_MULTIPLE
     return side, side
 

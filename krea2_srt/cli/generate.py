@@ -54,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mu", type=float, help="timestep shift, whatever the size")
     add("--y1", type=float, help="timestep shift at 256 image tokens")
     add("--y2", type=float, help="timestep shift at 6400 image tokens")
-    add("--width", type=int, default=1024, help="pixels (default 1024)")
-    add("--height", type=int, default=1024, help="pixels (default 1024)")
+    for side in ("--width", "--height"):
+        add(side, type=int, help="pixels (default 1024, less where the checkpoint is smaller)")
     add("--num-images", type=int, default=1, help="images to draw (default 1)")
     add("--seed", type=int, default=0, help="image i uses seed + i (default 0)")
     add(
@@ -87,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(COMMAND):
         try:
             args.prompt = _prompt(args)
-            args.width = _rounded("width", args.width)
-            args.height = _rounded("height", args.height)
+            for side in ("width", "height"):
+                if (pixels := getattr(args, side)) is not None:
+                    setattr(args, side, _rounded(side, pixels))
             # Everything that needs no checkpoint is checked before the slow imports: unset values
             # are filled with ones that always pass.
-            _request(args, steps=1, guidance=0.0).check(RequestLimits())
+            _request(args, steps=1, guidance=0.0, side=16).check(RequestLimits())
             check_number("y1", args.y1 or 0.0, *MU_RANGE)
             check_number("y2", args.y2 or 0.0, *MU_RANGE)
             _check_output(args.output, args.num_images)
@@ -111,7 +112,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     _refuse_shift_without_effect(args, checkpoint.recipe.distilled)
     recipe = checkpoint.recipe.with_shift(min_mu=args.y1, max_mu=args.y2)
-    request = _request(args, recipe.default_steps, recipe.default_guidance)
+    request = _request(args, recipe.default_steps, recipe.default_guidance, recipe.default_side)
     request.check(RequestLimits())
 
     import torch
@@ -162,11 +163,11 @@ def _refuse_shift_without_effect(args: argparse.Namespace, distilled: bool) -> N
             raise RequestError(field, "has no effect on Turbo, whose shift is fixed; see --mu")
 
 
-def _request(args: argparse.Namespace, steps: int, guidance: float) -> ImageRequest:
+def _request(args: argparse.Namespace, steps: int, guidance: float, side: int) -> ImageRequest:
     return ImageRequest(
         prompt=args.prompt,
-        width=args.width,
-        height=args.height,
+        width=side if args.width is None else args.width,
+        height=side if args.height is None else args.height,
         steps=steps if args.steps is None else args.steps,
         guidance=guidance if args.cfg is None else args.cfg,
         negative_prompt=args.negative_prompt,

@@ -17,6 +17,7 @@ from krea2_srt.model.checkpoint import config_dict, original_name, stored_shapes
 from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.checkpoint import CLASS_NAME as PIPELINE_CLASS
+from krea2_srt.runner.checkpoint import TRAINED_SIDE
 from krea2_srt.runner.text_encoder import DEFAULT_TAPS
 
 DIT_CONFIG = Krea2Config(
@@ -87,9 +88,11 @@ class Weights(TextWeights, Protocol):
 
     Attributes:
         vae_config: what the VAE's config says beside its sizes.
+        trained_side: pixels of the longest side that they were trained on.
     """
 
     vae_config: Mapping[str, Any]
+    trained_side: int
 
     def transformer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of the DiT."""
@@ -119,7 +122,7 @@ def write_demo_checkpoint(folder: Path, weights: Weights, distilled: bool = True
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         work = Path(scratch) / "checkpoint"
         work.mkdir()
-        _write_index(work, distilled)
+        _write_index(work, distilled, weights.trained_side)
         _write_transformer(work / "transformer", weights)
         write_text_encoder(work / "text_encoder", weights)
         _write_vae(work / "vae", weights)
@@ -145,12 +148,13 @@ def write_original_file(transformer: Path, file: Path) -> None:
     _save(originals, file)
 
 
-def _write_index(folder: Path, distilled: bool) -> None:
+def _write_index(folder: Path, distilled: bool, trained_side: int) -> None:
     _write_json(
         folder / "model_index.json",
         {
             "_class_name": PIPELINE_CLASS,
             "_diffusers_version": "0.42.1",
+            TRAINED_SIDE: trained_side,
             "is_distilled": distilled,
             "patch_size": 2,
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

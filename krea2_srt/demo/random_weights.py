@@ -21,6 +21,7 @@ class RandomWeights:
     """
 
     vae_config: Mapping[str, Any] = {}
+    trained_side = 2048  # as Krea 2: they are as random at every size
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

@@ -46,12 +46,14 @@ class TrainedWeights(TextEncoderWeights):
     """
 
     vae_config: Mapping[str, Any]
+    trained_side: int
 
     def __init__(self, file: Path = WEIGHTS) -> None:
         try:
             content = file.read_bytes()
             self.about: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
             digest, self.vae_config = self.about["sha256"], self.about["vae_config"]
+            self.trained_side = self.about["trained_side"]
         except KeyError as error:
             raise CheckpointError(f"{file.with_suffix('.json')} lacks {error}") from None
         except (OSError, ValueError) as error:

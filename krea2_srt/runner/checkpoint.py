@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from krea2_srt.engine.request import MU_RANGE
+from krea2_srt.engine.request import MU_RANGE, SIZE_MULTIPLE
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.weights import read_json
 from krea2_srt.runner.latents import PATCH
@@ -12,6 +12,10 @@ from krea2_srt.runner.schedule import TURBO_MU, ResolutionShift, Schedule, flow_
 from krea2_srt.runner.text_encoder import DEFAULT_TAPS
 
 CLASS_NAME = "Krea2Pipeline"
+TRAINED_SIDE = "_trained_side"
+"""In ``model_index.json``: our own, for checkpoints that are smaller than Krea 2. Diffusers and
+SGLang pass over names like this.
+"""
 _SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -22,10 +26,12 @@ class Recipe:
     Attributes:
         distilled: Turbo (True) or Raw (False).
         shift: Raw's timestep shift.
+        trained_side: pixels of the longest side that it was trained on.
     """
 
     distilled: bool
     shift: ResolutionShift = field(default_factory=ResolutionShift)
+    trained_side: int = 2048
 
     @property
     def default_steps(self) -> int:
@@ -34,6 +40,10 @@ class Recipe:
     @property
     def default_guidance(self) -> float:
         return 0.0 if self.distilled else 3.5
+
+    @property
+    def default_side(self) -> int:
+        return min(1024, self.trained_side)
 
     def with_shift(self, min_mu: float | None, max_mu: float | None) -> "Recipe":
         """The same with other end points of Raw's shift, where given."""
@@ -94,6 +104,11 @@ class Krea2Checkpoint:
             raise CheckpointError(
                 f"{index_file}: text_encoder_select_layers must be layer numbers, got {taps!r}"
             )
+        side = index.get(TRAINED_SIDE, Recipe.trained_side)
+        if type(side) is not int or side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
+            raise CheckpointError(
+                f"{index_file}: {TRAINED_SIDE} must be a multiple of {SIZE_MULTIPLE}, got {side!r}"
+            )
         parts = {}
         for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
             if not (folder / part).is_dir():
@@ -102,7 +117,7 @@ class Krea2Checkpoint:
         scheduler = read_json(parts.pop("scheduler") / "scheduler_config.json")
         return cls(
             **parts,
-            recipe=Recipe(bool(index.get("is_distilled", False)), _shift(scheduler)),
+            recipe=Recipe(bool(index.get("is_distilled", False)), _shift(scheduler), side),
             taps=tuple(taps),
         )
 

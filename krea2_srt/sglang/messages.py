@@ -143,6 +143,7 @@ class ModelInfo:
         default_steps, default_guidance: the checkpoint's own.
         limits: of requests.
         device, dtype, attention: how it runs.
+        trained_side: pixels of the longest side that the checkpoint was trained on.
     """
 
     path: str
@@ -153,6 +154,7 @@ class ModelInfo:
     device: str
     dtype: str
     attention: str
+    trained_side: int = 2048
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ class Krea2Scheduler(Scheduler):
             str(runner.device),
             str(runner.dit.dtype).removeprefix("torch.") + quantized,
             pipeline.attention,
+            runner.recipe.trained_side,
         )
 
     @property

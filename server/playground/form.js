@@ -5,7 +5,7 @@ import { MAX_SEED } from "./settings.js";
 import { CUSTOM, offerSizes, sidesOf } from "./sizes.js";
 
 const KEY_ITEM = "krea2-api-key";
-const UNKNOWN_MODEL = { max_side: 2048, max_pixels: 2048 * 2048 };
+const UNKNOWN_MODEL = { max_side: 2048, max_pixels: 2048 * 2048, trained_side: 2048 };
 
 export class Form {
   constructor() {
@@ -18,12 +18,14 @@ export class Form {
     this.seed = byId("seed");
     this.key = byId("key");
     this.limits = UNKNOWN_MODEL;
+    this.sizeIsChosen = false;
     this.lastSeed = null;
 
     offerSizes(this.size, this.limits);
     this.key.value = sessionStorage.getItem(KEY_ITEM) ?? "";
     this.prompt.addEventListener("keydown", (event) => this.#enter(event));
     this.size.addEventListener("change", () => {
+      this.sizeIsChosen = true;
       this.#showCustom();
       this.#check();
     });
@@ -42,7 +44,7 @@ export class Form {
   /** Take over a model's limits, and its defaults where nothing is entered. */
   setModel(model) {
     this.limits = model;
-    offerSizes(this.size, model);
+    offerSizes(this.size, model, this.sizeIsChosen ? this.size.value : null);
     this.width.max = this.height.max = model.max_side;
     byId("count").max = model.max_n;
     byId("steps").max = model.max_steps;
@@ -74,6 +76,7 @@ export class Form {
     [this.width.value, this.height.value] = sidesOf(settings.size);
     this.size.value = settings.size;
     if (this.size.value !== settings.size) this.size.value = CUSTOM;
+    this.sizeIsChosen = true;
     byId("count").value = 1;
     byId("format").value = settings.outputFormat;
     this.seed.value = seed;

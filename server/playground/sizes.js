@@ -9,16 +9,16 @@ const SHAPES = [
 ];
 
 export const CUSTOM = "custom";
-const PREFERRED = "1024x1024";
+const PREFERRED_SIDE = 1024;
 
 /** Width and height of "WIDTHxHEIGHT". */
 export function sidesOf(size) {
   return size.split("x").map(Number);
 }
 
-/** Fill a select with what the limits allow; keeps what is chosen where it can. */
-export function offerSizes(select, { max_side: maxSide, max_pixels: maxPixels }) {
-  const before = select.value;
+/** Fill a select with what a model's limits allow; `kept` stays chosen where it can. */
+export function offerSizes(select, model, kept) {
+  const { max_side: maxSide, max_pixels: maxPixels, trained_side: trainedSide } = model;
   const allowed = [];
   select.replaceChildren();
   for (const [label, across, down, widths] of SHAPES) {
@@ -34,6 +34,7 @@ export function offerSizes(select, { max_side: maxSide, max_pixels: maxPixels })
   }
   select.append(new Option("Custom…", CUSTOM));
   const squares = allowed.filter((size) => sidesOf(size)[0] === sidesOf(size)[1]);
-  const wishes = [before, PREFERRED, squares.at(-1)];
+  const side = Math.min(PREFERRED_SIDE, trainedSide);
+  const wishes = [kept, `${side}x${side}`, squares.at(-1)];
   select.value = wishes.find((size) => size === CUSTOM || allowed.includes(size)) ?? CUSTOM;
 }

@@ -39,6 +39,14 @@ def test_it_draws_what_the_runner_draws(folder, demo_model, runner, capsys):
     assert len(list(folder.iterdir())) == 2
 
 
+def test_the_size_is_the_checkpoints_where_none_is_given(folder, trained_model, capsys):
+    flags = ["--checkpoint", str(trained_model), "--steps=1", "--dtype=float32"]
+    main(["a red heart", *flags])
+    assert pixels(folder / "sample_0.png").shape[:2] == (256, 256)
+    main(["a red heart", *flags, "--height=64"])
+    assert pixels(folder / "sample_0.png").shape[:2] == (64, 256)
+
+
 def test_an_original_file_draws_the_same(folder, demo_model, original_file):
     common = ["--width", "64", "--height", "64", "--dtype", "float32"]
     parts = ["--text-encoder", str(demo_model / "text_encoder"), "--vae", str(demo_model / "vae")]

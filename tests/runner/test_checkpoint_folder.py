@@ -46,6 +46,21 @@ def test_the_recipe_is_read(demo_model, raw_demo_model):
     assert raw.schedule(8, 256, mu=1.15) == turbo.schedule(8, 256)
 
 
+def test_the_side_of_a_small_checkpoint_is_read(checkpoint):
+    recipe = Krea2Checkpoint.from_folder(checkpoint).recipe
+    assert (recipe.trained_side, recipe.default_side) == (2048, 1024)
+    edit_json(checkpoint / "model_index.json", _trained_side=256)
+    recipe = Krea2Checkpoint.from_folder(checkpoint).recipe
+    assert (recipe.trained_side, recipe.default_side) == (256, 256)
+
+
+@pytest.mark.parametrize("side", [0, 250, -16, 256.0, True, "256", None])
+def test_a_side_that_no_picture_has(checkpoint, side):
+    edit_json(checkpoint / "model_index.json", _trained_side=side)
+    with pytest.raises(CheckpointError, match="_trained_side must be a multiple"):
+        Krea2Checkpoint.from_folder(checkpoint)
+
+
 def test_a_missing_folder(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         Krea2Checkpoint.from_folder(tmp_path / "nothing")

@@ -63,6 +63,12 @@ def test_every_quality_fits_any_limits():
         assert (image.width, image.height) == (432, 432)
 
 
+def test_no_quality_is_larger_than_what_the_model_was_trained_on():
+    demo = dataclasses.replace(MODEL, trained_side=256)
+    assert {drawing(demo, quality=quality).size for quality in PRESETS} == {"256x256"}
+    assert drawing(demo, size="512x512").size == "512x512"
+
+
 def test_a_seed_is_drawn_where_none_is_given():
     seeds = {drawing().image.seed for _ in range(20)}
     assert len(seeds) == 20

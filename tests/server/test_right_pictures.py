@@ -121,6 +121,13 @@ def hang_up(server: Served, prompt: str, width: int, height: int, seed: int, ste
         time.sleep(0.02 * (seed % 16))
 
 
+def test_who_asks_for_no_size_gets_one_that_is_drawn_well(real_server):
+    wish = Wish(("yellow",), (Asked("heart", "red"),))
+    response = real_server.client().images.generate(prompt=caption(wish, Random(1)))
+    assert response.size == "256x256"
+    assert judge(pixels(decoded(response)[0]), wish) == RIGHT
+
+
 def test_a_picture_takes_less_than_a_second(real_server):
     """256x256 over HTTP; the quickest, as other work on the machine only adds."""
     client = real_server.client()

@@ -163,6 +163,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "steps": trainer.steps,
         "seen": asdict(drawn["score"]),
         "held_out": asdict(painter.score(trainer.average, held_out, SIZES)),
+        "trained_side": max(map(max, SIZES)),
         "vae_config": {"latents_mean": _list(made["mean"]), "latents_std": _list(made["std"])},
     }
     write_weights(args.output, tensors_of(trainer.finished(), vae), about)

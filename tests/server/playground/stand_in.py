@@ -85,6 +85,7 @@ class StandIn:
         limits = {
             "default_steps": TOTAL_STEPS,
             "default_guidance": 0.0,
+            "trained_side": 2048,
             "max_n": 10,
             "max_side": 4096,
             "max_pixels": 4194304,

@@ -99,6 +99,17 @@ def test_while_the_model_loads_the_page_waits(
     expect(blank_page.locator("#alert")).to_be_empty()
 
 
+def test_a_size_that_is_chosen_while_the_model_loads_is_kept(
+    script: Script, blank_page: Page, playground_url: str
+):
+    script.ready, script.limits = False, {"trained_side": 256}
+    blank_page.goto(playground_url)
+    blank_page.locator("#size").select_option("1024x1024")
+    script.ready = True
+    expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
+    assert blank_page.locator("#size").input_value() == "1024x1024"
+
+
 def test_a_server_that_cannot_be_reached_is_looked_for(script: Script, page: Page):
     page.route("**/ready", lambda route: route.abort())
     page.route("**/generations", lambda route: route.abort())

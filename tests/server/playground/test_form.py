@@ -45,6 +45,15 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     assert script.bodies == []
 
 
+def test_the_first_size_is_one_that_the_model_draws_well(
+    script: Script, blank_page: Page, playground_url: str
+):
+    script.limits = {"trained_side": 256}
+    blank_page.goto(playground_url)
+    expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
+    assert blank_page.locator("#size").input_value() == "256x256"
+
+
 def test_a_size_of_ones_own_is_checked(script: Script, page: Page):
     page.locator("#prompt").fill("a fox")
     page.locator("#size").select_option("1536x1024")

@@ -283,7 +283,8 @@ def trained(tmp_path_factory):
     dit, vae = rounded(new_dit(DIT_CONFIG)), rounded(new_autoencoder())
     file = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     latents = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
-    write_weights(file, tensors_of(dit, vae), {"recipe": 1, "vae_config": latents})
+    about = {"recipe": 1, "trained_side": 256, "vae_config": latents}
+    write_weights(file, tensors_of(dit, vae), about)
     return dit, vae, file
 
 
