@@ -455,6 +455,7 @@ def test_a_mix_names_steps_and_images():
 # Endurance.
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_100_000_requests():
     job = Job(64, 64, steps=1)
     hardware = Hardware(4)

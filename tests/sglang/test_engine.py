@@ -94,6 +94,7 @@ def sglangs_own(sglang_generate):
     return sglang_generate(*README_FLAGS, switch="off")
 
 
+@pytest.mark.slow
 def test_the_readmes_command_draws_what_unmodified_sglang_draws(sglang_generate, sglangs_own):
     ours = sglang_generate(*README_FLAGS)
     assert ours.log.count(SERVES) == 1

@@ -140,6 +140,7 @@ def test_training_goes_on_where_it_was_interrupted():
         torch.testing.assert_close(second.average.state_dict()[name], tensor)
 
 
+@pytest.mark.slow
 def test_text_fusion_learns_to_say_what_a_caption_asks():
     torch.manual_seed(0)
     fusion = new_dit(DIT_CONFIG).text_fusion
