@@ -1,5 +1,6 @@
 """What the form offers and what it refuses."""
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.server.playground.stand_in import Script
@@ -45,13 +46,17 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     assert script.bodies == []
 
 
+@pytest.mark.parametrize(
+    ("trained_side", "size"),
+    [(64, "256x256"), (256, "256x256"), (800, "768x768"), (4096, "1024x1024")],
+)
 def test_the_first_size_is_one_that_the_model_draws_well(
-    script: Script, blank_page: Page, playground_url: str
+    script: Script, blank_page: Page, playground_url: str, trained_side: int, size: str
 ):
-    script.limits = {"trained_side": 256}
+    script.limits = {"trained_side": trained_side}
     blank_page.goto(playground_url)
     expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
-    assert blank_page.locator("#size").input_value() == "256x256"
+    assert blank_page.locator("#size").input_value() == size
 
 
 def test_a_size_of_ones_own_is_checked(script: Script, page: Page):
