@@ -48,7 +48,9 @@ def steps_of(preset: Preset, model: ModelInfo) -> int:
 
 
 def automatic_size(preset: Preset, model: ModelInfo) -> tuple[int, int]:
-    """Width and height of the largest square up to the preset's that the model draws well."""
+    """Width and height of the preset's square, or of the largest that the model was trained on and
+    the limits allow.
+    """
     limits = model.limits
     side = min(preset.side, model.trained_side, limits.max_side, int(limits.max_pixels**0.5))
     side -= side % SIZE_MULTIPLE

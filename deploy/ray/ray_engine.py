@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ray.exceptions import RayActorError, TaskCancelledError
@@ -19,6 +19,8 @@ from server.engine import Ticket, Update
 from server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 
 logger = logging.getLogger(__name__)
+
+_MODEL_FIELDS = {field.name for field in fields(ModelInfo)}
 
 _LOST = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
 """A replica has gone, with what it drew."""
@@ -44,7 +46,10 @@ class RayEngine:
         if self._model is None:
             for member in self._fleet.members.values():
                 if (said := member.report.get("model")) is not None:
-                    self._model = ModelInfo(**{**said, "limits": RequestLimits(**said["limits"])})
+                    # While versions change, it may tell what this one does not know.
+                    known = {name: said[name] for name in _MODEL_FIELDS & said.keys()}
+                    known["limits"] = RequestLimits(**said["limits"])
+                    self._model = ModelInfo(**known)
         return self._model
 
     @property

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--y1", type=float, help="timestep shift at 256 image tokens")
     add("--y2", type=float, help="timestep shift at 6400 image tokens")
     for side in ("--width", "--height"):
-        add(side, type=int, help="pixels (default 1024, less where the checkpoint is smaller)")
+        add(side, type=int, help="pixels (default 1024, less for a checkpoint of smaller pictures)")
     add("--num-images", type=int, default=1, help="images to draw (default 1)")
     add("--seed", type=int, default=0, help="image i uses seed + i (default 0)")
     add(

@@ -190,6 +190,7 @@ def test_the_model_is_what_the_first_replica_says_and_stays():
     assert "again" not in engine.unavailable().message
     model = {"path": "x", "distilled": True, "default_steps": 8, "default_guidance": 0.0}
     model |= {"device": "cpu", "dtype": "float32", "attention": "sdpa", "limits": limits}
+    model["what_a_newer_one_tells"] = 1
     fleet.update({"a": {"model": model, "statistics": {"steps": 3}}})
     assert engine.model.limits.max_side == 64
     assert (engine.num_ready, engine.num_replicas) == (1, 1)

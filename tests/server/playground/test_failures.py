@@ -104,10 +104,10 @@ def test_a_size_that_is_chosen_while_the_model_loads_is_kept(
 ):
     script.ready, script.limits = False, {"trained_side": 256}
     blank_page.goto(playground_url)
-    blank_page.locator("#size").select_option("1024x1024")
+    blank_page.locator("#size").select_option("512x512")
     script.ready = True
     expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
-    assert blank_page.locator("#size").input_value() == "1024x1024"
+    assert blank_page.locator("#size").input_value() == "512x512"
 
 
 def test_a_server_that_cannot_be_reached_is_looked_for(script: Script, page: Page):
