@@ -26,6 +26,7 @@ from tools.demo_model.wish import Asked, Wish
 
 SIZES = ((128, 128), (192, 128), (128, 192), (192, 192), (256, 256))
 CLIENTS = 16
+HEART = Wish(("yellow",), (Asked("heart", "red"),))
 RIGHT = Verdict(colour=True, shape=True, background=True)
 
 
@@ -122,12 +123,11 @@ def hang_up(server: Served, prompt: str, width: int, height: int, seed: int, ste
 
 
 def test_who_asks_for_no_size_gets_one_that_is_drawn_well(real_server):
-    wish = Wish(("yellow",), (Asked("heart", "red"),))
     response = real_server.client().images.generate(
-        prompt=caption(wish, Random(1)), extra_body={"seed": 0}
+        prompt=caption(HEART, Random(1)), extra_body={"seed": 0}
     )
     assert response.size == "256x256"
-    assert judge(pixels(decoded(response)[0]), wish) == RIGHT
+    assert judge(pixels(decoded(response)[0]), HEART) == RIGHT
 
 
 def test_a_picture_takes_less_than_a_second(real_server):
@@ -145,7 +145,7 @@ def test_a_picture_takes_less_than_a_second(real_server):
 @pytest.mark.parametrize(
     "wish",
     [
-        Wish(("yellow",), (Asked("heart", "red"),)),
+        HEART,
         Wish(("blue",), (Asked("circle", "white", "large"),)),
         Wish(("black",), (Asked("square", "green", place="left"),)),
     ],
