@@ -174,15 +174,26 @@ class Krea2DiT(nn.Module):
         h = do.norm_scale_shift(x, scale, shift, rows, eps, format)
         for i in blocks:
             block = self.blocks[i]
-            branch = block.attn(h, attention, pack.segments, pack.rope, do)
             scale, shift, format = m.scales[:, i, 1], m.shifts[:, i, 1], block.ff.gate_up.format
-            h = do.add_gated_norm(x, m.gates[:, i, 0], branch, scale, shift, rows, eps, format)
-            branch = block.ff(h, do)
+            # What a branch returns gets no name here: it would live on while the next one runs,
+            # which is when memory is fullest.
+            h = do.add_gated_norm(
+                x,
+                m.gates[:, i, 0],
+                block.attn(h, attention, pack.segments, pack.rope, do),
+                scale,
+                shift,
+                rows,
+                eps,
+                format,
+            )
             if i + 1 == blocks.stop:
-                return do.add_gated(x, m.gates[:, i, 1], branch, rows)
+                return do.add_gated(x, m.gates[:, i, 1], block.ff(h, do), rows)
             scale, shift = m.scales[:, i + 1, 0], m.shifts[:, i + 1, 0]
             format = self.blocks[i + 1].attn.qkvg.format
-            h = do.add_gated_norm(x, m.gates[:, i, 1], branch, scale, shift, rows, eps, format)
+            h = do.add_gated_norm(
+                x, m.gates[:, i, 1], block.ff(h, do), scale, shift, rows, eps, format
+            )
         return x
 
     def finish(self, x: Tensor, pack: Pack, modulation: Modulation) -> Tensor:
