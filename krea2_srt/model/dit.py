@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.layers import (
     GatedAttention,
     Linear,
@@ -104,7 +105,7 @@ class Krea2DiT(nn.Module):
             `Modulation` with n rows, on the model's device.
         """
         config = self.config
-        timesteps = timesteps.to(self.img_in.weight.device, self.dtype)
+        timesteps = to_device(timesteps.to(self.dtype), self.img_in.weight.device)
         embedding = timestep_embedding(timesteps, config.timestep_embed_dim).to(self.dtype)
         time = self.time_linear_2(F.gelu(self.time_linear_1(embedding), approximate="tanh"))
         shared = self.time_mod_proj(F.gelu(time, approximate="tanh")).float()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.model.host_copies import to_device
 
 Span = tuple[int, int]
 
@@ -33,7 +34,7 @@ class Segments:
         if not lengths:
             raise ValueError("at least one segment is needed")
         offsets = [0, *accumulate(lengths)]
-        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
+        cu_seqlens = to_device(torch.tensor(offsets, dtype=torch.int32), device)
         return cls(cu_seqlens, tuple(pairwise(offsets)), max(lengths))
 
 

@@ -23,6 +23,7 @@ from krea2_srt.kernels.token_rows import TokenRows
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.host_copies import copy_to
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.runner.buckets import Buckets, GraphKey
@@ -181,7 +182,8 @@ class StepBuffers:
             sources += some.tensors
             at += count
         torch._foreach_copy_(targets, sources)
-        self.scalars[:, :at].copy_(torch.tensor(scalars))
+        unused = [0.0] * (self.scalars.shape[1] - at)
+        copy_to(self.scalars, torch.tensor([some + unused for some in scalars]))
 
     def _load_layout(self, key: GraphKey, pack: Pack) -> None:
         n, count = pack.num_tokens, len(pack.segments.spans)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from krea2_srt.kernels.token_rows import TokenRows
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.rope import rope_rotations
 from krea2_srt.runner.byte_cache import ByteCache
@@ -76,9 +77,9 @@ def build_pack(
         tuple(text),
         tuple(image),
         rope,
-        TokenRows(index.to(device), spans),
-        _is_text(text, num_tokens).to(device),
-        _partners(shapes, image, num_tokens).to(device),
+        TokenRows(to_device(index, device), spans),
+        to_device(_is_text(text, num_tokens), device),
+        to_device(_partners(shapes, image, num_tokens), device),
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 from krea2_srt.errors import CheckpointError, first_line
+from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.weights import (
     Target,
     check_weights,
@@ -86,7 +87,7 @@ class TextEncoder:
         """
         ids = [self.tokenize(prompt)[0] for prompt in prompts]
         if self.graphs is None:
-            tapped = self._tapped(padded(ids, len(ids), max(map(len, ids))).to(self.device))
+            tapped = self._tapped(to_device(padded(ids, len(ids), max(map(len, ids))), self.device))
             return [tapped[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
         tapped = self.graphs(ids)
         return [tapped[row, PREFIX_TOKENS : len(x)].clone() for row, x in enumerate(ids)]

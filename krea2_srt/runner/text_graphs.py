@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.errors import first_line
+from krea2_srt.model.host_copies import copy_to, to_device
 from krea2_srt.runner.graphs import USES_BEFORE_CAPTURE, Capture, Replay
 
 logger = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class TextGraphs:
         rows, length = len(ids), max(map(len, ids))
         key = (1 << (rows - 1).bit_length(), -(-length // LENGTH_STEP) * LENGTH_STEP)
         if not self._worth_it(key):
-            return self._forward(padded(ids, rows, length).to(self._ids.device))
+            return self._forward(to_device(padded(ids, rows, length), self._ids.device))
         places, states = self._places(key)
-        places.copy_(padded(ids, *key))
+        copy_to(places, padded(ids, *key))
         replay = self._graphs.get(key) or self._add(key)
         if replay is None:
             return self._forward(places)
