@@ -1,4 +1,6 @@
-"""Every kernel compiles for Hopper at the released model's sizes, and keeps to its registers."""
+"""Every kernel compiles for each kind of GPU at the released model's sizes, and keeps to what a
+processor of it has.
+"""
 
 import json
 import os
@@ -8,13 +10,26 @@ from pathlib import Path
 
 import pytest
 
+Resources = dict[str, dict[str, int]]
+"""Of each kernel on each target, by "kernel on sm_90"."""
 
-@pytest.fixture(scope="module")
-def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        # Hopper, which is measured, and the first with e4m3 and the least shared memory.
+        pytest.param((90, 89), id="sm_90,89"),
+        pytest.param((80, 100, 120), id="sm_80,100,120", marks=pytest.mark.slow),
+    ],
+)
+def resources(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Resources:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    program = [sys.executable, "-m", "tests.kernels.compile_for_targets", "--target"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_hopper"],
+        [*program, *map(str, request.param)],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -22,12 +37,28 @@ def resources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, i
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    assert sorted(found) == sorted(map(str, request.param))
+    return {
+        f"{name} on sm_{target}": values
+        for target, kernels in found.items()
+        for name, values in kernels.items()
+    }
+
+
+def test_every_kernel_is_there(resources):
+    kernels = {name.partition(" on ")[0] for name in resources}
+    assert len(kernels) >= 19
+    assert {name for name in resources if "fp8" in name and "sm_80" in name} == set()
 
 
 def test_no_kernel_spills(resources):
-    assert len(resources) >= 16
     assert {name: r for name, r in resources.items() if r["spilled_bytes"]} == {}
+
+
+def test_every_kernel_fits_into_the_shared_memory_of_a_block(resources):
+    too_much = {name: r for name, r in resources.items() if r["shared_bytes"] > r["shared_limit"]}
+    assert too_much == {}
 
 
 def test_every_kernel_loads_16_bytes_at_a_time(resources):

@@ -1,9 +1,13 @@
-"""Compiles every kernel for Hopper at the released model's sizes, which needs no GPU, and prints
-registers, spilled bytes and loads of 16 bytes as JSON. A program of its own: Triton must not be
-interpreting.
+"""Compiles every kernel for each kind of GPU at the released model's sizes, which needs no GPU, and
+prints registers, spilled bytes, shared memory and loads of 16 bytes as JSON. A program of its own:
+Triton must not be interpreting.
+
+    python -m tests.kernels.compile_for_targets [--target 80 90 ...]
 """
 
+import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -21,12 +25,24 @@ from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.kernels.token_rows import TokenRows
 
-TARGET = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that a block may have, by compute capability (CUDA programming guide)."""
+
+FP8_FROM = 89
+"""The first capability that has e4m3."""
+
+PROCESSES = 2
+
 HIDDEN, MLP, HEADS, KV_HEADS, TOKENS, ROWS = 6144, 16384, 48, 12, 8, 2
 
 
-def compiled(kernel: JITFunction, args: tuple, options: dict) -> dict[str, int]:
-    """Registers and spilled bytes of a kernel, launched with these arguments."""
+Call = tuple[JITFunction, tuple, dict]
+"""A kernel, what it was launched with, and its options."""
+
+
+def compiled(call: Call, target: int) -> dict[str, int]:
+    """What a kernel takes of a processor, launched so on a target."""
+    kernel, args, options = call
     names = kernel.arg_names
     constexprs = {name: options[name] for name in names if name in options}
     signature, attributes = {}, {}
@@ -44,11 +60,20 @@ def compiled(kernel: JITFunction, args: tuple, options: dict) -> dict[str, int]:
             divisible = isinstance(value, int) and value % 16 == 0 and not free
         if divisible:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    built = triton.compile(source, target=TARGET, options={"num_warps": options["num_warps"]})
-    wide = re.findall(r"ld\.global[.\w]*\.v4\.b32|cp\.async\.cg[^;]*, 0x10,", built.asm["ptx"])
-    found = {"warps": options["num_warps"], "wide_loads": len(wide)}
-    return resources(built.asm["cubin"]) | found
+    built = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", target, 32),
+        options={name: options[name] for name in ("num_warps", "num_stages") if name in options},
+    )
+    wide = re.findall(
+        r"ld\.global[.\w:]*\.v(?:[48]\.b32|2\.b64)|cp\.async\.cg[^;]*, 0x10,", built.asm["ptx"]
+    )
+    return resources(built.asm["cubin"]) | {
+        "warps": options["num_warps"],
+        "wide_loads": len(wide),
+        "shared_bytes": built.metadata.shared,
+        "shared_limit": SHARED_LIMIT[target] * 1024,
+    }
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -107,17 +132,45 @@ def launches():
         yield f"channel norm {channels}", lambda i=image, g=gamma: channel_norm_triton(i, g, True)
 
 
-def main() -> None:
-    found: dict[str, dict[str, int]] = {}
-    recorded: list[tuple[JITFunction, tuple, dict]] = []
-    JITFunction.run = lambda self, *args, grid, warmup, **options: recorded.append(
+def recorded() -> dict[str, Call]:
+    """Every variant's call, which is not made."""
+    calls: dict[str, Call] = {}
+    made: list[Call] = []
+    JITFunction.run = lambda self, *args, grid, warmup, **options: made.append(
         (self, args, options)
     )
     for name, launch in launches():
         launch()
-        (call,) = recorded
-        recorded.clear()
-        found[name] = compiled(*call)
+        (calls[name],) = made
+        made.clear()
+    return calls
+
+
+CALLS: dict[str, Call] = {}
+"""What `main` recorded, for the processes that it forks."""
+
+
+def compile_one(job: tuple[int, str]) -> tuple[int, str, dict[str, int]]:
+    target, name = job
+    return target, name, compiled(CALLS[name], target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    known = list(SHARED_LIMIT)
+    parser.add_argument("--target", type=int, nargs="+", choices=known, default=known)
+    targets = parser.parse_args().target
+    CALLS.update(recorded())
+    jobs = [
+        (target, name)
+        for name in CALLS
+        for target in targets
+        if target >= FP8_FROM or "fp8" not in name
+    ]
+    found: dict[int, dict[str, dict[str, int]]] = {target: {} for target in targets}
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        for target, name, resources in pool.imap(compile_one, jobs):
+            found[target][name] = resources
     json.dump(found, sys.stdout, indent=1)
 
 
