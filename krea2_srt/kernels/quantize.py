@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from krea2_srt.kernels.launch import device_of
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Of the formats, the largest value that is used."""
 
@@ -162,3 +164,41 @@ def store_token(
         x = tl.minimum(tl.maximum(x, -448.0), 448.0)
         tl.store(out_scale_ptr + token, scale)
     tl.store(out_ptr + token.to(tl.int64) * WIDTH + columns, x.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    out_ptr,
+    out_scale_ptr,
+    hadamard_ptr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROTATION: tl.constexpr,
+):
+    token = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    x = tl.load(x_ptr + token.to(tl.int64) * WIDTH + columns, mask, 0.0).to(tl.float32)
+    store_token(
+        x, token, columns, mask, out_ptr, out_scale_ptr, hadamard_ptr, WIDTH, BLOCK, True, ROTATION
+    )
+
+
+def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
+    """See `quantize_tokens`; to fp8 only, of contiguous tokens."""
+    num_tokens, width = x.shape
+    assert x.is_contiguous()
+    launch, _ = device_of(x.device).launch("quantize", num_tokens)
+    out, out_scale, matrix = output_tokens(x, width, format)
+    _quantize_kernel[(num_tokens,)](
+        x,
+        out,
+        out_scale,
+        matrix,
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        ROTATION=format.rotation,
+        num_warps=launch.num_warps,
+    )
+    return QuantizedTokens(out, out_scale)

@@ -13,16 +13,19 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from krea2_srt.kernels import products
 from krea2_srt.kernels.channel_norm import channel_norm_triton
 from krea2_srt.kernels.operations import TRITON
-from krea2_srt.kernels.quantize import TokenFormat
+from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
 from krea2_srt.kernels.token_rows import TokenRows
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -40,7 +43,15 @@ Call = tuple[JITFunction, tuple, dict]
 """A kernel, what it was launched with, and its options."""
 
 
-def compiled(call: Call, target: int) -> dict[str, int]:
+WIDE = re.compile(
+    r"ld\.global[.\w:]*\.v(?:[48]\.b32|2\.b64)|cp\.async\.cg[^;]*, 0x10,|cp\.async\.bulk\.tensor"
+)
+"""Loads of 16 bytes and more."""
+
+TENSOR_CORES = re.compile(r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)")
+
+
+def compiled(call: Call, target: int) -> dict[str, Any]:
     """What a kernel takes of a processor, launched so on a target."""
     kernel, args, options = call
     names = kernel.arg_names
@@ -51,6 +62,10 @@ def compiled(call: Call, target: int) -> dict[str, int]:
             signature[name] = "constexpr"
             continue
         value = args[position]
+        if isinstance(value, TensorDescriptor):
+            element = triton.runtime.jit.mangle_type(value.base).removeprefix("*")
+            signature[name] = f"tensordesc<{element}{value.block_shape}>"
+            continue
         if isinstance(value, torch.Tensor):
             signature[name] = triton.runtime.jit.mangle_type(value)
             divisible = not kernel.params[position].do_not_specialize_on_alignment
@@ -65,12 +80,11 @@ def compiled(call: Call, target: int) -> dict[str, int]:
         target=GPUTarget("cuda", target, 32),
         options={name: options[name] for name in ("num_warps", "num_stages") if name in options},
     )
-    wide = re.findall(
-        r"ld\.global[.\w:]*\.v(?:[48]\.b32|2\.b64)|cp\.async\.cg[^;]*, 0x10,", built.asm["ptx"]
-    )
+    ptx = built.asm["ptx"]
     return resources(built.asm["cubin"]) | {
         "warps": options["num_warps"],
-        "wide_loads": len(wide),
+        "wide_loads": len(WIDE.findall(ptx)),
+        "tensor_cores": sorted(set(TENSOR_CORES.findall(ptx))),
         "shared_bytes": built.metadata.shared,
         "shared_limit": SHARED_LIMIT[target] * 1024,
     }
@@ -113,6 +127,21 @@ def launches():
             f"silu mul{name}",
             lambda f=format: do.silu_mul(torch.zeros(TOKENS, 2 * MLP, dtype=bf16), f),
         )
+        if format is not None:
+            yield (
+                f"quantize{name}",
+                lambda f=format: quantize_tokens_triton(torch.zeros(TOKENS, MLP, dtype=bf16), f),
+            )
+    for name, dtype in (("", bf16), (" fp8", torch.float8_e4m3fn)):
+        matrix, ones = torch.empty(2 * MLP, HIDDEN, dtype=dtype), torch.ones(2 * MLP, 1)
+        tokens = x if dtype is bf16 else QuantizedTokens(x.to(dtype), ones[:TOKENS])
+        yield (
+            f"swiglu product{name}",
+            lambda t=tokens, m=matrix, s=ones: products.swiglu_product_triton(
+                t, m, s if m.dtype is not bf16 else None, bf16
+            ),
+        )
+    yield "product fp8", lambda: products.scaled_product_triton(tokens, matrix, ones, bf16)
     yield "add gated", lambda: do.add_gated(x, gate, branch, rows)
     yield (
         "qk norm rope",
@@ -132,8 +161,9 @@ def launches():
         yield f"channel norm {channels}", lambda i=image, g=gamma: channel_norm_triton(i, g, True)
 
 
-def recorded() -> dict[str, Call]:
-    """Every variant's call, which is not made."""
+def recorded(target: int) -> dict[str, Call]:
+    """Every variant's call as for a target, which is not made."""
+    products.tiles_of = lambda device: products.TILES.get(divmod(target, 10), products.SMALL)
     calls: dict[str, Call] = {}
     made: list[Call] = []
     JITFunction.run = lambda self, *args, grid, warmup, **options: made.append(
@@ -146,13 +176,13 @@ def recorded() -> dict[str, Call]:
     return calls
 
 
-CALLS: dict[str, Call] = {}
+CALLS: dict[int, dict[str, Call]] = {}
 """What `main` recorded, for the processes that it forks."""
 
 
-def compile_one(job: tuple[int, str]) -> tuple[int, str, dict[str, int]]:
+def compile_one(job: tuple[int, str]) -> tuple[int, str, dict[str, Any]]:
     target, name = job
-    return target, name, compiled(CALLS[name], target)
+    return target, name, compiled(CALLS[target][name], target)
 
 
 def main() -> None:
@@ -160,14 +190,14 @@ def main() -> None:
     known = list(SHARED_LIMIT)
     parser.add_argument("--target", type=int, nargs="+", choices=known, default=known)
     targets = parser.parse_args().target
-    CALLS.update(recorded())
+    CALLS.update({target: recorded(target) for target in targets})
     jobs = [
         (target, name)
-        for name in CALLS
         for target in targets
+        for name in CALLS[target]
         if target >= FP8_FROM or "fp8" not in name
     ]
-    found: dict[int, dict[str, dict[str, int]]] = {target: {} for target in targets}
+    found: dict[int, dict[str, dict[str, Any]]] = {target: {} for target in targets}
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
         for target, name, resources in pool.imap(compile_one, jobs):
             found[target][name] = resources

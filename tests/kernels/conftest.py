@@ -34,3 +34,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return dot(self, a, b, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot_of_bf16)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel leaves unwritten holds NaNs, or the largest byte in fp8."""
+    new_empty, empty = torch.Tensor.new_empty, torch.empty
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(torch.uint8).fill_(255).view(tensor.dtype)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))

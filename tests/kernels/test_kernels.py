@@ -27,21 +27,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 PACKS = [((1,), 64), ((5, 0, 1, 17), 96), ((3, 3), 256), ((40, 1), 336)]
 FP8 = [TokenFormat(), TokenFormat(rotation=16)]
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+
 both = pytest.mark.parametrize("do", [TORCH, TRITON], ids=lambda do: do.name)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 packs = pytest.mark.parametrize(("lengths", "width"), PACKS)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch):
-    """Memory that a kernel leaves unwritten holds NaNs, or the largest byte in fp8."""
-    new_empty, empty = torch.Tensor.new_empty, torch.empty
-
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view(torch.uint8).fill_(255).view(tensor.dtype)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
