@@ -81,7 +81,6 @@ class Context:
     def vae(self) -> VAEDecoder:
         vae = random_vae(self.architecture.vae_dim, self.device, self.dtype)
         vae.use_kernels(self.dit.operations is TRITON)
-        torch.backends.cudnn.benchmark = True
         return vae
 
     @cached_property

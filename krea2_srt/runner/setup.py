@@ -134,8 +134,6 @@ class Setup:
             return runner
         logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.table())
         runner.vae.use_kernels(runner.dit.operations is TRITON)
-        # The VAE's convolutions are the only ones of the process, and their sizes repeat.
-        torch.backends.cudnn.benchmark = True
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)
         if self.config.warm_up_s:

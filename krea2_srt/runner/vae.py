@@ -29,8 +29,23 @@ from krea2_srt.model.weights import (
 )
 
 CLASS_NAME = "AutoencoderKLQwenImage"
-_SCORES_PER_SLICE = {"cpu": 2**25, "cuda": 2**23}
-"""Attention scores computed at a time; on a GPU as many as its cache holds in float32."""
+_MAX_SCORES = {"cpu": 2**25, "cuda": 2**28}
+"""Attention scores computed at a time, at most; a GPU is kept busy by few large products."""
+
+BYTES_PER_SCORE = 8
+"""On a GPU: of the scores and their softmax, both in float32."""
+
+_SCORES_SHARE = 1 / 32
+"""Of a GPU's memory that scores may take: what a 2048 x 2048 decode takes anyway."""
+
+
+def scores_per_slice(device: torch.device) -> int:
+    """Attention scores computed at a time: 2^28 on a GPU of 80 GB, fewer on a smaller one."""
+    most = _MAX_SCORES[device.type]
+    if device.type == "cpu":
+        return most
+    memory = torch.cuda.get_device_properties(device).total_memory * _SCORES_SHARE
+    return min(most, 1 << int(math.log2(memory / BYTES_PER_SCORE)))
 
 
 def default_tile(device: torch.device) -> int:
@@ -188,12 +203,12 @@ class AttentionBlock(nn.Module):
         """
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
         q, k, v = qkv.chunk(3, dim=-1)
+        rows = max(1, scores_per_slice(x.device) // k.shape[2])
         pieces: list[Tensor] = []
-        scores = _SCORES_PER_SLICE[x.device.type]
-        for some in q.split(max(1, scores // k.shape[2]), dim=2):
+        for piece in _attend(q, k, v, rows):
             if pieces:
                 yield None
-            pieces.append(_attend(some, k, v))
+            pieces.append(piece)
         out = torch.cat(pieces, dim=2).squeeze(1).transpose(1, 2).reshape(x.shape)
         yield x + self.proj(out)
 
@@ -202,17 +217,20 @@ class AttentionBlock(nn.Module):
             yield from getattr(self, name).targets(f"{prefix}{name}.")
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention with one wide head: [n, 1, rows, width] and [n, 1, pixels, width]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Iterator[Tensor]:
+    """Attention with one wide head, [1, 1, pixels, width] each: yields so many rows at a time."""
     if not q.is_cuda or q.dtype is torch.float32:
-        return F.scaled_dot_product_attention(q, k, v)
+        for some in q.split(rows, dim=2):
+            yield F.scaled_dot_product_attention(some, k, v)
+        return
     # FlashAttention ends at a width of 256, and the kernel that torch would take for 384 runs at a
     # tenth of the matmul rate. Scores stay in float32 until they are weights.
-    found = []
-    for q_, k_, v_ in zip(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), strict=True):
-        scores = torch.mm(q_ * q.shape[-1] ** -0.5, k_.t(), out_dtype=torch.float32)
-        found.append(torch.mm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype), v_))
-    return torch.stack(found).unflatten(0, q.shape[:2])
+    q, keys, v = (q * q.shape[-1] ** -0.5)[0, 0], k[0, 0].t(), v[0, 0]
+    for some in q.split(rows):
+        # In one expression: each of the large tensors goes as soon as the next one is there.
+        yield torch.mm(
+            torch.softmax(torch.mm(some, keys, out_dtype=torch.float32), dim=-1).to(v.dtype), v
+        )[None, None]
 
 
 class Upsample(nn.Module):

@@ -4,7 +4,7 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.errors import DrainingError, QueueFullError, RequestError
 from tests.engine.fakes import Harness, image
 
-W_1024 = (8 * 143.03 + 19.58 + 2.51) / 1e3
+W_1024 = (8 * 143.03 + 24.89 + 2.51) / 1e3
 """Seconds of work of a 1024 x 1024 image of 8 steps."""
 
 

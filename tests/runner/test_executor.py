@@ -143,7 +143,7 @@ def test_attention_in_slices_equals_attention_at_once(runner, monkeypatch):
     whole = runner.decode(sequence)
     from krea2_srt.runner import vae
 
-    monkeypatch.setattr(vae, "_SCORES_PER_SLICE", {"cpu": 96 * 10})
+    monkeypatch.setattr(vae, "_MAX_SCORES", {"cpu": 96 * 10})
     assert relative_error(runner.decode(sequence), whole) <= 1e-6
 
 

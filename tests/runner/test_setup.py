@@ -195,3 +195,12 @@ def test_the_engine_draws_on_graphs_what_it_draws_without(as_on_a_gpu, runner, w
         pixels.append(executor.take_pixels(request.sequences[0]))
         assert executor.empty
     assert abs(pixels[0].astype(int) - pixels[1]).max() <= 1
+
+
+def test_nothing_switches_cudnns_search_on():
+    """It would time plans for seconds, while requests wait, at each new picture size."""
+    package = Path(module.__file__).parents[1]
+    sources = [path.read_text() for path in package.rglob("*.py")]
+    assert len(sources) > 50
+    assert not any("cudnn.benchmark" in source for source in sources)
+    assert not torch.backends.cudnn.benchmark

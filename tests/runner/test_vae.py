@@ -3,12 +3,21 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from krea2_srt.engine.cost import FLOPS_PER_PIXEL
 from krea2_srt.errors import CheckpointError
-from krea2_srt.runner.vae import load_vae
+from krea2_srt.runner import vae as module
+from krea2_srt.runner.latents import unpatchify
+from krea2_srt.runner.pixels import quantize
+from krea2_srt.runner.vae import VAEConfig, VAEDecoder, load_vae
 from tests.conftest import CPU, psnr, relative_error
 
 
@@ -67,8 +76,6 @@ def test_pixels_on_the_kernels_are_those_on_torch(vae, demo_model, monkeypatch):
 
 def test_the_attention_of_a_gpu_is_that_of_the_cpu(monkeypatch):
     """torch multiplies bf16 into float32 on CUDA only; a stand-in does so here."""
-    from krea2_srt.runner import vae as module
-
     multiply = torch.mm
 
     def mm(a, b, out_dtype=None):
@@ -76,15 +83,99 @@ def test_the_attention_of_a_gpu_is_that_of_the_cpu(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, n, 48, generator=generator).bfloat16() for n in (7, 20, 20))
+    q, k, v = (torch.randn(1, 1, 20, 48, generator=generator).bfloat16() for _ in range(3))
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
-    got = module._attend(q.as_subclass(OnCuda), k, v)
+    pieces = list(module._attend(q.as_subclass(OnCuda), k, v, 7))
+    assert [piece.shape[2] for piece in pieces] == [7, 7, 6]
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert got.shape == expected.shape
-    assert relative_error(torch.Tensor(got.float()), expected) <= 1e-2
+    got = torch.Tensor(torch.cat(pieces, dim=2).float())
+    assert relative_error(got, expected) <= 1e-2
+
+
+_KERNELS = {"aten.convolution": 2, "aten.conv2d": 2, "aten.isfinite": 3}
+_NOTHING = {"aten.empty", "aten.empty_like", "aten.new_empty"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU is told to do; a view is nothing.
+
+    Attributes:
+        number: so far. A convolution with a bias is two: cuDNN's, and the addition.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            name = str(func.overloadpacket)
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            view = not func._schema.is_mutable and any(same_memory(out, x) for x in given)
+            if not view and name not in _NOTHING:
+                self.number += _KERNELS.get(name, 1)
+        return out
+
+
+def same_memory(a, b):
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+@pytest.fixture
+def released_vae_on_a_gpu(monkeypatch):
+    """Of the released width, in fake tensors: decodes and quantises under a dispatch mode."""
+
+    def decode(memory_gib, side, mode):
+        properties = SimpleNamespace(total_memory=int(memory_gib * 2**30))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        # The kernel: one launch.
+        monkeypatch.setattr(module, "channel_norm_triton", lambda x, gamma, silu: x.neg())
+        with FakeTensorMode():
+            with torch.device("cuda"):
+                decoder = VAEDecoder(released_config(), torch.bfloat16).eval()
+                tokens = torch.empty((side // 16) ** 2, 64)
+            decoder.use_kernels()
+            with torch.inference_mode(), mode:
+                *_, pixels = decoder.decode_slices(unpatchify(tokens, side // 16, side // 16))
+                quantize(pixels), torch.isfinite(pixels).all()
+        assert pixels.shape == (3, side, side)
+
+    return decode
+
+
+def released_config():
+    zeros, ones = (0.0,) * 16, (1.0,) * 16
+    return VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), zeros, ones)
+
+
+def test_a_large_decode_is_few_launches(released_vae_on_a_gpu):
+    """On the GPUs that it is meant for: each launch is host time beside the steps."""
+    launches, on_a_smaller_gpu = Launches(), Launches()
+    released_vae_on_a_gpu(79.1, 2048, launches)
+    assert 200 < launches.number <= 300
+    released_vae_on_a_gpu(23.5, 2048, on_a_smaller_gpu)
+    assert launches.number < on_a_smaller_gpu.number < 600
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "scores"), [(139.8, 2**28), (79.1, 2**28), (47.4, 2**27), (23.5, 2**26)]
+)
+def test_scores_of_the_attention_take_a_small_share_of_the_memory(monkeypatch, memory_gib, scores):
+    properties = SimpleNamespace(total_memory=int(memory_gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = module.scores_per_slice(torch.device("cuda"))
+    assert found == scores
+    assert found * module.BYTES_PER_SCORE <= properties.total_memory / 32
+
+
+def test_the_prior_counts_what_a_decode_computes(released_vae_on_a_gpu):
+    flops = FlopCounterMode(display=False)
+    released_vae_on_a_gpu(79.1, 1024, flops)
+    assert pytest.approx(flops.get_total_flops() / 1024**2, rel=0.02) == FLOPS_PER_PIXEL
 
 
 @pytest.mark.parametrize(
