@@ -1,0 +1,569 @@
+"""The machine: takes every operation that production code queues, and holds it to the rules."""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cuda_rules.graph import Capture, Graph
+from tests.cuda_rules.memory import DEFAULT_POOL, Allocator, Handle, Memory, PoolId, Span
+from tests.cuda_rules.rules import CudaError, Rule, RuleError
+from tests.cuda_rules.streams import Clock, Event, Stream, merge
+from tests.cuda_rules.tensors import CUDA, DeviceTensor, Shapes, extent, span, tensors_of
+from tests.cuda_rules.triton_writes import written_arguments
+
+aten = torch.ops.aten
+
+_READS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal}
+_MOVES = {aten.to, aten._to_copy}
+_SHAPED_BY_DATA = (
+    "nonzero",
+    "masked_select",
+    "unique",
+    "_unique",
+    "bincount",
+    "argwhere",
+    "repeat_interleave.Tensor",
+)
+_EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
+_RANDOM = ("randn", "rand", "normal", "uniform", "bernoulli", "randint", "exponential", "randperm")
+_INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+_PLANNED = ("conv", "scaled_dot_product", "attention", "attn", "mm", "linear", "matmul", "einsum")
+"""Parts of the names of what cuBLAS, cuDNN or an attention kernel does."""
+
+_KEEPS_VALUE = ("all", "any", "clone", "copy", "amax", "amin", "max", "min", "cat", "stack")
+
+
+class _Local(threading.local):
+    """Of a thread."""
+
+    stream: Stream | None = None
+    capture: Graph | None = None
+    pool: PoolId | None = None
+
+
+class Machine:
+    """A CUDA device that computes nothing.
+
+    Attributes:
+        violations: of rules, also of those whose error somebody caught.
+        waits: what the host has waited for, in words; outside of captures that is no violation.
+        looks: at an event, for which it is not done.
+        read: may change a number that the host reads, from the tensor and what it would be.
+        allocator: of the device's memory.
+        launched: how many operations were queued.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.lock = threading.RLock()
+        self.open = True
+        self.violations: list[RuleError] = []
+        self.waits: list[str] = []
+        self.looks = 1
+        self.read: Callable[[Tensor, int], float] | None = None
+        self.local = _Local()
+        self.streams: list[Stream] = []
+        self.captures: list[Graph] = []
+        self.host: Clock = {}
+        self.work = 0
+        self.launched = 0
+        self.dead: deque[Memory] = deque()
+        self.allocator = Allocator(self, limit)
+        self.Stream = type("Stream", (Stream,), {"machine": self})
+        self.Event = type("Event", (Event,), {"machine": self})
+        self.CUDAGraph = type("CUDAGraph", (Graph,), {"machine": self})
+        self.default = self.Stream()
+        self._shapes = Shapes()
+        self._pinned: dict[int, Memory] = {}
+        self._pools: dict[PoolId, Memory] = {}
+        self._num_pools = 0
+        self._plans: set[Any] = set()
+
+    # What tests ask for.
+
+    @contextmanager
+    def breaks(self, rule: Rule) -> Iterator[None]:
+        """For code that is to break a rule, whoever catches the error."""
+        before = len(self.violations)
+        with suppress(CudaError):
+            yield
+        broken = [error.rule for error in self.violations[before:]]
+        assert broken, f"nothing broke the rule: {rule.value}"
+        assert set(broken) == {rule}, f"not {rule}, but {self.violations[before:]}"
+        del self.violations[before:]
+
+    @contextmanager
+    def no_waits(self) -> Iterator[None]:
+        """For code in which the host does not wait for the device."""
+        before = len(self.waits)
+        yield
+        assert not self.waits[before:], self.waits[before:]
+
+    def fail_allocations(self, *numbers: int) -> None:
+        """Let some of the allocations to come run out of memory; 1 is the next one."""
+        self.allocator.fail_at = {self.allocator.count + number for number in numbers}
+
+    # What streams, graphs and memory ask for.
+
+    def fail(self, rule: Rule, text: str) -> None:
+        """A rule was broken."""
+        error = RuleError(rule, text)
+        self.violations.append(error)
+        raise error
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return self.local.stream or self.default
+
+    def set_stream(self, stream: Stream | None) -> None:
+        self.local.stream = stream
+
+    def graph_pool_handle(self) -> PoolId:
+        self._num_pools += 1
+        return (0, self._num_pools)
+
+    def pool_memory(self, pool: PoolId) -> Memory:
+        """Stands for what graphs of a pool share."""
+        return self._pools.setdefault(pool, Memory(1, None))
+
+    def reap(self) -> None:
+        """Free the memory that nobody holds any more."""
+        while self.dead:
+            self.allocator.free(self.dead.popleft())
+
+    def begin(self, stream: Stream) -> int:
+        """The number of the next operation of a stream, which begins after what the host knows."""
+        merge(stream.clock, self.host)
+        stream.clock[stream.stream_id] += 1
+        self.work += 1
+        self.launched += 1
+        return stream.clock[stream.stream_id]
+
+    def no_capture(self, what: str, captured: Capture | None = None) -> None:
+        """The host may not wait, or look, while its thread captures."""
+        if (graph := self.local.capture) is not None:
+            graph.invalidate(Rule.WAIT, f"{what} on {graph.origin}")
+        if captured is not None:
+            text = f"{what}, of work that is captured"
+            if captured.graph is not None:
+                captured.graph.invalidate(Rule.WAIT, text)
+            self.fail(Rule.WAIT, text)
+
+    def wait(self, clock: Clock, what: str, captured: Capture | None = None) -> None:
+        """The host waits for the device."""
+        with self.lock:
+            self.reap()
+            self.no_capture(what, captured)
+            self.waits.append(what)
+            merge(self.host, clock)
+
+    def synchronize(self, device: Any = None) -> None:
+        """Of the whole device: it spoils the captures of all threads."""
+        with self.lock:
+            self.no_capture("synchronize of the device")
+            for graph in self.captures:
+                graph.invalidate(Rule.WAIT, "synchronize of the device by another thread")
+            for stream in self.streams:
+                merge(self.host, stream.clock)
+            self.waits.append("synchronize of the device")
+            self.reap()
+
+    def empty_cache(self) -> None:
+        with self.lock:
+            self.reap()
+            if (graph := self.local.capture) is not None:
+                graph.invalidate(Rule.OUTSIDE, "empty_cache in a capture")
+            self.allocator.release_cached()
+
+    def use(
+        self, memory: Memory, stream: Stream, where: Span, write: bool, number: int, what: str
+    ) -> None:
+        """Hold one use of memory, by an operation that runs, to the rules."""
+        if memory.graph is not None and memory.graph.released:
+            self.fail(
+                Rule.RELEASED, f"{what} uses {memory.num_bytes} bytes of a graph that is gone"
+            )
+        if found := memory.uses.conflict(stream.clock, stream.stream_id, where, write):
+            self.fail(
+                Rule.RACE,
+                f"{what} {'writes' if write else 'reads'} {memory.num_bytes} bytes, {found}, "
+                "with nothing between the two that waits",
+            )
+        memory.uses.note(stream.stream_id, where, write, number, what)
+
+    # Pinned memory.
+
+    def pinned(self, tensor: Tensor) -> Memory | None:
+        """Its memory if it is pinned."""
+        if not self._pinned or isinstance(tensor, DeviceTensor):
+            return None
+        return self._pinned.get(tensor.untyped_storage()._cdata)
+
+    def pin(self, tensor: Tensor, foreign: bool = False) -> Tensor:
+        """From now on its memory is pinned."""
+        storage = tensor.untyped_storage()
+        memory = Memory(storage.nbytes(), None, foreign=foreign)
+        key = storage._cdata
+        self._pinned[key] = memory
+
+        def free() -> None:
+            del self._pinned[key]
+            if foreign and memory.uses.pending(self.host):
+                self.violations.append(
+                    RuleError(Rule.PINNED, "registered memory is freed before its copy is done")
+                )
+
+        weakref.finalize(storage, free).atexit = False
+        return tensor
+
+    def host_use(self, tensor: Tensor, write: bool, what: str) -> None:
+        """The host reads or writes a tensor of its own."""
+        memory = self.pinned(tensor)
+        if memory is None:
+            return
+        stream = -1  # the host's own
+        if found := memory.uses.conflict(self.host, stream, span(tensor), write):
+            self.fail(
+                Rule.PINNED, f"the host {'writes' if write else 'reads'} it ({what}), {found}"
+            )
+
+    # Operations.
+
+    def launch(self, kernel: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Of a Triton kernel."""
+        names = kernel.arg_names
+        given = dict(zip(names, args, strict=False)) | kwargs
+        written = written_arguments(kernel)
+        uses, form = [], []
+        for name in names:
+            value = given.get(name)
+            if isinstance(value, DeviceTensor):
+                uses.append((value, name in written))
+                form.append((tuple(value.shape), value.dtype))
+            elif isinstance(value, Tensor):
+                raise ValueError(
+                    f"Pointer argument {name} cannot be accessed from Triton (cpu tensor?)"
+                )
+        with self.lock:
+            self.reap()
+            self._run(kernel.__name__, (kernel.__name__, *form), uses)
+
+    def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Of torch's dispatcher."""
+        tensors = tensors_of(args, kwargs)
+        target = kwargs.get("device")
+        if target is None:
+            target = next((a for a in args if isinstance(a, torch.device)), None)
+        on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
+        if not on_device and (target is None or torch.device(target).type != "cuda"):
+            return self._on_host(func, args, kwargs, tensors)
+        with self.lock:
+            self.reap()
+            packet = func.overloadpacket
+            if packet in _READS:
+                return self._read(func, tensors)
+            if packet in _MOVES:
+                return self._to(func, args, kwargs)
+            if packet is aten.copy_:
+                return self._copy(*_bound(func, args, kwargs, "self", "src", "non_blocking"))
+            if func.__name__.startswith(_SHAPED_BY_DATA) or (
+                packet is aten.index and any(t.dtype is torch.bool for t in tensors[1:])
+            ):
+                self._host_read(str(func))
+                raise CudaError(f"{func} returns as much as the data says, which nobody knows here")
+            return self._operation(func, args, kwargs, tensors)
+
+    def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: Any) -> Any:
+        packet = func.overloadpacket
+        if packet in (aten.pin_memory, aten._pin_memory):
+            self.host_use(tensors[0], False, "pin_memory")
+            return self.pin(torch.clone(tensors[0]).contiguous())
+        if packet is aten.is_pinned:
+            return self.pinned(tensors[0]) is not None
+        pin = kwargs.get("pin_memory")
+        if pin:
+            kwargs = kwargs | {"pin_memory": False}
+        if self._pinned:
+            schema = func._schema.arguments
+            for argument, value in zip(schema, args, strict=False):
+                some = value if isinstance(value, (list, tuple)) else [value]
+                info = argument.alias_info
+                write = info is not None and info.is_write
+                if info is None or write:
+                    for tensor in some:
+                        if isinstance(tensor, Tensor):
+                            self.host_use(tensor, write, str(func))
+        result = func(*args, **kwargs)
+        return self.pin(result) if pin else result
+
+    def _operation(
+        self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        name = func.__name__
+        generator = kwargs.get("generator")
+        if generator is not None:
+            kwargs = kwargs | {"generator": None}
+            if (graph := self.local.capture) is not None and name.startswith(_RANDOM):
+                graph.invalidate(Rule.OUTSIDE, f"{func} draws from a generator of its own")
+        if any(t.dim() and t.device.type == "cpu" for t in tensors):
+            if func.overloadpacket not in _INDEXED:
+                raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
+            self._pageable(f"{func} with indices on the host")
+        outputs, several = self._shapes.outputs(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        uses: list[tuple[DeviceTensor, bool]] = []
+        for tensor in tensors:
+            if isinstance(tensor, DeviceTensor):
+                uses.append((tensor, any(tensor is w for w in written)))
+        results: list[Any] = []
+        new: list[DeviceTensor] = []
+        for out in outputs:
+            if out is None:
+                results.append(None)
+            elif out.same is not None:
+                results.append(tensors[out.same])
+            elif out.view is not None:
+                base = tensors[out.view]
+                assert isinstance(base, DeviceTensor)
+                absolute = name.startswith("as_strided")
+                offset = out.offset if absolute else out.offset + base.storage_offset()
+                results.append(
+                    DeviceTensor.of(self, base.handle, out.size, out.stride, offset, out.dtype)
+                )
+            else:
+                new.append(self._new(out.size, out.stride, out.dtype, name))
+                results.append(new[-1])
+        if (new and func.overloadpacket not in _EMPTY) or written:
+            form = tuple((tuple(t.shape), t.dtype) for t, _ in uses)
+            self._plan(func, name, uses, kwargs)
+            self._run(name, (name, *form), uses + [(tensor, True) for tensor in new])
+            value = self._value(func, name, args, uses)
+            for tensor in (*new, *(w for w in written if isinstance(w, DeviceTensor))):
+                tensor.memory.value = value
+        if several:
+            return tuple(results) if not _returns_list(func) else results
+        return results[0] if results else None
+
+    def _new(self, size: Any, stride: Any, dtype: torch.dtype, what: str) -> DeviceTensor:
+        """A tensor in memory of its own, on the current stream."""
+        stream, graph = self.current_stream(), self.local.capture
+        pool = self.local.pool or DEFAULT_POOL
+        if graph is not None:
+            if stream.capture is not graph:
+                graph.invalidate(
+                    Rule.OUTSIDE, f"{what} allocates on {stream} while {graph.origin} is captured"
+                )
+            pool = graph.pool()
+        memory = self.allocator.allocate(
+            extent(size, stride) * dtype.itemsize,
+            stream,
+            pool,
+            None if graph is None else graph.state,
+        )
+        if graph is None:
+            # Its memory may be another's, whose last work on this stream is still under way.
+            number = stream.clock[stream.stream_id]
+            everything = (0, max(1, memory.num_bytes))
+            memory.uses.note(stream.stream_id, everything, True, number, f"{what} on {stream}")
+        return DeviceTensor.of(self, Handle(memory, self.dead), size, stride, 0, dtype)
+
+    def _run(self, name: str, form: Any, uses: list[tuple[DeviceTensor, bool]]) -> None:
+        """Queue an operation on the current stream."""
+        stream, graph = self.current_stream(), self.local.capture
+        if graph is not None:
+            if stream.capture is not graph:
+                graph.invalidate(
+                    Rule.OUTSIDE, f"{name} runs on {stream} while {graph.origin} is captured"
+                )
+            if graph.invalid is not None:
+                raise CudaError("CUDA error: operation failed due to a previous error in capture")
+            for tensor, _ in uses:
+                memory = tensor.memory
+                if memory.graph is not None and memory.graph.released:
+                    graph.invalidate(Rule.RELEASED, f"{name} uses memory of a graph that is gone")
+            graph.record(stream, form, [(t.memory, span(t), w) for t, w in uses], name)
+            return
+        if stream.capture is not None:
+            stream.capture.invalidate(
+                Rule.OUTSIDE, f"{name} of another thread on {stream}, which is captured"
+            )
+        number = self.begin(stream)
+        stream.operations.append(form)
+        what = f"{name} on {stream}"
+        for tensor, write in uses:
+            self.use(tensor.memory, stream, span(tensor), write, number, what)
+
+    def _plan(self, func: Any, name: str, uses: Any, kwargs: dict[str, Any]) -> None:
+        """Libraries build plans at the first call of a form, which no capture allows."""
+        if not any(part in name for part in _PLANNED):
+            return
+        stream, graph = self.current_stream(), self.local.capture
+        form = tuple((tuple(t.shape), t.stride(), t.dtype) for t, _ in uses)
+        flags = tuple(sorted((k, str(v)) for k, v in kwargs.items() if not isinstance(v, Tensor)))
+        backends: tuple[bool, ...] = ()
+        if "attention" in name:
+            cuda = torch.backends.cuda
+            backends = (
+                cuda.flash_sdp_enabled(),
+                cuda.mem_efficient_sdp_enabled(),
+                cuda.cudnn_sdp_enabled(),
+                cuda.math_sdp_enabled(),
+            )
+        key = (threading.get_ident(), stream.stream_id, func, form, flags, backends)
+        if key in self._plans:
+            return
+        if graph is not None:
+            shapes = ", ".join(str(shape) for shape, _, _ in form)
+            graph.invalidate(Rule.PLAN, f"{name} of {shapes} on {stream}")
+        self._plans.add(key)
+
+    def _value(self, func: Any, name: str, args: Any, uses: Any) -> int:
+        """What a host would read from a result, as far as finiteness and zeros go."""
+        first = next((t.memory.value for t, write in uses if not write), 0)
+        if name.startswith(("isfinite", "ones")):
+            return 1
+        if name.startswith(("logical_not", "bitwise_not")):
+            return 1 - first
+        if name.startswith(("ne.Scalar", "ne_")):
+            return int(first != args[1])
+        if name.startswith("eq.Scalar"):
+            return int(first == args[1])
+        return first if name.startswith(_KEEPS_VALUE) else 0
+
+    # What goes between host and device.
+
+    def _host_read(self, what: str) -> None:
+        if (graph := self.local.capture) is not None:
+            graph.invalidate(Rule.HOST_READ, f"{what} on {graph.origin}")
+        self.waits.append(what)
+        merge(self.host, self.current_stream().clock)
+
+    def _pageable(self, what: str) -> None:
+        if (graph := self.local.capture) is not None:
+            graph.invalidate(Rule.PAGEABLE, f"{what} on {graph.origin}")
+        self.waits.append(what)
+        merge(self.host, self.current_stream().clock)
+
+    def _number(self, tensor: DeviceTensor) -> float:
+        value: float = tensor.memory.value
+        return value if self.read is None else self.read(tensor, int(value))
+
+    def _read(self, func: Any, tensors: list[Tensor]) -> Any:
+        devices = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+        self._run(func.__name__, (func.__name__,), [(tensor, False) for tensor in devices])
+        self._host_read(str(func))
+        number = self._number(devices[0])
+        if func.overloadpacket in (aten.is_nonzero, aten.equal):
+            return bool(number)
+        if devices[0].dtype is torch.bool:
+            return bool(number)
+        return float(number) if devices[0].is_floating_point() else int(number)
+
+    def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        names = ("self", "device", "dtype", "non_blocking", "copy", "memory_format", "other")
+        source, device, dtype, non_blocking, copy, memory_format, other = _bound(
+            func, args, kwargs, *names
+        )
+        if other is not None:
+            device, dtype = other.device, other.dtype
+        device = source.device if device is None else torch.device(device)
+        dtype = source.dtype if dtype is None else dtype
+        if device.type == "cuda":
+            device = CUDA
+        same = device == source.device and dtype is source.dtype
+        plain = memory_format in (None, torch.preserve_format) or (
+            memory_format is not torch.preserve_format
+            and source.is_contiguous(memory_format=memory_format)
+        )
+        if func.overloadpacket is aten.to and same and not copy and plain:
+            return source
+        form = {} if plain else {"memory_format": memory_format}
+        (out,), _ = self._shapes.outputs(aten._to_copy.default, (source,), {"dtype": dtype, **form})
+        assert out is not None
+        if device.type == "cpu":
+            # torch pins what it makes for a copy that is not waited for.
+            host = torch.empty_strided(out.size, out.stride, dtype=dtype)
+            if non_blocking:
+                host = self.pin(host)
+            return self._copy(host, source, non_blocking)
+        result = self._new(out.size, out.stride, dtype, func.__name__)
+        return self._copy(result, source, non_blocking)
+
+    def _copy(self, target: Tensor, source: Tensor, non_blocking: bool | None) -> Tensor:
+        to_device, from_device = (isinstance(t, DeviceTensor) for t in (target, source))
+        form: Any = ("copy", tuple(target.shape), target.dtype, tuple(source.shape), source.dtype)
+        if to_device and from_device:
+            self._run("copy", form, [(source, False), (target, True)])
+            target.memory.value = source.memory.value
+            return target
+        host = source if to_device else target
+        pinned = self.pinned(host)
+        # Otherwise torch goes by a temporary copy in pageable memory.
+        direct = target.shape == source.shape and host.is_contiguous()
+        if to_device:
+            direct = direct and target.dtype is source.dtype
+        if pinned is None or not direct:
+            kind = "a copy of pageable memory"
+            if to_device:
+                self._pageable(f"{kind} to the device")
+                self._run("copy", form, [(target, True)])
+                merge(self.host, self.current_stream().clock)
+            else:
+                self._run_read_back(form, source)
+                self._host_read(f"{kind} to the host")
+        else:
+            self._pinned_copy(form, target, source, host, pinned, to_device)
+            if not non_blocking:
+                if (graph := self.local.capture) is not None:
+                    graph.invalidate(Rule.HOST_READ, "a copy that is waited for")
+                self.waits.append("a copy that is waited for")
+                merge(self.host, self.current_stream().clock)
+        if to_device:
+            target.memory.value = 0
+        else:
+            target.fill_(self._number(source))
+        return target
+
+    def _run_read_back(self, form: Any, source: DeviceTensor) -> None:
+        if (graph := self.local.capture) is not None:
+            graph.invalidate(Rule.HOST_READ, f"a copy to the host on {graph.origin}")
+        self._run("copy", form, [(source, False)])
+
+    def _pinned_copy(
+        self, form: Any, target: Any, source: Any, host: Tensor, pinned: Memory, to_device: bool
+    ) -> None:
+        device = target if to_device else source
+        stream = self.current_stream()
+        self._run("copy", form, [(device, to_device)])
+        what = f"a copy on {stream}"
+        if stream.capture is not None:
+            stream.capture.touched[pinned].setdefault((span(host), not to_device), what)
+            return
+        number = stream.clock[stream.stream_id]
+        self.use(pinned, stream, span(host), not to_device, number, what)
+
+
+def _bound(func: Any, args: Any, kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """Arguments by name; None of those that are not given."""
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
+    given |= kwargs
+    return [given.get(name) for name in names]
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """Arguments that an operation changes."""
+    found: list[Tensor] = []
+    for number, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            found += value if isinstance(value, (list, tuple)) else [value]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _returns_list(func: Any) -> bool:
+    returns = func._schema.returns
+    return len(returns) == 1 and "List" in str(returns[0].type)
