@@ -55,6 +55,19 @@ _ENGINE_COUNTERS = {
     "retried": ("krea2_engine_retried_sequences", "Sequences run again after a failed pack."),
     "context_cache_hits": ("krea2_engine_prompt_cache_hits", "Prompts found encoded."),
     "context_cache_misses": ("krea2_engine_prompt_cache_misses", "Prompts that were encoded."),
+    "graph_replays": ("krea2_engine_graph_replays", "Forwards that were a CUDA graph."),
+    "graph_misses_too_large": (
+        "krea2_engine_graph_misses_too_large",
+        "Forwards that ran kernel by kernel: too large for a graph.",
+    ),
+    "graph_misses_first_use": (
+        "krea2_engine_graph_misses_first_use",
+        "Forwards that ran kernel by kernel: the first of their size.",
+    ),
+    "graph_misses_failed": (
+        "krea2_engine_graph_misses_failed",
+        "Forwards that ran kernel by kernel: the capture for their size has failed.",
+    ),
 }
 _ENGINE_GAUGES = {
     "waiting": ("krea2_engine_waiting_requests", "Requests that have not begun."),
@@ -68,6 +81,11 @@ _ENGINE_GAUGES = {
     ),
     "device_memory_peak_bytes": ("krea2_engine_device_memory_peak_bytes", "The most of it so far."),
     "context_cache_bytes": ("krea2_engine_prompt_cache_bytes", "Memory of encoded prompts."),
+    "graphs": ("krea2_engine_graphs", "CUDA graphs that are kept."),
+    "graphs_failed": (
+        "krea2_engine_graphs_failed",
+        "Sizes that could not be captured; the engine's log and its statistics say why.",
+    ),
 }
 
 

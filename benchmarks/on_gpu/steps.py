@@ -65,6 +65,7 @@ def use_graphs(context: Context) -> None:
         if runner.graphs is None:
             tokens = min(MAX_GRAPH_TOKENS, context.attention.max_graph_tokens)
             runner.use_graphs(context.capture, int(tokens))
+            runner.use_text_graphs(context.capture)
 
 
 def _ours(context: Context, sequences: list[DenoisingSequence]) -> dict[str, Callable[[], object]]:

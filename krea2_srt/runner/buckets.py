@@ -30,6 +30,11 @@ class GraphKey:
     longest: int
     steps: int = 1
 
+    def __str__(self) -> str:
+        whole = f", {self.steps} steps" if self.steps > 1 else ""
+        segments = f"{self.segments} segments of up to {self.longest}"
+        return f"{self.tokens} tokens in up to {segments}{whole}"
+
 
 class Buckets:
     """The ladder of token counts, and the keys made of it.

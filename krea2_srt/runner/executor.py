@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,8 +146,10 @@ class RunnerExecutor:
         with _memory_errors():
             return to_uint8(self._runner.vae.decode(latents[None])[0])
 
-    def statistics(self) -> dict[str, float]:
-        """Counters of the steps and the prompt cache; on a GPU also its memory in bytes."""
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the steps, the graphs and the prompt cache; on a GPU also its memory in
+        bytes. ``graph_failures`` says in words which graphs could not be captured, and why.
+        """
         contexts, device = self._runner.contexts, self._runner.device
         found = {
             "step_flops": self._flops,
@@ -154,6 +157,7 @@ class RunnerExecutor:
             "context_cache_hits": contexts.hits,
             "context_cache_misses": contexts.misses,
             "context_cache_bytes": contexts.num_bytes,
+            **self._runner.graph_statistics(),
         }
         if device.type == "cuda":
             found["device_memory_bytes"] = torch.cuda.memory_reserved(device)

@@ -12,13 +12,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
-from krea2_srt.errors import first_line
 from krea2_srt.kernels.token_rows import TokenRows
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
@@ -27,12 +26,14 @@ from krea2_srt.model.host_copies import copy_to
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.runner.buckets import Buckets, GraphKey
+from krea2_srt.runner.graph_pool import GraphPool
+from krea2_srt.runner.graph_record import Eager, GraphRecord
 from krea2_srt.runner.lanes import Lanes
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from krea2_srt.runner.model_runner import DenoisingSequence
 
-USES_BEFORE_CAPTURE = 2
-"""A capture takes as long as some steps: a bucket that comes once is not worth it."""
+logger = logging.getLogger(__name__)
 
 MAX_SEGMENTS = 64
 """Of a graph, its padding's own included; every one has a row of modulation in the buffers."""
@@ -47,22 +48,47 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """`Capture` as a CUDA graph. All graphs share one pool of memory: only one runs at a time."""
+    """`Capture` as a CUDA graph. All graphs of one share a pool of memory: only one runs at a time.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: a GPU.
+        priority: of the stream that is captured, which the kernels of its graphs keep.
+    """
+
+    def __init__(self, device: torch.device, priority: int = 0) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._pool: Any = None
+        self._stream = torch.cuda.Stream(device, priority=priority)
+        self._pool: GraphPool | None = None
         self._alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._failed: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, function: Callable[[], object]) -> Replay:
+        try:
+            return self._capture(function)
+        except torch.OutOfMemoryError:
+            pass
+        # What the allocator keeps for reuse it does not give to a pool. Here, where no traceback
+        # holds what the first try has allocated.
+        torch.cuda.empty_cache()
+        return self._capture(function)
+
+    def _capture(self, function: Callable[[], object]) -> Replay:
+        if self._pool is None or not self._alive:
+            # A pool that no graph holds any more cannot be captured into.
+            self._pool = GraphPool(self._device)
+        pool = self._pool
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            # Kernels are built and library handles made here: not possible under capture.
-            function()
-        torch.cuda.synchronize(self._device)
-        if not self._alive:  # a pool that no graph holds any more cannot be captured into
-            self._pool = torch.cuda.graph_pool_handle()
+        with pool.held():
+            with torch.cuda.stream(self._stream), pool.allocated_from():
+                # Kernels are built and library handles made here: not possible under capture. In
+                # the pool, or there would be a second one of the same size.
+                function()
+            self._stream.synchronize()
+            graph = self._record(function, pool)
+        self._alive.add(graph)
+        return graph.replay
+
+    def _record(self, function: Callable[[], object], pool: GraphPool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph, which collects garbage and empties the allocator's cache first: a
         # pause while requests wait. The collector just must not free device objects in between.
@@ -70,17 +96,37 @@ class CudaCapture:
         gc.disable()
         try:
             with torch.cuda.stream(self._stream):
-                # Thread-local: other threads may allocate pinned memory while this one captures.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    function()
-                finally:
-                    graph.capture_end()
+                    # Thread-local: other threads may allocate pinned memory meanwhile.
+                    graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")
+                    error = _error_of(function)
+                    try:
+                        graph.capture_end()
+                    except Exception as at_end:
+                        # That the capture is invalid follows from the first error, if there is one.
+                        raise (error or at_end) from None
+                    if error is not None:
+                        raise error
+                except BaseException:
+                    if pool.end_capture():
+                        # Torch has left a function with the address of the graph in its allocator
+                        # of pinned memory: the graph must stay.
+                        self._failed.append(graph)
+                        self._pool = None
+                    raise
         finally:
             if collecting:
                 gc.enable()
-        self._alive.add(graph)
-        return graph.replay
+        return graph
+
+
+def _error_of(function: Callable[[], object]) -> BaseException | None:
+    """What a function raises."""
+    try:
+        function()
+    except BaseException as error:
+        return error
+    return None
 
 
 @dataclass(frozen=True)
@@ -201,7 +247,9 @@ class StepBuffers:
 
 
 class StepGraphs:
-    """Steps packs by replaying graphs, captured when their bucket comes often enough.
+    """Steps packs by replaying graphs.
+
+    A capture takes as long as some steps, so that of a bucket waits for its second picture.
 
     Args:
         dit: whose weights stay where they are; see `release`.
@@ -211,6 +259,9 @@ class StepGraphs:
         max_segments: of a graph, its padding's own included.
         max_graphs: kept at a time, a whole schedule for as many as it has steps; the one used last
             longest ago makes room.
+
+    Attributes:
+        record: what they have done.
     """
 
     def __init__(
@@ -228,14 +279,19 @@ class StepGraphs:
         self._buckets = Buckets(max_tokens, max_segments)
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[GraphKey, Replay] = OrderedDict()
-        self._uses: dict[GraphKey, int] = {}
-        self._failed: set[GraphKey] = set()
+        self._first: dict[GraphKey, list[ref[DenoisingSequence]]] = {}
+        self.record = GraphRecord("step")
         self._buffers = StepBuffers.empty(
             dit.config, dit.dtype, dit.img_in.weight.device, max_tokens, max_segments
         )
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Packs that were to be captured and could not, in words, and why."""
+        return self.record.failures
 
     def step(self, lanes: Lanes, pack: Pack, steps: int = 1) -> list[int] | None:
         """Step a pack, if there is a graph for it or it is time to capture one.
@@ -267,15 +323,17 @@ class StepGraphs:
             serves.
         """
         key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
-        if key is None or not self._worth_it(key):
-            return None
+        why = self._why_eager(key, lanes)
+        if key is None or why is not None:
+            return self._eager(why, steps)
         buffers = self._buffers
         buffers.load(key, lanes, pack)
         replay = self._graphs.get(key) or self._add(key)
         if replay is None:
-            return None
+            return self._eager(Eager.FAILED, steps)
         self._graphs.move_to_end(key)
         replay()
+        self.record.replayed += 1
         n = pack.num_tokens
         tokens = buffers.tokens[:n].clone()
         keep = any(s.keep_velocity for s in lanes.sequences)
@@ -289,7 +347,7 @@ class StepGraphs:
             Whether there is one.
         """
         key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
-        if key is None or key in self._failed:
+        if key is None or str(key) in self.failures:
             return False
         if key not in self._graphs:
             self._buffers.load(key, lanes, pack)
@@ -299,6 +357,7 @@ class StepGraphs:
     def release(self) -> None:
         """Forget all graphs: the weights are about to move, and with them what graphs read."""
         self._graphs.clear()
+        self.record.memory_freed()
 
     def forward(self, key: GraphKey) -> None:
         """What a graph does, on what lies in the buffers."""
@@ -319,14 +378,22 @@ class StepGraphs:
                 buffers.broken[: 1 if key.steps > 1 else key.segments],
             )
 
-    def _worth_it(self, key: GraphKey) -> bool:
-        """Whether to replay or capture; counts uses."""
-        if key in self._failed:
-            return False
+    def _why_eager(self, key: GraphKey | None, lanes: Lanes) -> Eager | None:
+        """Why not to replay or capture; notes who has come."""
+        if key is None:
+            return Eager.TOO_LARGE
         if key in self._graphs:
-            return True
-        self._uses[key] = self._uses.get(key, 0) + 1
-        return self._uses[key] >= USES_BEFORE_CAPTURE
+            return None
+        if str(key) in self.failures:
+            return Eager.FAILED
+        first = self._first.setdefault(key, [ref(sequence) for sequence in lanes.sequences])
+        now = {id(sequence) for sequence in lanes.sequences}
+        return Eager.FIRST_USE if any(id(sequence()) in now for sequence in first) else None
+
+    def _eager(self, why: Eager | None, steps: int) -> None:
+        # A schedule that is not replayed as a whole may be step by step: those are counted.
+        if why is not None and steps == 1:
+            self.record.eager[why] += 1
 
     def _steps(self) -> int:
         """Of all graphs: one of a whole schedule takes the memory of as many as it has steps."""
@@ -342,8 +409,7 @@ class StepGraphs:
         except Exception as error:
             # Out of memory, or an attention kernel or a library that cannot be captured. The pack
             # runs without; others may still be captured.
-            self._failed.add(key)
-            logger.warning("krea2-srt: no CUDA graph for %s: %s", key, first_line(error))
+            self.record.failed(str(key), error)
             return None
         while self._graphs and self._steps() + key.steps > self._max_graphs:
             self._graphs.popitem(last=False)

@@ -17,6 +17,7 @@ from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
+from krea2_srt.runner.graph_record import Eager
 from krea2_srt.runner.graphs import Capture, StepGraphs
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
@@ -24,6 +25,7 @@ from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
+from krea2_srt.runner.text_graphs import TextGraphs
 from krea2_srt.runner.vae import VAEDecoder, load_vae
 
 PREVIEW_LATENTS = 32
@@ -252,30 +254,58 @@ class Krea2Runner:
             broken = self._run(sequences) if found is None else found
         return broken
 
-    def use_graphs(
-        self, capture: Capture, max_tokens: int, max_graphs: int = 256, text_encoder: bool = True
-    ) -> None:
-        """Replay what can be replayed from now on. The weights must stay where they are, or
-        `release_graphs` be called before they move.
+    def use_graphs(self, capture: Capture, max_tokens: int, max_graphs: int = 256) -> None:
+        """Replay the steps that can be replayed from now on. The weights must stay where they are,
+        or `release_graphs` be called before they move.
 
         Args:
             capture: how graphs are captured.
             max_tokens: of a pack that is replayed.
-            max_graphs: of packs, kept at a time.
-            text_encoder: whether to replay it too; not possible where it is offloaded.
+            max_graphs: kept at a time.
         """
         assert self.attention.graph is not None
         self.graphs = StepGraphs(
             self.dit, self.attention.graph.attend, capture, max_tokens, max_graphs=max_graphs
         )
-        if text_encoder:
-            self.text_encoder.use_graphs(capture)
+
+    def use_text_graphs(self, capture: Capture) -> None:
+        """The same for prompts; not possible where the text encoder is offloaded.
+
+        Args:
+            capture: not that of the steps, so that neither can spoil the other's memory.
+        """
+        self.text_encoder.use_graphs(capture)
+
+    @property
+    def all_graphs(self) -> list[StepGraphs | TextGraphs]:
+        """Those that are in use."""
+        return [graphs for graphs in (self.graphs, self.text_encoder.graphs) if graphs is not None]
 
     def release_graphs(self) -> None:
         """Forget all graphs; they are captured anew when their packs come."""
-        for graphs in (self.graphs, self.text_encoder.graphs):
-            if graphs is not None:
-                graphs.release()
+        for graphs in self.all_graphs:
+            graphs.release()
+
+    def memory_freed(self) -> None:
+        """Memory was given back: graphs that found none may be tried again."""
+        for graphs in self.all_graphs:
+            graphs.record.memory_freed()
+
+    def graph_statistics(self) -> dict[str, float | dict[str, str]]:
+        """Counters of all graphs, and why what could not be captured could not; empty without
+        graphs.
+        """
+        if not self.all_graphs:
+            return {}
+        records = [graphs.record for graphs in self.all_graphs]
+        failures = {f"{r.kind}: {size}": why for r in records for size, why in r.failures.items()}
+        return {
+            "graphs": sum(map(len, self.all_graphs)),
+            "graphs_failed": len(failures),
+            "graph_failures": failures,
+            "graph_replays": sum(r.replayed for r in records),
+            **{f"graph_misses_{why.value}": sum(r.eager[why] for r in records) for why in Eager},
+        }
 
     @torch.inference_mode()
     def prepare(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> bool:

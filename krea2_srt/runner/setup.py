@@ -160,5 +160,6 @@ class Setup:
             CudaCapture(self.device),
             int(min(plan.max_graph_tokens, runner.attention.max_graph_tokens)),
             plan.max_graphs,
-            text_encoder=plan.text_encoder_resident,
         )
+        if plan.text_encoder_resident:
+            runner.use_text_graphs(CudaCapture(self.device))

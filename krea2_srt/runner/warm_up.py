@@ -42,7 +42,7 @@ def warm_up(
             done = False
             break
         prepare()
-    count = sum(len(graphs) for graphs in (runner.graphs, runner.text_encoder.graphs) if graphs)
+    count = sum(map(len, runner.all_graphs))
     logger.info(
         "krea2-srt: warm after %.1f s, with %d CUDA graphs%s",
         clock() - start,

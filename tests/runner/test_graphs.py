@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from krea2_srt.engine.cost import roofline
 from krea2_srt.runner.buckets import FEW_TOKENS, MAX_PADDING, Buckets, token_buckets
+from krea2_srt.runner.graph_record import Eager
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.packing import PackCache
@@ -83,6 +84,11 @@ def step(graphs, packs, those, steps=1):
         return graphs.step(lanes, packs.get(lanes.shapes), steps)
 
 
+def seen(graphs, packs, those):
+    """Other pictures of the same sizes come before."""
+    step(graphs, packs, copies(those))
+
+
 def stepped(graphs, packs, those, steps=1):
     flags = step(graphs, packs, those, steps)
     assert flags is not None
@@ -93,23 +99,36 @@ ONE = [("a cat", 64, 48, 0.0)]
 MIX = [("a dog in the rain", 64, 64, 0.0), ("x", 16, 16, 3.5), ("", 96, 32, 0.0)]
 
 
-def test_a_bucket_is_captured_when_it_comes_again(runner, graphs, packs, captures):
+def test_a_bucket_is_captured_with_its_second_picture(runner, graphs, packs, captures):
     those = sequences(runner, *ONE)
-    assert step(graphs, packs, those) is None
+    for _ in range(2):
+        assert step(graphs, packs, those) is None
     assert captures.count == 0
     assert those[0].step == 0
+    others = sequences(runner, *ONE)
+    for _ in range(2):
+        assert step(graphs, packs, others) == [0]
+    assert captures.count == 1
+    assert others[0].step == 2
     assert step(graphs, packs, those) == [0]
     assert captures.count == 1
-    assert those[0].step == 1
-    assert step(graphs, packs, those) == [0]
-    assert captures.count == 1
+
+
+def test_a_picture_that_goes_on_in_another_pack_is_not_a_second_one(
+    runner, graphs, packs, captures
+):
+    first, second, third = sequences(runner, *ONE * 3)
+    for those in ([first, second], [second, third], [first, third]):
+        assert step(graphs, packs, those) is None
+    assert captures.count == 0
+    assert step(graphs, packs, [third, replace(third)]) is not None
 
 
 @pytest.mark.parametrize("images", [ONE, MIX, MIX[::-1]])
 def test_a_replay_is_the_eager_step(runner, graphs, packs, images):
     eager = sequences(runner, *images)
     graphed = copies(eager)
-    step(graphs, packs, graphed)
+    seen(graphs, packs, graphed)
     for _ in range(3):
         runner.step(eager)
         stepped(graphs, packs, graphed)
@@ -128,7 +147,7 @@ def test_one_graph_serves_all_packs_of_its_bucket(runner, graphs, packs, capture
         eager = sequences(runner, *images)
         graphed = copies(eager)
         if not captures.count:
-            step(graphs, packs, graphed)
+            seen(graphs, packs, graphed)
         runner.step(eager)
         stepped(graphs, packs, graphed)
         for got, expected in zip(graphed, eager, strict=True):
@@ -144,7 +163,7 @@ def test_a_replay_is_to_the_bit_what_the_same_forward_gives_uncaptured(runner, p
     for capture in (record, uncaptured):
         graphs = StepGraphs(runner.dit, device_attention, capture, MAX_TOKENS)
         those = sequences(runner, *MIX)
-        step(graphs, packs, those)
+        seen(graphs, packs, those)
         for _ in range(2):
             stepped(graphs, packs, those)
         found.append([s.tokens for s in those])
@@ -170,7 +189,7 @@ def test_all_steps_of_a_lone_sequence_are_one_graph(runner, graphs, packs, captu
 
 def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
     clean = sequences(runner, *MIX)
-    step(graphs, packs, clean)
+    seen(graphs, packs, clean)
     stepped(graphs, packs, clean)
     broken = sequences(runner, *MIX)
     for s in broken:
@@ -185,7 +204,7 @@ def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
 
 def test_only_the_broken_sequence_is_reported(runner, graphs, packs):
     those = sequences(runner, *MIX)
-    step(graphs, packs, those)
+    seen(graphs, packs, those)
     those[1].guidance = math.inf
     flags = step(graphs, packs, those)
     assert [id(s) for s in Lanes.of(those).broken(flags)] == [id(those[1])]
@@ -196,7 +215,7 @@ def test_velocities_are_kept_for_those_who_want_them(runner, graphs, packs):
     graphed = copies(eager)
     for those in (eager, graphed):
         those[1].keep_velocity = True
-    step(graphs, packs, graphed)
+    seen(graphs, packs, graphed)
     runner.step(eager)
     stepped(graphs, packs, graphed)
     assert graphed[0].velocity is None
@@ -213,16 +232,62 @@ def test_a_bucket_that_cannot_be_captured_runs_without_and_says_so_once(
 ):
     captures.error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
     those = sequences(runner, *ONE)
+    seen(graphs, packs, those)
     before = those[0].tokens.clone()
     for _ in range(4):
         assert step(graphs, packs, those) is None
     assert torch.equal(those[0].tokens, before)
     assert captures.count == 1
-    assert len([r for r in caplog.records if "not permitted" in r.message]) == 1
+    assert len([r for r in caplog.records if "step graphs off" in r.message]) == 1
+    ((size, reason),) = graphs.failures.items()
+    assert size == "32 tokens in up to 2 segments of up to 32"
+    assert reason.endswith("not permitted when stream is capturing")
+    assert not graphs.prepare(Lanes.of(those), packs.get(Lanes.of(those).shapes))
+    # It has nothing to do with memory, so there is no second try.
+    graphs.record.memory_freed()
+    assert step(graphs, packs, those) is None
+    assert captures.count == 1
     captures.error = None
     other = sequences(runner, *MIX)
-    step(graphs, packs, other)
+    seen(graphs, packs, other)
     stepped(graphs, packs, other)
+
+
+def test_a_bucket_that_found_no_memory_is_tried_again_when_there_is_some(
+    runner, graphs, packs, captures, caplog
+):
+    captures.error = torch.OutOfMemoryError("CUDA out of memory")
+    those = sequences(runner, *ONE)
+    seen(graphs, packs, those)
+    for _ in range(2):
+        assert step(graphs, packs, those) is None
+    assert captures.count == 1
+    graphs.record.memory_freed()
+    assert step(graphs, packs, those) is None
+    assert captures.count == 2
+    assert len([r for r in caplog.records if "step graphs off" in r.message]) == 1
+    captures.error = None
+    graphs.release()  # gives memory back too
+    stepped(graphs, packs, those)
+    assert not graphs.failures
+
+
+def test_what_ran_without_a_graph_has_a_reason(runner, graphs, packs, captures):
+    those, large = sequences(runner, *ONE), sequences(runner, ("a cat", 512, 512, 0.0))
+    step(graphs, packs, those)
+    step(graphs, packs, those)
+    step(graphs, packs, large)
+    captures.error = RuntimeError("CUDA error")
+    other = copies(those)
+    step(graphs, packs, other)
+    step(graphs, packs, other)
+    assert graphs.record.eager == {Eager.FIRST_USE: 2, Eager.TOO_LARGE: 1, Eager.FAILED: 2}
+    captures.error = None
+    lone = sequences(runner, *ONE)
+    assert step(graphs, packs, lone, steps=4) is None
+    assert sum(graphs.record.eager.values()) == 5, "what it does step by step is counted, not this"
+    assert step(graphs, packs, copies(lone), steps=4) == [0]
+    assert graphs.record.replayed == 1
 
 
 def test_too_large_packs_have_no_graph(runner, graphs, packs, captures):
@@ -249,7 +314,7 @@ def test_the_graph_used_last_longest_ago_makes_room(runner, captures, packs):
     shapes = [("a", 16 * side, 64, 0.0) for side in (4, 10, 16)]
     for image in shapes:
         those = sequences(runner, image)
-        step(graphs, packs, those)
+        seen(graphs, packs, those)
         stepped(graphs, packs, those)
     assert len(graphs) == 2
     assert captures.count == 3
@@ -275,7 +340,7 @@ def test_a_whole_schedule_takes_the_room_of_its_steps(runner, captures, packs):
 
 def test_graphs_are_captured_anew_after_a_release(runner, graphs, packs, captures):
     those = sequences(runner, *ONE)
-    step(graphs, packs, those)
+    seen(graphs, packs, those)
     stepped(graphs, packs, those)
     graphs.release()
     assert len(graphs) == 0

@@ -145,6 +145,42 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
         assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
 
 
+def test_steps_and_prompts_are_captured_into_pools_of_their_own(as_on_a_gpu, monkeypatch):
+    made = []
+
+    def capture(device):
+        made.append(lambda function: record(function))
+        return made[-1]
+
+    monkeypatch.setattr(module, "CudaCapture", capture)
+    as_on_a_gpu()
+    assert len(made) == 2
+
+
+def test_what_graphs_have_done_is_published(as_on_a_gpu, monkeypatch, runner):
+    assert "graphs" not in RunnerExecutor(runner).statistics()
+
+    def capture(device):
+        def fails_for_prompts(function):
+            if "TextGraphs" in function.__qualname__:
+                raise RuntimeError("operation not permitted")
+            return record(function)
+
+        return fails_for_prompts
+
+    monkeypatch.setattr(module, "CudaCapture", capture)
+    loaded = as_on_a_gpu()
+    draw(loaded)
+    found = RunnerExecutor(loaded).statistics()
+    assert found["graphs"] == len(loaded.graphs) == 5
+    assert found["graphs_failed"] == 2
+    size = "text encoder: up to 1 prompts of up to 64 tokens"
+    assert found["graph_failures"][size] == "RuntimeError: operation not permitted"
+    assert found["graph_replays"] == 4
+    assert found["graph_misses_failed"] == 1
+    assert found["graph_misses_too_large"] == found["graph_misses_first_use"] == 0
+
+
 def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
     assert len(as_on_a_gpu(warm_up_s=1e-9).graphs) == 0
     assert "with 0 CUDA graphs; others follow when their sizes come" in caplog.text

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from krea2_srt.runner.graph_record import Eager
 from tests.conftest import relative_error
 from tests.runner.recorded_graph import record
 
@@ -53,15 +54,58 @@ def test_states_stay_when_the_graph_is_replayed(encoder):
     assert torch.equal(first, before)
 
 
-def test_a_model_that_cannot_be_captured_runs_without_and_says_so_once(runner, caplog):
+def test_a_size_that_cannot_be_captured_runs_without_and_says_so_once(runner, caplog):
     def capture(function):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     encoder = copy.copy(runner.text_encoder)
     encoder.use_graphs(capture)
-    for prompt in (SHORT, OTHER, SHORT, LONG, LONG):
+    for prompt in (SHORT, OTHER, SHORT, OTHER):
         check(encoder, runner, [prompt])
-    assert len([r for r in caplog.records if "text encoder" in r.message]) == 1
+    (logged,) = [r.message for r in caplog.records if "text encoder graphs off" in r.message]
+    assert "not permitted" in logged
+    ((size, reason),) = encoder.graphs.failures.items()
+    assert size == "up to 1 prompts of up to 64 tokens"
+    assert reason == "RuntimeError: CUDA error: operation not permitted when stream is capturing"
+    assert encoder.graphs.record.eager == {
+        Eager.TOO_LARGE: 0,
+        Eager.FIRST_USE: 1,
+        Eager.FAILED: 3,
+    }
+
+
+def test_a_size_that_fails_leaves_the_others_their_graphs(runner, captures):
+    def capture(function):
+        captures.append(function)
+        if len(captures) == 1:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+        return record(function)
+
+    encoder = copy.copy(runner.text_encoder)
+    encoder.use_graphs(capture)
+    for prompt in (SHORT, SHORT, LONG, LONG):
+        check(encoder, runner, [prompt])
+    assert len(encoder.graphs) == 1
+
+
+def test_a_size_that_found_no_memory_is_tried_again_when_there_is_some(runner, captures):
+    def capture(function):
+        captures.append(function)
+        if len(captures) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(function)
+
+    encoder = copy.copy(runner.text_encoder)
+    encoder.use_graphs(capture)
+    for _ in range(3):
+        check(encoder, runner, [SHORT])
+    assert len(captures) == 1
+    assert encoder.graphs.failures
+    encoder.graphs.record.memory_freed()
+    check(encoder, runner, [SHORT])
+    assert len(captures) == 2
+    assert not encoder.graphs.failures
+    assert encoder.graphs.record.replayed == 1
 
 
 def test_prepared_sizes_need_no_uses(encoder, runner, captures):
