@@ -62,6 +62,7 @@ def register() -> None:
     from sglang.multimodal_gen.configs.sample.krea2 import Krea2SamplingParams
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
+    from krea2_srt.sglang import model_index
     from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
     from krea2_srt.sglang.scheduler import Krea2Scheduler
 
@@ -74,6 +75,11 @@ def register() -> None:
     )
     HookRegistry.register(
         f"{_RUNTIME}.managers.scheduler.Scheduler", Krea2Scheduler, HookType.REPLACE
+    )
+    HookRegistry.register(
+        f"{_RUNTIME}.utils.hf_diffusers_utils.maybe_download_model_index",
+        model_index.read,
+        HookType.AROUND,
     )
     if not multiprocessing.current_process().name.startswith(WORKER_NAME):
         _register_http_hooks()

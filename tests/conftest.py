@@ -17,6 +17,7 @@ from krea2_srt.demo.random_weights import RandomWeights
 from krea2_srt.demo.trained_weights import TrainedWeights
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
+from tests.model_hub import BESIDE, REPO, ModelHub, contents
 
 CPU = torch.device("cpu")
 PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
@@ -52,6 +53,26 @@ def original_file(demo_model: Path) -> Path:
     file = demo_model.parent / "turbo.safetensors"
     write_original_file(demo_model / "transformer", file)
     return file
+
+
+@pytest.fixture
+def model_hub(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModelHub]:
+    """A hub with Krea 2's repo, which this process takes for the real one, and an empty cache."""
+    from huggingface_hub import constants
+
+    with ModelHub(REPO, contents(demo_model) | BESIDE).serving() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub
+        assert hub.refused == []
 
 
 @pytest.fixture(scope="session")

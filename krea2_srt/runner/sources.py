@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, first_line
+from krea2_srt.model.weights import checkpoint_files
 from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 
 RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
@@ -13,7 +14,7 @@ RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
 TEXT_ENCODER_REPO = "Qwen/Qwen3-VL-4B-Instruct"
 VAE_REPO = "Qwen/Qwen-Image"
 
-_FOLDER_PATTERNS = [
+FOLDER_PATTERNS = [
     "model_index.json",
     "scheduler/*",
     "text_encoder/*",
@@ -21,6 +22,14 @@ _FOLDER_PATTERNS = [
     "transformer/*",
     "vae/*",
 ]
+"""Of a repo: beside them lie pictures, and the same weights again as one file."""
+
+_WEIGHTS = {
+    "transformer": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "vae": "diffusion_pytorch_model",
+}
+"""How a part's files are called."""
 
 
 def find_checkpoint(
@@ -52,7 +61,7 @@ def find_checkpoint(
     for option, value in (("text encoder", text_encoder), ("VAE", vae)):
         if value is not None:
             raise CheckpointError(f"a {option} of its own goes with a single file, not with {name}")
-    folder = path if path.is_dir() else _download(name, _FOLDER_PATTERNS)
+    folder = path if path.is_dir() else _download(name, FOLDER_PATTERNS)
     checkpoint = Krea2Checkpoint.from_folder(folder)
     if distilled is not None:
         checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, distilled=distilled))
@@ -91,20 +100,91 @@ def _component(name: str, patterns: list[str]) -> Path:
     return path if path.is_dir() else _download(name, patterns)
 
 
-def _download(repo: str, patterns: list[str]) -> Path:
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise CheckpointError(f"checkpoint {repo} does not exist")
+def released_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint in the released layout, downloaded where it is not on disk.
+
+    What is in the local cache whole is used as it is, so that a process that is started again
+    needs no hub, and serves the weights that those beside it serve.
+
+    Args:
+        name: a folder, or a repo id.
+        revision: of the repo: a branch, a tag or a commit; None is its main branch.
+
+    Raises:
+        CheckpointError: nothing there, or it cannot be downloaded.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return path
+    folder = _cached(name, revision)
+    return folder or _download(name, FOLDER_PATTERNS, revision)
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except HFValidationError:
-        raise CheckpointError(f"checkpoint {repo} does not exist") from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repo} is neither a folder here nor in the local model cache, "
-            "and the model hub cannot be reached"
-        ) from None
+        folder = snapshot_download(
+            repo, revision=revision, allow_patterns=FOLDER_PATTERNS, local_files_only=True
+        )
+        checkpoint = Krea2Checkpoint.from_folder(Path(folder))
+        for part, stem in _WEIGHTS.items():
+            checkpoint_files(getattr(checkpoint, part), stem)
+    except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
+        return None
+    return Path(folder)
+
+
+def _download(repo: str, patterns: list[str], revision: str | None = None) -> Path:
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise CheckpointError(f"checkpoint {repo} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except Exception as error:  # a gated or unknown repo, or any way in which networks fail
-        raise CheckpointError(f"{repo}: {first_line(error)}") from None
+        raise CheckpointError(hub_failure(repo, error, revision)) from None
+
+
+def hub_failure(repo: str, error: BaseException, revision: str | None = None) -> str:
+    """What an error of the model hub's client means, and what to do about it, in one line.
+
+    Args:
+        repo: what was asked for.
+        error: as ``huggingface_hub`` raised it.
+        revision: of the repo.
+    """
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    # What the client found, where it says that it fell back to its cache in vain.
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
+    answer = cause if isinstance(cause, errors.HfHubHTTPError) else error
+    if isinstance(error, errors.HFValidationError):
+        return f"checkpoint {repo} does not exist"
+    if isinstance(answer, errors.GatedRepoError):
+        return (
+            f"{repo} is gated: accept its licence on {page}, then run `hf auth login` with a token "
+            "of that account, or set HF_TOKEN to it"
+        )
+    if isinstance(answer, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision}"
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        return (
+            f"checkpoint {repo} does not exist: it is no folder here, and {page} is no repo, or a "
+            "private one that needs `hf auth login` or HF_TOKEN"
+        )
+    if isinstance(answer, errors.HfHubHTTPError):
+        status = answer.response.status_code
+        if status == 401:
+            return f"{repo}: the hub does not know the token in HF_TOKEN or of `hf auth login`"
+        return f"{repo}: the hub answers with status {status}: {first_line(answer)}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        whole = "wholly " if isinstance(error, errors.IncompleteSnapshotError) else ""
+        reason = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
+        return (
+            f"{repo} is neither a folder here nor {whole}in the local model cache, "
+            f"and the model hub cannot be reached{reason}"
+        )
+    return f"{repo}: {first_line(error)}"

@@ -1,6 +1,8 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +17,7 @@ from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_model
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
+from sglang.srt.environ import envs
 
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.engine.config import EngineConfig
@@ -25,6 +28,7 @@ from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.setup import Setup
+from krea2_srt.runner.sources import FOLDER_PATTERNS, released_folder
 from krea2_srt.runner.vae import default_tile
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
@@ -57,7 +61,14 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     engine_config: EngineConfig
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
-        if options := unsupported_options(server_args) or paged_by_sglang(model_path, server_args):
+        options = unsupported_options(server_args)
+        if not server_args.model_subfolder:
+            with _ending_in_a_line():
+                folder = local_folder(model_path, server_args)
+            # In place of the repo's name, by which SGLang would download all that is in it.
+            model_path = str(folder)
+            options = options or paged_by_sglang(folder, server_args)
+        if options:
             logger.warning(
                 "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
                 ", ".join(options),
@@ -68,19 +79,16 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     def load_modules(
         self, server_args: ServerArgs, loaded_modules: dict[str, torch.nn.Module] | None = None
     ) -> dict[str, Any]:
-        """Load the checkpoint into the runner; downloads it first where the path is a repo id."""
+        """Load the checkpoint into the runner."""
         del loaded_modules
-        self._load_config()
-        try:
-            setup = make_setup(Path(self.model_path), server_args)
+        with _ending_in_a_line():
+            # In place of SGLang's `_load_config`, which would have all that is in a repo.
+            folder = local_folder(self.model_path, server_args)
+            self.model_path = str(folder)
+            setup = make_setup(folder, server_args)
             self.plan = setup.plan()
             self.engine_config = setup.within(self.plan)
             self.runner = setup.load(self.plan, backends())
-        except (CheckpointError, ConfigError) as error:
-            # Its text says all; a page of SGLang's frames would hide it. The code says that
-            # another start would end the same way.
-            print(f"krea2-srt: error: {error}", file=sys.stderr)
-            raise SystemExit(USAGE_ERROR) from None
         self.attention = self.runner.attention.name
         logger.info(
             "krea2-srt: our runner serves %s (%s, %s, %s%s, attention %s)",
@@ -120,6 +128,18 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         self.add_stage(DecodeStage(self.runner, self.tile), "krea2_decode_stage")
 
 
+@contextmanager
+def _ending_in_a_line() -> Iterator[None]:
+    """End the process with what is wrong: a page of SGLang's frames would hide it. The exit code
+    says that another start would end the same way.
+    """
+    try:
+        yield
+    except (CheckpointError, ConfigError) as error:
+        print(f"krea2-srt: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
 def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
     """What SGLang's options and the environment ask for.
 
@@ -147,7 +167,24 @@ def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
     )
 
 
-def paged_by_sglang(model_path: str, server_args: ServerArgs) -> list[str]:
+def local_folder(model_path: str, server_args: ServerArgs) -> Path:
+    """Where the checkpoint lies; downloads what the runner reads of a repo that is not on disk.
+
+    Raises:
+        CheckpointError: nothing there, or it cannot be downloaded.
+    """
+    if envs.SGLANG_USE_MODELSCOPE.get() and not Path(model_path).is_dir():
+        folder = maybe_download_model(
+            model_path,
+            allow_patterns=FOLDER_PATTERNS,
+            force_diffusers_model=True,
+            revision=server_args.revision,
+        )
+        return Path(folder)
+    return released_folder(model_path, server_args.revision)
+
+
+def paged_by_sglang(folder: Path, server_args: ServerArgs) -> list[str]:
     """Whether SGLang has decided, by itself, to page the DiT in and out, and it does not fit.
 
     Our runner keeps it on the GPU.
@@ -158,11 +195,8 @@ def paged_by_sglang(model_path: str, server_args: ServerArgs) -> list[str]:
     mode = server_args.residency_mode("transformer")
     if mode == "resident":
         return []
-    folder = maybe_download_model(
-        model_path, force_diffusers_model=True, revision=server_args.revision
-    )
     try:
-        make_setup(Path(folder), server_args).plan()
+        make_setup(folder, server_args).plan()
     except ConfigError as error:
         return [f"transformer {mode} ({error})"]
     return []

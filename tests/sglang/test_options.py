@@ -279,7 +279,6 @@ def test_what_is_wrong_at_the_start_is_one_line(
         folder = tmp_path
     built = object.__new__(pipeline.Krea2RunnerPipeline)
     built.model_path = str(folder)
-    monkeypatch.setattr(built, "_load_config", lambda: None)
     with pytest.raises(SystemExit) as ended:
         built.load_modules(parse(""))
     assert ended.value.code == 2

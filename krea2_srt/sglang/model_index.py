@@ -1,0 +1,40 @@
+"""What SGLang asks the model hub before it knows which pipeline serves."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from krea2_srt.cli.errors import USAGE_ERROR
+from krea2_srt.plugin import is_krea2
+
+
+def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+    """An AROUND hook of ``maybe_download_model_index``, for repos of Krea 2.
+
+    SGLang goes on with another implementation where the hub refuses, as it does without a licence
+    that was accepted, and ends far from the reason. This ends the process in a line.
+    """
+    try:
+        return original(name, *args, **kwargs)
+    except Exception as error:
+        if not is_krea2(name) or os.path.exists(name):
+            raise
+        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+        from krea2_srt.runner.sources import hub_failure
+
+        said = (HfHubHTTPError, EntryNotFoundError, HFValidationError)
+        reasons = [reason for reason in _chain(error) if isinstance(reason, said)]
+        if not reasons:
+            raise
+        print(f"krea2-srt: error: {hub_failure(name, reasons[-1])}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
