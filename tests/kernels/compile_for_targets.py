@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from krea2_srt.kernels import products
+from krea2_srt.kernels import attention, products
 from krea2_srt.kernels.channel_norm import channel_norm_triton
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
@@ -141,6 +141,11 @@ def launches():
                 t, m, s if m.dtype is not bf16 else None, bf16
             ),
         )
+    widths = [HEADS * 128, KV_HEADS * 128, KV_HEADS * 128, HEADS * 128]
+    *qkv, output_gate = fused.split(widths, dim=1)
+    q, k, v = (some.unflatten(1, (-1, 128)) for some in qkv)
+    for name, some_gate in (("attention", None), ("gated attention", output_gate)):
+        yield name, lambda g=some_gate: attention.gated_attention_triton(q, k, v, g, index)
     yield "product fp8", lambda: products.scaled_product_triton(tokens, matrix, ones, bf16)
     yield "add gated", lambda: do.add_gated(x, gate, branch, rows)
     yield (
@@ -163,7 +168,8 @@ def launches():
 
 def recorded(target: int) -> dict[str, Call]:
     """Every variant's call as for a target, which is not made."""
-    products.tiles_of = lambda device: products.TILES.get(divmod(target, 10), products.SMALL)
+    for module in (attention, products):
+        module.tiles_of = lambda device, m=module: m.TILES.get(divmod(target, 10), m.SMALL)
     calls: dict[str, Call] = {}
     made: list[Call] = []
     JITFunction.run = lambda self, *args, grid, warmup, **options: made.append(
