@@ -34,6 +34,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     out = torch.empty_like(q)
     for start, end in segments.spans:
+        if start == end:
+            continue
         q_, k_, v_ = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         segment = F.scaled_dot_product_attention(q_, k_, v_)
         out[start:end] = segment.squeeze(0).transpose(0, 1)

@@ -1,33 +1,18 @@
-"""Attention back ends by name, and the choice among them by measurement.
+"""The choice among attention back ends, by trial and by measurement."""
 
-SGLang's FlashAttention-3/4 kernels are added by `krea2_srt.sglang`, which may import SGLang.
-"""
-
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from statistics import median
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from krea2_srt.errors import ConfigError, first_line
-from krea2_srt.model.attention import VarlenAttention, sdpa_attention
-from krea2_srt.model.pack import Segments
+from krea2_srt.runner.attention_backends import PACKAGES, SDPA, AttentionBackend, known_backends
+from krea2_srt.runner.attention_trial import packed_inputs, trial_capture, trial_fault
 
 logger = logging.getLogger(__name__)
-
-HEADS, KV_HEADS, HEAD_DIM = 48, 12, 128
-"""Of the released model, on which candidates are tried and timed."""
-
-HOPPER, BLACKWELL = (9,), (10,)
-"""Major compute capabilities."""
 
 LARGE_PACK = (4160,)
 """Segments of the pack on which the eager back end is chosen: one image of 1024 x 1024."""
@@ -38,30 +23,7 @@ SMALL_PACK = (300, 290, 310, 280)
 CROSSOVER_TOKENS = 2048
 """Attention is 6% of a step here and grows; launching kernels one by one costs less and less."""
 
-_TRIAL = (5, 128, 1, 77)
-_TOLERANCE = 2e-2
-"""Largest difference to SDPA on unit-variance bf16 inputs that still counts as rounding."""
-
 _REPEATS = 7
-
-
-@dataclass(frozen=True)
-class AttentionBackend:
-    """One way to attend.
-
-    Attributes:
-        name: to force it by.
-        attend: does it.
-        capturable: it reads segment offsets on the device alone, never ``segments.spans``, so that
-            a CUDA graph of it serves other lengths.
-        majors: compute capabilities that it is made for; elsewhere it is tried only when forced,
-            since to find out that it does not run there can take half a minute. None is any.
-    """
-
-    name: str
-    attend: VarlenAttention
-    capturable: bool
-    majors: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,110 +50,7 @@ class AttentionChoice:
         return "+".join(dict.fromkeys(names))
 
 
-def torch_varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`VarlenAttention` on torch's own FlashAttention, one call for the whole pack. CUDA only."""
-    from torch.nn.attention import varlen
-
-    offsets, longest = segments.cu_seqlens, segments.max_seqlen
-    if _takes_gqa(varlen.varlen_attn):
-        out: Any = varlen.varlen_attn(
-            q, k, v, offsets, offsets, longest, longest, enable_gqa=q.shape[1] > k.shape[1]
-        )
-        return out
-    # Before 2.14 the Python function refuses grouped heads, which the operator below it takes.
-    return torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets, offsets, longest, longest, 0.0, False, False
-    )[0]
-
-
-@cache
-def _takes_gqa(function: Callable[..., Any]) -> bool:
-    return "enable_gqa" in inspect.signature(function).parameters
-
-
-def cudnn_attention(grouped: bool) -> VarlenAttention:
-    """`VarlenAttention` as one call of cuDNN's kernel per segment. CUDA only.
-
-    Args:
-        grouped: leave grouped heads to cuDNN, which older versions do not take; otherwise the
-            key/value heads are repeated.
-    """
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1 and not grouped:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        pieces = []
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            for start, end in segments.spans:
-                if start == end:
-                    continue
-                q_, k_, v_ = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-                out = F.scaled_dot_product_attention(q_, k_, v_, enable_gqa=grouped and groups > 1)
-                pieces.append(out.squeeze(0).transpose(0, 1))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    return attend
-
-
-def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`VarlenAttention` on the FlashAttention-3 package. Hopper only."""
-    from flash_attn_interface import flash_attn_varlen_func
-
-    return call_flash_attention(flash_attn_varlen_func, q, k, v, segments)
-
-
-def flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """`VarlenAttention` on the FlashAttention-4 package. Blackwell."""
-    from flash_attn.cute import flash_attn_varlen_func
-
-    return call_flash_attention(flash_attn_varlen_func, q, k, v, segments)
-
-
-def call_flash_attention(
-    function: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segments: Segments,
-    **options: Any,
-) -> Tensor:
-    """A ``flash_attn_varlen_func`` on a pack; all packages give it the same arguments."""
-    out = function(
-        q,
-        k,
-        v,
-        cu_seqlens_q=segments.cu_seqlens,
-        cu_seqlens_k=segments.cu_seqlens,
-        max_seqlen_q=segments.max_seqlen,
-        max_seqlen_k=segments.max_seqlen,
-        causal=False,
-        **options,
-    )
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
-
-
-SDPA = AttentionBackend("sdpa", sdpa_attention, capturable=False)
-"""Runs anywhere."""
-
 SDPA_ONLY = AttentionChoice(SDPA, None)
-
-
-def known_backends() -> dict[str, AttentionBackend]:
-    """Those of this module whose package is installed, by name."""
-    found = [
-        SDPA,
-        AttentionBackend("torch_varlen", torch_varlen_attention, capturable=True),
-        AttentionBackend("cudnn", cudnn_attention(grouped=True), capturable=False),
-        AttentionBackend("cudnn_repeated", cudnn_attention(grouped=False), capturable=False),
-    ]
-    if find_spec("flash_attn_interface") is not None:
-        found.append(AttentionBackend("fa3", flash_attention_3, True, HOPPER))
-    if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
-        found.append(AttentionBackend("fa4", flash_attention_4, True, BLACKWELL))
-    return {backend.name: backend for backend in found}
-
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -203,9 +62,10 @@ def choose_attention(
     candidates: Mapping[str, AttentionBackend] | None = None,
     timer: Timer | None = None,
 ) -> AttentionChoice:
-    """Try and time what there is on a device; about a second on a GPU.
+    """Try and time what there is on a device; some seconds on a GPU.
 
-    A candidate that does not build, does not run or does not agree with SDPA is passed over.
+    A candidate that does not build, does not run, does not agree with float64, or cannot be
+    captured though it says so, is out; the log says why.
 
     Args:
         device, dtype: of the model.
@@ -214,10 +74,12 @@ def choose_attention(
         timer: milliseconds of a function's work on the device.
 
     Raises:
-        ConfigError: the forced one is unknown, or fails its trial.
+        ConfigError: the forced one is unknown, is not installed, or fails its trial.
     """
     candidates = known_backends() if candidates is None else candidates
     if forced != "auto" and forced not in candidates:
+        if forced in PACKAGES:
+            raise ConfigError(f"attention: {forced} is not installed; it needs {PACKAGES[forced]}")
         known = ", ".join(["auto", *candidates])
         raise ConfigError(f"attention: must be one of {known}, got {forced!r}")
     if not _can_flash(device, dtype):
@@ -226,39 +88,99 @@ def choose_attention(
         return SDPA_ONLY
     if forced != "auto":
         backend = candidates[forced]
-        if reason := _fault(backend, device, dtype):
+        if reason := trial_fault(backend, device, dtype):
             raise ConfigError(f"attention: {forced} fails on this device: {reason}")
         return AttentionChoice(backend, backend if backend.capturable else None)
-    timer = timer or cuda_milliseconds
-    eager: dict[str, float] = {}
-    graph: dict[str, float] = {}
-    for name, backend in candidates.items():
-        if backend.majors is not None and _major(device) not in backend.majors:
-            continue
-        if reason := _fault(backend, device, dtype):
-            logger.info("krea2-srt: attention %s is passed over: %s", name, reason)
-            continue
-        eager[name] = timer(_pack(backend, LARGE_PACK, device, dtype))
+    race = _Race(device, dtype, timer or cuda_milliseconds)
+    race.run(candidates.values())
+    return race.choice()
+
+
+class _Race:
+    """Times of the candidates, and why the others are out.
+
+    Attributes:
+        eager: milliseconds on `LARGE_PACK`, by name.
+        graph: on `SMALL_PACK`, of those that can be captured.
+        out: reasons, by name.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, timer: Timer) -> None:
+        self._device, self._dtype, self._timer = device, dtype, timer
+        self._entered: dict[str, AttentionBackend] = {}
+        self.eager: dict[str, float] = {}
+        self.graph: dict[str, float] = {}
+        self.out: dict[str, str] = {}
+
+    def run(self, candidates: Iterable[AttentionBackend]) -> None:
+        major, reserves = _major(self._device), []
+        for backend in candidates:
+            if backend.majors is None or major in backend.majors:
+                self._enter(backend)
+            elif major in backend.reserve:
+                reserves.append(backend)
+            elif backend.majors:
+                made_for = ", ".join(f"{m}.x" for m in backend.majors)
+                self.out[backend.name] = f"made for compute capability {made_for}"
+            else:
+                self.out[backend.name] = "only by name"
+        fastest = min(self.graph, key=self.graph.__getitem__) if self.graph else ""
+        for backend in reserves:
+            if fastest and self._entered[fastest].majors is not None:
+                self.out[backend.name] = f"takes half a minute to build, and {fastest} is there"
+            else:
+                self._enter(backend)
+
+    def _enter(self, backend: AttentionBackend) -> None:
+        """Try and time one."""
+        if reason := trial_fault(backend, self._device, self._dtype):
+            self.out[backend.name] = reason
+            return
+        try:
+            times = self._time(backend)
+        except Exception as error:  # it does small packs and not large ones, or memory ran out
+            self.out[backend.name] = first_line(error)
+            return
+        self._entered[backend.name] = backend
+        self.eager[backend.name] = times[0]
         if backend.capturable:
-            graph[name] = timer(_pack(backend, SMALL_PACK, device, dtype))
-    if not eager:
-        return SDPA_ONLY
-    choice = AttentionChoice(
-        candidates[min(eager, key=lambda name: _handicapped(candidates[name], eager[name]))],
-        candidates[min(graph, key=graph.__getitem__)] if graph else None,
-    )
-    logger.info(
-        "krea2-srt: attention %s; ms at 1024x1024: %s; at 4 of 256x256: %s",
-        choice.name,
-        ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(eager.items(), key=lambda x: x[1])),
-        ", ".join(f"{name} {ms:.3g}" for name, ms in sorted(graph.items(), key=lambda x: x[1])),
-    )
-    return choice
+            self.graph[backend.name] = times[1]
+
+    def _time(self, backend: AttentionBackend) -> tuple[float, float]:
+        eager = self._timer(_pack(backend, LARGE_PACK, self._device, self._dtype))
+        if not backend.capturable:
+            return eager, 0.0
+        function: Callable[[], object] = _pack(backend, SMALL_PACK, self._device, self._dtype)
+        if self._device.type == "cuda":
+            # As it will run: launched one by one, kernels of so few tokens wait for the host.
+            function = trial_capture(self._device)(function)
+        return eager, self._timer(function)
+
+    def choice(self) -> AttentionChoice:
+        """The fastest, which the log tells with all times and reasons in one line."""
+        entered, chosen = self._entered, SDPA_ONLY
+        if entered:
+            chosen = AttentionChoice(
+                entered[min(entered, key=lambda name: self._handicapped(name))],
+                entered[min(self.graph, key=self.graph.__getitem__)] if self.graph else None,
+            )
+        logger.info(
+            "krea2-srt: attention %s; ms at 1024x1024: %s; at 4 of 256x256 in a graph: %s; out: %s",
+            chosen.name,
+            _listed(self.eager),
+            _listed(self.graph),
+            ", ".join(f"{name} ({reason})" for name, reason in self.out.items()) or "none",
+        )
+        return chosen
+
+    def _handicapped(self, name: str) -> float:
+        """A plan for every new length costs the requests that bring it."""
+        return self.eager[name] * (1.1 if self._entered[name].plans else 1.0)
 
 
-def _handicapped(backend: AttentionBackend, ms: float) -> float:
-    """Those that go by segment build a plan for every new length, while its request waits."""
-    return ms if backend.capturable else ms * 1.1
+def _listed(times: Mapping[str, float]) -> str:
+    rising = sorted(times.items(), key=lambda item: item[1])
+    return ", ".join(f"{name} {ms:.3g}" for name, ms in rising) or "none"
 
 
 def cuda_milliseconds(function: Callable[[], object]) -> float:
@@ -287,33 +209,8 @@ def _can_flash(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def _inputs(
-    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Segments]:
-    """Views of a fused projection, as the model has them; the last segment is empty."""
-    generator = torch.Generator(device).manual_seed(0)
-    width = (HEADS + 2 * KV_HEADS + HEADS) * HEAD_DIM
-    fused = torch.randn(sum(lengths), width, generator=generator, device=device, dtype=dtype)
-    sizes = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, HEADS * HEAD_DIM]
-    q, k, v, _ = (x.unflatten(-1, (-1, HEAD_DIM)) for x in fused.split(sizes, dim=-1))
-    return q, k, v, Segments.of((*lengths, 0), device)
-
-
 def _pack(
     backend: AttentionBackend, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Callable[[], Tensor]:
-    q, k, v, segments = _inputs(lengths, device, dtype)
+    q, k, v, segments = packed_inputs(lengths, device, dtype)
     return torch.inference_mode()(lambda: backend.attend(q, k, v, segments))
-
-
-@torch.inference_mode()
-def _fault(backend: AttentionBackend, device: torch.device, dtype: torch.dtype) -> str:
-    """Why it cannot be used; empty where it can."""
-    q, k, v, segments = _inputs(_TRIAL, device, dtype)
-    expected = sdpa_attention(q, k, v, segments)
-    try:
-        difference = (backend.attend(q, k, v, segments) - expected).abs().max().item()
-    except Exception as error:
-        # Kernels fail in many ways (import, JIT, launch); none may keep the server down.
-        return first_line(error)
-    return "" if difference <= _TOLERANCE else f"differs from SDPA by {difference:.3g}"

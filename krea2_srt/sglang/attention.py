@@ -4,9 +4,10 @@ from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.pack import Segments
-from krea2_srt.runner.attention import (
-    BLACKWELL,
-    HOPPER,
+from krea2_srt.runner.attention_backends import (
+    FA3,
+    FA4,
+    FA4_RESERVE,
     AttentionBackend,
     call_flash_attention,
     known_backends,
@@ -26,9 +27,9 @@ def flash_attention(version: int) -> VarlenAttention:
 
 
 def backends() -> dict[str, AttentionBackend]:
-    """`known_backends`, with SGLang's FlashAttention-3 (Hopper) and 4 in place of packages."""
-    ours = {
-        name: AttentionBackend(name, flash_attention(version), True, majors)
-        for name, version, majors in (("fa3", 3, HOPPER), ("fa4", 4, BLACKWELL))
-    }
-    return known_backends() | ours
+    """`known_backends`, with SGLang's FlashAttention-3 and 4 in place of packages."""
+    ours = [
+        AttentionBackend("fa3", flash_attention(3), True, FA3),
+        AttentionBackend("fa4", flash_attention(4), True, FA4, FA4_RESERVE),
+    ]
+    return known_backends() | {backend.name: backend for backend in ours}

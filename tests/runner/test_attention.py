@@ -1,158 +1,37 @@
-"""Attention back ends against float64, and the choice among them."""
+"""The choice among attention back ends. Candidates are fakes that run on the CPU, timed by what
+they are said to take.
+"""
 
 import inspect
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.attention import sdpa_attention
-from krea2_srt.model.pack import Segments
-from krea2_srt.runner import attention
-from krea2_srt.runner.attention import (
-    SDPA,
-    AttentionBackend,
-    choose_attention,
-    cudnn_attention,
-    flash_attention_3,
-    known_backends,
-    torch_varlen_attention,
-)
-from tests.conftest import CPU, relative_error
+from krea2_srt.runner import attention, attention_trial
+from krea2_srt.runner.attention import choose_attention
+from krea2_srt.runner.attention_backends import SDPA, AttentionBackend
+from tests.conftest import CPU
 
 CUDA = torch.device("cuda")
-LENGTHS = [1, 37, 0, 7]
-SEGMENTS = Segments.of(LENGTHS, CPU)
-
-
-def qkv(heads: int, kv_heads: int, dtype=torch.float32):
-    """Views of one matrix, as the model has them."""
-    generator = torch.Generator().manual_seed(0)
-    fused = torch.randn(45, (heads + 2 * kv_heads) * 16, generator=generator).to(dtype)
-    parts = fused.split([heads * 16, kv_heads * 16, kv_heads * 16], dim=1)
-    return [part.unflatten(1, (-1, 16)) for part in parts]
-
-
-def reference(q, k, v):
-    """Softmax attention in float64, head by head, sequence by sequence."""
-    out = torch.empty(q.shape, dtype=torch.float64)
-    for head in range(q.shape[1]):
-        kv_head = head * k.shape[1] // q.shape[1]
-        for start, end in SEGMENTS.spans:
-            scores = q[start:end, head].double() @ k[start:end, kv_head].double().T / 16**0.5
-            out[start:end, head] = scores.softmax(-1) @ v[start:end, kv_head].double()
-    return out
-
-
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1), (6, 2)])
-def test_sdpa_equals_float64(heads, kv_heads):
-    q, k, v = qkv(heads, kv_heads)
-    assert relative_error(sdpa_attention(q, k, v, SEGMENTS), reference(q, k, v)) <= 1e-6
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-def test_cudnn_is_given_each_segment_once(monkeypatch, grouped):
-    """cuDNN runs on CUDA only; any other SDPA in its place checks what we pass."""
-    monkeypatch.setattr(attention, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=MATH))
-    q, k, v = qkv(4, 1)
-    out = cudnn_attention(grouped)(q, k, v, SEGMENTS)
-    assert relative_error(out, reference(q, k, v)) <= 1e-6
-
-
-MATH = torch.nn.attention.SDPBackend.MATH
-
-
-class NoSpans(SimpleNamespace):
-    """Segments as a graph has them: only what lies on the device, and the bound."""
-
-    def __getattr__(self, name):
-        raise AssertionError(f"{name} is not known under a graph")
-
-
-UNDER_A_GRAPH = NoSpans(cu_seqlens=SEGMENTS.cu_seqlens, max_seqlen=SEGMENTS.max_seqlen)
-
-
-def checked(q, k, v, cu_q, cu_k, max_q, max_k):
-    assert cu_q is cu_k is SEGMENTS.cu_seqlens
-    assert cu_q.dtype == torch.int32
-    assert max_q == max_k == 37
-    assert (q.shape[1], k.shape[1], v.shape[1]) == (4, 1, 1)
-    return sdpa_attention(q, k, v, SEGMENTS)
-
-
-@pytest.mark.skipif(
-    "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters, reason="torch < 2.14"
-)
-def test_torch_varlen_leaves_grouped_heads_to_a_torch_that_takes_them(monkeypatch):
-    real = inspect.signature(varlen.varlen_attn)
-
-    def with_gqa(q, k, v, *offsets, enable_gqa=False):
-        real.bind(q, k, v, *offsets, enable_gqa=enable_gqa)
-        assert enable_gqa
-        return checked(q, k, v, *offsets)
-
-    monkeypatch.setattr(varlen, "varlen_attn", with_gqa)
-    q, k, v = qkv(4, 1)
-    out = torch_varlen_attention(q, k, v, UNDER_A_GRAPH)
-    assert relative_error(out, reference(q, k, v)) <= 1e-6
-
-
-def test_torch_varlen_calls_the_operator_below_where_torch_does_not(monkeypatch):
-    schema = torch.ops.aten._flash_attention_forward.default._schema
-    names = [argument.name for argument in schema.arguments]
-
-    def operator(*args):
-        call = dict(zip(names, args, strict=False))
-        assert call["dropout_p"] == 0.0
-        assert not call["is_causal"]
-        assert not call["return_debug_mask"]
-        offsets = [call[name] for name in ("cum_seq_q", "cum_seq_k", "max_q", "max_k")]
-        return (checked(call["query"], call["key"], call["value"], *offsets), None)
-
-    monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, cu_q, cu_k, max_q, max_k: None)
-    fake = SimpleNamespace(aten=SimpleNamespace(_flash_attention_forward=operator))
-    monkeypatch.setattr(attention.torch, "ops", fake)
-    q, k, v = qkv(4, 1)
-    out = torch_varlen_attention(q, k, v, UNDER_A_GRAPH)
-    monkeypatch.undo()
-    assert relative_error(out, reference(q, k, v)) <= 1e-6
-
-
-@pytest.mark.parametrize("returns_tuple", [True, False])
-def test_the_flash_attention_package_is_called_as_it_wants_to_be(monkeypatch, returns_tuple):
-    def function(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True):
-        assert not causal
-        out = checked(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return (out, None) if returns_tuple else out
-
-    package = SimpleNamespace(flash_attn_varlen_func=function)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    q, k, v = qkv(4, 1)
-    out = flash_attention_3(q, k, v, UNDER_A_GRAPH)
-    assert relative_error(out, reference(q, k, v)) <= 1e-6
-
-
-def test_flash_attention_4_has_the_signature_that_we_call():
-    interface = pytest.importorskip("flash_attn.cute.interface")
-    names = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"]
-    inspect.signature(interface.flash_attn_varlen_func).bind(1, 2, 3, **dict.fromkeys(names))
-
-
-# The choice. Candidates are fakes that run on the CPU, timed by how often they were called.
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU as far as the choice can see, on which tensors are the CPU's."""
+    """A Hopper as far as the choice can see, on which tensors are the CPU's, and of few heads."""
     monkeypatch.setattr(attention, "_can_flash", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "_major", lambda device: 9)
+    monkeypatch.setattr(attention, "LARGE_PACK", (64,))
+    monkeypatch.setattr(attention, "SMALL_PACK", (16, 16))
+    for name, heads in (("HEADS", 2), ("KV_HEADS", 1), ("PROJECTION", 6)):
+        monkeypatch.setattr(attention_trial, name, heads)
 
 
-def fake(name, ms, capturable=True, fault=None):
+def fake(name, ms, capturable=True, fault=None, **fields):
     def attend(q, k, v, segments):
         if fault == "raises":
             raise RuntimeError("no kernel image\nmore of it")
@@ -160,16 +39,17 @@ def fake(name, ms, capturable=True, fault=None):
         return out + {"differs": 1.0, "nan": torch.nan, None: 0.0}[fault]
 
     attend.ms = ms
-    return AttentionBackend(name, attend, capturable)
+    return AttentionBackend(name, attend, capturable, **fields)
 
 
 def choose(*candidates, forced="auto"):
     by_name = {candidate.name: candidate for candidate in candidates}
-    times = {id(c.attend): c.attend.ms for c in candidates}
 
     def timer(function):
         backend = inspect.getclosurevars(function.__wrapped__).nonlocals["backend"]
-        return times[id(backend.attend)]
+        if backend.attend.ms is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backend.attend.ms
 
     return choose_attention(CPU, torch.float32, forced, by_name, timer)
 
@@ -186,37 +66,77 @@ def test_graphs_get_the_fastest_that_can_be_captured(gpu, caplog):
     assert (choice.eager.name, choice.graph.name) == ("fast", "medium")
     assert choice.name == "fast+medium"
     (record,) = caplog.records
-    for text in ("fast+medium", "fast 1, medium 2, slow 3", "256x256: medium 2, slow 3"):
+    graph = "256x256 in a graph: medium 2, slow 3"
+    for text in ("fast+medium", "fast 1, medium 2, slow 3", graph, "out: none"):
         assert text in record.message
 
 
-def test_one_that_goes_by_segment_must_be_clearly_faster(gpu):
-    by_segment = fake("by segment", 10.0, capturable=False)
-    assert choose(by_segment, fake("at once", 10.9)).eager.name == "at once"
-    assert choose(by_segment, fake("at once", 11.1)).eager.name == "by segment"
+def test_one_that_builds_plans_must_be_clearly_faster(gpu):
+    plans = fake("plans", 10.0, plans=True)
+    assert choose(plans, fake("without", 10.9)).eager.name == "without"
+    assert choose(plans, fake("without", 11.1)).eager.name == "plans"
 
 
 def test_without_any_that_can_be_captured_graphs_get_none(gpu):
     assert choose(fake("fast", 1, capturable=False)).graph is None
 
 
-@pytest.mark.parametrize("fault", ["raises", "differs", "nan"])
-def test_one_that_fails_its_trial_is_passed_over(gpu, fault, caplog):
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("raises", "broken (RuntimeError: no kernel image)"),
+        ("differs", "broken (differs from float64 by 1"),
+        ("nan", "broken (differs from float64 by nan)"),
+    ],
+)
+def test_one_that_fails_its_trial_is_out_and_the_log_says_why(gpu, fault, reason, caplog):
     caplog.set_level("INFO")
     assert choose(fake("broken", 1, fault=fault), fake("works", 2)).name == "works"
-    passed_over = [r.message for r in caplog.records if "passed over" in r.message]
-    assert len(passed_over) == 1
-    assert "broken" in passed_over[0]
-    assert "\n" not in passed_over[0]
     assert choose(fake("broken", 1, fault=fault)).name == "sdpa"
+    assert len(caplog.records) == 2
+    for record in caplog.records:
+        assert reason in record.message
+        assert "\n" not in record.message
+
+
+def test_one_that_cannot_do_a_whole_picture_is_out(gpu, caplog):
+    """A failure never ends the start: memory may run out at the size on which it is timed."""
+    caplog.set_level("INFO")
+    assert choose(fake("large", None), fake("works", 2)).name == "works"
+    assert "large (OutOfMemoryError: CUDA out of memory)" in caplog.text
 
 
 @pytest.mark.parametrize(("major", "name"), [(8, "any"), (9, "hopper"), (10, "any")])
-def test_one_is_only_tried_on_gpus_that_it_is_made_for(gpu, monkeypatch, major, name):
+def test_one_is_only_tried_on_gpus_that_it_is_made_for(gpu, monkeypatch, major, name, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(attention, "_major", lambda device: major)
     candidates = [fake("any", 2), replace(fake("hopper", 1), majors=(9,))]
     assert choose(*candidates).name == name
+    assert ("hopper (made for compute capability 9.x)" in caplog.text) == (major != 9)
     assert choose(*candidates, forced="hopper").name == "hopper"
+
+
+def test_one_that_takes_long_to_build_waits_for_whether_it_is_needed(gpu, caplog):
+    """It comes last, and only where nothing faster is made for the GPU."""
+    caplog.set_level("INFO")
+    late = fake("late", 1, fault="raises", majors=(10,), reserve=(9,))
+    any_gpu, hopper = fake("any", 3), fake("hopper", 2, majors=(9,))
+    assert choose(late, any_gpu, hopper).name == "hopper"
+    assert "late (takes half a minute to build, and hopper is there)" in caplog.text
+    caplog.clear()
+    choose(late, any_gpu)
+    assert "late (RuntimeError: no kernel image)" in caplog.text
+    works = replace(late, attend=fake("late", 1).attend)
+    for others in ([any_gpu], [any_gpu, replace(hopper, attend=fake("", 4).attend)], []):
+        assert choose(works, *others).name == "late"
+
+
+def test_one_for_no_gpu_is_only_taken_by_name(gpu, caplog):
+    caplog.set_level("INFO")
+    coarse = fake("coarse", 1, majors=())
+    assert choose(coarse, fake("works", 2)).name == "works"
+    assert "coarse (only by name)" in caplog.text
+    assert choose(coarse, fake("works", 2), forced="coarse").name == "coarse"
 
 
 def test_a_forced_one_is_taken_without_a_race(gpu):
@@ -228,6 +148,8 @@ def test_a_forced_one_is_taken_without_a_race(gpu):
 def test_a_forced_one_must_exist_and_work(gpu):
     with pytest.raises(ConfigError, match=r"^attention: .*auto, fast, got 'fa9'"):
         choose(fake("fast", 1), forced="fa9")
+    with pytest.raises(ConfigError, match=r"^attention: fa4 is not installed; it needs .*flash-a"):
+        choose(fake("fast", 1), forced="fa4")
     with pytest.raises(ConfigError, match=r"^attention: broken fails .*no kernel image$"):
         choose(fake("broken", 1, fault="raises"), forced="broken")
 
@@ -245,12 +167,6 @@ def test_float32_and_old_gpus_get_sdpa(monkeypatch):
     assert choose_attention(CUDA, torch.float32).eager is SDPA
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert choose_attention(CUDA, torch.float16).eager is SDPA
-
-
-def test_backends_are_known_by_their_names():
-    known = known_backends()
-    assert {"sdpa", "torch_varlen", "cudnn", "cudnn_repeated"} <= known.keys()
-    assert all(name == backend.name for name, backend in known.items())
 
 
 def test_the_runner_needs_no_sglang_and_no_diffusers():
