@@ -5,18 +5,23 @@ Takes about a minute. Run it once per kind of GPU, and after a change of a kerne
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
+from triton.runtime.jit import JITFunction
 
 from benchmarks.arguments import benchmark_parser
 from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.kernel_bandwidth import TOKENS
 from benchmarks.on_gpu.kernel_cases import Case, cases
 from benchmarks.on_gpu.timing import queued
+from krea2_srt.errors import first_line
 from krea2_srt.kernels.launch import DEFAULTS, FOLDER, Launch, config_file, device_of
 
 WARPS = (4, 8, 16, 32)
@@ -32,7 +37,7 @@ def search(context: Context) -> dict[str, dict[str, Any]]:
     """Time every launch of every kernel, and leave the fastest in place.
 
     Returns:
-        By kernel, its launch and the GB/s of its cases with it.
+        By kernel, its launch, the GB/s of its cases with it, and why others were passed over.
     """
     launches = device_of(context.device).launches
     by_kernel: dict[str, list[Case]] = {}
@@ -40,20 +45,40 @@ def search(context: Context) -> dict[str, dict[str, Any]]:
         by_kernel.setdefault(case.kernel, []).append(case)
     found = {}
     for kernel, some in by_kernel.items():
-        best, best_ms = launches[kernel], float("inf")
+        default = launches[kernel]
+        times: dict[Launch, float] = {}
+        skipped = {}
         for launch in candidates(kernel):
             launches[kernel] = launch
             try:
-                ms = sum(_ms(context, case) for case in some)
-            except Exception:  # too many registers for so many warps, say
-                continue
-            if ms < best_ms:
-                best, best_ms = launch, ms
-        launches[kernel] = best
+                with built_kernels() as built:
+                    times[launch] = sum(_ms(context, case) for case in some)
+                if spilled := sum(kernel.n_spills for kernel in built):
+                    del times[launch]
+                    skipped[str(launch)] = f"{spilled} spilled registers"
+            except Exception as error:  # too many registers for so many warps, say
+                skipped[str(launch)] = first_line(error)
+        best = launches[kernel] = min(times, key=times.__getitem__, default=default)
         rates = {case.what: round(case.nbytes / _ms(context, case) / 1e6) for case in some}
-        found[kernel] = {"launch": asdict(best), "gb_per_s": rates}
-        print(f"{kernel}: {best}, {rates}", file=sys.stderr, flush=True)
+        found[kernel] = {"launch": asdict(best), "gb_per_s": rates, "skipped": skipped}
+        print(f"{kernel}: {best}, {rates}; skipped: {skipped}", file=sys.stderr, flush=True)
     return found
+
+
+@contextmanager
+def built_kernels() -> Iterator[list[Any]]:
+    """The compiled kernels that are launched meanwhile; none in Triton's interpreter."""
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = run(self, *args, **kwargs)
+        if kernel is not None and all(kernel is not known for known in launched):
+            launched.append(kernel)
+        return kernel
+
+    with patch.object(JITFunction, "run", recorded):
+        yield launched
 
 
 def candidates(kernel: str) -> list[Launch]:
@@ -70,6 +95,7 @@ def store(found: dict[str, dict[str, Any]], file: Path, device: str) -> None:
         "triton": triton.__version__,
         "launches": {kernel: entry["launch"] for kernel, entry in found.items()},
         "gb_per_s": {kernel: entry["gb_per_s"] for kernel, entry in found.items()},
+        "skipped": {kernel: entry["skipped"] for kernel, entry in found.items()},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=1) + "\n")
@@ -88,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no CUDA GPU")
     name = torch.cuda.get_device_name()
     with torch.inference_mode():
-        found = search(Context(torch.device("cuda"), smoke=False))
+        device = torch.device("cuda", torch.cuda.current_device())
+        found = search(Context(device, smoke=False))
     store(found, args.output / config_file(name).name, name)
     return 0
 

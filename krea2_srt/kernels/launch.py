@@ -5,11 +5,14 @@ The figures were searched once per device by ``benchmarks/tune_kernels.py`` and 
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -69,9 +72,15 @@ def config_file(name: str) -> Path:
     return FOLDER / f"{name.replace(' ', '_').replace('/', '_')}.json"
 
 
-@cache
 def device_of(device: torch.device) -> Device:
-    """What is known of a device."""
+    """What is known of a device; ``cuda`` without a number is the current one."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _known(device)
+
+
+@cache
+def _known(device: torch.device) -> Device:
     if device.type != "cuda":  # the interpreter
         return Device(1, dict(DEFAULTS))
     properties = torch.cuda.get_device_properties(device)
@@ -79,8 +88,29 @@ def device_of(device: torch.device) -> Device:
 
 
 def read_launches(file: Path) -> dict[str, Launch]:
-    """The launches in a file, and the default of what it does not name."""
+    """The launches in a file, and the default of what it does not name.
+
+    A file that holds something that no kernel could be launched with, such as one of another
+    version, is passed over whole, and the log says so.
+    """
     if not file.is_file():
         return dict(DEFAULTS)
-    stored = json.loads(file.read_text())["launches"]
-    return DEFAULTS | {name: Launch(**values) for name, values in stored.items()}
+    try:
+        stored = json.loads(file.read_text())
+        found = {name: Launch(**values) for name, values in stored["launches"].items()}
+        for name, launch in found.items():
+            _check(name, launch)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning("krea2-srt: %s is passed over, defaults launch: %s", file, reason)
+        return dict(DEFAULTS)
+    return DEFAULTS | found
+
+
+def _check(kernel: str, launch: Launch) -> None:
+    if kernel not in DEFAULTS:
+        raise ValueError(f"no kernel is called {kernel!r}")
+    for name, most in (("num_warps", 32), ("tokens", 1024)):
+        value = getattr(launch, name)
+        if type(value) is not int or not 0 < value <= most or value & (value - 1):
+            raise ValueError(f"{kernel}: {name} must be a power of two up to {most}, got {value!r}")
