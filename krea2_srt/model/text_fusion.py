@@ -15,6 +15,10 @@ from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, plai
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import Target
 
+TOKENS_AT_ONCE = 576
+"""Whose taps are fused together. The taps of a token are many rows, and for several long prompts at
+a time they would take gigabytes; no prompt has more tokens than this."""
+
 
 class TextFusionBlock(nn.Module):
     """Pre-norm transformer block without RoPE or time modulation."""
@@ -96,14 +100,18 @@ class TextFusion(nn.Module):
         Returns:
             [tokens, hidden_size], the text tokens of the DiT.
         """
-        x = taps
-        for block in self.layerwise_blocks:
-            x = block.across_taps(x)
-        x = self.projector(x.transpose(1, 2)).squeeze(-1)
+        some = [self._fuse_taps(part) for part in taps.split(TOKENS_AT_ONCE)]
+        x = some[0] if len(some) == 1 else torch.cat(some)
         for block in self.refiner_blocks:
             x = block.across_tokens(x, attention, prompts)
         x = self.linear_1(self.norm(x).to(x.dtype))
         return self.linear_2(F.gelu(x, approximate="tanh"))
+
+    def _fuse_taps(self, x: Tensor) -> Tensor:
+        """[tokens, num_text_layers, text_hidden_dim] -> [tokens, text_hidden_dim]."""
+        for block in self.layerwise_blocks:
+            x = block.across_taps(x)
+        return self.projector(x.transpose(1, 2)).squeeze(-1)
 
     def targets(self) -> Iterator[tuple[str, Target]]:
         for kind in ("layerwise_blocks", "refiner_blocks"):
