@@ -91,6 +91,10 @@ class RunnerSettings(SchedulerSettings):
 
     attention: str | None = _of_runner("attention back end", "attention")
     kernels: str | None = _of_runner("triton or torch between matrix multiplications", "kernels")
+    products: str | None = _of_runner(
+        "torch, sglang or triton, which multiply in 8 bits", "products"
+    )
+    fused_mlp: str | None = _of_runner("on or off: SwiGLU in the product before it", "fused_mlp")
     cuda_graphs: str | None = _of_runner("on or off", "cuda_graphs")
     max_graph_tokens: int | None = _of_runner(
         "most tokens in a pack that is replayed, 0 for what memory allows", "max_graph_tokens"

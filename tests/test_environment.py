@@ -24,6 +24,8 @@ VARIABLES = {
     "KREA2_SRT_TURN_LOG": ("turns.jsonl", "turns.jsonl"),
     "KREA2_SRT_ATTENTION": ("sdpa", "sdpa"),
     "KREA2_SRT_KERNELS": ("torch", "torch"),
+    "KREA2_SRT_PRODUCTS": ("sglang", "sglang"),
+    "KREA2_SRT_FUSED_MLP": ("off", "off"),
     "KREA2_SRT_CUDA_GRAPHS": ("off", "off"),
     "KREA2_SRT_MAX_GRAPH_TOKENS": ("4096", 4096),
     "KREA2_SRT_WARM_UP_S": ("2.5", 2.5),

@@ -1,19 +1,24 @@
 """The kernels as one table, so that a model runs on either kind."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels import euler, final_layer, gates, norm, qk_norm_rope
+from krea2_srt.kernels import euler, final_layer, gates, norm, products, qk_norm_rope
 from krea2_srt.kernels.quantize import Tokens
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What lies between the matrix multiplications; see the functions of the same names, whose
-    signatures both kinds have.
+    """What lies between the matrix multiplications, and one that does more than multiply; see the
+    functions of the same names, whose signatures both kinds have.
+
+    Attributes:
+        fused_mlp_tokens: of a pack from which on the MLP's first product is `swiglu_product`,
+            rather than a plain one and `silu_mul`.
     """
 
     name: str
@@ -23,8 +28,10 @@ class Operations:
     qk_norm_rope: Callable[..., None]
     sigmoid_gate: Callable[..., Tokens]
     silu_mul: Callable[..., Tokens]
+    swiglu_product: Callable[..., Tokens]
     final_layer: Callable[..., Tensor]
     euler_step: Callable[..., None]
+    fused_mlp_tokens: float = math.inf
 
 
 TORCH = Operations(
@@ -35,6 +42,7 @@ TORCH = Operations(
     qk_norm_rope.qk_norm_rope,
     gates.sigmoid_gate,
     gates.silu_mul,
+    products.swiglu_product,
     final_layer.final_layer,
     euler.euler_step,
 )
@@ -48,6 +56,7 @@ TRITON = Operations(
     qk_norm_rope.qk_norm_rope_triton,
     gates.sigmoid_gate_triton,
     gates.silu_mul_triton,
+    products.swiglu_product_triton,
     final_layer.final_layer_triton,
     euler.euler_step_triton,
 )

@@ -57,6 +57,9 @@ class QuantizedTokens:
     values: Tensor
     scale: Tensor
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     def dequantized(self) -> Tensor:
         """float32 [T, width]; still rotated."""
         return self.values.float() * self.scale

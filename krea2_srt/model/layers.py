@@ -29,7 +29,10 @@ class Linear(nn.Module):
         in_features: width of the input.
         parts: checkpoint name of each fused matrix -> its number of rows, in order.
         bias: whether each part has a bias.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights, and of what it returns.
+
+    Attributes:
+        scale: float32 [rows, 1], of the rows of weights in 8 bits.
     """
 
     format: TokenFormat | None = None
@@ -40,8 +43,10 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = parts
+        self.dtype = dtype
         rows = sum(parts.values())
         self.weight = parameter(rows, in_features, dtype=dtype)
+        self.scale: Tensor | None = None
         self.bias = parameter(rows, dtype=dtype) if bias else None
 
     def forward(self, x: Tokens) -> Tensor:
@@ -159,7 +164,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tokens, operations: Operations = TORCH) -> Tensor:
         """[T, size] -> [T, size]."""
-        return self.down(operations.silu_mul(self.gate_up(x), self.down.format))
+        gate_up, format = self.gate_up, self.down.format
+        if len(x) < operations.fused_mlp_tokens:
+            return self.down(operations.silu_mul(gate_up(x), format))
+        weight, scale = gate_up.weight, gate_up.scale
+        return self.down(operations.swiglu_product(x, weight, scale, gate_up.dtype, format))
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.gate_up.targets(prefix)

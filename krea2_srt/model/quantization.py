@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.errors import ConfigError
+from krea2_srt.kernels.products import ScaledProduct, scaled_product, scaled_product_torch
 from krea2_srt.kernels.quantize import (
     QuantizedTokens,
     TokenFormat,
@@ -95,9 +96,13 @@ class QuantizedLinear(Linear):
         in_features, parts: see `Linear`.
         dtype: of what it returns.
         format: of its input, and of the weights.
+
+    Attributes:
+        product: multiplies e4m3 on CUDA.
     """
 
     format: TokenFormat
+    scale: Tensor
 
     def __init__(
         self, in_features: int, parts: dict[str, int], dtype: torch.dtype, format: TokenFormat
@@ -110,25 +115,15 @@ class QuantizedLinear(Linear):
         self.weight = parameter(rows, in_features, dtype=format.dtype)
         self.scale = parameter(rows, 1, dtype=torch.float32)
         self.bias = None
+        self.product: ScaledProduct = scaled_product_torch
 
     def forward(self, x: Tokens) -> Tensor:
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
         if self.format.dtype is torch.int8:
             return (self._int8_product(x.values) * x.scale * self.scale.t()).to(self.dtype)
-        if not x.values.is_cuda:
-            product = x.values.float() @ self.weight.float().t()
-            return (product * x.scale * self.scale.t()).to(self.dtype)
-        # Sums in the tensor cores' own 14 bits of accumulator: what that loses is far below what
-        # e4m3's 3 bits have lost already, and the other way is slower.
-        return torch._scaled_mm(
-            x.values,
-            self.weight.t(),
-            scale_a=x.scale,
-            scale_b=self.scale.t(),
-            out_dtype=self.dtype,
-            use_fast_accum=True,
-        )
+        product = self.product if x.values.is_cuda else scaled_product
+        return product(x, self.weight, self.scale, self.dtype)
 
     def _int8_product(self, values: Tensor) -> Tensor:
         tokens = len(values)

@@ -6,6 +6,8 @@ from krea2_srt.errors import ConfigError
 
 _CHOICES = {
     "kernels": ("auto", "triton", "torch"),
+    "products": ("auto", "torch", "sglang", "triton"),
+    "fused_mlp": ("auto", "on", "off"),
     "cuda_graphs": ("auto", "on", "off"),
     "text_encoder": ("auto", "resident", "offload"),
 }
@@ -18,6 +20,9 @@ class RunnerConfig:
     Attributes:
         attention: a back end of `krea2_srt.runner.attention`, or ``auto``.
         kernels: what runs between the matrix multiplications: ``triton`` or ``torch``.
+        products: what multiplies in 8 bits: see `krea2_srt.runner.products`.
+        fused_mlp: ``on``: SwiGLU is computed by the product before it, from `kernels`; ``off``: by
+            a kernel of its own.
         cuda_graphs: ``on`` or ``off``; on a CPU there are none.
         max_graph_tokens: of a pack that is replayed; 0 is what memory allows.
         warm_up_s: seconds of the start that captures and the like may take; what is not captured
@@ -28,6 +33,8 @@ class RunnerConfig:
 
     attention: str = "auto"
     kernels: str = "auto"
+    products: str = "auto"
+    fused_mlp: str = "auto"
     cuda_graphs: str = "auto"
     max_graph_tokens: int = 0
     warm_up_s: float = 20.0

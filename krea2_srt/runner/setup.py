@@ -14,10 +14,12 @@ from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
 from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.memory_plan import GIB, MemoryPlan, Wishes, plan_memory
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
+from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
 from krea2_srt.runner.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,14 @@ class Setup:
             ConfigError: a setting asks for what the device does not have.
             CheckpointError: something is missing, damaged or does not fit together.
         """
+        operations = self._operations()
+        check_fused_mlp(self.config.fused_mlp, operations)
+        products = product_candidates(
+            self.config.products,
+            self.device,
+            self.quantization,
+            known_products(triton=operations is TRITON),
+        )
         attention = choose_attention(self.device, self.dtype, self.config.attention, backends)
         resident = self.config.text_encoder != "offload"
         runner = Krea2Runner.load(
@@ -129,11 +139,13 @@ class Setup:
             text_encoder_resident=plan.text_encoder_resident if plan else resident,
             caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
         )
-        runner.dit.operations = self._operations()
+        runner.dit.operations = operations
+        use_fastest_product(runner.dit, products)
+        runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
         if plan is None:
             return runner
         logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.table())
-        runner.vae.use_kernels(runner.dit.operations is TRITON)
+        runner.vae.use_kernels(operations is TRITON)
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)
         if self.config.warm_up_s:

@@ -285,8 +285,8 @@ def test_the_block_of_a_rotation_fits_the_width(width, block):
 
 def test_both_kinds_have_the_same_signatures():
     for field in fields(TORCH):
-        if field.name != "name":
-            torchs, tritons = (getattr(do, field.name) for do in (TORCH, TRITON))
+        torchs, tritons = (getattr(do, field.name) for do in (TORCH, TRITON))
+        if callable(torchs):
             assert inspect.signature(torchs) == inspect.signature(tritons)
             assert torchs is not tritons
 
