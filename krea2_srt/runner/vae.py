@@ -177,8 +177,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
         x = self.conv1(self.norm1(x, silu=True))
-        x = self.conv2(self.norm2(x, silu=True))
-        return x.add_(shortcut)
+        # Under the same name: what the first convolution gave is not held while the second runs.
+        x = self.norm2(x, silu=True)
+        return self.conv2(x).add_(shortcut)
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         for name in ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"):
@@ -338,6 +339,7 @@ class VAEDecoder(nn.Module):
             if attended is not None:
                 x = attended
             yield None
+        del attended
         x = self.mid_resnets[1](x)
         for i, upsample in enumerate(self.upsamplers):
             for resnet in self.up_resnets[i]:
