@@ -1,21 +1,26 @@
-"""How far 8-bit matrices are from bf16: of one product, of every step, and of a picture.
+"""How far 8 bits are from bf16: of one product, of attention, of every step, and of a picture.
 
-Takes about a minute on two cores.
+Takes a minute or two on two cores.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.arguments import benchmark_parser
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotation_block
+from krea2_srt.model.attention import VarlenAttention, sdpa_attention
+from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
+from krea2_srt.runner.attention_trial import HEAD_DIM, HEADS, KV_HEADS, exact_attention
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.fp8_attention import emulated_flash_attention_3, fp8_attention
 from krea2_srt.runner.model_runner import Krea2Runner
 
 CPU = torch.device("cpu")
@@ -26,6 +31,14 @@ PRODUCTS = {"6144 wide": 6144, "16384 wide": 16384}
 """Inputs of the released matrices."""
 
 ROWS, TOKENS = 512, 64
+
+ATTENTION_TOKENS = 1088
+"""Of one image of 512 x 512 with its prompt."""
+
+ATTENTION: dict[str, VarlenAttention] = {
+    "bf16": sdpa_attention,
+    "fa3_fp8": fp8_attention(lambda: emulated_flash_attention_3),
+}
 SIDE, STEPS = 256, 8
 PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
 
@@ -41,7 +54,7 @@ the inputs. Weights have a scale per output channel, tokens a scale each.
 widths. *Gaussian* tokens; *heavy tails* are Student's t with 3 degrees of freedom; *outliers* are
 Gaussian with one channel in a hundred 30 times as large, as those of large transformers are.
 
-{products}
+{products}{attention}
 ## The demo checkpoint
 
 It is tiny: these figures say that the mode works, and nothing of the released model's pictures.
@@ -54,12 +67,24 @@ int8 version with rotation at 27.7 dB (0.066). Ours on the released weights: not
 """
 
 
+_ATTENTION = """
+## Attention
+
+The same of attention over {tokens} tokens with the released heads, in bf16 and in fp8 as
+FlashAttention-3 has it (`KREA2_SRT_ATTENTION=fa3_fp8`): queries, keys, values and weights in e4m3,
+with a scale per image and key/value head. An emulation of what its kernel rounds; Hopper's fp8
+products keep fewer bits of their sums than it does. Queries and keys are normalised per head, as
+the model's are.
+
+{rows}"""
+
+
 def product_errors() -> Iterator[dict[str, Any]]:
     """Of one matrix multiplication, by width, distribution of the tokens, and format."""
     generator = torch.Generator().manual_seed(0)
     for name, width in PRODUCTS.items():
         weight = torch.randn(ROWS, width, generator=generator) * width**-0.5
-        for kind, tokens in _tokens(width, generator):
+        for kind, tokens in _tokens(width, generator, TOKENS):
             exact = tokens.double() @ weight.double().T
             for quantization in FORMATS:
                 rotation = rotation_block(width) if quantization.rotation else 0
@@ -77,11 +102,26 @@ def product_errors() -> Iterator[dict[str, Any]]:
                 }
 
 
-def _tokens(width: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    gaussian = torch.randn(TOKENS, width, generator=generator)
+def attention_errors() -> Iterator[dict[str, Any]]:
+    """Of attention, by distribution of the projection's outputs, and format."""
+    generator = torch.Generator().manual_seed(0)
+    heads = [HEADS, KV_HEADS, KV_HEADS]
+    segments = Segments.of([ATTENTION_TOKENS], CPU)
+    for kind, tokens in _tokens(sum(heads) * HEAD_DIM, generator, ATTENTION_TOKENS):
+        q, k, v = tokens.unflatten(1, (-1, HEAD_DIM)).split(heads, dim=1)
+        q, k = (F.rms_norm(x, (HEAD_DIM,)) for x in (q, k))
+        q, k, v = (x.bfloat16() for x in (q, k, v))
+        exact = exact_attention(q, k, v, segments)
+        for name, attend in ATTENTION.items():
+            error = _relative(attend(q, k, v, segments), exact)
+            yield {"tokens": kind, "format": name, "error": error}
+
+
+def _tokens(width: int, generator: torch.Generator, count: int) -> Iterator[tuple[str, Tensor]]:
+    gaussian = torch.randn(count, width, generator=generator)
     yield "Gaussian", gaussian
-    chi = torch.randn(TOKENS, width, 3, generator=generator).square().sum(-1) / 3
-    yield "heavy tails", torch.randn(TOKENS, width, generator=generator) / chi.sqrt()
+    chi = torch.randn(count, width, 3, generator=generator).square().sum(-1) / 3
+    yield "heavy tails", torch.randn(count, width, generator=generator) / chi.sqrt()
     outliers = gaussian.clone()
     channels = torch.randperm(width, generator=generator)[: width // 100]
     outliers[:, channels] *= 30
@@ -138,8 +178,12 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def page(products: list[dict[str, Any]], pictures: list[dict[str, Any]]) -> str:
-    """The tables."""
+def page(
+    products: list[dict[str, Any]],
+    pictures: list[dict[str, Any]],
+    attention: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The tables; without attention's if it was not measured."""
     names = [quantization.name for quantization in FORMATS]
     lines = [["matrix", "tokens", *names]]
     for matrix, kind in dict.fromkeys((row["matrix"], row["tokens"]) for row in products):
@@ -156,7 +200,20 @@ def page(products: list[dict[str, Any]], pictures: list[dict[str, Any]]) -> str:
             [row["format"], f"{errors[0]:.2%} to {errors[-1]:.2%}", f"{row['psnr']:.1f} dB"]
         )
     sizes = f"{SIDE}x{SIDE}, {STEPS} steps, one seed"
-    return _PAGE.format(products=_table(lines), pictures=_table(drawn), sizes=sizes)
+    return _PAGE.format(
+        products=_table(lines),
+        attention=_attention_section(attention) if attention else "",
+        pictures=_table(drawn),
+        sizes=sizes,
+    )
+
+
+def _attention_section(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [["tokens", *ATTENTION]]
+    for kind in dict.fromkeys(row["tokens"] for row in rows):
+        errors = {row["format"]: row["error"] for row in rows if row["tokens"] == kind}
+        lines.append([kind, *(f"{errors[name]:.2%}" for name in ATTENTION)])
+    return _ATTENTION.format(tokens=ATTENTION_TOKENS, rows=_table(lines))
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -171,11 +228,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="folder of the demo checkpoint")
     args = parser.parse_args(argv)
     with torch.inference_mode():
-        products, pictures = list(product_errors()), list(picture_errors(args.model))
+        products, attention = list(product_errors()), list(attention_errors())
+        pictures = list(picture_errors(args.model))
     args.output.mkdir(parents=True, exist_ok=True)
-    stored = {"products": products, "pictures": pictures}
+    stored = {"products": products, "attention": attention, "pictures": pictures}
     (args.output / "quantization.json").write_text(json.dumps(stored, indent=1) + "\n")
-    (args.output / "quantization.md").write_text(page(products, pictures))
+    (args.output / "quantization.md").write_text(page(products, pictures, attention))
     return 0
 
 

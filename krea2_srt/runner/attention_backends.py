@@ -18,6 +18,7 @@ from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.pack import Segments
+from krea2_srt.runner import fp8_attention
 
 CUDNN_VARLEN = (9, 10)
 """Where torch's ``varlen_attn`` takes cuDNN (`torch.nn.attention.varlen._should_use_cudnn`)."""
@@ -39,6 +40,7 @@ TOLERANCE = 2e-2
 
 PACKAGES = {
     "fa3": "FlashAttention-3: the package flash_attn_interface or sgl_kernel",
+    "fa3_fp8": "FlashAttention-3: the package flash_attn_interface or sgl_kernel",
     "fa4": "FlashAttention-4: the package flash-attn-4",
 }
 """What a back end needs that comes with an optional package."""
@@ -55,6 +57,7 @@ class AttentionBackend:
             a CUDA graph of it serves other lengths.
         majors: compute capabilities that it is made for; elsewhere it is tried only when forced,
             since to find out that it does not run there can take half a minute. None is any.
+            With none at all, it is taken only by name.
         reserve: compute capabilities where it is tried only if the fastest that can be captured
             is not made for them.
         plans: it builds a plan for lengths that it has not seen, while their request waits.
@@ -159,15 +162,24 @@ def cudnn_attention(grouped: bool) -> VarlenAttention:
     return attend
 
 
-def flash_attention(module: str) -> VarlenAttention:
-    """`VarlenAttention` on the ``flash_attn_varlen_func`` of a package's module. CUDA only."""
+Loader = Callable[[], Callable[..., Any]]
+"""Imports a package's ``flash_attn_varlen_func``, and is called in each attention: a kernel that
+cannot be imported fails its trial and no more.
+"""
+
+
+def flash_attention(load: Loader) -> VarlenAttention:
+    """`VarlenAttention` on a ``flash_attn_varlen_func``. CUDA only."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        # Here, so that a kernel that cannot be imported fails its trial and no more.
-        function = import_module(module).flash_attn_varlen_func
-        return call_flash_attention(function, q, k, v, segments)
+        return call_flash_attention(load(), q, k, v, segments)
 
     return attend
+
+
+def of_module(name: str) -> Loader:
+    """The `Loader` of a package's module."""
+    return lambda: import_module(name).flash_attn_varlen_func  # type: ignore[no-any-return]
 
 
 def call_flash_attention(
@@ -176,7 +188,6 @@ def call_flash_attention(
     k: Tensor,
     v: Tensor,
     segments: Segments,
-    **options: Any,
 ) -> Tensor:
     """A ``flash_attn_varlen_func`` on a pack; all packages give it the same arguments."""
     out = function(
@@ -188,10 +199,24 @@ def call_flash_attention(
         max_seqlen_q=segments.max_seqlen,
         max_seqlen_k=segments.max_seqlen,
         causal=False,
-        **options,
     )
     found: Tensor = out[0] if isinstance(out, tuple) else out
     return found
+
+
+def flash_attention_3(load: Loader) -> list[AttentionBackend]:
+    """FlashAttention-3 in 16 bits and in fp8. The latter draws other pictures, so it is nobody's
+    choice but the user's.
+    """
+    in_fp8 = fp8_attention.fp8_attention(load)
+    return [
+        AttentionBackend("fa3", flash_attention(load), True, FA3),
+        AttentionBackend("fa3_fp8", in_fp8, True, (), tolerance=fp8_attention.TOLERANCE),
+    ]
+
+
+def flash_attention_4(load: Loader) -> AttentionBackend:
+    return AttentionBackend("fa4", flash_attention(load), True, FA4, FA4_RESERVE)
 
 
 SDPA = AttentionBackend("sdpa", sdpa_attention, capturable=False, plans=True)
@@ -218,8 +243,7 @@ def known_backends() -> dict[str, AttentionBackend]:
     else:
         fa3 = "sgl_kernel.flash_attn" if find_spec("sgl_kernel") is not None else ""
     if fa3:
-        found.append(AttentionBackend("fa3", flash_attention(fa3), True, FA3))
+        found += flash_attention_3(of_module(fa3))
     if find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None:
-        fa4 = flash_attention("flash_attn.cute")
-        found.append(AttentionBackend("fa4", fa4, True, FA4, FA4_RESERVE))
+        found.append(flash_attention_4(of_module("flash_attn.cute")))
     return {backend.name: backend for backend in found}

@@ -1,35 +1,28 @@
 """SGLang's FlashAttention kernels, among the attention back ends to choose from."""
 
-from torch import Tensor
+from functools import partial
 
-from krea2_srt.model.attention import VarlenAttention
-from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention_backends import (
-    FA3,
-    FA4,
-    FA4_RESERVE,
     AttentionBackend,
-    call_flash_attention,
+    Loader,
+    flash_attention_3,
+    flash_attention_4,
     known_backends,
 )
 
 
-def flash_attention(version: int) -> VarlenAttention:
-    """`VarlenAttention` on SGLang's FlashAttention kernel of a version (3 or 4)."""
+def of_version(version: int) -> Loader:
+    """The `Loader` of SGLang's FlashAttention kernel of a version (3 or 4)."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        # Here, so that a kernel that cannot be imported fails its trial and no more.
+    def load() -> partial[object]:
         from sglang.kernels.ops.attention.flash_attention import flash_attn_varlen_func
 
-        return call_flash_attention(flash_attn_varlen_func, q, k, v, segments, ver=version)
+        return partial(flash_attn_varlen_func, ver=version)
 
-    return attend
+    return load
 
 
 def backends() -> dict[str, AttentionBackend]:
     """`known_backends`, with SGLang's FlashAttention-3 and 4 in place of packages."""
-    ours = [
-        AttentionBackend("fa3", flash_attention(3), True, FA3),
-        AttentionBackend("fa4", flash_attention(4), True, FA4, FA4_RESERVE),
-    ]
+    ours = [*flash_attention_3(of_version(3)), flash_attention_4(of_version(4))]
     return known_backends() | {backend.name: backend for backend in ours}

@@ -8,8 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from krea2_srt.model.attention import sdpa_attention
 from krea2_srt.model.pack import Segments
+from krea2_srt.runner import attention_trial
 from krea2_srt.runner.attention_trial import exact_attention
+from krea2_srt.runner.fp8_attention import emulated_flash_attention_3
+
+
+def few_heads(monkeypatch) -> None:
+    """Trials on two heads for one: the same rules, in less time."""
+    for name, heads in (("HEADS", 2), ("KV_HEADS", 1), ("PROJECTION", 6)):
+        monkeypatch.setattr(attention_trial, name, heads)
 
 
 def check_half(*tensors: Tensor) -> None:
@@ -183,8 +192,69 @@ def flash_attn_3(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """``flash_attn_interface.flash_attn_varlen_func``, in 16 bits."""
-    check_half(q, k, v)
-    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    check_plain(causal, q_descale, k_descale, v_descale)
-    return packed_attention(q, k, v, cu_seqlens_q)
+    """``flash_attn_interface.flash_attn_varlen_func``, in 16 bits and in fp8."""
+    offsets = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    descales = (q_descale, k_descale, v_descale)
+    check_packed(q, k, v, *offsets)
+    check_plain(seqused_q, seqused_k, softmax_scale, causal, qv, attention_chunk, softcap)
+    check_plain(pack_gqa, sm_margin, return_attn_probs)
+    if q.dtype != torch.float8_e4m3fn:
+        check_half(q, k, v)
+        check_plain(*descales)
+        return packed_attention(q, k, v, cu_seqlens_q)
+    assert k.dtype == v.dtype == torch.float8_e4m3fn
+    assert q.shape[-1] % 16 == 0
+    check_layout(q, k, v)
+    for descale in descales:
+        assert descale.shape == (len(cu_seqlens_q) - 1, k.shape[1])
+        assert descale.dtype == torch.float32
+    return emulated_flash_attention_3(q, k, v, *offsets, causal, *descales)
+
+
+# Operators of their own, for graphs: they read the offsets when they run, as kernels do.
+
+_OPERATORS = torch.library.Library("krea2_tests", "DEF")
+_OPERATORS.define("by_offsets(Tensor q, Tensor k, Tensor v, Tensor offsets) -> Tensor")
+_OPERATORS.define(
+    "flash_attn_3(Tensor q, Tensor k, Tensor v, Tensor offsets, int longest, Tensor? q_descale, "
+    "Tensor? k_descale, Tensor? v_descale) -> Tensor"
+)
+
+
+def _by_offsets(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    return sdpa_attention(q, k, v, Segments.of(offsets.diff().tolist(), q.device))
+
+
+def _flash_attn_3(q, k, v, offsets, longest, q_descale, k_descale, v_descale):
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    return flash_attn_3(q, k, v, offsets, offsets, longest, longest, causal=False, **descales)
+
+
+_OPERATORS.impl("by_offsets", _by_offsets, "CPU")
+_OPERATORS.impl("flash_attn_3", _flash_attn_3, "CPU")
+
+
+def by_offsets(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
+    """SDPA of the segments that lie between offsets."""
+    return torch.ops.krea2_tests.by_offsets(q, k, v, offsets)
+
+
+def flash_attn_3_operator(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    causal,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+):
+    """`flash_attn_3`, in a graph."""
+    check_plain(causal)
+    assert cu_seqlens_q is cu_seqlens_k
+    assert max_seqlen_q == max_seqlen_k
+    descales = (q_descale, k_descale, v_descale)
+    return torch.ops.krea2_tests.flash_attn_3(q, k, v, cu_seqlens_q, max_seqlen_q, *descales)

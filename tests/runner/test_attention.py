@@ -12,10 +12,11 @@ import torch
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.attention import sdpa_attention
-from krea2_srt.runner import attention, attention_trial
+from krea2_srt.runner import attention
 from krea2_srt.runner.attention import choose_attention
 from krea2_srt.runner.attention_backends import SDPA, AttentionBackend
 from tests.conftest import CPU
+from tests.runner.attention_stand_ins import few_heads
 
 CUDA = torch.device("cuda")
 
@@ -27,8 +28,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(attention, "_major", lambda device: 9)
     monkeypatch.setattr(attention, "LARGE_PACK", (64,))
     monkeypatch.setattr(attention, "SMALL_PACK", (16, 16))
-    for name, heads in (("HEADS", 2), ("KV_HEADS", 1), ("PROJECTION", 6)):
-        monkeypatch.setattr(attention_trial, name, heads)
+    few_heads(monkeypatch)
 
 
 def fake(name, ms, capturable=True, fault=None, **fields):

@@ -17,7 +17,7 @@ from krea2_srt.runner.attention_trial import (
     trial_fault,
 )
 from tests.conftest import CPU
-from tests.runner.attention_stand_ins import cuda_operators
+from tests.runner.attention_stand_ins import by_offsets, cuda_operators, few_heads
 from tests.runner.recorded_graph import record
 
 BF16 = torch.bfloat16
@@ -25,16 +25,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Two heads for one: the trial's rules, in less time."""
-    monkeypatch.setattr(attention_trial, "HEADS", 2)
-    monkeypatch.setattr(attention_trial, "KV_HEADS", 1)
-    monkeypatch.setattr(attention_trial, "PROJECTION", 6)
-
-
-@torch.library.custom_op("krea2_tests::attend_by_offsets", mutates_args=())
-def by_offsets(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
-    """An operator that reads the offsets when it runs, as kernels do."""
-    return sdpa_attention(q, k, v, Segments.of(cu.diff().tolist(), CPU))
+    few_heads(monkeypatch)
 
 
 GOOD = AttentionBackend("good", lambda q, k, v, s: by_offsets(q, k, v, s.cu_seqlens), True)

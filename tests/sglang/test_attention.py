@@ -50,6 +50,6 @@ def test_they_are_candidates_beside_those_of_torch(called):
     from krea2_srt.runner.attention import choose_attention
     from krea2_srt.sglang.attention import backends
 
-    assert {"sdpa", "torch_varlen", "cudnn", "fa3", "fa4"} <= backends().keys()
+    assert {"sdpa", "torch_varlen", "cudnn", "fa3", "fa3_fp8", "fa4"} <= backends().keys()
     assert choose_attention(CPU, torch.bfloat16, candidates=backends()).name == "sdpa"
     assert not called
