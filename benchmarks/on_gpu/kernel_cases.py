@@ -9,7 +9,14 @@ from torch import Tensor
 
 from benchmarks.on_gpu.context import Context
 from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
-from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, Tokens, rotate, rotation_block
+from krea2_srt.kernels.quantize import (
+    QuantizedTokens,
+    TokenFormat,
+    Tokens,
+    quantize_tokens_triton,
+    rotate,
+    rotation_block,
+)
 from krea2_srt.kernels.token_rows import TokenRows
 
 EPS = 1e-5
@@ -114,6 +121,16 @@ def cases(context: Context, tokens: int) -> Iterator[Case]:
             fused.nbytes + out,
             format.rotation if format else 0,
         )
+        if format is not None:
+            hidden_columns = fused[:, :mlp].contiguous()
+            yield Case(
+                "quantize_fp8",
+                f"quantize{name}",
+                lambda h=hidden_columns, f=format: quantize_tokens_triton(h, f),
+                lambda h=hidden_columns: h.double(),
+                hidden_columns.nbytes + out,
+                format.rotation,
+            )
     width = (2 * heads + 2 * kv_heads) * head_dim
     projection, touched = random(tokens, width), (heads + kv_heads) * head_dim
     q_scale, k_scale = (1 + 0.1 * random(head_dim, dtype=torch.float32) for _ in range(2))

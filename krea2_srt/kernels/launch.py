@@ -39,7 +39,7 @@ DEFAULTS = {
     "sigmoid_gate_fp8": Launch(8, 1),
     "silu_mul": Launch(4, 1),
     "silu_mul_fp8": Launch(16, 1),
-    "quantize": Launch(16, 1),
+    "quantize_fp8": Launch(16, 1),
     "final_layer": Launch(4, 16),
     "euler": Launch(4, 32),
     "channel_norm": Launch(4, 1),

@@ -192,7 +192,7 @@ def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
     """See `quantize_tokens`; to fp8 only, of contiguous tokens."""
     num_tokens, width = x.shape
     assert x.is_contiguous()
-    launch, _ = device_of(x.device).launch("quantize", num_tokens)
+    launch, _ = device_of(x.device).launch("quantize_fp8", num_tokens)
     out, out_scale, matrix = output_tokens(x, width, format)
     _quantize_kernel[(num_tokens,)](
         x,
