@@ -65,13 +65,13 @@ class PartSizes:
 
     def graphs(self, tokens: int, count: int, encoder: bool) -> int:
         """Of graphs of up to so many tokens, with their buffers and the pool that they share; with
-        or without those of the text encoder.
+        or without those of the text encoder, which have another.
         """
         if not tokens:
             return 0
         pool = self.step_per_token * tokens
         if encoder:  # of up to half as many prompts as are encoded together at most
-            pool = max(pool, self.encode // 2)
+            pool += self.encode // 2
         return self.graph_buffers + self.graph_per_token * tokens + pool + count * GRAPH_BYTES
 
 

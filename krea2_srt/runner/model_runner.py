@@ -11,7 +11,6 @@ from krea2_srt.errors import CheckpointError, not_finite
 from krea2_srt.model.checkpoint import load_dit
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.modulation import Modulation
-from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
@@ -23,6 +22,7 @@ from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
+from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.runner.text_graphs import TextGraphs
@@ -105,6 +105,7 @@ class Krea2Runner:
         self.vae = vae
         self.recipe = recipe
         self.attention = attention
+        self.prompt_encoder = PromptEncoder(text_encoder, dit, attention)
         self.graphs: StepGraphs | None = None
         self.device = dit.img_in.weight.device
         self.contexts: ByteCache[str, Tensor] = ByteCache(caches.contexts)
@@ -177,19 +178,11 @@ class Krea2Runner:
                 new.append(prompt)
             else:
                 found[prompt] = known
-        for prompt, context in zip(new, self._encode_new(new), strict=True):
+        contexts = self.prompt_encoder.encode(new) if new else []
+        for prompt, context in zip(new, contexts, strict=True):
             found[prompt] = context
             self.contexts.put(prompt, context)
         return [found[prompt] for prompt in prompts]
-
-    def _encode_new(self, prompts: list[str]) -> list[Tensor]:
-        if not prompts:
-            return []
-        taps = self.text_encoder.encode(prompts)
-        segments = Segments.of((len(tap) for tap in taps), self.device)
-        fused = self.dit.fuse_text(torch.cat(taps), segments, self.attention.eager.attend)
-        # Clones, so that a remembered prompt does not keep its whole batch alive.
-        return [fused[start:end].clone() for start, end in segments.spans]
 
     def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
         """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""
@@ -274,12 +267,13 @@ class Krea2Runner:
         Args:
             capture: not that of the steps, so that neither can spoil the other's memory.
         """
-        self.text_encoder.use_graphs(capture)
+        self.prompt_encoder.use_graphs(capture)
 
     @property
     def all_graphs(self) -> list[StepGraphs | TextGraphs]:
         """Those that are in use."""
-        return [graphs for graphs in (self.graphs, self.text_encoder.graphs) if graphs is not None]
+        both = (self.graphs, self.prompt_encoder.graphs)
+        return [graphs for graphs in both if graphs is not None]
 
     def release_graphs(self) -> None:
         """Forget all graphs; they are captured anew when their packs come."""

@@ -14,7 +14,7 @@ from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.graphs import MAX_SEGMENTS
 from krea2_srt.runner.memory_plan import PartSizes
 from krea2_srt.runner.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
-from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
+from krea2_srt.runner.text_graphs import MAX_KEPT, MAX_LENGTH, MAX_ROWS
 from krea2_srt.runner.vae import VAEConfig, VAEDecoder, default_tile
 
 _LIVE_IMAGES = 5
@@ -66,8 +66,7 @@ def part_sizes(dit: Krea2DiT, text: nn.Module, vae: VAEDecoder, tile: int) -> Pa
     text_element = next(text.parameters()).dtype.itemsize
     pixel = _LIVE_IMAGES * vae.dtype.itemsize * vae.config.base_dim
     modulation = config.num_layers * 2 * hidden * (4 + 4 + element) + 2 * 4 * hidden
-    state = config.num_text_layers * sizes.hidden_size * text_element
-    prompts = MAX_ROWS * MAX_LENGTH * (8 + state)
+    prompts = 8 * MAX_ROWS * MAX_LENGTH + (8 + hidden * element) * MAX_KEPT
     return PartSizes(
         dit=num_bytes([dit]),
         text_encoder=num_bytes([text]),

@@ -18,9 +18,7 @@ from krea2_srt.model.weights import (
     read_json,
     tensor_shapes,
 )
-from krea2_srt.runner.graphs import Capture
 from krea2_srt.runner.offload import offload
-from krea2_srt.runner.text_graphs import TextGraphs, padded
 
 # The template, and how much of it is cut away, as the released pipeline has it.
 PREFIX = (
@@ -61,7 +59,6 @@ class TextEncoder:
         self.taps = tuple(taps)
         self.device = device
         self.resident = resident
-        self.graphs: TextGraphs | None = None
         self._suffix_ids = self._ids(SUFFIX)
         if len(self._ids(PREFIX)) != PREFIX_TOKENS or len(self._suffix_ids) != SUFFIX_TOKENS:
             raise CheckpointError(
@@ -86,22 +83,11 @@ class TextEncoder:
             positions count real tokens only.
         """
         ids = [self.tokenize(prompt)[0] for prompt in prompts]
-        if self.graphs is None:
-            tapped = self._tapped(to_device(padded(ids, len(ids), max(map(len, ids))), self.device))
-            return [tapped[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
-        tapped = self.graphs(ids)
-        return [tapped[row, PREFIX_TOKENS : len(x)].clone() for row, x in enumerate(ids)]
+        states = self.states(to_device(padded(ids, len(ids), max(map(len, ids))), self.device))
+        return [states[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
 
-    def use_graphs(self, capture: Capture) -> None:
-        """Run the model on CUDA graphs from now on; its weights must stay where they are."""
-        dtype = next(self.model.parameters()).dtype
-        state = torch.empty(
-            len(self.taps), self.model.config.hidden_size, dtype=dtype, device=self.device
-        )
-        self.graphs = TextGraphs(self._tapped, state, capture)
-
-    def _tapped(self, ids: Tensor) -> Tensor:
-        """Token ids [rows, length] -> [rows, length, taps, hidden]."""
+    def states(self, ids: Tensor) -> Tensor:
+        """Token ids [rows, length] -> tapped hidden states [rows, length, taps, hidden]."""
         states = self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         return torch.stack([states[i] for i in self.taps], dim=2)
 
@@ -141,6 +127,48 @@ def text_model(
         raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
 
 
+def padded(ids: Sequence[Sequence[int]], rows: int, length: int) -> Tensor:
+    """int64 [rows, length] on the host: prompts padded on the right, and rows of padding."""
+    found = torch.zeros(rows, length, dtype=torch.int64)
+    for row, some in enumerate(ids):
+        found[row, : len(some)] = torch.tensor(some)
+    return found
+
+
+def kept_tokens(ids: Sequence[Sequence[int]], length: int) -> list[int]:
+    """Places of the prompts' tokens without the template's prefix in flat ids [rows * length]."""
+    return [
+        row * length + place
+        for row, some in enumerate(ids)
+        for place in range(PREFIX_TOKENS, len(some))
+    ]
+
+
+_ATTENTION = "krea2_causal"
+"""As transformers knows `_causal_attention`."""
+
+
+def _causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' own, always causal and without a mask.
+
+    Transformers builds no mask for an attention that it has no mask function for. For its ``sdpa``
+    it reads on the host whether one is needed, and builds one in any case while a CUDA graph is
+    captured: what is captured is then not what was warmed up.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    options |= {"is_causal": True}
+    found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
+    return found
+
+
 def empty_text_model(
     text_config: dict[str, Any], layers: int, dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
@@ -154,13 +182,14 @@ def empty_text_model(
     Returns:
         See `text_model`.
     """
-    from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
+    from transformers import AttentionInterface, Qwen3VLTextConfig, Qwen3VLTextModel
 
+    AttentionInterface.register(_ATTENTION, _causal_attention)
     values = {**text_config, "num_hidden_layers": layers}
     if isinstance(values.get("layer_types"), list):
         values["layer_types"] = values["layer_types"][:layers]
     config = Qwen3VLTextConfig(**values)
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = _ATTENTION
     with torch.device("meta"):
         model = Qwen3VLTextModel(config).to(dtype)
     rotary = type(model.rotary_emb)(config=config)

@@ -52,7 +52,7 @@ def warm_up(
 
 
 def _preparations(runner: Krea2Runner) -> Iterator[Callable[[], object]]:
-    text_graphs = runner.text_encoder.graphs
+    text_graphs = runner.prompt_encoder.graphs
     steps = runner.recipe.default_steps
     for number, text in enumerate(TEXT_TOKENS):
         if text_graphs is not None and number < len(PROMPT_LENGTHS):

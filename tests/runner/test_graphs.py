@@ -25,7 +25,7 @@ MAX_TOKENS = 700
 def device_attention(q, k, v, segments):
     """Attention that knows segments from tensors alone, as a captured one must."""
     assert segments.spans == ()
-    places = torch.arange(len(q), dtype=torch.int32)
+    places = torch.arange(len(q), dtype=torch.int32, device=q.device)
     segment = torch.searchsorted(segments.cu_seqlens, places, right=True)
     mask = segment[:, None] == segment[None, :]
     groups = q.shape[1] // k.shape[1]

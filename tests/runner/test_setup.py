@@ -140,7 +140,7 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
     loaded = as_on_a_gpu()
     # Of 40, 28, 76 and 64 tokens, two of which share a bucket, and of two whole schedules.
     assert len(loaded.graphs) == 5
-    assert len(loaded.text_encoder.graphs) == 2
+    assert len(loaded.prompt_encoder.graphs) == 2
     text = caplog.text
     assert "transformer" in text
     assert "with 7 CUDA graphs" in text
@@ -204,7 +204,7 @@ def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
 
 def test_an_offloaded_encoder_is_not_replayed(as_on_a_gpu, runner):
     loaded = as_on_a_gpu(text_encoder="offload")
-    assert loaded.text_encoder.graphs is None
+    assert loaded.prompt_encoder.graphs is None
     assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
 
 

@@ -44,13 +44,13 @@ def test_only_the_layers_that_the_taps_need_are_there(runner):
 
 def test_the_same_text_is_encoded_once(runner, monkeypatch):
     calls = []
-    encode = runner.text_encoder.encode
+    encode = runner.prompt_encoder.encode
 
     def counting(prompts):
         calls.append(list(prompts))
         return encode(prompts)
 
-    monkeypatch.setattr(runner.text_encoder, "encode", counting)
+    monkeypatch.setattr(runner.prompt_encoder, "encode", counting)
     first = runner.encode(["never seen", "nor this", "never seen"])
     assert calls == [["never seen", "nor this"]]
     assert first[0] is first[2]
@@ -63,9 +63,9 @@ def test_the_same_text_is_encoded_once(runner, monkeypatch):
 def test_a_context_does_not_depend_on_its_batch(runner, monkeypatch):
     prompts = ["a blue house", "two cats on a very long sofa in the evening light"]
     batches = []
-    encode = runner.text_encoder.encode
+    states = runner.text_encoder.states
     monkeypatch.setattr(
-        runner.text_encoder, "encode", lambda texts: batches.append(len(texts)) or encode(texts)
+        runner.text_encoder, "states", lambda ids: batches.append(len(ids)) or states(ids)
     )
     runner.contexts.clear()
     together = runner.encode(prompts)

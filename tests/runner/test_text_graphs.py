@@ -1,13 +1,14 @@
 """The text encoder on graphs, with a recorder in place of CUDA's."""
 
-import copy
-
 import pytest
 import torch
 
+from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graph_record import Eager
+from krea2_srt.runner.prompt_encoder import PromptEncoder
 from tests.conftest import relative_error
 from tests.runner.recorded_graph import record
+from tests.runner.test_graphs import device_attention
 
 SHORT, OTHER, LONG = "a cat", "two dogs in the rain", "a red fox in fresh snow " * 20
 
@@ -23,14 +24,19 @@ def encoder(runner, captures):
         captures.append(function)
         return record(function)
 
-    encoder = copy.copy(runner.text_encoder)
+    return on_graphs(runner, capture)
+
+
+def on_graphs(runner, capture) -> PromptEncoder:
+    device = AttentionBackend("device", device_attention, True)
+    encoder = PromptEncoder(runner.text_encoder, runner.dit, AttentionChoice(SDPA, device))
     encoder.use_graphs(capture)
     return encoder
 
 
 def check(encoder, runner, prompts):
     for got, expected in zip(
-        encoder.encode(prompts), runner.text_encoder.encode(prompts), strict=True
+        encoder.encode(prompts), runner.prompt_encoder.encode(prompts), strict=True
     ):
         assert got.shape == expected.shape
         assert relative_error(got, expected) <= 1e-5
@@ -46,7 +52,7 @@ def test_prompts_on_a_graph_are_those_without(encoder, runner, captures):
     assert len(captures) == 3
 
 
-def test_states_stay_when_the_graph_is_replayed(encoder):
+def test_contexts_stay_when_the_graph_is_replayed(encoder):
     encoder.encode([SHORT])
     (first,) = encoder.encode([SHORT])
     before = first.clone()
@@ -58,8 +64,7 @@ def test_a_size_that_cannot_be_captured_runs_without_and_says_so_once(runner, ca
     def capture(function):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
-    encoder = copy.copy(runner.text_encoder)
-    encoder.use_graphs(capture)
+    encoder = on_graphs(runner, capture)
     for prompt in (SHORT, OTHER, SHORT, OTHER):
         check(encoder, runner, [prompt])
     (logged,) = [r.message for r in caplog.records if "text encoder graphs off" in r.message]
@@ -81,8 +86,7 @@ def test_a_size_that_fails_leaves_the_others_their_graphs(runner, captures):
             raise RuntimeError("CUDA error: operation failed due to a previous error")
         return record(function)
 
-    encoder = copy.copy(runner.text_encoder)
-    encoder.use_graphs(capture)
+    encoder = on_graphs(runner, capture)
     for prompt in (SHORT, SHORT, LONG, LONG):
         check(encoder, runner, [prompt])
     assert len(encoder.graphs) == 1
@@ -95,8 +99,7 @@ def test_a_size_that_found_no_memory_is_tried_again_when_there_is_some(runner, c
             raise torch.OutOfMemoryError("CUDA out of memory")
         return record(function)
 
-    encoder = copy.copy(runner.text_encoder)
-    encoder.use_graphs(capture)
+    encoder = on_graphs(runner, capture)
     for _ in range(3):
         check(encoder, runner, [SHORT])
     assert len(captures) == 1

@@ -1,0 +1,90 @@
+"""From prompts to the context tokens that the DiT reads."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.host_copies import to_device
+from krea2_srt.model.pack import Segments
+from krea2_srt.runner.attention import AttentionChoice
+from krea2_srt.runner.graphs import Capture
+from krea2_srt.runner.text_encoder import PREFIX_TOKENS, TextEncoder, kept_tokens, padded
+from krea2_srt.runner.text_graphs import TextGraphs
+
+# Not cuDNN's, which builds a plan for each length of a prompt: tens to hundreds of milliseconds, in
+# which nothing else is launched, and not possible while a graph is captured.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class PromptEncoder:
+    """The text encoder and the DiT's text fusion, which make one program, eager or replayed.
+
+    Args:
+        text_encoder: with its tokenizer.
+        dit: for its text fusion.
+        attention: of which fusion takes the one for graphs, if there is one: eagerly too.
+
+    Attributes:
+        graphs: replay what they can; None runs all eagerly.
+    """
+
+    def __init__(
+        self, text_encoder: TextEncoder, dit: Krea2DiT, attention: AttentionChoice
+    ) -> None:
+        self._text_encoder = text_encoder
+        self._dit = dit
+        self._attends = attention.graph or attention.eager
+        self.graphs: TextGraphs | None = None
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Fused context [text tokens, hidden] of each prompt; it does not depend on the others.
+
+        Args:
+            prompts: at least one.
+        """
+        ids = [self._text_encoder.tokenize(prompt)[0] for prompt in prompts]
+        found = self.graphs.encode(ids) if self.graphs is not None else None
+        return self._encode_eagerly(ids) if found is None else found
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Replay what can be replayed from now on; the weights must stay where they are."""
+        assert self._attends.capturable
+        self.graphs = TextGraphs(
+            self.forward,
+            self._dit.config.hidden_size,
+            self._dit.dtype,
+            self._text_encoder.device,
+            capture,
+        )
+
+    def forward(self, ids: Tensor, kept: Tensor, prompts: Segments) -> Tensor:
+        """What is run on the device.
+
+        Args:
+            ids: [rows, length] tokens of the prompts with their templates, padded on the right.
+            kept: int64 [T], which of these rows * length tokens become context, one prompt's after
+                another's.
+            prompts: which of the T are one prompt's.
+
+        Returns:
+            [T, hidden].
+        """
+        with sdpa_kernel(_KERNELS):
+            states = self._text_encoder.states(ids).flatten(0, 1).index_select(0, kept)
+            return self._dit.fuse_text(states, prompts, self._attends.attend)
+
+    def _encode_eagerly(self, ids: list[list[int]]) -> list[Tensor]:
+        length, device = max(map(len, ids)), self._text_encoder.device
+        prompts = Segments.of((len(some) - PREFIX_TOKENS for some in ids), device)
+        contexts = self.forward(
+            to_device(padded(ids, len(ids), length), device),
+            to_device(torch.tensor(kept_tokens(ids, length)), device),
+            replace(prompts, spans=()) if self._attends.capturable else prompts,
+        )
+        # Clones, so that a remembered prompt does not keep its whole batch alive.
+        return [contexts[start:end].clone() for start, end in prompts.spans]
