@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.arguments import benchmark_parser
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotation_block
+from krea2_srt.kernels.quantize_heads import quantize_qkv
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
@@ -37,7 +38,7 @@ ATTENTION_TOKENS = 1088
 
 ATTENTION: dict[str, VarlenAttention] = {
     "bf16": sdpa_attention,
-    "fa3_fp8": fp8_attention(lambda: emulated_flash_attention_3),
+    "fa3_fp8": fp8_attention(lambda: emulated_flash_attention_3, quantize_qkv),
 }
 SIDE, STEPS = 256, 8
 PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner import fp8_attention
@@ -208,7 +209,7 @@ def flash_attention_3(load: Loader) -> list[AttentionBackend]:
     """FlashAttention-3 in 16 bits and in fp8. The latter draws other pictures, so it is nobody's
     choice but the user's.
     """
-    in_fp8 = fp8_attention.fp8_attention(load)
+    in_fp8 = fp8_attention.fp8_attention(load, quantize_qkv_triton)
     return [
         AttentionBackend("fa3", flash_attention(load), True, FA3),
         AttentionBackend("fa3_fp8", in_fp8, True, (), tolerance=fp8_attention.TOLERANCE),

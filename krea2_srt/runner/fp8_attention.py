@@ -1,26 +1,17 @@
 """FlashAttention-3 in fp8: queries, keys and values in e4m3, with a scale per segment and key/value
-head, which the queries of a head's group share; softmax in float32.
-
-    scale  = max |x| / 448                       of a segment's tokens and one head or group
-    values = round(x / scale)                    in e4m3
-    P      = round(2^8 exp(scores - maximum))    in e4m3, see `emulated_flash_attention_3`
-
-A scale is its own segment's alone: who shares a pack does not change a picture.
+head, see `krea2_srt.kernels.quantize_heads`; softmax in float32, weights in e4m3.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels.quantize import LARGEST, SMALLEST
+from krea2_srt.kernels.quantize_heads import E4M3, QuantizedQkv
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.pack import Segments
-
-E4M3 = torch.float8_e4m3fn
 
 KEYS_AT_ONCE = 224
 """Keys between two updates of the maximum: FlashAttention-3's tile, for heads of 128."""
@@ -32,50 +23,20 @@ MAX_OFFSET = 8
 """FlashAttention-3 rounds 2^8 exp(scores - maximum), which uses more of e4m3's range."""
 
 
-@dataclass(frozen=True)
-class QuantizedHeads:
-    """Elements of a head are ``values * scale``.
-
-    Attributes:
-        values: e4m3 [T, heads, head_dim], contiguous.
-        scale: float32 [S, kv_heads], of each segment; what FlashAttention calls descale.
-    """
-
-    values: Tensor
-    scale: Tensor
-
-
-def quantize_heads(x: Tensor, kv_heads: int, cu_seqlens: Tensor) -> QuantizedHeads:
-    """Quantise queries, keys or values of a pack. Reads nothing on the host.
-
-    Args:
-        x: [T, heads, head_dim]; heads is a multiple of kv_heads.
-        kv_heads: that have scales of their own.
-        cu_seqlens: int32 [S + 1]; the segments cover all T tokens.
-    """
-    positions = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    segment = torch.searchsorted(cu_seqlens[1:], positions, right=True)
-    grouped = x.unflatten(1, (kv_heads, -1))
-    largest = torch.linalg.vector_norm(grouped, math.inf, dim=(2, 3), dtype=torch.float32)
-    # By a mask and not by scatter_reduce, whose atomics would all meet at one segment's address.
-    numbers = torch.arange(len(cu_seqlens) - 1, device=x.device)
-    inside = (numbers[:, None] == segment)[:, :, None]
-    scale = torch.where(inside, largest, 0.0).amax(1).clamp_(min=SMALLEST) / LARGEST[E4M3]
-    values = grouped.float() * (1 / scale)[segment][:, :, None, None]
-    values = values.clamp_(-LARGEST[E4M3], LARGEST[E4M3]).to(E4M3)
-    return QuantizedHeads(values.flatten(1, 2), scale)
-
-
-def fp8_attention(load: Callable[[], Callable[..., Any]]) -> VarlenAttention:
+def fp8_attention(
+    load: Callable[[], Callable[..., Any]],
+    quantize: Callable[..., QuantizedQkv],
+) -> VarlenAttention:
     """`VarlenAttention` on FlashAttention-3 in fp8. Hopper only.
 
     Args:
         load: returns its ``flash_attn_varlen_func``.
+        quantize: `krea2_srt.kernels.quantize_heads.quantize_qkv` or its kernels.
     """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-        kv_heads, offsets, longest = k.shape[1], segments.cu_seqlens, segments.max_seqlen
-        q8, k8, v8 = (quantize_heads(x, kv_heads, offsets) for x in (q, k, v))
+        offsets, longest = segments.cu_seqlens, segments.max_seqlen
+        q8, k8, v8 = quantize(q, k, v, offsets)
         out = load()(
             q8.values,
             k8.values,

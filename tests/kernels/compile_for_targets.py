@@ -26,6 +26,7 @@ from krea2_srt.kernels import attention, products
 from krea2_srt.kernels.channel_norm import channel_norm_triton
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
+from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
 from krea2_srt.kernels.token_rows import TokenRows
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -146,6 +147,7 @@ def launches():
     q, k, v = (some.unflatten(1, (-1, 128)) for some in qkv)
     for name, some_gate in (("attention", None), ("gated attention", output_gate)):
         yield name, lambda g=some_gate: attention.gated_attention_triton(q, k, v, g, index)
+    yield "quantize qkv fp8", lambda: quantize_qkv_triton(q, k, v, torch.tensor([0, TOKENS]).int())
     yield "product fp8", lambda: products.scaled_product_triton(tokens, matrix, ones, bf16)
     yield "add gated", lambda: do.add_gated(x, gate, branch, rows)
     yield (
@@ -177,7 +179,8 @@ def recorded(target: int) -> dict[str, Call]:
     )
     for name, launch in launches():
         launch()
-        (calls[name],) = made
+        for number, call in enumerate(made, 1):
+            calls[name if len(made) == 1 else f"{name} {number}"] = call
         made.clear()
     return calls
 

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
+from krea2_srt.kernels.quantize_heads import quantize_qkv
 from krea2_srt.model.attention import sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention_backends import (
@@ -235,7 +236,9 @@ def test_shapes_and_types_flow_on_a_gpu_without_a_read_of_the_offsets(monkeypatc
         flash_attn_varlen_func=lambda q, *args, **kwargs: q.new_empty(q.shape)
     )
     monkeypatch.setitem(sys.modules, "flash_attn_interface", package)
-    monkeypatch.setattr("krea2_srt.runner.attention_backends.find_spec", lambda name: name)
+    module = "krea2_srt.runner.attention_backends"
+    monkeypatch.setattr(f"{module}.find_spec", lambda name: name)
+    monkeypatch.setattr(f"{module}.quantize_qkv_triton", quantize_qkv)
     with FakeTensorMode():
         q, k, v, segments = without_memory(lengths)
         with pytest.raises(Exception, match="_local_scalar_dense"):
@@ -371,6 +374,7 @@ def test_flash_attention_3_comes_from_whichever_package_is_there(monkeypatch, th
     monkeypatch.setattr(f"{module}.find_spec", lambda name: name if name in there else None)
     imported = []
     package = SimpleNamespace(flash_attn_varlen_func=flash_attn_3)
+    monkeypatch.setattr(f"{module}.quantize_qkv_triton", quantize_qkv)
     monkeypatch.setattr(f"{module}.import_module", lambda name: imported.append(name) or package)
     known = known_backends()
     assert ("fa3" in known) == (taken is not None)

@@ -4,65 +4,26 @@ import pytest
 import torch
 
 from krea2_srt.errors import ConfigError
-from krea2_srt.kernels.quantize import LARGEST, SMALLEST
-from krea2_srt.model.pack import Segments
-from krea2_srt.runner import attention, fp8_attention
+from krea2_srt.kernels.quantize_heads import E4M3, quantize_qkv
+from krea2_srt.runner import attention, attention_backends
 from krea2_srt.runner.attention_backends import flash_attention_3
-from krea2_srt.runner.attention_trial import exact_attention, trial_fault
+from krea2_srt.runner.attention_trial import exact_attention, packed_inputs, trial_fault
 from krea2_srt.runner.fp8_attention import (
-    E4M3,
     KEYS_AT_ONCE,
     MAX_OFFSET,
     emulated_flash_attention_3,
-    quantize_heads,
+    fp8_attention,
 )
 from tests.conftest import CPU, relative_error
+from tests.kernels.test_quantize_heads import bits, by_formula, qkv
 from tests.runner.attention_stand_ins import few_heads, flash_attn_3, flash_attn_3_operator
 from tests.runner.recorded_graph import record
 
-LENGTHS = [6, 250, 0, 7]
-SEGMENTS = Segments.of(LENGTHS, CPU)
+LENGTHS = (6, 250, 0, 7)
 
 
-def qkv(heads=4, kv_heads=2, dtype=torch.bfloat16, spread=1.0):
-    """Views of one matrix; with a spread, every head and segment has a magnitude of its own."""
-    generator = torch.Generator().manual_seed(0)
-    fused = torch.randn(263, heads + 2 * kv_heads, 16, generator=generator)
-    fused *= torch.logspace(-spread, spread, heads + 2 * kv_heads)[:, None]
-    for i, (start, end) in enumerate(SEGMENTS.spans):
-        fused[start:end, heads:] *= 1 + spread * i
-    return fused.to(dtype).split([heads, kv_heads, kv_heads], dim=1)
-
-
-def quantized_one_by_one(x, kv_heads):
-    """Segment by segment and head by head, each element divided as the formula says."""
-    values = torch.empty(x.shape, dtype=E4M3)
-    scales = torch.empty(len(LENGTHS), kv_heads)
-    group = x.shape[1] // kv_heads
-    for i, (start, end) in enumerate(SEGMENTS.spans):
-        for head in range(kv_heads):
-            block = x[start:end, head * group : (head + 1) * group].float()
-            largest = max([abs(element) for element in block.flatten().tolist()], default=0.0)
-            scale = torch.tensor(largest).clamp(min=SMALLEST) / LARGEST[E4M3]
-            scales[i, head] = scale
-            rounded = (block * (1 / scale)).clamp(-448, 448).to(E4M3)
-            values[start:end, head * group : (head + 1) * group] = rounded
-    return values, scales
-
-
-def bits(x):
-    return x.view(torch.uint8)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_heads_are_quantised_segment_by_segment(dtype, kv_heads):
-    for x in qkv(4, 4, dtype):
-        values, scales = quantized_one_by_one(x, kv_heads)
-        got = quantize_heads(x, kv_heads, SEGMENTS.cu_seqlens)
-        assert torch.equal(bits(got.values), bits(values))
-        assert torch.equal(got.scale, scales)
-        assert got.values.is_contiguous()
+def attend(function, q, k, v, segments):
+    return fp8_attention(lambda: function, quantize_qkv)(q, k, v, segments)
 
 
 def test_what_is_emulated_is_what_the_package_is_given():
@@ -73,20 +34,20 @@ def test_what_is_emulated_is_what_the_package_is_given():
         given.append((args, kwargs))
         return emulated_flash_attention_3(*args, **kwargs)
 
-    q, k, v = qkv()
-    fp8_attention.fp8_attention(lambda: noted)(q, k, v, SEGMENTS)
+    inputs, segments = qkv(LENGTHS)
+    attend(noted, *inputs, segments)
     ((values, options),) = given
-    for x, got, name in zip((q, k, v), values, "qkv", strict=True):
-        expected, scales = quantized_one_by_one(x, 2)
+    for x, got, name in zip(inputs, values, "qkv", strict=True):
+        expected, scales = by_formula(x, 2, segments)
         assert torch.equal(bits(got), bits(expected))
         assert torch.equal(options[f"{name}_descale"], scales)
 
 
-def rounded_by_the_formula(q, k, v):
+def rounded_by_the_formula(q, k, v, segments):
     """One query of one head at a time, in float64 where nothing is rounded to e4m3."""
-    (q8, qs), (k8, ks), (v8, vs) = (quantized_one_by_one(x, 2) for x in (q, k, v))
+    (q8, qs), (k8, ks), (v8, vs) = (by_formula(x, 2, segments) for x in (q, k, v))
     out = torch.zeros(q.shape, dtype=torch.float64)
-    for i, (start, end) in enumerate(SEGMENTS.spans):
+    for i, (start, end) in enumerate(segments.spans):
         for head in range(q.shape[1]):
             kv = head // 2
             scale = (qs[i, kv].double() * ks[i, kv].double() / 16**0.5).item()
@@ -113,35 +74,28 @@ def test_the_emulation_rounds_where_the_kernel_does():
     """Tile by tile from the last key; differences are bf16's of the result, and those of P where
     float32 and float64 lie on two sides of a middle.
     """
-    q, k, v = qkv()
-    got = fp8_attention.fp8_attention(lambda: emulated_flash_attention_3)(q, k, v, SEGMENTS)
-    expected = rounded_by_the_formula(q, k, v)
-    assert relative_error(got, expected) <= 3e-3
-    assert relative_error(got, exact_attention(q, k, v, SEGMENTS)) >= 1e-2
+    inputs, segments = qkv(LENGTHS)
+    got = attend(emulated_flash_attention_3, *inputs, segments)
+    assert relative_error(got, rounded_by_the_formula(*inputs, segments)) <= 3e-3
+    assert relative_error(got, exact_attention(*inputs, segments)) >= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_is_a_few_percent_from_16_bits(dtype):
-    q, k, v = qkv(dtype=dtype, spread=0.0)
-    out = fp8_attention.fp8_attention(lambda: flash_attn_3)(q, k, v, SEGMENTS)
+    *inputs, segments = packed_inputs(LENGTHS, CPU, dtype)
+    out = attend(flash_attn_3, *inputs, segments)
     assert out.dtype == dtype
-    assert relative_error(out, exact_attention(q, k, v, SEGMENTS)) <= 0.06
+    assert relative_error(out, exact_attention(*inputs, segments)) <= 0.06
 
 
-def test_a_segment_does_not_depend_on_its_neighbours():
-    q, k, v = qkv()
-    attend = fp8_attention.fp8_attention(lambda: flash_attn_3)
-    together = attend(q, k, v, SEGMENTS)
-    for start, end in SEGMENTS.spans:
-        if start < end:
-            alone = Segments.of([end - start], CPU)
-            assert torch.equal(
-                attend(q[start:end], k[start:end], v[start:end], alone), together[start:end]
-            )
-
-
-def test_it_passes_its_trial_replay_included_and_its_tolerance_is_no_carte_blanche(monkeypatch):
+@pytest.fixture
+def in_torch(monkeypatch):
+    """Quantised by the reference, and trials on few heads."""
+    monkeypatch.setattr(attention_backends, "quantize_qkv_triton", quantize_qkv)
     few_heads(monkeypatch)
+
+
+def test_it_passes_its_trial_replay_included_and_its_tolerance_is_no_carte_blanche(in_torch):
     backend = flash_attention_3(lambda: flash_attn_3_operator)[1]
     assert backend.capturable
     assert trial_fault(backend, CPU, torch.bfloat16, record) == ""
@@ -154,8 +108,7 @@ def test_it_passes_its_trial_replay_included_and_its_tolerance_is_no_carte_blanc
     assert trial_fault(wrong, CPU, torch.bfloat16).startswith("differs from float64")
 
 
-def test_it_is_taken_only_by_name(monkeypatch):
-    few_heads(monkeypatch)
+def test_it_is_taken_only_by_name(in_torch, monkeypatch):
     monkeypatch.setattr(attention, "_can_flash", lambda device, dtype: True)
     monkeypatch.setattr(attention, "_major", lambda device: 9)
     monkeypatch.setattr(attention, "LARGE_PACK", (64,))
