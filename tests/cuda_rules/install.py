@@ -27,6 +27,10 @@ class _Mode(TorchDispatchMode):
         super().__init__()
         self._machine = machine
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and the import alone takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._machine.dispatch(func, args, kwargs or {})
 
@@ -152,17 +156,6 @@ def _replacements(
     def device(device: Any) -> Iterator[None]:
         yield
 
-    @contextmanager
-    def use_mem_pool(pool: Any, device: Any = None) -> Iterator[None]:
-        allocator.begin(pool.id)
-        outer, machine.local.pool = machine.local.pool, pool.id
-        try:
-            yield
-        finally:
-            machine.local.pool = outer
-            allocator.end(pool.id)
-            allocator.release(pool.id)
-
     def memory_info(device: Any = None) -> tuple[int, int]:
         machine.reap()
         return allocator.limit - allocator.reserved, allocator.limit
@@ -184,7 +177,6 @@ def _replacements(
         "Event": machine.Event,
         "CUDAGraph": machine.CUDAGraph,
         "MemPool": type("MemPool", (_Pool,), {"machine": machine}),
-        "use_mem_pool": use_mem_pool,
         "graph_pool_handle": machine.graph_pool_handle,
         "is_current_stream_capturing": capturing,
         "current_stream": machine.current_stream,
@@ -210,13 +202,26 @@ def _replacements(
             if hasattr(module, attribute):
                 yield module, attribute, value
     yield torch, "Generator", _Generator
+
+    def begin_of_thread(device: int, pool: Any) -> None:
+        allocator.begin(pool)
+        machine.local.pool = pool
+
+    def end(device: int, pool: Any) -> None:
+        allocator.end(pool)
+        if machine.local.pool == pool:
+            machine.local.pool = None
+
     low = {
-        "_cuda_endAllocateToPool": lambda device, pool: allocator.end(pool),
-        "_cuda_releasePool": lambda device, pool: allocator.release(pool),
+        "_cuda_beginAllocateCurrentThreadToPool": begin_of_thread,
         "_cuda_beginAllocateToPool": lambda device, pool: allocator.begin(pool),
+        "_cuda_endAllocateToPool": end,
+        "_cuda_releasePool": lambda device, pool: allocator.release(pool),
     }
     for attribute, value in low.items():
         yield torch._C, attribute, value
+        if hasattr(cuda.memory, attribute):  # by name in torch.cuda.use_mem_pool
+            yield cuda.memory, attribute, value
     yield from _tensor_methods(machine)
     for kind in (JITFunction, InterpretedFunction):
         yield kind, "run", _run(machine, kind.run)

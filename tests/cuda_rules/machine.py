@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.cuda_rules.graph import Capture, Graph
 from tests.cuda_rules.memory import DEFAULT_POOL, Allocator, Handle, Memory, PoolId, Span
+from tests.cuda_rules.operations import Operation, operation
 from tests.cuda_rules.rules import CudaError, Rule, RuleError
 from tests.cuda_rules.streams import Clock, Event, Stream, merge
 from tests.cuda_rules.tensors import CUDA, DeviceTensor, Shapes, extent, span, tensors_of
@@ -19,24 +20,8 @@ from tests.cuda_rules.triton_writes import written_arguments
 
 aten = torch.ops.aten
 
-_READS = {aten._local_scalar_dense, aten.item, aten.is_nonzero, aten.equal}
-_MOVES = {aten.to, aten._to_copy}
-_SHAPED_BY_DATA = (
-    "nonzero",
-    "masked_select",
-    "unique",
-    "_unique",
-    "bincount",
-    "argwhere",
-    "repeat_interleave.Tensor",
-)
-_EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-_RANDOM = ("randn", "rand", "normal", "uniform", "bernoulli", "randint", "exponential", "randperm")
-_INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-_PLANNED = ("conv", "scaled_dot_product", "attention", "attn", "mm", "linear", "matmul", "einsum")
-"""Parts of the names of what cuBLAS, cuDNN or an attention kernel does."""
-
-_KEEPS_VALUE = ("all", "any", "clone", "copy", "amax", "amin", "max", "min", "cat", "stack")
+_SHAPES = Shapes()
+"""The same for all machines."""
 
 
 class _Local(threading.local):
@@ -78,7 +63,6 @@ class Machine:
         self.Event = type("Event", (Event,), {"machine": self})
         self.CUDAGraph = type("CUDAGraph", (Graph,), {"machine": self})
         self.default = self.Stream()
-        self._shapes = Shapes()
         self._pinned: dict[int, Memory] = {}
         self._pools: dict[PoolId, Memory] = {}
         self._num_pools = 0
@@ -255,70 +239,68 @@ class Machine:
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Of torch's dispatcher."""
         tensors = tensors_of(args, kwargs)
-        target = kwargs.get("device")
-        if target is None:
-            target = next((a for a in args if isinstance(a, torch.device)), None)
-        on_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
-        if not on_device and (target is None or torch.device(target).type != "cuda"):
-            return self._on_host(func, args, kwargs, tensors)
+        devices = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
+        what = operation(func)
+        if what.packet is aten._has_compatible_shallow_copy_type:
+            return False  # `Module.to` then makes new parameters, and the old ones go
+        if not devices:
+            target = kwargs.get("device")
+            if target is None:
+                target = next((a for a in args if isinstance(a, torch.device)), None)
+            if target is None or torch.device(target).type != "cuda":
+                return self._on_host(what, args, kwargs, tensors)
         with self.lock:
             self.reap()
-            packet = func.overloadpacket
-            if packet in _READS:
-                return self._read(func, tensors)
-            if packet in _MOVES:
+            if what.reads:
+                return self._read(what, devices)
+            if what.moves:
                 return self._to(func, args, kwargs)
-            if packet is aten.copy_:
+            if what.packet is aten.copy_:
                 return self._copy(*_bound(func, args, kwargs, "self", "src", "non_blocking"))
-            if func.__name__.startswith(_SHAPED_BY_DATA) or (
-                packet is aten.index and any(t.dtype is torch.bool for t in tensors[1:])
+            if what.shaped_by_data or (
+                what.packet is aten.index and any(t.dtype is torch.bool for t in tensors[1:])
             ):
-                self._host_read(str(func))
+                self._host_read(what.name)
                 raise CudaError(f"{func} returns as much as the data says, which nobody knows here")
-            return self._operation(func, args, kwargs, tensors)
+            return self._operation(what, args, kwargs, tensors, devices)
 
-    def _on_host(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: Any) -> Any:
-        packet = func.overloadpacket
-        if packet in (aten.pin_memory, aten._pin_memory):
+    def _on_host(
+        self, what: Operation, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Any:
+        if what.packet in (aten.pin_memory, aten._pin_memory):
             self.host_use(tensors[0], False, "pin_memory")
             return self.pin(torch.clone(tensors[0]).contiguous())
-        if packet is aten.is_pinned:
+        if what.packet is aten.is_pinned:
             return self.pinned(tensors[0]) is not None
         pin = kwargs.get("pin_memory")
         if pin:
             kwargs = kwargs | {"pin_memory": False}
-        if self._pinned:
-            schema = func._schema.arguments
-            for argument, value in zip(schema, args, strict=False):
-                some = value if isinstance(value, (list, tuple)) else [value]
-                info = argument.alias_info
-                write = info is not None and info.is_write
-                if info is None or write:
-                    for tensor in some:
-                        if isinstance(tensor, Tensor):
-                            self.host_use(tensor, write, str(func))
-        result = func(*args, **kwargs)
+        if self._pinned and not what.views:
+            written = what.written(args, kwargs)
+            for tensor in tensors:
+                self.host_use(tensor, any(tensor is w for w in written), what.name)
+        result = what.func(*args, **kwargs)
         return self.pin(result) if pin else result
 
     def _operation(
-        self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]
+        self,
+        what: Operation,
+        args: Any,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        devices: list[DeviceTensor],
     ) -> Any:
-        name = func.__name__
-        generator = kwargs.get("generator")
-        if generator is not None:
+        name = what.name
+        if kwargs.get("generator") is not None:
             kwargs = kwargs | {"generator": None}
-            if (graph := self.local.capture) is not None and name.startswith(_RANDOM):
-                graph.invalidate(Rule.OUTSIDE, f"{func} draws from a generator of its own")
-        if any(t.dim() and t.device.type == "cpu" for t in tensors):
-            if func.overloadpacket not in _INDEXED:
-                raise RuntimeError(f"Expected all tensors to be on the same device: {func}")
-            self._pageable(f"{func} with indices on the host")
-        outputs, several = self._shapes.outputs(func, args, kwargs)
-        written = _written(func, args, kwargs)
-        uses: list[tuple[DeviceTensor, bool]] = []
-        for tensor in tensors:
-            if isinstance(tensor, DeviceTensor):
-                uses.append((tensor, any(tensor is w for w in written)))
+            if (graph := self.local.capture) is not None:
+                graph.invalidate(Rule.OUTSIDE, f"{name} draws from a generator of its own")
+        if len(tensors) > len(devices) and any(t.dim() and t.device.type == "cpu" for t in tensors):
+            if not what.takes_host_indices:
+                raise RuntimeError(f"Expected all tensors to be on the same device: {name}")
+            self._pageable(f"{name} with indices on the host")
+        outputs, several = _SHAPES.outputs(what.func, args, kwargs)
+        written = what.written(args, kwargs)
         results: list[Any] = []
         new: list[DeviceTensor] = []
         for out in outputs:
@@ -329,23 +311,27 @@ class Machine:
             elif out.view is not None:
                 base = tensors[out.view]
                 assert isinstance(base, DeviceTensor)
-                absolute = name.startswith("as_strided")
-                offset = out.offset if absolute else out.offset + base.storage_offset()
+                offset = out.offset
+                if not what.absolute:
+                    offset += base.storage_offset()
                 results.append(
                     DeviceTensor.of(self, base.handle, out.size, out.stride, offset, out.dtype)
                 )
             else:
                 new.append(self._new(out.size, out.stride, out.dtype, name))
                 results.append(new[-1])
-        if (new and func.overloadpacket not in _EMPTY) or written:
-            form = tuple((tuple(t.shape), t.dtype) for t, _ in uses)
-            self._plan(func, name, uses, kwargs)
+        if (new and not what.empty) or written:
+            uses = [(tensor, any(tensor is w for w in written)) for tensor in devices]
+            if what.planned:
+                self._plan(what, devices, kwargs)
+            form = tuple((tuple(tensor.shape), tensor.dtype) for tensor in devices)
             self._run(name, (name, *form), uses + [(tensor, True) for tensor in new])
-            value = self._value(func, name, args, uses)
-            for tensor in (*new, *(w for w in written if isinstance(w, DeviceTensor))):
+            first = next((t.memory.value for t, write in uses if not write), 0)
+            value = what.value(args, first)
+            for tensor in (*new, *(tensor for tensor, write in uses if write)):
                 tensor.memory.value = value
         if several:
-            return tuple(results) if not _returns_list(func) else results
+            return results if what.returns_list else tuple(results)
         return results[0] if results else None
 
     def _new(self, size: Any, stride: Any, dtype: torch.dtype, what: str) -> DeviceTensor:
@@ -397,15 +383,13 @@ class Machine:
         for tensor, write in uses:
             self.use(tensor.memory, stream, span(tensor), write, number, what)
 
-    def _plan(self, func: Any, name: str, uses: Any, kwargs: dict[str, Any]) -> None:
+    def _plan(self, what: Operation, devices: list[DeviceTensor], kwargs: dict[str, Any]) -> None:
         """Libraries build plans at the first call of a form, which no capture allows."""
-        if not any(part in name for part in _PLANNED):
-            return
         stream, graph = self.current_stream(), self.local.capture
-        form = tuple((tuple(t.shape), t.stride(), t.dtype) for t, _ in uses)
-        flags = tuple(sorted((k, str(v)) for k, v in kwargs.items() if not isinstance(v, Tensor)))
+        form = tuple((tuple(t.shape), t.stride(), t.dtype) for t in devices)
+        flags = tuple((k, str(v)) for k, v in kwargs.items() if not isinstance(v, Tensor))
         backends: tuple[bool, ...] = ()
-        if "attention" in name:
+        if what.attention:
             cuda = torch.backends.cuda
             backends = (
                 cuda.flash_sdp_enabled(),
@@ -413,26 +397,13 @@ class Machine:
                 cuda.cudnn_sdp_enabled(),
                 cuda.math_sdp_enabled(),
             )
-        key = (threading.get_ident(), stream.stream_id, func, form, flags, backends)
+        key = (threading.get_ident(), stream.stream_id, what.func, form, flags, backends)
         if key in self._plans:
             return
         if graph is not None:
             shapes = ", ".join(str(shape) for shape, _, _ in form)
-            graph.invalidate(Rule.PLAN, f"{name} of {shapes} on {stream}")
+            graph.invalidate(Rule.PLAN, f"{what.name} of {shapes} on {stream}")
         self._plans.add(key)
-
-    def _value(self, func: Any, name: str, args: Any, uses: Any) -> int:
-        """What a host would read from a result, as far as finiteness and zeros go."""
-        first = next((t.memory.value for t, write in uses if not write), 0)
-        if name.startswith(("isfinite", "ones")):
-            return 1
-        if name.startswith(("logical_not", "bitwise_not")):
-            return 1 - first
-        if name.startswith(("ne.Scalar", "ne_")):
-            return int(first != args[1])
-        if name.startswith("eq.Scalar"):
-            return int(first == args[1])
-        return first if name.startswith(_KEEPS_VALUE) else 0
 
     # What goes between host and device.
 
@@ -452,14 +423,11 @@ class Machine:
         value: float = tensor.memory.value
         return value if self.read is None else self.read(tensor, int(value))
 
-    def _read(self, func: Any, tensors: list[Tensor]) -> Any:
-        devices = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
-        self._run(func.__name__, (func.__name__,), [(tensor, False) for tensor in devices])
-        self._host_read(str(func))
+    def _read(self, what: Operation, devices: list[DeviceTensor]) -> Any:
+        self._run(what.name, (what.name,), [(tensor, False) for tensor in devices])
+        self._host_read(what.name)
         number = self._number(devices[0])
-        if func.overloadpacket in (aten.is_nonzero, aten.equal):
-            return bool(number)
-        if devices[0].dtype is torch.bool:
+        if what.packet in (aten.is_nonzero, aten.equal) or devices[0].dtype is torch.bool:
             return bool(number)
         return float(number) if devices[0].is_floating_point() else int(number)
 
@@ -482,7 +450,7 @@ class Machine:
         if func.overloadpacket is aten.to and same and not copy and plain:
             return source
         form = {} if plain else {"memory_format": memory_format}
-        (out,), _ = self._shapes.outputs(aten._to_copy.default, (source,), {"dtype": dtype, **form})
+        (out,), _ = _SHAPES.outputs(aten._to_copy.default, (source,), {"dtype": dtype, **form})
         assert out is not None
         if device.type == "cpu":
             # torch pins what it makes for a copy that is not waited for.
@@ -552,18 +520,3 @@ def _bound(func: Any, args: Any, kwargs: dict[str, Any], *names: str) -> list[An
     given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)}
     given |= kwargs
     return [given.get(name) for name in names]
-
-
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """Arguments that an operation changes."""
-    found: list[Tensor] = []
-    for number, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            found += value if isinstance(value, (list, tuple)) else [value]
-    return [tensor for tensor in found if tensor is not None]
-
-
-def _returns_list(func: Any) -> bool:
-    returns = func._schema.returns
-    return len(returns) == 1 and "List" in str(returns[0].type)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.cuda_rules.rules import Rule
+from tests.cuda_rules.rules import CudaError, Rule
 from tests.cuda_rules.streams import Clock, Stream
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Allocator:
     def end(self, pool: PoolId) -> None:
         """``endAllocateToPool``."""
         if pool not in self.recording:
-            self.machine.fail(Rule.POOL, f"endAllocatePool: not currently recording to {pool}")
+            raise CudaError(f"endAllocatePool: not currently recording to mempool_id {pool}")
         self.recording.remove(pool)
 
     def release(self, pool: PoolId) -> None:
