@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.kernels.quantize import TokenFormat, Tokens
-from krea2_srt.model.attention import VarlenAttention
+from krea2_srt.model.attention import VarlenAttention, attend_and_gate
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import Target
 
@@ -144,8 +144,9 @@ class GatedAttention(nn.Module):
     ) -> Tensor:
         """Attend within each segment: x [T, size] -> [T, size]."""
         q, k, v, gate = self.project(x, rope, operations)
-        out = attention(q, k, v, segments).flatten(-2)
-        return self.out(operations.sigmoid_gate(out, gate, self.out.format))
+        return self.out(
+            attend_and_gate(attention, q, k, v, gate, segments, operations, self.out.format)
+        )
 
     def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
         yield from self.qkvg.targets(prefix)

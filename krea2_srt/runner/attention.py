@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from krea2_srt.errors import ConfigError, first_line
+from krea2_srt.kernels.operations import default_operations
+from krea2_srt.kernels.quantize import Tokens
+from krea2_srt.model.attention import FusedGateAttention, attend_and_gate
 from krea2_srt.runner.attention_backends import PACKAGES, SDPA, AttentionBackend, known_backends
-from krea2_srt.runner.attention_trial import packed_inputs, trial_capture, trial_fault
+from krea2_srt.runner.attention_trial import (
+    gate_view,
+    packed_projection,
+    projection_views,
+    trial_capture,
+    trial_fault,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,7 @@ def choose_attention(
     forced: str = "auto",
     candidates: Mapping[str, AttentionBackend] | None = None,
     timer: Timer | None = None,
+    fused_gate: bool = True,
 ) -> AttentionChoice:
     """Try and time what there is on a device; some seconds on a GPU.
 
@@ -72,6 +81,8 @@ def choose_attention(
         forced: a candidate's name, to have no other.
         candidates: by name; `known_backends` by default.
         timer: milliseconds of a function's work on the device.
+        fused_gate: whether a back end may gate what it writes. The race is then of attention and
+            gate. Not where a quantisation takes the gate along, nor without Triton's kernels.
 
     Raises:
         ConfigError: the forced one is unknown, is not installed, or fails its trial.
@@ -91,7 +102,7 @@ def choose_attention(
         if reason := trial_fault(backend, device, dtype):
             raise ConfigError(f"attention: {forced} fails on this device: {reason}")
         return AttentionChoice(backend, backend if backend.capturable else None)
-    race = _Race(device, dtype, timer or cuda_milliseconds)
+    race = _Race(device, dtype, timer or cuda_milliseconds, fused_gate)
     race.run(candidates.values())
     return race.choice()
 
@@ -105,8 +116,11 @@ class _Race:
         out: reasons, by name.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, timer: Timer) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, timer: Timer, fused_gate: bool
+    ) -> None:
         self._device, self._dtype, self._timer = device, dtype, timer
+        self._fused_gate = fused_gate
         self._entered: dict[str, AttentionBackend] = {}
         self.eager: dict[str, float] = {}
         self.graph: dict[str, float] = {}
@@ -115,7 +129,9 @@ class _Race:
     def run(self, candidates: Iterable[AttentionBackend]) -> None:
         major, reserves = _major(self._device), []
         for backend in candidates:
-            if backend.majors is None or major in backend.majors:
+            if isinstance(backend.attend, FusedGateAttention) and not self._fused_gate:
+                self.out[backend.name] = "its gate is of no use here"
+            elif backend.majors is None or major in backend.majors:
                 self._enter(backend)
             elif major in backend.reserve:
                 reserves.append(backend)
@@ -147,14 +163,25 @@ class _Race:
             self.graph[backend.name] = times[1]
 
     def _time(self, backend: AttentionBackend) -> tuple[float, float]:
-        eager = self._timer(_pack(backend, LARGE_PACK, self._device, self._dtype))
+        eager = self._timer(self._work(backend, LARGE_PACK))
         if not backend.capturable:
             return eager, 0.0
-        function: Callable[[], object] = _pack(backend, SMALL_PACK, self._device, self._dtype)
+        function: Callable[[], object] = self._work(backend, SMALL_PACK)
         if self._device.type == "cuda":
             # As it will run: launched one by one, kernels of so few tokens wait for the host.
             function = trial_capture(self._device)(function)
         return eager, self._timer(function)
+
+    def _work(self, backend: AttentionBackend, lengths: tuple[int, ...]) -> Callable[[], Tokens]:
+        """What is timed of a pack: attention, and the gate where that makes a difference."""
+        fused, segments = packed_projection(lengths, self._device, self._dtype)
+        q, k, v = projection_views(fused)
+        if not self._fused_gate:
+            return torch.inference_mode()(lambda: backend.attend(q, k, v, segments))
+        gate, do = gate_view(fused), default_operations(self._device)
+        return torch.inference_mode()(
+            lambda: attend_and_gate(backend.attend, q, k, v, gate, segments, do)
+        )
 
     def choice(self) -> AttentionChoice:
         """The fastest, which the log tells with all times and reasons in one line."""
@@ -207,10 +234,3 @@ def _can_flash(device: torch.device, dtype: torch.dtype) -> bool:
     return (
         device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and _major(device) >= 8
     )
-
-
-def _pack(
-    backend: AttentionBackend, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> Callable[[], Tensor]:
-    q, k, v, segments = packed_inputs(lengths, device, dtype)
-    return torch.inference_mode()(lambda: backend.attend(q, k, v, segments))

@@ -1,4 +1,4 @@
-"""Attention back ends by name: torch's, cuDNN's, and those of FlashAttention's packages.
+"""Attention back ends by name: torch's, cuDNN's, those of FlashAttention's packages, and our own.
 
 SGLang's FlashAttention-3/4 kernels are added by `krea2_srt.sglang`, which may import SGLang.
 """
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from krea2_srt.kernels.attention import gated_attention_triton
 from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
-from krea2_srt.model.attention import VarlenAttention, sdpa_attention
+from krea2_srt.model.attention import FusedGateAttention, VarlenAttention, sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner import fp8_attention
 
@@ -224,6 +225,13 @@ SDPA = AttentionBackend("sdpa", sdpa_attention, capturable=False, plans=True)
 """Runs anywhere. Torch may take cuDNN for it, which builds plans."""
 
 
+TRITON_GATED = FusedGateAttention(
+    lambda q, k, v, segments: gated_attention_triton(q, k, v, None, segments.cu_seqlens),
+    lambda q, k, v, gate, segments: gated_attention_triton(q, k, v, gate, segments.cu_seqlens),
+)
+"""Our own kernel. NVIDIA GPUs only."""
+
+
 def known_backends() -> dict[str, AttentionBackend]:
     """Those of this module whose package is installed, by name.
 
@@ -237,6 +245,7 @@ def known_backends() -> dict[str, AttentionBackend]:
         AttentionBackend("torch_varlen_repeated", repeated, True, CUDNN_VARLEN, plans=True),
         AttentionBackend("cudnn", cudnn_attention(grouped=True), False, plans=True),
         AttentionBackend("cudnn_repeated", cudnn_attention(grouped=False), False, plans=True),
+        AttentionBackend("triton_gated", TRITON_GATED, capturable=True),
     ]
     # The latter's top level only: to look further would import it, which loads its libraries.
     if find_spec("flash_attn_interface") is not None:

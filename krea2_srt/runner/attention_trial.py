@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.errors import first_line
+from krea2_srt.model.attention import FusedGateAttention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention_backends import AttentionBackend
 from krea2_srt.runner.graphs import Capture, CudaCapture
@@ -31,10 +32,18 @@ def packed_inputs(
     lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Segments]:
     """Unit-variance queries, keys and values; the last segment is empty."""
+    fused, segments = packed_projection(lengths, device, dtype)
+    return *projection_views(fused), segments
+
+
+def packed_projection(
+    lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Segments]:
+    """The unit-variance fused projection of a pack; the last segment is empty."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (sum(lengths), PROJECTION * HEAD_DIM)
     fused = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-    return *projection_views(fused), Segments.of((*lengths, 0), device)
+    return fused, Segments.of((*lengths, 0), device)
 
 
 def projection_views(fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,6 +52,11 @@ def projection_views(fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         [HEADS, KV_HEADS, KV_HEADS, HEADS], dim=1
     )
     return q, k, v
+
+
+def gate_view(fused: Tensor) -> Tensor:
+    """The gate of a fused projection, [T, heads * head_dim]."""
+    return fused[:, -HEADS * HEAD_DIM :]
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -77,10 +91,15 @@ def trial_fault(
         capture: how its graphs are captured, if it is capturable; CUDA's by default on a GPU.
     """
     try:
-        q, k, v, segments = packed_inputs(LENGTHS, device, dtype)
+        fused, segments = packed_projection(LENGTHS, device, dtype)
+        q, k, v = projection_views(fused)
         expected = exact_attention(q, k, v, segments)
         if fault := _difference(backend.attend(q, k, v, segments), expected, backend.tolerance):
             return fault
+        if isinstance(backend.attend, FusedGateAttention):
+            out, expected = _attend(backend, fused, segments), _gated(expected, fused)
+            if fault := _difference(out, expected, backend.tolerance):
+                return f"gated, it {fault}"
         if not backend.capturable:
             return ""
         if capture is None and device.type == "cuda":
@@ -98,19 +117,34 @@ def replay_fault(
     """Why a graph of a back end does not serve other packs than the one it was captured on; empty
     where it does. What a capture or a replay raises is raised.
     """
-    q, k, v, segments = packed_inputs(LENGTHS, device, dtype)
+    fused, segments = packed_projection(LENGTHS, device, dtype)
     other = Segments.of((*OTHER_LENGTHS, 0), device)
     # As in the graphs of steps: no offsets on the host, and a bound for the longest segment.
     bound = Segments(segments.cu_seqlens, (), max(segments.max_seqlen, other.max_seqlen))
+    q, k, v = projection_views(fused)
     out = torch.empty(q.shape, dtype=dtype, device=device)
-    replay = capture(lambda: out.copy_(backend.attend(q, k, v, bound)))
+    replay = capture(lambda: out.copy_(_attend(backend, fused, bound)))
     segments.cu_seqlens.copy_(other.cu_seqlens)
-    for x in (q, k, v):
-        x.copy_(x.flip(0))
+    fused.copy_(fused.flip(0))
     out.fill_(torch.nan)
     replay()
-    fault = _difference(out, exact_attention(q, k, v, other), backend.tolerance)
+    expected = exact_attention(q, k, v, other)
+    if isinstance(backend.attend, FusedGateAttention):
+        expected = _gated(expected, fused)
+    fault = _difference(out, expected, backend.tolerance)
     return f"replayed in a graph on other lengths, it {fault}" if fault else ""
+
+
+def _attend(backend: AttentionBackend, fused: Tensor, segments: Segments) -> Tensor:
+    """What a back end does of a block: attend, and gate where it can."""
+    q, k, v = projection_views(fused)
+    if isinstance(backend.attend, FusedGateAttention):
+        return backend.attend.attend_gated(q, k, v, gate_view(fused), segments)
+    return backend.attend(q, k, v, segments)
+
+
+def _gated(attended: Tensor, fused: Tensor) -> Tensor:
+    return attended * torch.sigmoid(gate_view(fused).double()).view_as(attended)
 
 
 def _difference(got: Tensor, expected: Tensor, tolerance: float) -> str:

@@ -126,7 +126,13 @@ class Setup:
             self.quantization,
             known_products(triton=operations is TRITON),
         )
-        attention = choose_attention(self.device, self.dtype, self.config.attention, backends)
+        attention = choose_attention(
+            self.device,
+            self.dtype,
+            self.config.attention,
+            backends,
+            fused_gate=operations is TRITON and self.quantization is None,
+        )
         resident = self.config.text_encoder != "offload"
         runner = Krea2Runner.load(
             self.checkpoint,

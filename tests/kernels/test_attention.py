@@ -8,6 +8,12 @@ import torch
 
 from krea2_srt.kernels import attention
 from krea2_srt.kernels.attention import AttentionTiles, gated_attention, gated_attention_triton
+from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.attention import FusedGateAttention, sdpa_attention
+from krea2_srt.model.layers import GatedAttention, plain_linears
+from krea2_srt.model.pack import Segments
+from krea2_srt.runner import attention_trial
+from krea2_srt.runner.attention_backends import TRITON_GATED, known_backends
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HEAD_DIM = 16
@@ -131,3 +137,52 @@ def test_every_segment_has_the_tiles_that_it_needs():
             exact(q, k, v, gate, offsets),
             torch.float32,
         )
+
+
+def layer(head_dim, format=None):
+    layer = GatedAttention(64, 4, 1, head_dim, 1e-5, plain_linears(torch.float32))
+    generator = torch.Generator().manual_seed(2)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    layer.out.format = format
+    return layer
+
+
+def test_a_block_gates_in_the_kernel_where_attention_can(monkeypatch):
+    """And only there; with the same result."""
+    used = []
+
+    def gated(q, k, v, gate, segments):
+        used.append("gated")
+        return TRITON_GATED.attend_gated(q, k, v, gate, segments)
+
+    fused = FusedGateAttention(TRITON_GATED.attend, gated)
+    segments = Segments.of((20, 0, 21), torch.device("cpu"))
+    x = torch.randn(41, 64, generator=torch.Generator().manual_seed(3))
+    block = layer(HEAD_DIM)
+    expected = block(x, sdpa_attention, segments)
+    assert used == []
+    assert torch.allclose(block(x, fused, segments), expected, atol=1e-5)
+    assert used == ["gated"]
+
+
+def test_a_gate_before_8_bits_is_quantised_with(monkeypatch):
+    """Which takes as many bytes as to quantise what attention has gated."""
+    fused = FusedGateAttention(sdpa_attention, lambda *args: pytest.fail("gated twice"))
+    read = []
+    block = layer(HEAD_DIM, TokenFormat())
+    monkeypatch.setattr(block.out, "forward", lambda x: read.append(x))
+    block(torch.ones(3, 64), fused, Segments.of((3,), torch.device("cpu")))
+    assert isinstance(read[0], QuantizedTokens)
+
+
+def test_the_kernel_passes_the_trial_of_back_ends(monkeypatch):
+    for name, heads in (("HEADS", 2), ("KV_HEADS", 1), ("PROJECTION", 6), ("LENGTHS", (6, 33))):
+        monkeypatch.setattr(attention_trial, name, heads)
+    backend = known_backends()["triton_gated"]
+    assert backend.capturable
+    fault = attention_trial.trial_fault(backend, torch.device("cpu"), torch.bfloat16)
+    assert fault == ""
+    monkeypatch.setattr(attention, "_LOG2_E", 1.0)
+    fault = attention_trial.trial_fault(backend, torch.device("cpu"), torch.bfloat16)
+    assert fault.startswith("differs from float64")

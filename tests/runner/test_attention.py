@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from krea2_srt.errors import ConfigError
-from krea2_srt.model.attention import sdpa_attention
+from krea2_srt.kernels.operations import TORCH
+from krea2_srt.model.attention import FusedGateAttention, sdpa_attention
 from krea2_srt.runner import attention
 from krea2_srt.runner.attention import choose_attention
 from krea2_srt.runner.attention_backends import SDPA, AttentionBackend
@@ -137,6 +138,64 @@ def test_one_for_no_gpu_is_only_taken_by_name(gpu, caplog):
     assert choose(coarse, fake("works", 2)).name == "works"
     assert "coarse (only by name)" in caplog.text
     assert choose(coarse, fake("works", 2), forced="coarse").name == "coarse"
+
+
+# One that gates what it writes saves the gate's own kernel.
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Times by what runs: a list of milliseconds, and 1 of the gate's own kernel."""
+    passed: list[float] = []
+
+    def sigmoid_gate(out, gate, format=None):
+        passed.append(1.0)
+        return TORCH.sigmoid_gate(out, gate, format)
+
+    do = replace(TORCH, sigmoid_gate=sigmoid_gate)
+    monkeypatch.setattr(attention, "default_operations", lambda device: do)
+    return passed
+
+
+def timed(name, clock, ms, gates=False):
+    def attend(q, k, v, segments):
+        clock.append(ms)
+        return sdpa_attention(q, k, v, segments)
+
+    def attend_gated(q, k, v, gate, segments):
+        out = attend(q, k, v, segments)
+        return out * torch.sigmoid(gate).view_as(out)
+
+    kind = FusedGateAttention(attend, attend_gated) if gates else attend
+    return AttentionBackend(name, kind, capturable=True)
+
+
+def race(clock, *candidates, **options):
+    def timer(function):
+        clock.clear()
+        function()
+        return sum(clock)
+
+    by_name = {candidate.name: candidate for candidate in candidates}
+    return choose_attention(CPU, torch.float32, candidates=by_name, timer=timer, **options)
+
+
+@pytest.mark.parametrize(("ms", "name"), [(10.9, "gates"), (11.1, "plain")])
+def test_one_that_gates_is_chosen_where_it_is_faster_than_another_and_the_gate(
+    gpu, clock, caplog, ms, name
+):
+    caplog.set_level("INFO")
+    candidates = timed("plain", clock, 10.0), timed("gates", clock, ms, gates=True)
+    assert race(clock, *candidates).name == name
+    assert "plain 11" in caplog.text
+
+
+def test_one_that_gates_is_out_where_the_gate_belongs_to_something_else(gpu, clock, caplog):
+    caplog.set_level("INFO")
+    candidates = timed("plain", clock, 10.0), timed("gates", clock, 1.0, gates=True)
+    assert race(clock, *candidates, fused_gate=False).name == "plain"
+    assert "1024x1024: plain 10;" in caplog.text
+    assert "gates (its gate is of no use here)" in caplog.text
 
 
 def test_a_forced_one_is_taken_without_a_race(gpu):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from krea2_srt.model.attention import sdpa_attention
+from krea2_srt.model.attention import FusedGateAttention, sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner import attention_trial
 from krea2_srt.runner.attention_backends import TOLERANCE, AttentionBackend, known_backends
@@ -135,3 +135,39 @@ def test_a_failed_capture_is_a_fault():
     found = trial_fault(GOOD, CPU, BF16, refuses)
     assert found == "RuntimeError: operation not permitted when stream is capturing"
     assert trial_fault(replace(GOOD, capturable=False), CPU, BF16, refuses) == ""
+
+
+# One that gates what it writes is tried with its gate, too.
+
+
+@torch.library.custom_op("krea2_tests::attend_and_gate_by_offsets", mutates_args=())
+def gated_by_offsets(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, gate: torch.Tensor, cu: torch.Tensor
+) -> torch.Tensor:
+    out = sdpa_attention(q, k, v, Segments.of(cu.diff().tolist(), CPU))
+    return out * torch.sigmoid(gate).unflatten(1, (-1, 128))
+
+
+def gated_by(change=lambda gate: gate, offsets=lambda cu: cu) -> AttentionBackend:
+    def attend_gated(q, k, v, gate, segments):
+        return gated_by_offsets(q, k, v, change(gate), offsets(segments.cu_seqlens))
+
+    return replace(GOOD, attend=FusedGateAttention(GOOD.attend, attend_gated))
+
+
+def test_one_that_gates_passes():
+    assert trial_fault(gated_by(), CPU, BF16, record) == ""
+
+
+@pytest.mark.parametrize(
+    "change", [torch.zeros_like, lambda gate: gate.roll(1, 1), lambda gate: gate * torch.nan]
+)
+def test_one_that_gates_wrongly_fails(change):
+    found = trial_fault(gated_by(change), CPU, BF16, record)
+    assert found.startswith("gated, it differs from float64 by")
+
+
+def test_one_that_gates_is_replayed_with_its_gate():
+    fixed = gated_by(offsets=lambda cu: torch.from_numpy(cu.numpy().copy()))
+    found = trial_fault(fixed, CPU, BF16, record)
+    assert found.startswith("replayed in a graph on other lengths, it differs from float64 by")

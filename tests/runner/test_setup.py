@@ -113,6 +113,28 @@ def test_fp8_needs_a_gpu_that_multiplies_it(gpu, monkeypatch):
     assert fp8.plan() is not None
 
 
+@pytest.mark.parametrize(
+    ("changes", "fused"),
+    [
+        ({}, True),
+        ({"config": RunnerConfig(kernels="torch")}, False),
+        ({"quantization": Quantization("fp8")}, False),
+        ({"device": CPU}, False),
+    ],
+)
+def test_attention_gates_only_where_the_gate_stands_alone(gpu, monkeypatch, changes, fused):
+    class Chosen(Exception):
+        pass
+
+    def choose(*args, fused_gate):
+        raise Chosen(fused_gate)
+
+    monkeypatch.setattr(module, "choose_attention", choose)
+    with pytest.raises(Chosen) as chosen:
+        replace(gpu, **changes).load(None)
+    assert chosen.value.args == (fused,)
+
+
 def test_what_the_plan_cuts_the_engine_does_not_take(gpu):
     plan = replace(gpu.plan(), max_pack_tokens=5000, max_image_tokens=64 * 64)
     config = gpu.within(plan)
@@ -124,7 +146,7 @@ def as_on_a_gpu(setup, gpu, monkeypatch, caplog):
     """Load on the CPU by the way of a GPU."""
     caplog.set_level("INFO")
     attention = AttentionChoice(SDPA, AttentionBackend("device", device_attention, True))
-    monkeypatch.setattr(module, "choose_attention", lambda *_: attention)
+    monkeypatch.setattr(module, "choose_attention", lambda *_, **__: attention)
     monkeypatch.setattr(module, "CudaCapture", lambda device: record)
     monkeypatch.setattr(warm_up, "SIDES", (64, 32))
     monkeypatch.setattr(warm_up, "WHOLE_SIDES", (32,))
@@ -195,7 +217,7 @@ def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
 def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
     as_on_a_gpu, monkeypatch, caplog
 ):
-    monkeypatch.setattr(module, "choose_attention", lambda *_: AttentionChoice(SDPA, None))
+    monkeypatch.setattr(module, "choose_attention", lambda *_, **__: AttentionChoice(SDPA, None))
     assert as_on_a_gpu().graphs is None
     assert "no CUDA graphs: no attention back end can be captured" in caplog.text
     with pytest.raises(ConfigError, match=r"^cuda_graphs: attention sdpa cannot be captured"):
