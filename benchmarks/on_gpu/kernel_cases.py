@@ -1,5 +1,6 @@
 """Every kernel at the model's sizes: what it should give, and how many bytes it has to move."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -43,10 +44,16 @@ class Case:
     rotation: int = 0
 
 
-def cases(context: Context, tokens: int) -> Iterator[Case]:
-    """All kernels on a pack of so many tokens, of four sequences."""
+def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]:
+    """All kernels on a pack of so many tokens, of four sequences.
+
+    Args:
+        context: of the device.
+        tokens: of the pack.
+        least_bytes: read and written by each; where a pack has too few, the kernel gets more.
+    """
     config, device, dtype = context.config, context.device, context.dtype
-    do = context.dit.operations
+    do = context.operations
     hidden, mlp = config.hidden_size, config.intermediate_size
     heads, kv_heads, head_dim = (
         config.num_attention_heads,
@@ -166,14 +173,17 @@ def cases(context: Context, tokens: int) -> Iterator[Case]:
         lambda: norm(x) @ weight.double().T + bias.double(),
         stream + tokens * channels * element + weight.nbytes,
     )
-    patches, velocity = random(tokens, channels, dtype=torch.float32), random(tokens, channels)
+    # Patches are few bytes a token: more of them, where they are to come from memory.
+    count = tokens * math.ceil(least_bytes / (tokens * channels * (3 * 4 + element)) or 1)
+    patches, velocity = random(count, channels, dtype=torch.float32), random(count, channels)
+    owner = torch.arange(count, device=device, dtype=torch.int32) * 4 // count
     dt, guidance = -0.1 * torch.ones(4, device=device), torch.zeros(4, device=device)
-    partner = torch.arange(tokens, device=device, dtype=torch.int32)
+    partner = torch.arange(count, device=device, dtype=torch.int32)
     guided, broken = torch.empty_like(patches), torch.zeros(4, device=device, dtype=torch.int32)
     start = patches.double()
 
     def euler() -> Tensor:
-        do.euler_step(patches, velocity, index, partner, dt, guidance, guided, broken)
+        do.euler_step(patches, velocity, owner, partner, dt, guidance, guided, broken)
         return patches
 
     yield Case(
@@ -183,7 +193,7 @@ def cases(context: Context, tokens: int) -> Iterator[Case]:
         lambda: start - 0.1 * velocity.double(),
         3 * patches.nbytes + velocity.nbytes,
     )
-    side, channels = (8, 16) if context.smoke else (512, 96)
+    side, channels = (8, 16) if context.smoke else (1024, 96)
     image = random(1, channels, side, side).contiguous(memory_format=torch.channels_last)
     gamma = 1 + 0.1 * random(channels, 1, 1)
     on_kernel = channel_norm_triton if device.type == "cuda" else channel_norm
@@ -196,18 +206,15 @@ def cases(context: Context, tokens: int) -> Iterator[Case]:
     )
 
 
-def exact_cases(context: Context) -> Iterator[tuple[str, float, float]]:
-    """(name, error, tolerance) of every kernel; the error relative to the largest element."""
-    tokens = 37 if context.smoke else 1037
-    coarse = 1e-2 if context.dtype is torch.bfloat16 else 1e-5
-    for case in cases(context, tokens):
-        expected = case.exact()  # first: some calls change their inputs
-        got = case.call()
-        tolerance = coarse
-        if isinstance(got, QuantizedTokens):
-            if case.rotation:
-                expected = rotate(expected.float(), case.rotation).double()
-            # Half a unit of 3 bits of fraction, and what came before.
-            got, tolerance = got.dequantized(), 2**-4 + 1e-2
-        error = (got.double() - expected).abs().max() / expected.abs().max()
-        yield case.what, error.item(), tolerance
+def error_of(context: Context, case: Case) -> tuple[float, float]:
+    """How far a kernel is from float64, relative to the largest element, and how far it may be."""
+    expected = case.exact()  # first: some calls change their inputs
+    got = case.call()
+    tolerance = 1e-2 if context.dtype is torch.bfloat16 else 1e-5
+    if isinstance(got, QuantizedTokens):
+        if case.rotation:
+            expected = rotate(expected.float(), case.rotation).double()
+        # Half a unit of 3 bits of fraction, and what came before.
+        got, tolerance = got.dequantized(), 2**-4 + 1e-2
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    return error.item(), tolerance

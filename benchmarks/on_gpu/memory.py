@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.correctness import images
 from benchmarks.on_gpu.rows import Row
-from benchmarks.on_gpu.steps import use_graphs
+from benchmarks.on_gpu.sequences import images
+from benchmarks.on_gpu.steps import step
+from benchmarks.on_gpu.timing import wait
 from krea2_srt.runner.memory_plan import GRAPH_BYTES
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.part_sizes import num_bytes, part_sizes
 from krea2_srt.runner.vae import default_tile
 
@@ -18,7 +18,7 @@ GIB, MIB = 2**30, 2**20
 
 def run(context: Context) -> None:
     """Weights; on a GPU the fullest moments of a step, a decode and an encoding, and graphs."""
-    runner, add = context.runner, context.findings.rows.append
+    runner, add = context.whole(context.runner), context.findings.add
     sizes = part_sizes(
         runner.dit, runner.text_encoder.model, runner.vae, default_tile(context.device)
     )
@@ -30,26 +30,25 @@ def run(context: Context) -> None:
     }
     for name, module in parts.items():
         add(Row("memory", name, num_bytes([module]) / GIB, "GiB"))
-    if context.device.type != "cuda":
+    if not context.on_gpu:
         return
     graphs, runner.graphs = runner.graphs, None
     (sequence,) = images(runner, ((2048, 2048),))
     latents = torch.randn(1, 16, 256, 256, device=context.device)
     words = " ".join(["word"] * 500)
     prompts = [f"{number} {words}" for number in range(8)]
-    text_graphs, runner.text_encoder.graphs = runner.text_encoder.graphs, None
+    text_graphs, runner.prompt_encoder.graphs = runner.prompt_encoder.graphs, None
     tokens = sequence.num_tokens
     for name, work, planned in (
-        ("step of 2048x2048", lambda: _step(runner, sequence), tokens * sizes.step_per_token),
+        ("step of 2048x2048", lambda: step(runner, [sequence]), tokens * sizes.step_per_token),
         ("decode of 2048x2048", lambda: runner.vae.decode(latents), sizes.decode(16384)),
         ("8 long prompts", lambda: runner.encode(prompts), sizes.encode),
     ):
         runner.contexts.clear()
         note = f"planned {planned / GIB:.2f}"
         add(Row("memory", name, _peak(work, context.device) / GIB, "GiB", note=note))
-    runner.graphs, runner.text_encoder.graphs = graphs, text_graphs
-    use_graphs(context)
-    if runner.graphs is None:
+    runner.graphs, runner.prompt_encoder.graphs = graphs, text_graphs
+    if not context.use_graphs(runner):
         return
     # Of sizes that were not captured yet, below the pool's size: only the graphs' own memory.
     free, _ = torch.cuda.mem_get_info(context.device)
@@ -62,17 +61,12 @@ def run(context: Context) -> None:
         add(Row("memory", "one graph", taken / captured / MIB, "MiB", note=note))
 
 
-def _step(runner: Krea2Runner, sequence: DenoisingSequence) -> None:
-    runner.step([sequence])
-    sequence.step = 0
-
-
 def _peak(work: Callable[[], object], device: torch.device) -> int:
     """Bytes allocated at the fullest moment of some work, beyond those before it."""
     work()
-    torch.cuda.synchronize(device)
+    wait(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     work()
-    torch.cuda.synchronize(device)
+    wait(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.correctness import images, relative
 from benchmarks.on_gpu.models import quantized_copy
 from benchmarks.on_gpu.rows import Row
+from benchmarks.on_gpu.sequences import images, relative
 from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -20,14 +20,14 @@ SIDE = 512
 def run(context: Context) -> None:
     """Every quantisation that a server offers."""
     side = 32 if context.smoke else SIDE
-    theirs, reference = _draw(context.runner, side)
+    theirs, reference = _draw(context.whole(context.runner), side)
     for quantization in SERVED.values():
         runner = _runner(context, quantization)
         errors = [_velocity_error(runner, side, step, theirs) for step in (0, len(theirs) - 1)]
         _, picture = _draw(runner, side)
         psnr = -10 * torch.log10((picture - reference).double().square().mean()).item()
         for what, error in zip(("first", "last"), errors, strict=True):
-            context.findings.rows.append(
+            context.findings.add(
                 Row(
                     "precision",
                     f"{quantization.name} velocity, {what} step",
@@ -35,7 +35,7 @@ def run(context: Context) -> None:
                     "relative error",
                 )
             )
-        context.findings.rows.append(
+        context.findings.add(
             Row(
                 "precision", f"{quantization.name} picture, PSNR to bf16", psnr, "dB", better="more"
             )
@@ -44,10 +44,9 @@ def run(context: Context) -> None:
 
 def _runner(context: Context, quantization: Quantization) -> Krea2Runner:
     if context.fp8_runner.dit.quantization == quantization:
-        return context.fp8_runner  # an 80 GB GPU has room for one more of them, not for two
-    dit = quantized_copy(context.dit, quantization)
-    recipe = context.runner.recipe
-    return Krea2Runner(dit, context.text_encoder, context.vae, recipe, context.attention)
+        # An 80 GB GPU has room for one more of them, not for two.
+        return context.whole(context.fp8_runner)
+    return context.whole(context.runner_of(quantized_copy(context.dit, quantization)))
 
 
 def _draw(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

@@ -1,85 +1,131 @@
-"""One step, at all sizes and in packs: ours eager, on graphs and in fp8, against plain PyTorch."""
+"""One step, eagerly and on a graph, in bf16 and in 8 bits, at all sizes and in packs."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import median
 
 import torch
 
 from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.correctness import images
-from benchmarks.on_gpu.plain_dit import PlainDiT
-from benchmarks.on_gpu.rows import Row, timed
-from benchmarks.on_gpu.timing import timings
+from benchmarks.on_gpu.graphs import how_it_runs, why_eager
+from benchmarks.on_gpu.rows import LEFT_OUT, Missing, Row, timed
+from benchmarks.on_gpu.sequences import images, name_of
+from benchmarks.on_gpu.timing import timings, wait
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 
-SIDES = (256, 512, 768, 1024, 1536, 2048)
-COMPILED_SIDES = (256, 512, 1024)
+SIDES = (1024, 512, 2048, 256)
+OTHER_SIDES = (768, 1536)
 PACKS = ((256, 8), (512, 4), (256, 13), (256, 25), (256, 51), (1024, 4))
 """Side and number of images; the last ones fill packs of 4k, 8k and 16k tokens."""
 
-COMPILE_S = 120.0
-"""After which no further size is compiled."""
+SMOKE_SIDES = (48, 32)
 
 
-def name_of(side: int, count: int = 1) -> str:
-    """As rows call it."""
-    return f"{side}x{side}" if count == 1 else f"{count} of {side}x{side}"
+@dataclass(frozen=True)
+class Way:
+    """One way to run a step.
+
+    Attributes:
+        name: in the row.
+        how: it runs: on a graph or eagerly, and with which attention.
+        run: steps once.
+    """
+
+    name: str
+    how: str
+    run: Callable[[], object]
 
 
 def run(context: Context) -> None:
-    """Interleaved, so that a GPU that gets warmer slows all alike."""
-    plain = PlainDiT(context.dit)
-    compiled, compile_end = PlainDiT(context.dit), time.perf_counter() + COMPILE_S
-    for block in compiled.blocks:
-        # One block is compiled for all of them, as Diffusers advises.
-        block.compile(dynamic=False)
-    use_graphs(context)
-    sides = (32, 48) if context.smoke else SIDES
-    for side in sides:
-        (sequence,) = images(context.runner, ((side, side),))
-        works = _ours(context, [sequence])
-        works["plain"] = lambda s=sequence: _plain(context, plain, s)
-        on_gpu = context.device.type == "cuda"
-        if on_gpu and side in COMPILED_SIDES and time.perf_counter() < compile_end:
-            with context.findings.attempt(f"steps: torch.compile at {name_of(side)}"):
-                _plain(context, compiled, sequence)
-                works["compiled"] = lambda s=sequence: _plain(context, compiled, s)
-        with context.findings.attempt(f"steps: {name_of(side)}"):
-            _time(context, works, name_of(side), [sequence])
+    """In bf16; then what the host does while graphs replay."""
+    for side in SMOKE_SIDES if context.smoke else SIDES:
+        with context.findings.attempt("steps", name_of(side)):
+            measure(context, "steps", context.runner, "", ((side, side),))
+    for side in SMOKE_SIDES if context.smoke else (256, 512):
+        with context.findings.attempt("steps", f"{name_of(side)} host"):
+            _host_time(context, side)
+
+
+def run_8_bit(context: Context) -> None:
+    """The same in 8 bits."""
+    for side in SMOKE_SIDES if context.smoke else SIDES:
+        with context.findings.attempt("steps", f"{name_of(side)} fp8"):
+            measure(context, "steps", context.fp8_runner, "fp8 ", ((side, side),))
+
+
+def run_packs(context: Context) -> None:
+    """Sizes in between, and packs of several images."""
+    for side in () if context.smoke else OTHER_SIDES:
+        with context.findings.attempt("packs", name_of(side)):
+            measure(context, "packs", context.runner, "", ((side, side),))
     for side, count in ((32, 3),) if context.smoke else PACKS:
-        sequences = images(context.runner, ((side, side),) * count)
-        with context.findings.attempt(f"steps: {name_of(side, count)}"):
-            _time(context, _ours(context, sequences), name_of(side, count), sequences)
-    for side in sides[:2]:
-        _host_time(context, side)
+        with context.findings.attempt("packs", name_of(side, count)):
+            measure(context, "packs", context.runner, "", ((side, side),) * count)
 
 
-def use_graphs(context: Context) -> None:
-    """Let both runners replay, where there are graphs."""
-    if context.capture is None or context.attention.graph is None:
-        return
-    for runner in (context.runner, context.fp8_runner):
-        if runner.graphs is None:
-            tokens = min(MAX_GRAPH_TOKENS, context.attention.max_graph_tokens)
-            runner.use_graphs(context.capture, int(tokens))
-            runner.use_text_graphs(context.capture)
+def measure(
+    context: Context,
+    part: str,
+    runner: Krea2Runner,
+    format: str,
+    sides: tuple[tuple[int, int], ...],
+) -> None:
+    """Eagerly and on a graph, in turn, so that a GPU that gets warmer slows both alike.
+
+    Args:
+        context: of the child.
+        part: of the benchmark.
+        runner: steps.
+        format: of its matrices, as rows name it, with a space after it; empty is bf16.
+        sides: width and height of every image.
+    """
+    sequences = images(runner, sides)
+    size = name_of(sides[0][0], len(sides))
+    lanes = [sequence.num_tokens for sequence in sequences]
+    works = ways(context, part, runner, sequences, f"{size} {format}")
+    seconds, least = context.seconds, 2 if max(lanes) > 8192 else 3
+    found = timings([way.run for way in works], context.device, seconds, warm_ups=2, least=least)
+    floor = context.step_floor_ms(lanes, fp8=bool(format))
+    for way, timing in zip(works, found, strict=True):
+        note = f"{sum(lanes)} tokens"
+        context.findings.add(timed(part, way.name, timing, floor, note, way.how))
 
 
-def _ours(context: Context, sequences: list[DenoisingSequence]) -> dict[str, Callable[[], object]]:
-    runner = context.runner
-    works: dict[str, Callable[[], object]] = {"eager": lambda: _eager(runner, sequences)}
-    if runner.graphs is not None:
-        works["graph"] = lambda: _step(runner, sequences)
-        works["fp8"] = lambda: _step(context.fp8_runner, sequences)
-    elif context.smoke:
-        works["fp8"] = lambda: _eager(context.fp8_runner, sequences)
-    return works
+def ways(
+    context: Context,
+    part: str,
+    runner: Krea2Runner,
+    sequences: list[DenoisingSequence],
+    name: str,
+) -> list[Way]:
+    """Eagerly, and on a graph where one can be captured; else the reason is noted."""
+    tokens = sum(sequence.num_tokens for sequence in sequences)
+    how = how_it_runs(runner, tokens, graph=False)
+    eager = Way(f"{name}eager", how, lambda: _eager(runner, sequences))
+    context.use_graphs(runner)
+    wait(context.device)
+    before, start = _reserved(context), time.perf_counter()
+    reason = why_eager(runner, sequences)
+    wait(context.device)
+    if reason:
+        context.findings.miss(Missing(part, f"{name}graph", LEFT_OUT, f"ran eagerly: {reason}"))
+        return [eager]
+    ms, taken = (time.perf_counter() - start) * 1e3, (_reserved(context) - before) / 2**20
+    note = f"takes {taken:.0f} MiB more" if context.on_gpu else ""
+    how = how_it_runs(runner, tokens, graph=True)
+    context.findings.add(Row(part, f"{name}capture", ms, "ms", note=note, how=how))
+    return [eager, Way(f"{name}graph", how, lambda: step(runner, sequences))]
 
 
-@torch.inference_mode()
+def step(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
+    """As a server steps: on a graph where there is one."""
+    runner.step(sequences)
+    for sequence in sequences:
+        sequence.step = 0
+
+
 def _eager(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
     forward = runner.begin_step(sequences)
     forward.run(range(runner.num_blocks))
@@ -88,52 +134,43 @@ def _eager(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
         sequence.step = 0
 
 
-def _step(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
-    runner.step(sequences)
-    for sequence in sequences:
-        sequence.step = 0
-
-
-def _plain(context: Context, plain: PlainDiT, sequence: DenoisingSequence) -> None:
-    rope = context.runner.packs.get(Lanes.of([sequence]).shapes).rope
-    sigmas = sequence.schedule.sigmas
-    velocity = plain(sequence.tokens, sequence.context, sigmas[0], rope)
-    stepped = sequence.tokens + (sigmas[1] - sigmas[0]) * velocity.float()
-    torch.isfinite(stepped).all().item()
-
-
-def _time(
-    context: Context,
-    works: dict[str, Callable[[], object]],
-    name: str,
-    sequences: list[DenoisingSequence],
-) -> None:
-    lanes = [sequence.num_tokens for sequence in sequences]
-    found = timings(list(works.values()), context.device, context.seconds)
-    for how, timing in zip(works, found, strict=True):
-        floor = context.step_floor_ms(lanes, fp8=how == "fp8")
-        context.findings.rows.append(
-            timed("steps", f"{name} {how}", timing, floor, f"{sum(lanes)} tokens")
-        )
-    for sequence in sequences:
-        sequence.step = 0
+def _reserved(context: Context) -> int:
+    return torch.cuda.memory_reserved(context.device) if context.on_gpu else 0
 
 
 def _host_time(context: Context, side: int) -> None:
-    """What the host does in a step of a replayed graph, while the device waits for nothing."""
-    graphs = context.runner.graphs
-    if graphs is None:
+    """What the host does in a step of a replayed graph, and how long the device waits for it
+    between two steps.
+    """
+    runner = context.runner
+    sequences = images(runner, ((side, side),))
+    if runner.graphs is None or why_eager(runner, sequences):
         return
-    sequences = images(context.runner, ((side, side),))
-    lanes = Lanes.of(sequences)
+    lanes, name = Lanes.of(sequences), name_of(side)
+    pack = runner.packs.get(lanes.shapes)
     times = []
     for number in range(23):
-        torch.cuda.synchronize(context.device)
+        wait(context.device)
         start = time.perf_counter()
-        with torch.inference_mode():
-            graphs.launch(lanes, context.runner.packs.get(lanes.shapes))
+        runner.graphs.launch(lanes, pack)
         if number >= 3:
             times.append((time.perf_counter() - start) * 1e3)
-    context.findings.rows.append(
-        Row("steps", f"{name_of(side)} host", median(times), "ms", min(times), max(times))
+    how = how_it_runs(runner, sequences[0].num_tokens, graph=True)
+    low, high = min(times), max(times)
+    context.findings.add(Row("steps", f"{name} host", median(times), "ms", low, high, how=how))
+
+    # Steps that follow each other as a server's do, against launches that never wait for the host.
+    count = 3 if context.smoke else 20
+    stepped, queued = timings(
+        [
+            lambda: [step(runner, sequences) for _ in range(count)],
+            lambda: [runner.graphs.launch(lanes, pack) for _ in range(count)],
+        ],
+        context.device,
+        context.seconds / 2,
+    )
+    gap = (stepped.median - queued.median) / count
+    note = f"a step {stepped.median / count:.4g} ms, of the device {queued.median / count:.4g} ms"
+    context.findings.add(
+        Row("steps", f"{name} gap", gap, "ms", note=note, how=how, span=stepped.span)
     )

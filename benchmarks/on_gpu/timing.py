@@ -15,42 +15,56 @@ WARM_UP_S = 4.0
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one piece of work, over repeats."""
+    """Milliseconds of one piece of work, over repeats.
+
+    Attributes:
+        median, low, high: of all repeats.
+        span: seconds on the machine's own clock from which to which they ran.
+    """
 
     median: float
     low: float
     high: float
+    span: tuple[float, float] | None = None
 
 
 def timings(
-    works: Sequence[Work], device: torch.device, seconds: float = 1.0, repeats: int = 50
+    works: Sequence[Work],
+    device: torch.device,
+    seconds: float = 1.0,
+    repeats: int = 50,
+    warm_ups: int = 3,
+    least: int = 3,
 ) -> list[Timing]:
     """Wall times of some pieces of work, one after another in every round, device work included.
 
     Args:
         works: what to time.
         device: waited for after each.
-        seconds: after which no further round is begun; three are in any case.
+        seconds: after which no further round is begun.
         repeats: most rounds.
+        warm_ups: most runs before; no third one of long work.
+        least: rounds in any case.
     """
     for work in works:  # builds kernels, fills caches, captures graphs
         start = time.perf_counter()
-        for number in range(3):
+        for number in range(warm_ups):
             if number < 2 or time.perf_counter() - start < WARM_UP_S:
                 work()
-            _wait(device)
+            wait(device)
     found: list[list[float]] = [[] for _ in works]
-    start = time.perf_counter()
+    begun, start = time.monotonic(), time.perf_counter()
     for number in range(repeats):
-        if number >= 3 and time.perf_counter() - start > seconds:
+        if number >= least and time.perf_counter() - start > seconds:
             break
         for times, work in zip(found, works, strict=True):
-            _wait(device)
+            wait(device)
             begin = time.perf_counter()
             work()
-            _wait(device)
+            wait(device)
             times.append((time.perf_counter() - begin) * 1e3)
-    return [Timing(median(times), min(times), max(times)) for times in found]
+    span = (begun, time.monotonic())
+    return [Timing(median(times), min(times), max(times), span) for times in found]
 
 
 def queued(work: Work, device: torch.device, count: int, seconds: float = 0.5) -> Timing:
@@ -61,9 +75,20 @@ def queued(work: Work, device: torch.device, count: int, seconds: float = 0.5) -
             work()
 
     (timing,) = timings([all_of_them], device, seconds)
-    return Timing(timing.median / count, timing.low / count, timing.high / count)
+    return Timing(timing.median / count, timing.low / count, timing.high / count, timing.span)
 
 
-def _wait(device: torch.device) -> None:
+def once(work: Work, device: torch.device) -> Timing:
+    """Time of the very first call."""
+    wait(device)
+    begun, start = time.monotonic(), time.perf_counter()
+    work()
+    wait(device)
+    ms = (time.perf_counter() - start) * 1e3
+    return Timing(ms, ms, ms, (begun, time.monotonic()))
+
+
+def wait(device: torch.device) -> None:
+    """For all that was queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

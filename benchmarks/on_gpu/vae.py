@@ -1,4 +1,4 @@
-"""VAE decode, ours against the 3-D decoder as it was released."""
+"""VAE decode: the first of a size, all others, and the 3-D decoder as it was released."""
 
 from functools import partial
 
@@ -6,34 +6,71 @@ import torch
 from torch import Tensor
 
 from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.correctness import relative
 from benchmarks.on_gpu.plain_vae import Decoder3D
 from benchmarks.on_gpu.rows import Row, timed
-from benchmarks.on_gpu.timing import timings
+from benchmarks.on_gpu.sequences import name_of, relative
+from benchmarks.on_gpu.timing import once, timings, wait
 from krea2_srt.runner.vae import VAEDecoder
 
-SIDES = (1024, 2048)
+SIZES = ((1024, 1024), (2048, 2048), (832, 1216))
+"""Width and height."""
+
+SIDES_3D = (1024, 2048)
 
 
 def run(context: Context) -> None:
-    """Times, and that both give the same pixels."""
+    """With convolutions as heuristics choose them, and as a search chooses them."""
+    sizes = ((64, 64), (48, 64)) if context.smoke else SIZES
+    before = torch.backends.cudnn.benchmark
+    try:
+        # All without a search first: what it finds is kept, and would serve the others too.
+        for searched in (False, True):
+            torch.backends.cudnn.benchmark = searched
+            for width, height in sizes:
+                with context.findings.attempt("vae", name_of(width, height=height)):
+                    _measure(context, width, height, searched)
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _measure(context: Context, width: int, height: int, searched: bool) -> None:
+    vae, size = context.vae, name_of(width, height=height)
+    how = "convolutions searched" if searched else "convolutions by heuristics"
+    decode = partial(decoded, vae, latents_of(context, width, height))
+    first, usual = ("first, searched", "searched") if searched else ("first", "ours")
+    context.findings.add(timed("vae", f"{size} {first}", once(decode, context.device), how=how))
+    (timing,) = timings([decode], context.device, context.seconds / 2, warm_ups=2)
+    context.findings.add(timed("vae", f"{size} {usual}", timing, how=how))
+    if context.on_gpu and not searched:
+        torch.cuda.reset_peak_memory_stats(context.device)
+        held = torch.cuda.memory_allocated(context.device)
+        decode()
+        wait(context.device)
+        peak = (torch.cuda.max_memory_allocated(context.device) - held) / 2**30
+        context.findings.add(Row("vae", f"{size} memory", peak, "GiB", note="beyond the weights"))
+
+
+def run_3d(context: Context) -> None:
+    """Times in turn, and that both give the same pixels."""
     vae = context.vae
     original = Decoder3D(vae)
+    for side in (64,) if context.smoke else SIDES_3D:
+        latents, size = latents_of(context, side, side), name_of(side)
+        with context.findings.attempt("vae 3-D", size):
+            difference = relative(decoded(vae, latents), original(latents))
+            context.findings.add(Row("vae 3-D", f"{size} difference", difference, "relative error"))
+            works = [partial(decoded, vae, latents), partial(original, latents)]
+            found = timings(works, context.device, context.seconds, warm_ups=2)
+            for what, timing in zip(("ours", "3-D original"), found, strict=True):
+                context.findings.add(timed("vae 3-D", f"{size} {what}", timing))
+
+
+def latents_of(context: Context, width: int, height: int) -> Tensor:
+    """Random latents of a picture, [16, height / 8, width / 8]."""
     generator = torch.Generator(context.device).manual_seed(11)
-    for side in (64,) if context.smoke else SIDES:
-        latents = torch.randn(16, side // 8, side // 8, generator=generator, device=context.device)
-        works = {"ours": partial(_decode, vae, latents)}
-        # Another failure than of ours: it takes several times the memory.
-        with context.findings.attempt(f"vae: 3-D original at {side}x{side}"):
-            difference = relative(works["ours"](), original(latents))
-            context.findings.rows.append(
-                Row("vae", f"{side}x{side} difference", difference, "relative error")
-            )
-            works["3-D original"] = partial(original, latents)
-        found = timings(list(works.values()), context.device, context.seconds)
-        for how, timing in zip(works, found, strict=True):
-            context.findings.rows.append(timed("vae", f"{side}x{side} {how}", timing))
+    return torch.randn(16, height // 8, width // 8, generator=generator, device=context.device)
 
 
-def _decode(vae: VAEDecoder, latents: Tensor) -> Tensor:
+def decoded(vae: VAEDecoder, latents: Tensor) -> Tensor:
+    """Pixels of one picture."""
     return vae.decode(latents[None])[0]

@@ -1,0 +1,29 @@
+"""Whether a step really runs on a graph, and if not, why."""
+
+from krea2_srt.model.pack import Pack
+from krea2_srt.runner.graphs import StepGraphs
+from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+
+
+def captured(graphs: StepGraphs, lanes: Lanes, pack: Pack, steps: int = 1) -> str:
+    """Capture the graph of a pack; empty, or why there is none."""
+    if graphs.prepare(lanes, pack, steps):
+        return ""
+    return next(reversed(graphs.failures.values()), "it is too large for any graph")
+
+
+def how_it_runs(runner: Krea2Runner, tokens: int, graph: bool) -> str:
+    """On a graph or eagerly, with which attention, and whether its MLPs are one kernel less."""
+    attention = runner.attention.graph if graph else runner.attention.eager
+    assert attention is not None
+    fused = tokens >= runner.dit.operations.fused_mlp_tokens
+    return f"{'graph' if graph else 'eager'}, {attention.name}" + (", fused MLP" if fused else "")
+
+
+def why_eager(runner: Krea2Runner, sequences: list[DenoisingSequence], steps: int = 1) -> str:
+    """Capture what a runner's step would replay; empty, or why it will run eagerly."""
+    if runner.graphs is None:
+        return f"attention {runner.attention.name} cannot be captured"
+    lanes = Lanes.of(sequences)
+    return captured(runner.graphs, lanes, runner.packs.get(lanes.shapes), steps)
