@@ -147,6 +147,7 @@ class _Race:
             else:
                 self._enter(backend)
 
+    @torch.inference_mode()
     def _enter(self, backend: AttentionBackend) -> None:
         """Try and time one."""
         if reason := trial_fault(backend, self._device, self._dtype):
@@ -166,11 +167,12 @@ class _Race:
         eager = self._timer(self._work(backend, LARGE_PACK))
         if not backend.capturable:
             return eager, 0.0
-        function: Callable[[], object] = self._work(backend, SMALL_PACK)
-        if self._device.type == "cuda":
-            # As it will run: launched one by one, kernels of so few tokens wait for the host.
-            function = trial_capture(self._device)(function)
-        return eager, self._timer(function)
+        launch = self._work(backend, SMALL_PACK)
+        if self._device.type != "cuda":
+            return eager, self._timer(launch)
+        # As it will run: launched one by one, kernels of so few tokens wait for the host. What the
+        # graph reads is the launch's, which lives until it is timed.
+        return eager, self._timer(trial_capture(self._device)(launch))
 
     def _work(self, backend: AttentionBackend, lengths: tuple[int, ...]) -> Callable[[], Tokens]:
         """What is timed of a pack: attention, and the gate where that makes a difference."""

@@ -181,7 +181,7 @@ def flash_attention(load: Loader) -> VarlenAttention:
 
 def of_module(name: str) -> Loader:
     """The `Loader` of a package's module."""
-    return lambda: import_module(name).flash_attn_varlen_func  # type: ignore[no-any-return]
+    return lambda: import_module(name).flash_attn_varlen_func
 
 
 def call_flash_attention(
