@@ -143,15 +143,17 @@ def _fault(race: Race, product: ScaledProduct, linears: list[QuantizedLinear]) -
         x = _tokens(linear, _TRIAL_TOKENS)
         some, scale = linear.weight[::step], linear.scale[::step]
         expected = scaled_product(x, some, scale, linear.dtype)
-        call = _call(product, linear, _TRIAL_TOKENS)
-        if fault := race.fault(lambda call=call, step=step: call()[:, ::step], expected):
+        if fault := race.fault(_call(product, linear, _TRIAL_TOKENS, step), expected):
             return fault
     return ""
 
 
-def _call(product: ScaledProduct, linear: QuantizedLinear, tokens: int) -> Callable[[], Tensor]:
+def _call(
+    product: ScaledProduct, linear: QuantizedLinear, tokens: int, step: int = 1
+) -> Callable[[], Tensor]:
+    """A product; it returns one column of every ``step``."""
     x = _tokens(linear, tokens)
-    return lambda: product(x, linear.weight, linear.scale, linear.dtype)
+    return lambda: product(x, linear.weight, linear.scale, linear.dtype)[:, ::step]
 
 
 def _tokens(linear: QuantizedLinear, tokens: int) -> QuantizedTokens:

@@ -3,17 +3,24 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
+import tests.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.errors import ConfigError
-from krea2_srt.kernels.operations import TORCH
+from krea2_srt.kernels import products, quantize
+from krea2_srt.kernels.operations import TORCH, TRITON
+from krea2_srt.kernels.products import scaled_product_triton
+from krea2_srt.kernels.quantize import quantize_tokens_triton
 from krea2_srt.model.checkpoint import load_dit
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.layers import SwiGLU
+from krea2_srt.model.quantization import Quantization, QuantizedLinear, block_linears
 from krea2_srt.runner.fused_mlp import TOKENS, check_fused_mlp, first_fused, with_fused_mlp
 from tests.conftest import CPU
+from tests.cuda_rules import cuda_rules
 
 SETTINGS = [None, Quantization("fp8"), Quantization("fp8", keep=("*.ff.down",))]
 
@@ -122,3 +129,39 @@ def test_without_tritons_kernels_there_is_none(demo_model):
     check_fused_mlp("auto", TORCH)
     with pytest.raises(ConfigError, match=r"^fused_mlp: on needs Triton's kernels"):
         check_fused_mlp("on", TORCH)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization("fp8", rotation=True)], ids=str)
+@pytest.mark.parametrize("tma", [True, False])
+def test_it_is_captured_and_replayed_by_cudas_rules(monkeypatch, quantization, tma):
+    monkeypatch.setattr(products, "tiles_of", lambda device: replace(products.SMALL, tma=tma))
+    # What is remembered of one machine's devices is of no use on another.
+    monkeypatch.setattr(quantize, "hadamard", cache(quantize.hadamard.__wrapped__))
+    cuda = torch.device("cuda", 0)
+    with cuda_rules() as machine, torch.inference_mode():
+        with cuda:
+            mlp = SwiGLU(256, 512, block_linears(quantization, 0, torch.bfloat16))
+        for linear in (mlp.gate_up, mlp.down):
+            if isinstance(linear, QuantizedLinear):
+                linear.product = scaled_product_triton
+        x = torch.zeros(9, 256, dtype=torch.bfloat16, device=cuda)
+
+        def forward() -> torch.Tensor:
+            format = mlp.gate_up.format
+            tokens = x if format is None else quantize_tokens_triton(x, format)
+            return mlp(tokens, replace(TRITON, fused_mlp_tokens=0))
+
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            forward()
+            launched = machine.launched
+            forward()
+            # A product with its SwiGLU, and one; of 8 bits each quantises what it reads before.
+            assert machine.launched - launched == (2 if quantization is None else 4)
+            graph.capture_begin()
+            out = forward()
+            graph.capture_end()
+            graph.replay()
+        torch.cuda.synchronize()
+        assert (out.shape, out.dtype) == ((9, 256), torch.bfloat16)

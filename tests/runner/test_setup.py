@@ -230,6 +230,21 @@ def test_an_offloaded_encoder_is_not_replayed(as_on_a_gpu, runner):
     assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
 
 
+def test_the_products_are_chosen_for_the_model_that_was_loaded(as_on_a_gpu, monkeypatch):
+    asked_for = []
+
+    def with_fused_mlp(dit, setting):
+        asked_for.append((dit, setting))
+        return replace(dit.operations, fused_mlp_tokens=1088)
+
+    monkeypatch.setattr(module, "with_fused_mlp", with_fused_mlp)
+    monkeypatch.setattr(module, "product_candidates", lambda forced, *_, **__: {forced: None})
+    monkeypatch.setattr(module, "use_fastest_product", lambda *given: asked_for.append(given))
+    loaded = as_on_a_gpu(products="sglang", fused_mlp="off", cuda_graphs="off", warm_up_s=0.0)
+    assert asked_for == [(loaded.dit, {"sglang": None}), (loaded.dit, "off")]
+    assert loaded.dit.operations.fused_mlp_tokens == 1088
+
+
 def test_int8_runs_without_kernels(gpu):
     int8 = replace(gpu, quantization=Quantization("int8"))
     assert int8._operations().name == "torch"
