@@ -1,6 +1,7 @@
 """What fits on a GPU: token budget, graphs, and what stays resident. Pure arithmetic.
 
-    weights | caches | graphs | work: the larger of a step and of encoding, and decodes beside it
+    weights | caches | sequences | graphs | work: the larger of a step and of encoding, and decodes
+    beside it | workspace of libraries
 
 Encoding and steps share their memory, since one follows the other on one stream; decodes run
 beside them on their own.
@@ -15,8 +16,8 @@ from krea2_srt.errors import ConfigError
 
 GIB = 2**30
 
-MARGIN_SHARE, MARGIN_BYTES = 0.05, GIB // 2
-"""Of the GPU's memory, left to the allocator's fragments, and to CUDA, cuBLAS and cuDNN."""
+MARGIN_SHARE, MARGIN_BYTES = 0.05, GIB // 4
+"""Of the GPU's memory, left to the allocator's fragments, and to what CUDA's libraries load."""
 
 GRAPH_BYTES = 6 * 2**20
 """Of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
@@ -27,6 +28,41 @@ MAX_GRAPH_TOKENS = IMAGE_TOKENS[0] + MAX_TEXT_TOKENS
 
 _GRAPHS = ((MAX_GRAPH_TOKENS, 192), (8704, 160), (4608, 128), (1536, 64), (0, 0))
 """(most tokens, how many), best first."""
+
+FEWEST_SEQUENCES = 16
+"""At a time: fewer would leave a GPU without work beside the decodes of small pictures."""
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """Bytes of a decode. It attends at an eighth of the picture's width and height, goes on with
+    the whole picture up to half of them, and ends in tiles.
+
+    Attributes:
+        attention_per_pixel: while it attends, beside the scores.
+        score_bytes: of the scores that are computed at a time, at most.
+        score_pixels: of the picture, for each of the pixels that attend.
+        whole_per_pixel: up to half the width and height.
+        kept_per_pixel: of the picture while a tile is computed.
+        tile_per_pixel: of the tile.
+        tile: pixels a side, with margins; 0 is no tiles.
+    """
+
+    attention_per_pixel: float
+    score_bytes: int
+    score_pixels: int
+    whole_per_pixel: float
+    kept_per_pixel: float
+    tile_per_pixel: float
+    tile: int
+
+    def of(self, pixels: int) -> int:
+        """Of a picture of so many pixels, at its fullest moment."""
+        scores = 8 * (pixels // self.score_pixels) ** 2
+        attention = self.attention_per_pixel * pixels + min(self.score_bytes, scores)
+        tile = min(pixels, self.tile**2) if self.tile else pixels
+        tiles = self.kept_per_pixel * pixels + self.tile_per_pixel * tile
+        return round(max(attention, self.whole_per_pixel * pixels, tiles))
 
 
 @dataclass(frozen=True)
@@ -39,9 +75,14 @@ class PartSizes:
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
         step_per_token: at the fullest moment of a step.
         held_per_token: of a step that waits between two slices.
+        modulation_row: of one step of one branch.
+        schedule_row: of one step of a schedule while it is built.
+        patch: of an image token of a sequence.
+        context: of a text token of a branch.
         encode: at the fullest moment of encoding.
-        decode_per_pixel: of an image that is decoded, beside ``decode_tile``.
-        decode_tile: of a tile, whatever the image.
+        encode_graph: the same in the largest graph.
+        decoder: of a decode.
+        libraries: their workspaces.
         graph_buffers: of all graphs together, beside ``graph_per_token``.
         graph_per_token: of the buffers.
     """
@@ -52,27 +93,34 @@ class PartSizes:
     text_encoder_unit: int
     step_per_token: int
     held_per_token: int
+    modulation_row: int
+    schedule_row: int
+    patch: int
+    context: int
     encode: int
-    decode_per_pixel: int
-    decode_tile: int
+    encode_graph: int
+    decoder: DecodeSizes
+    libraries: int
     graph_buffers: int
     graph_per_token: int
     quantized: bool = False
 
     def decode(self, image_tokens: int) -> int:
         """Of one image's decode."""
-        return self.decode_tile + self.decode_per_pixel * image_tokens * 256
+        return self.decoder.of(image_tokens * 256)
 
     def graphs(self, tokens: int, count: int, encoder: bool) -> int:
         """Of graphs of up to so many tokens, with their buffers and the pool that they share; with
-        or without those of the text encoder, which have another.
+        or without those of the text encoder, which have a pool of their own.
         """
         if not tokens:
             return 0
-        pool = self.step_per_token * tokens
-        if encoder:  # of up to half as many prompts as are encoded together at most
-            pool += self.encode // 2
-        return self.graph_buffers + self.graph_per_token * tokens + pool + count * GRAPH_BYTES
+        pools = self.step_per_token * tokens + (self.encode_graph if encoder else 0)
+        return self.graph_buffers + self.graph_per_token * tokens + pools + count * GRAPH_BYTES
+
+    def sequences(self, count: int, image_tokens: int) -> int:
+        """Of sequences that have begun: the largest, with the longest prompts."""
+        return count * (image_tokens * self.patch + MAX_TEXT_TOKENS * self.context)
 
 
 @dataclass(frozen=True)
@@ -83,6 +131,9 @@ class Wishes:
         max_pack_tokens: of a pack.
         max_image_tokens: of the largest image.
         max_held_steps: that wait between two slices at a time.
+        max_sequences: that have begun, at a time.
+        max_branches: of a pack.
+        schedule_steps: of most schedules; a longer one is built rarely.
         cache_bytes: of prompts, schedules and layouts.
         text_encoder: ``auto``, ``resident`` or ``offload``.
         max_graph_tokens: 0 is what fits.
@@ -92,6 +143,9 @@ class Wishes:
     max_pack_tokens: int
     max_image_tokens: int = IMAGE_TOKENS[0]
     max_held_steps: int = 2
+    max_sequences: int = 256
+    max_branches: int = 64
+    schedule_steps: int = 8
     cache_bytes: int = 7 * GIB // 4
     text_encoder: str = "auto"
     max_graph_tokens: int = 0
@@ -106,6 +160,7 @@ class MemoryPlan:
         free, total: bytes of the GPU when it was made.
         text_encoder_resident: or in host memory between uses.
         max_pack_tokens, max_image_tokens: of a pack, and of an image.
+        max_sequences: that have begun, at a time.
         decodes_aside: images decoded at a time.
         max_graph_tokens, max_graphs: 0 where there are none.
         cache_share: of the wished caches.
@@ -117,6 +172,7 @@ class MemoryPlan:
     text_encoder_resident: bool
     max_pack_tokens: int
     max_image_tokens: int
+    max_sequences: int
     decodes_aside: int
     max_graph_tokens: int
     max_graphs: int
@@ -144,14 +200,15 @@ class _Draft:
     decodes: int
     graph_tokens: int
     graphs: int
+    sequences: int
 
 
 def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> MemoryPlan:
     """Decide what to do with a GPU's memory.
 
-    What does not fit is given up in this order: graphs of large packs, a second decode beside
-    the steps, a budget of more than one largest image, all graphs, the encoder's place on the GPU,
-    and the largest images.
+    What does not fit is given up in this order: the number of sequences that have begun, graphs of
+    large packs, a second decode beside the steps, a budget of more than one largest image, all
+    graphs, the encoder's place on the GPU, and the largest images.
 
     Args:
         free, total: bytes of the GPU.
@@ -164,11 +221,11 @@ def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> Memo
     margin = int(total * MARGIN_SHARE) + MARGIN_BYTES
     # On a small GPU the caches leave the most to work.
     cache = min(wishes.cache_bytes, max(0, free) // 20)
-    room = free - margin - sizes.dit - sizes.vae - cache
+    room = free - margin - sizes.dit - sizes.vae - cache - sizes.libraries
     for draft in _drafts(wishes):
         encoder = sizes.text_encoder if draft.resident else 0
         beside = encoder + draft.decodes * sizes.decode(draft.image_tokens)
-        beside += _held(draft, sizes, wishes)
+        beside += _held(draft, sizes, wishes) + _sequences(draft, sizes, wishes)
         left = room - beside - sizes.graphs(draft.graph_tokens, draft.graphs, draft.resident)
         encode = sizes.encode + (0 if draft.resident else sizes.text_encoder_unit)
         budget = min(wishes.max_pack_tokens, left // sizes.step_per_token)
@@ -190,19 +247,29 @@ def _drafts(wishes: Wishes) -> Iterator[_Draft]:
         count = next((n for most, n in reversed(_GRAPHS) if most >= wishes.max_graph_tokens), 192)
         smaller = [g for g in _GRAPHS if g[0] < wishes.max_graph_tokens]
         graphs = ((wishes.max_graph_tokens, count), *smaller)
+    counts = [wishes.max_sequences]
+    while counts[-1] > FEWEST_SEQUENCES:
+        counts.append(max(FEWEST_SEQUENCES, counts[-1] // 2))
     # Graphs of small packs are worth more than a second decode, or two largest images in a pack.
     some = [graph for graph in graphs if graph[0]]
     work = [*product((True, False), (2, 1), some), *product((True, False), (2, 1), _GRAPHS[-1:])]
-    for image, keep, (whole, decodes, (tokens, count)) in product(
-        sizes, resident[wishes.text_encoder], work
+    for image, keep, (whole, decodes, (tokens, graph_count)), sequences in product(
+        sizes, resident[wishes.text_encoder], work, counts
     ):
-        yield _Draft(image, keep, whole, decodes, tokens, count)
+        yield _Draft(image, keep, whole, decodes, tokens, graph_count, sequences)
 
 
 def _held(draft: _Draft, sizes: PartSizes, wishes: Wishes) -> int:
     """Only steps of large images are sliced."""
     tokens = draft.image_tokens + MAX_TEXT_TOKENS
     return wishes.max_held_steps * tokens * sizes.held_per_token
+
+
+def _sequences(draft: _Draft, sizes: PartSizes, wishes: Wishes) -> int:
+    """All that have begun, the modulation of a pack, and a schedule while it is built."""
+    found = sizes.sequences(draft.sequences, draft.image_tokens)
+    found += wishes.max_branches * sizes.modulation_row
+    return found + wishes.schedule_steps * sizes.schedule_row
 
 
 def _plan(
@@ -231,6 +298,11 @@ def _plan(
             if graphs
             else "none",
         ),
+        (
+            "sequences",
+            _sequences(draft, sizes, wishes),
+            f"{draft.sequences} at a time, and a pack's modulation",
+        ),
         ("steps, encoding", work, f"packs up to {budget} tokens"),
         ("held steps", _held(draft, sizes, wishes), f"{wishes.max_held_steps} between two slices"),
         (
@@ -238,7 +310,8 @@ def _plan(
             draft.decodes * sizes.decode(draft.image_tokens),
             f"{draft.decodes} at a time, up to {side}x{side}",
         ),
-        ("margin", margin, "allocator, CUDA libraries"),
+        ("libraries", sizes.libraries, "workspace of cuBLAS and cuDNN"),
+        ("margin", margin, "allocator, CUDA's kernels"),
     )
     return MemoryPlan(
         free,
@@ -246,6 +319,7 @@ def _plan(
         draft.resident,
         budget,
         draft.image_tokens,
+        draft.sequences,
         draft.decodes,
         draft.graph_tokens,
         draft.graphs,
@@ -259,8 +333,10 @@ def _too_small(free: int, sizes: PartSizes, fixed: int, wishes: Wishes) -> Confi
     encoder = sizes.text_encoder if resident else sizes.text_encoder_unit
     smallest = min(IMAGE_TOKENS[-1], wishes.max_image_tokens)
     step = (smallest + MAX_TEXT_TOKENS) * sizes.step_per_token
-    needed = sizes.dit + sizes.vae + fixed + encoder + max(sizes.encode, step)
-    needed += sizes.decode(smallest)
+    needed = sizes.dit + sizes.vae + sizes.libraries + fixed + encoder + max(sizes.encode, step)
+    fewest = min(FEWEST_SEQUENCES, wishes.max_sequences)
+    least = _Draft(smallest, False, False, 1, 0, 0, fewest)
+    needed += sizes.decode(smallest) + _sequences(least, sizes, wishes)
     helps = [] if sizes.quantized else ["--quantization fp8 halves the transformer"]
     if resident:
         helps.append("text_encoder auto leaves the encoder on the host")

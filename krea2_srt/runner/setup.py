@@ -81,11 +81,14 @@ class Setup:
             self.quantization,
             self.device,
         )
-        limits = self.engine.limits
+        limits, recipe = self.engine.limits, self.checkpoint.recipe
         wishes = Wishes(
             max_pack_tokens=self.engine.max_pack_tokens,
             max_image_tokens=min(limits.max_pixels, limits.max_side**2) // 256,
             max_held_steps=self.engine.max_held_steps,
+            max_sequences=self.engine.max_active_sequences,
+            max_branches=self.engine.max_pack_sequences * (1 if recipe.distilled else 2),
+            schedule_steps=recipe.default_steps,
             cache_bytes=self.caches.total,
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens,
@@ -100,6 +103,7 @@ class Setup:
         return replace(
             self.engine,
             max_pack_tokens=plan.max_pack_tokens,
+            max_active_sequences=plan.max_sequences,
             max_pixels=min(self.engine.max_pixels, plan.max_image_tokens * 256),
         )
 

@@ -291,7 +291,7 @@ class VAEDecoder(nn.Module):
         self.conv_out = Conv(dims[-1], 3, 3, dtype)
         # Receptive field of the last stage in its own pixels: the upsampler's convolution, two
         # per residual block, and the output convolution.
-        self._margin = 1 + 2 * (config.num_res_blocks + 1) + 1
+        self.margin = 1 + 2 * (config.num_res_blocks + 1) + 1
 
     def use_kernels(self, fused: bool = True) -> None:
         """Run norms on their kernel, which needs a GPU, or on torch again."""
@@ -350,8 +350,8 @@ class VAEDecoder(nn.Module):
         pixels = torch.empty(
             (1, 3, 2 * x.shape[2], 2 * x.shape[3]), dtype=torch.float32, device=x.device
         )
-        for rows in _tiles(pixels.shape[2], tile, self._margin):
-            for columns in _tiles(pixels.shape[3], tile, self._margin):
+        for rows in _tiles(pixels.shape[2], tile, self.margin):
+            for columns in _tiles(pixels.shape[3], tile, self.margin):
                 yield None
                 decoded = self._last_stage(x[:, :, rows.source, columns.source])
                 pixels[:, :, rows.target, columns.target] = decoded[:, :, rows.keep, columns.keep]

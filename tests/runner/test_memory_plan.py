@@ -1,5 +1,9 @@
 """What is decided on GPUs as they were found, and what holds on any."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,19 +17,29 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.graphs import StepBuffers
-from krea2_srt.runner.memory_plan import GIB, IMAGE_TOKENS, Wishes, plan_memory
-from krea2_srt.runner.part_sizes import checkpoint_sizes, part_sizes
+from krea2_srt.runner.memory_plan import (
+    FEWEST_SEQUENCES,
+    GIB,
+    GRAPH_BYTES,
+    IMAGE_TOKENS,
+    PartSizes,
+    Wishes,
+    plan_memory,
+)
+from krea2_srt.runner.part_sizes import checkpoint_sizes, library_workspace, part_sizes
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.vae import VAEConfig, VAEDecoder
+from krea2_srt.runner.vae import BYTES_PER_SCORE, VAEConfig, VAEDecoder, scores_per_slice
 from tests.conftest import CPU
 from tests.runner.test_graphs import device_attention
 
+CUDA = torch.device("cuda", 0)
 DEVICES = {  # name: (total, free) in GiB, as an idle one tells
     "H200": (139.8, 139.2),
     "H100": (79.2, 78.6),
     "L40S": (44.4, 44.0),
     "A6000": (47.5, 47.0),
     "RTX 4090": (23.6, 23.1),
+    "RTX 5090": (31.4, 30.9),
     "L4": (22.0, 21.7),
 }
 WISHES = Wishes(max_pack_tokens=33792)
@@ -52,12 +66,25 @@ def released(quantization: Quantization | None):
         )
 
 
+def on(total: float, sizes: PartSizes) -> PartSizes:
+    """The same on a GPU of so many GiB: Hopper from 79 on."""
+    properties = SimpleNamespace(total_memory=int(total * GIB))
+    capability = (9, 0) if total > 79 else (8, 9)
+    with (
+        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
+        patch.object(torch.cuda, "get_device_capability", lambda device: capability),
+    ):
+        scores = BYTES_PER_SCORE * scores_per_slice(CUDA)
+        workspace = library_workspace(CUDA)
+    return replace(sizes, libraries=workspace, decoder=replace(sizes.decoder, score_bytes=scores))
+
+
 BF16, FP8 = released(None), released(Quantization("fp8"))
 
 
 def plan(device: str, sizes=BF16, wishes=WISHES):
     total, free = (int(x * GIB) for x in DEVICES[device])
-    return plan_memory(free, total, sizes, wishes)
+    return plan_memory(free, total, on(DEVICES[device][0], sizes), wishes)
 
 
 def decided(plan):
@@ -87,10 +114,10 @@ def test_large_gpus_have_room_for_everything(device, sizes):
 
 
 def test_48_gib_hold_bf16_with_graphs_of_small_packs():
-    assert decided(plan("A6000")) == (True, 33792, 16384, 1, 8704)
+    assert decided(plan("A6000")) == (True, 33792, 16384, 2, 8704)
     resident, budget, image, _, graph_tokens = decided(plan("L40S"))
     assert (resident, image) == (True, 16384)
-    assert 16384 + 512 <= budget < 33792
+    assert budget >= 16384 + 512
     assert 0 < graph_tokens < 16896
 
 
@@ -99,14 +126,60 @@ def test_48_gib_hold_fp8_with_everything():
     assert decided(plan("L40S", FP8))[:4] == FULL[:4]
 
 
-@pytest.mark.parametrize("device", ["RTX 4090", "L4"])
-def test_24_gib_hold_fp8_with_the_encoder_offloaded(device):
-    resident, budget, image, decodes, graph_tokens = decided(plan(device, FP8))
+IN_A_TURN = 5632
+"""Tokens of the largest pack that is replayed where a step may take 200 ms, on an H200."""
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "expected", "sequences"),
+    [
+        ("H200", BF16, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("H200", FP8, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("H100", BF16, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("H100", FP8, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("A6000", BF16, (True, 33792, 16384, 2, IN_A_TURN), 128),
+        ("A6000", FP8, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("L40S", BF16, (True, 33792, 16384, 1, 4608), 16),
+        ("L40S", FP8, (True, 33792, 16384, 2, IN_A_TURN), 256),
+        ("RTX 5090", FP8, (True, 33792, 16384, 1, 1536), 64),
+        ("RTX 4090", FP8, (False, 33792, 16384, 2, 1536), 32),
+        ("L4", FP8, (False, 33792, 16384, 1, 1536), 32),
+    ],
+)
+def test_what_is_served_where(device, sizes, expected, sequences):
+    """What docs/gpu.md promises of each size of GPU."""
+    found = plan(device, sizes, replace(WISHES, max_graph_tokens=IN_A_TURN))
+    assert decided(found) == expected
+    assert found.max_sequences == sequences
+
+
+def test_32_gib_hold_bf16_up_to_1536_with_the_encoder_offloaded():
+    resident, budget, image, decodes, graph_tokens = decided(plan("RTX 5090"))
     assert not resident
-    assert graph_tokens >= 1536
-    assert image == 16384
+    assert image == (1536 // 16) ** 2
     assert budget >= image + 512
-    assert decodes >= 1
+    assert (decodes, graph_tokens) == (1, 0)
+
+
+def test_nothing_is_kept_for_packs_that_are_never_replayed():
+    large, small = (plan("H200", wishes=replace(WISHES, max_graph_tokens=n)) for n in (0, 5632))
+    assert large.max_graph_tokens == 16896
+    assert small.max_graph_tokens == 5632
+    kept = {what: size for what, size, _ in small.rows}["CUDA graphs"]
+    pools = BF16.step_per_token * 5632 + BF16.encode_graph
+    buffers = BF16.graph_buffers + BF16.graph_per_token * 5632
+    assert kept == pools + buffers + small.max_graphs * GRAPH_BYTES
+    saved = {what: size for what, size, _ in large.rows}["CUDA graphs"] - kept
+    assert saved >= (16896 - 5632) * BF16.step_per_token
+
+
+def test_fewer_sequences_begin_where_there_is_little_room():
+    """Before anything else is given up: most of the time far fewer have begun."""
+    counts = [plan(device, FP8).max_sequences for device in ("H100", "RTX 5090", "L4")]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 256
+    assert counts[-1] >= FEWEST_SEQUENCES
+    assert plan("L4", FP8, replace(WISHES, max_sequences=5)).max_sequences == 5
 
 
 @pytest.mark.parametrize("device", ["RTX 4090", "L4"])

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,9 @@ def test_what_a_cpu_does_not_have_is_refused(setup, config, named):
 def gpu(setup, monkeypatch) -> Setup:
     """A GPU, as far as the plan can see."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 48 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    properties = SimpleNamespace(total_memory=48 * GIB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return replace(setup, device=torch.device("cuda"))
 
 
@@ -136,9 +140,10 @@ def test_attention_gates_only_where_the_gate_stands_alone(gpu, monkeypatch, chan
 
 
 def test_what_the_plan_cuts_the_engine_does_not_take(gpu):
-    plan = replace(gpu.plan(), max_pack_tokens=5000, max_image_tokens=64 * 64)
+    plan = replace(gpu.plan(), max_pack_tokens=5000, max_image_tokens=64 * 64, max_sequences=16)
     config = gpu.within(plan)
     assert (config.max_pack_tokens, config.max_pixels) == (5000, 1024 * 1024)
+    assert config.max_active_sequences == 16
 
 
 @pytest.fixture

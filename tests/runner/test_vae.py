@@ -60,7 +60,7 @@ def test_a_narrower_margin_would_show(vae, monkeypatch):
     """The margin is as wide as it must be: with less, tiles differ."""
     latents = torch.randn(1, 16, 18, 46, generator=torch.Generator().manual_seed(1))
     whole = vae.decode(latents, tile=0)
-    monkeypatch.setattr(vae, "_margin", vae._margin - 2)
+    monkeypatch.setattr(vae, "margin", vae.margin - 2)
     assert (vae.decode(latents, tile=48) - whole).abs().max() > 1e-6
 
 
