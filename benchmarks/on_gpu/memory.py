@@ -10,8 +10,8 @@ from benchmarks.on_gpu.sequences import images
 from benchmarks.on_gpu.steps import step
 from benchmarks.on_gpu.timing import wait
 from krea2_srt.runner.memory_plan import GRAPH_BYTES
-from krea2_srt.runner.part_sizes import num_bytes, part_sizes
-from krea2_srt.runner.vae import default_tile
+from krea2_srt.runner.part_sizes import library_workspace, num_bytes, part_sizes
+from krea2_srt.runner.vae import default_tile, scores_per_slice
 
 GIB, MIB = 2**30, 2**20
 
@@ -20,7 +20,12 @@ def run(context: Context) -> None:
     """Weights; on a GPU the fullest moments of a step, a decode and an encoding, and graphs."""
     runner, add = context.whole(context.runner), context.findings.add
     sizes = part_sizes(
-        runner.dit, runner.text_encoder.model, runner.vae, default_tile(context.device)
+        runner.dit,
+        runner.text_encoder.model,
+        runner.vae,
+        default_tile(context.device),
+        scores_per_slice(context.device),
+        library_workspace(context.device),
     )
     parts = {
         "transformer, bf16": runner.dit,

@@ -10,6 +10,7 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.runner.allocator import use_expandable_segments
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.checkpoint import Krea2Checkpoint
@@ -122,6 +123,7 @@ class Setup:
             ConfigError: a setting asks for what the device does not have.
             CheckpointError: something is missing, damaged or does not fit together.
         """
+        use_expandable_segments(self.device)
         operations = self._operations()
         check_fused_mlp(self.config.fused_mlp, operations)
         products = product_candidates(
