@@ -91,7 +91,8 @@ docs: $(STAMP)
 bench-baseline: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
 
-# On a machine with a GPU; under 8 minutes. Writes the table in benchmarks/results/.
+# On a machine with a GPU; ten minutes by estimate, and the most valuable first: --budget-s 240 is
+# for one that is there for minutes. Writes the table in benchmarks/results/.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 

@@ -18,6 +18,7 @@ from benchmarks.on_gpu.models import (
 from benchmarks.on_gpu.rows import Findings
 from benchmarks.on_gpu.stand_ins import OFFSETS, repeated
 from krea2_srt.kernels.operations import TRITON, Operations, default_operations
+from krea2_srt.model.attention import FusedGateAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.flops import step_flops, step_weight_bytes
@@ -33,6 +34,8 @@ from krea2_srt.runner.products import known_products, use_fastest_product
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.text_encoder import TextEncoder
 from krea2_srt.runner.vae import VAEDecoder
+
+FP8_ATTENTION = "fa3_fp8"
 
 TEXT_TOKENS = 64
 """Of all prompts: an image of 1024 x 1024 is then a sequence of 4160 tokens."""
@@ -86,9 +89,27 @@ class Context:
 
     @cached_property
     def attention(self) -> AttentionChoice:
+        """As a server chooses it in bf16, where it may gate what it writes."""
         if not self.on_gpu:
             return AttentionChoice(SDPA, OFFSETS)
-        return choose_attention(self.device, self.dtype)
+        return choose_attention(self.device, self.dtype, fused_gate=self.operations is TRITON)
+
+    @cached_property
+    def plain_attention(self) -> AttentionChoice:
+        """As a server chooses it in 8 bits, where quantisation takes the gate along."""
+        chosen = self.attention
+        some = [backend for backend in (chosen.eager, chosen.graph) if backend is not None]
+        if not any(isinstance(backend.attend, FusedGateAttention) for backend in some):
+            return chosen  # a second race would be of the same
+        return choose_attention(self.device, self.dtype, fused_gate=False)
+
+    def fp8_attention(self) -> AttentionChoice:
+        """In 8 bits too, which a server takes only when it is told to.
+
+        Raises:
+            ConfigError: it does not run here; the message says why.
+        """
+        return choose_attention(self.device, self.dtype, FP8_ATTENTION)
 
     @cached_property
     def dit(self) -> Krea2DiT:
@@ -120,7 +141,7 @@ class Context:
         if self.on_gpu:
             use_fastest_product(dit, known_products())
             dit.operations = with_fused_mlp(dit, "auto")
-        return self.runner_of(dit)
+        return self.runner_of(dit, self.plain_attention)
 
     @cached_property
     def capture(self) -> Capture:

@@ -111,7 +111,7 @@ def _gated(context: Context, name: str, lengths: list[int]) -> None:
     q, k, v, segments = inputs(context, lengths)
     gate = _random(context, len(q), q.shape[1] * q.shape[2])
     ours = gated_attention_triton if context.on_gpu else gated_attention
-    backend = context.attention.eager
+    backend = context.plain_attention.eager
 
     def one_by_one() -> Tensor:
         out = backend.attend(q, k, v, segments)

@@ -4,9 +4,10 @@ import torch
 
 from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.graphs import how_it_runs, why_eager
-from benchmarks.on_gpu.rows import Row, timed
+from benchmarks.on_gpu.rows import LEFT_OUT, Missing, Row, timed
 from benchmarks.on_gpu.sequences import images, name_of
 from benchmarks.on_gpu.timing import timings
+from krea2_srt.errors import ConfigError, first_line
 from krea2_srt.runner.model_runner import Krea2Runner
 
 SIDES, LARGE_SIDES = (1024, 512, 256), (2048,)
@@ -32,6 +33,12 @@ def run_large(context: Context) -> None:
 
 def _draw_all(context: Context, sides: tuple[int, ...]) -> None:
     runners = {"bf16": context.runner, "fp8": context.fp8_runner}
+    try:
+        fp8 = context.runner_of(context.fp8_runner.dit, context.fp8_attention())
+        runners["fp8, fp8 attention"] = fp8
+    except ConfigError as error:
+        reason = first_line(error)
+        context.findings.miss(Missing("pictures", "with fp8 attention", LEFT_OUT, reason))
     for runner in runners.values():
         context.whole(runner)
         context.use_graphs(runner)

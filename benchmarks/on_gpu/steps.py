@@ -12,10 +12,14 @@ from benchmarks.on_gpu.graphs import how_it_runs, why_eager
 from benchmarks.on_gpu.rows import LEFT_OUT, Missing, Row, timed
 from benchmarks.on_gpu.sequences import images, name_of
 from benchmarks.on_gpu.timing import timings, wait
+from krea2_srt.errors import ConfigError, first_line
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 
 SIDES = (1024, 512, 2048, 256)
+FP8_ATTENTION_SIDES = (2048, 1024)
+"""Where attention is a good part of a step."""
+
 OTHER_SIDES = (768, 1536)
 PACKS = ((256, 8), (512, 4), (256, 13), (256, 25), (256, 51), (1024, 4))
 """Side and number of images; the last ones fill packs of 4k, 8k and 16k tokens."""
@@ -53,6 +57,16 @@ def run_8_bit(context: Context) -> None:
     for side in SMOKE_SIDES if context.smoke else SIDES:
         with context.findings.attempt("steps", f"{name_of(side)} fp8"):
             measure(context, "steps", context.fp8_runner, "fp8 ", ((side, side),))
+    try:
+        attention = context.fp8_attention()
+    except ConfigError as error:
+        reason = first_line(error)
+        context.findings.miss(Missing("steps", "fp8 with fp8 attention", LEFT_OUT, reason))
+        return
+    runner = context.runner_of(context.fp8_runner.dit, attention)
+    for side in FP8_ATTENTION_SIDES:
+        with context.findings.attempt("steps", f"{name_of(side)} fp8, fp8 attention"):
+            measure(context, "steps", runner, "fp8, fp8 attention ", ((side, side),))
 
 
 def run_packs(context: Context) -> None:
