@@ -8,6 +8,7 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import MAX_DEADLINE_S, Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.request import ImageRequest
+from krea2_srt.engine.work import StepResult
 
 ACTIVE, WAITING = 64, 1000
 TURNS = 60
@@ -26,6 +27,9 @@ class InstantExecutor:
         pass
 
     def step(self, step, blocks):  # type: ignore[no-untyped-def]
+        return [StepResult(step, blocks)]
+
+    def settle(self, sequence=None):  # type: ignore[no-untyped-def]
         return ()
 
     def drop_step(self, step):  # type: ignore[no-untyped-def]

@@ -10,7 +10,7 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended
 from krea2_srt.engine.lifecycle import Request, Sequence
-from krea2_srt.engine.work import PackStep
+from krea2_srt.engine.work import PackStep, StepResult
 
 
 @dataclass
@@ -49,9 +49,12 @@ class CostExecutor:
             tokens += sum(first.tokens) - len(first.tokens) * first.image.image_tokens
         self._spend(self.cost.encode(tokens))
 
-    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+    def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         ms = self.cost.step(lane for sequence in step.sequences for lane in sequence.tokens)
         self._spend(ms * len(blocks) / step.total_blocks)
+        return [StepResult(step, blocks)]
+
+    def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
         return ()
 
     def drop_step(self, step: PackStep) -> None:

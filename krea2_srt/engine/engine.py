@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 from krea2_srt.engine.admission import Admission
@@ -19,7 +19,7 @@ from krea2_srt.engine.request import ImageRequest, check_number
 from krea2_srt.engine.statistics import Counters
 from krea2_srt.engine.step_scheduler import StepScheduler
 from krea2_srt.engine.turn_log import TurnLog
-from krea2_srt.engine.work import Decode, Encode, Executor, PackStep, Work
+from krea2_srt.engine.work import Decode, Encode, Executor, PackStep, StepResult, Work
 from krea2_srt.errors import (
     DeadlineError,
     Krea2Error,
@@ -165,7 +165,7 @@ class Engine:
             return events  # whoever waits for them should not wait for other work too
         work = self._scheduler.pick()
         if work is None:
-            return None
+            return self._settle() or None
         entry = None if self._turn_log is None else self._turn_log.entry(work)
         start = self._clock()
         events = self._run(work)
@@ -213,15 +213,15 @@ class Engine:
         self._scheduler.begin(step.sequences)
         start = self._clock()
         try:
-            broken = self._executor.step(step, blocks)
+            results = self._executor.step(step, blocks)
         except Exception as error:
             return self._step_failed(step, error)
-        self._keep_pace(step, blocks, (self._clock() - start) * 1e3)
+        self._keep_pace(results, (self._clock() - start) * 1e3)
         step.blocks_done = blocks.stop
         if not step.done:
             if step not in held:
                 held.append(step)
-            return []
+            return self._fail_non_finite(results)
         if step in held:
             held.remove(step)
         self._scheduler.budget.succeeded()
@@ -240,7 +240,18 @@ class Engine:
                     self._decoding[sequence] = None
         for request in dict.fromkeys(sequence.request for sequence in step.sequences):
             self._ledger.update(request)
-        for sequence in broken:
+        return events + self._fail_non_finite(results)
+
+    def _settle(self, sequence: ImageSequence | None = None) -> list[Event]:
+        """Wait for what became of steps, of all or of one sequence, and draw the consequences."""
+        results = self._executor.settle(sequence)
+        self._keep_pace(results)
+        return self._fail_non_finite(results)
+
+    def _fail_non_finite(self, results: Collection[StepResult]) -> list[Event]:
+        """End requests by steps whose outcome is known now; they may be further on, or ended."""
+        events: list[Event] = []
+        for sequence in (sequence for result in results for sequence in result.non_finite):
             if not sequence.request.ended:
                 reason = not_finite("the picture on its way")
                 events.append(self._end(sequence.request, State.FAILED, reason))
@@ -273,6 +284,9 @@ class Engine:
             return [self._end(sequence.request, State.FAILED, _as_ours(error))]
         if not finished:
             return []
+        events = self._settle(sequence)
+        if sequence.state.ended:
+            return events  # its last step is known only now, and has failed it
         self._decoding.pop(sequence, None)
         sequence.move(State.DONE)
         self._release(sequence)
@@ -280,8 +294,8 @@ class Engine:
         request = sequence.request
         self._ledger.update(request)
         if all(s.state is State.DONE for s in request.sequences):
-            return [self._end(request, State.DONE)]
-        return []
+            events.append(self._end(request, State.DONE))
+        return events
 
     def _collect_decodes(self) -> list[Event]:
         events: list[Event] = []
@@ -355,13 +369,24 @@ class Engine:
                 self.counters.cancelled += 1
         return Ended(request)
 
-    def _keep_pace(self, step: PackStep, blocks: range, measured_ms: float) -> None:
-        """Correct all estimates when the machine proves faster or slower."""
-        lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
-        estimated_ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
-        corrected = self._pace.observe(lanes, measured_ms, estimated_ms, self.cost)
-        if corrected is None:
-            return
+    def _keep_pace(self, results: Collection[StepResult], call_ms: float = 0.0) -> None:
+        """Correct all estimates when the machine proves faster or slower.
+
+        Args:
+            results: steps of which it is known now how long they took.
+            call_ms: for those that took as long as the call.
+        """
+        for result in results:
+            step, blocks = result.step, result.blocks
+            lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
+            estimated_ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
+            measured_ms = call_ms if result.ms is None else result.ms
+            corrected = self._pace.observe(lanes, measured_ms, estimated_ms, self.cost)
+            if corrected is not None:
+                self._correct(corrected)
+
+    def _correct(self, corrected: CostModel) -> None:
+        """Go by other estimates from now on."""
         logger.info(
             "krea2-srt: steps do not take as long as estimated; one takes about %.3g ms at "
             "256x256 (not %.3g), %.3g ms at 1024x1024 (not %.3g)",

@@ -57,6 +57,23 @@ class Decode:
 Work = Encode | PackStep | Decode
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What became of a step, or of a slice of one.
+
+    Attributes:
+        step: which.
+        blocks: that ran.
+        non_finite: sequences whose latents are no longer finite; empty before the last block.
+        ms: that the device took; None is as long as the call of `Executor.step` did.
+    """
+
+    step: PackStep
+    blocks: range
+    non_finite: tuple[Sequence, ...] = ()
+    ms: float | None = None
+
+
 class Executor(Protocol):
     """What runs work: a model runner, or a model of one.
 
@@ -75,12 +92,23 @@ class Executor(Protocol):
     def encode(self, requests: Collection[Request]) -> None:
         """Encode all prompts; sets the true `Sequence.tokens`."""
 
-    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+    def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         """Run some blocks of a step; with the last of them, step every sequence of the pack, as
-        many times as it says.
+        many times as it says. The device may still be at it when this returns.
 
         Returns:
-            The sequences whose latents are no longer finite; empty before the last block.
+            What has become known since the last call: of this step, or of earlier ones. Each is
+            told once, in order.
+        """
+
+    def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
+        """Wait until it is known what became of the steps so far.
+
+        Args:
+            sequence: whose steps; None is all.
+
+        Returns:
+            What has become known, as in `step`.
         """
 
     def drop_step(self, step: PackStep) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from krea2_srt.engine.lifecycle import Request, Sequence
-from krea2_srt.engine.work import PackStep
-from krea2_srt.errors import DeviceLostError, OutOfMemoryError, first_line, not_finite
+from krea2_srt.engine.work import PackStep, StepResult
+from krea2_srt.errors import OutOfMemoryError, not_finite
 from krea2_srt.model.flops import step_flops, step_weight_bytes
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.pixels import quantize, to_uint8
 from krea2_srt.runner.side_stream import SideJob, SideStream
+from krea2_srt.runner.steps_in_flight import StepsInFlight
 
 
 class RunnerExecutor:
@@ -45,6 +48,7 @@ class RunnerExecutor:
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
         self._aside: dict[Sequence, SideJob] = {}
         self._pixels: dict[Sequence, np.ndarray] = {}
+        self._in_flight = StepsInFlight(runner.device)
         self._flops = self._weight_bytes = 0.0
 
     @property
@@ -57,13 +61,13 @@ class RunnerExecutor:
 
     @property
     def empty(self) -> bool:
-        """Whether it holds nothing of any sequence."""
+        """Whether it holds no tensors of any sequence."""
         held = (self._contexts, self._sequences, self._steps, self._decodes, self._aside)
         return not any(held) and not self._pixels
 
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
-        with _memory_errors():
+        with self._working():
             prompts = list(dict.fromkeys(p for request in requests for p in request.prompts))
             contexts = dict(zip(prompts, self._runner.encode(prompts), strict=True))
         for request in requests:
@@ -76,25 +80,15 @@ class RunnerExecutor:
                 )
 
     @torch.inference_mode()
-    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+    def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         self._count_step(step, len(blocks) / step.total_blocks)
-        with _memory_errors():
-            if len(blocks) == step.total_blocks:
-                broken = self._runner.step([self._begun(s) for s in step.sequences], step.steps)
-            else:
-                forward = self._steps.get(step)
-                if forward is None:
-                    forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
-                forward.run(blocks)
-                if blocks.stop < step.total_blocks:
-                    self._steps[step] = forward
-                    self._wait()
-                    return ()
-                broken = forward.finish()
-        self._steps.pop(step, None)
-        # By identity: sequences hold tensors, which do not compare to one truth value.
-        bad = {id(denoising) for denoising in broken}
-        return [s for s in step.sequences if id(self._sequences[s]) in bad]
+        with self._working():
+            began = self._in_flight.begin()
+            flags = self._launch(step, blocks)
+            return self._in_flight.launched(step, blocks, flags, began)
+
+    def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
+        return self._in_flight.settle(sequence)
 
     def drop_step(self, step: PackStep) -> None:
         self._steps.pop(step, None)
@@ -102,23 +96,12 @@ class RunnerExecutor:
     def decode(self, sequence: Sequence) -> bool:
         if self._side_stream is not None:
             return self._decode_aside(sequence, self._side_stream)
-        slices = self._decodes.get(sequence)
-        if slices is None:
-            slices = self._runner.decode_slices(self._sequences[sequence], self._tile)
-            self._decodes[sequence] = slices
         try:
-            with _memory_errors():
-                pixels = next(slices)
-                if pixels is None:
-                    self._wait()
-                    return False
-                if not torch.isfinite(pixels).all():
-                    raise not_finite("the picture")
-                self._pixels[sequence] = to_uint8(pixels)
+            with self._working():
+                return self._decode_slice(sequence)
         except Exception:
-            del self._decodes[sequence]  # the next try begins anew
+            self._decodes.pop(sequence, None)  # the next try begins anew
             raise
-        return True
 
     def release(self, sequence: Sequence) -> None:
         for held in (self._contexts, self._sequences, self._decodes, self._aside):
@@ -139,12 +122,21 @@ class RunnerExecutor:
         denoising = self._sequences.get(sequence)
         if denoising is None or denoising.velocity is None:
             return None
-        return self._runner.predicted_latents(denoising)
+        with self._working():
+            return self._runner.predicted_latents(denoising)
 
-    def draw_preview(self, latents: Tensor) -> np.ndarray:
-        """uint8 [height, width, 3], at most 256 x 256, of what `predict` has given."""
-        with _memory_errors():
-            return to_uint8(self._runner.vae.decode(latents[None])[0])
+    def draw_preview(self, latents: Tensor) -> "Preview":
+        """Draw, or where pictures are decoded beside the steps begin to draw, what `predict` has
+        given.
+        """
+
+        def draw() -> tuple[Tensor, ...]:
+            return (quantize(self._runner.vae.decode(latents[None])[0]),)
+
+        with self._working():
+            if self._side_stream is None:
+                return Preview(_Done(draw()))
+            return Preview(self._side_stream.start(draw, (latents,)))
 
     def statistics(self) -> dict[str, Any]:
         """Counters of the steps, the graphs and the prompt cache; on a GPU also its memory in
@@ -165,8 +157,47 @@ class RunnerExecutor:
         return found
 
     def release_graphs(self) -> None:
-        """The weights have moved: no graph may be replayed any more."""
+        """The weights move: wait for all that reads them, and forget the graphs, none of which may
+        be replayed any more.
+        """
+        with device_errors():
+            if self._side_stream is not None:
+                self._side_stream.wait()
+            if self._runner.stream is not None:
+                self._runner.stream.synchronize()
         self._runner.release_graphs()
+
+    def close(self) -> None:
+        """End the thread that launches decodes, where there is one."""
+        if self._side_stream is not None:
+            self._side_stream.close()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """On the runner's stream, with what the device raises as our errors."""
+        try:
+            with device_errors(), self._runner.on_stream():
+                yield
+        except OutOfMemoryError:
+            self._runner.memory_freed()
+            raise
+
+    def _launch(self, step: PackStep, blocks: range) -> Tensor | None:
+        """Flags of the lanes that are no longer finite; None before the last block. A function of
+        its own: its frame goes with the tensors of a step that fails.
+        """
+        if len(blocks) == step.total_blocks:
+            return self._runner.launch([self._begun(s) for s in step.sequences], step.steps)
+        forward = self._steps.get(step)
+        if forward is None:
+            forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
+        forward.run(blocks)
+        if blocks.stop < step.total_blocks:
+            self._steps[step] = forward
+            return None
+        flags = forward.finish()
+        self._steps.pop(step, None)
+        return flags
 
     def _count_step(self, step: PackStep, share: float) -> None:
         """Count what a share of a step takes at least: operations, and weights read once."""
@@ -193,17 +224,35 @@ class RunnerExecutor:
             self._sequences[sequence] = denoising
         return denoising
 
+    def _decode_slice(self, sequence: Sequence) -> bool:
+        slices = self._decodes.get(sequence)
+        if slices is None:
+            slices = self._runner.decode_slices(self._sequences[sequence], self._tile)
+            self._decodes[sequence] = slices
+        pixels = next(slices)
+        if pixels is None:
+            return False
+        if not torch.isfinite(pixels).all():
+            raise not_finite("the picture")
+        self._pixels[sequence] = to_uint8(pixels)
+        return True
+
     def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:
         job = self._aside.get(sequence)
         if job is None:
             if len(self._aside) < self._max_decodes_aside:
                 denoising = self._sequences[sequence]
-                with _memory_errors():
+                with self._working():
                     self._aside[sequence] = stream.start(
                         lambda: self._decode_at_once(denoising), (denoising.tokens,)
                     )
             return False
-        found = job.result()
+        try:
+            with self._working():
+                found = job.result()
+        except Exception:
+            del self._aside[sequence]  # the next try begins anew
+            raise
         if found is None:
             return False
         del self._aside[sequence]
@@ -218,37 +267,29 @@ class RunnerExecutor:
         assert pixels is not None
         return quantize(pixels), torch.isfinite(pixels).all()
 
-    def _wait(self) -> None:
-        """Wait for the device, so that a slice's time is its own."""
-        if self._runner.device.type == "cuda":
-            torch.cuda.synchronize(self._runner.device)
+
+class Preview:
+    """A small picture that is being drawn.
+
+    Args:
+        job: what draws it.
+    """
+
+    def __init__(self, job: SideJob) -> None:
+        self._job = job
+
+    def pixels(self) -> np.ndarray | None:
+        """uint8 [height, width, 3], at most 256 x 256; None as long as it is not there."""
+        with device_errors():
+            found = self._job.result()
+        return None if found is None else found[0].numpy()
 
 
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Raise our error where memory runs out, with what can be given back given back."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
-    except RuntimeError as error:
-        if not any(marker in str(error).lower() for marker in _OUT_OF_MEMORY):
-            _check_device(error)
-            raise
-        raise OutOfMemoryError(f"out of memory: {first_line(error)}") from error
+@dataclass(frozen=True)
+class _Done:
+    """Work that was over when it was started."""
 
+    tensors: tuple[Tensor, ...]
 
-# Of the host's allocator, cuBLAS, cuDNN and the driver, which have no exception of their own.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc_failed")
-
-
-def _check_device(error: RuntimeError) -> None:
-    """Raise `DeviceLostError` if the GPU answers nothing any more: no request would succeed."""
-    if "CUDA" not in str(error):
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        raise DeviceLostError(first_line(error)) from error
+    def result(self) -> tuple[Tensor, ...]:
+        return self.tensors

@@ -293,8 +293,8 @@ class StepGraphs:
         """Packs that were to be captured and could not, in words, and why."""
         return self.record.failures
 
-    def step(self, lanes: Lanes, pack: Pack, steps: int = 1) -> list[int] | None:
-        """Step a pack, if there is a graph for it or it is time to capture one.
+    def step(self, lanes: Lanes, pack: Pack, steps: int = 1) -> Tensor | None:
+        """Step a pack, if there is a graph for it or it is time to capture one. Waits for nothing.
 
         Args:
             lanes: the pack.
@@ -302,21 +302,20 @@ class StepGraphs:
             steps: 1, or all the steps of a lone sequence that has done none.
 
         Returns:
-            A flag per lane, not 0 where tokens are no longer finite. None if no graph serves: the
-            sequences are then as they were.
+            int32 [lanes], not 0 where tokens are no longer finite; the next step overwrites it.
+            None if no graph serves: the sequences are then as they were.
         """
         found = self.launch(lanes, pack, steps)
         if found is None:
             return None
         tokens, velocity, broken = found
-        flags: list[int] = broken.tolist()
         lanes.advance(pack, tokens, velocity, steps)
-        return flags
+        return broken
 
     def launch(
         self, lanes: Lanes, pack: Pack, steps: int = 1
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Queue what `step` does, without waiting for the device.
+        """Queue what `step` does, with the sequences as they were.
 
         Returns:
             Tokens and velocities [T, channels] after it, and a flag per lane; None if no graph

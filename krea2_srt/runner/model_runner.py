@@ -1,7 +1,9 @@
 """The model runner: from prompts to contexts, from noise to latents, from latents to pixels."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +26,13 @@ from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule import Schedule
+from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.runner.text_graphs import TextGraphs
 from krea2_srt.runner.vae import VAEDecoder, load_vae
+
+STREAM_PRIORITY = -1
+"""Of the steps' stream: the lower, the sooner. Decodes beside them have 0."""
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview's latents; its pixels are 8 times as many."""
@@ -167,6 +173,37 @@ class Krea2Runner:
             caches,
         )
 
+    @cached_property
+    def stream(self) -> "torch.cuda.Stream | None":
+        """Where steps and prompts run on a GPU, before whatever else is to be run; see `on_stream`.
+        None on a CPU.
+        """
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.Stream(self.device, priority=STREAM_PRIORITY)
+
+    @cached_property
+    def side_stream(self) -> CudaSideStream | None:
+        """Where pictures are decoded on a GPU, beside the steps. None on a CPU."""
+        return CudaSideStream(self.device) if self.device.type == "cuda" else None
+
+    @contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Have what is called within run on `stream`, after all that the current one has been told.
+
+        All that uses the runner's caches and graphs belongs on one stream: their memory is used
+        again in its order.
+        """
+        stream = self.stream
+        if stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        if current != stream:
+            stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            yield
+
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """Fused context [text tokens, hidden] of each prompt, from the cache where it is known."""
@@ -239,13 +276,24 @@ class Krea2Runner:
         Returns:
             The sequences whose latents are no longer finite.
         """
-        if steps > 1 and (found := self._replay(sequences, steps)) is not None:
-            return found
-        broken: list[DenoisingSequence] = []
+        flags = self.launch(sequences, steps).tolist()
+        return Lanes.of(sequences).broken(flags)
+
+    @torch.inference_mode()
+    def launch(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> Tensor:
+        """The same without waiting for the device.
+
+        Returns:
+            int32 [lanes], not 0 where latents are no longer finite; the next step may overwrite it.
+        """
+        if steps > 1 and (flags := self._replay(sequences, steps)) is not None:
+            return flags
         for _ in range(steps):
-            found = self._replay(sequences, 1)
-            broken = self._run(sequences) if found is None else found
-        return broken
+            flags = self._replay(sequences, 1)
+            if flags is None:
+                flags = self._run(sequences)
+        assert flags is not None
+        return flags
 
     def use_graphs(self, capture: Capture, max_tokens: int, max_graphs: int = 256) -> None:
         """Replay the steps that can be replayed from now on. The weights must stay where they are,
@@ -313,17 +361,14 @@ class Krea2Runner:
         lanes = Lanes.of(sequences)
         return self.graphs.prepare(lanes, self.packs.get(lanes.shapes), steps)
 
-    def _replay(
-        self, sequences: Sequence[DenoisingSequence], steps: int
-    ) -> list[DenoisingSequence] | None:
+    def _replay(self, sequences: Sequence[DenoisingSequence], steps: int) -> Tensor | None:
         """The same on a graph; None where none serves."""
         if self.graphs is None:
             return None
         lanes = Lanes.of(sequences)
-        flags = self.graphs.step(lanes, self.packs.get(lanes.shapes), steps)
-        return None if flags is None else lanes.broken(flags)
+        return self.graphs.step(lanes, self.packs.get(lanes.shapes), steps)
 
-    def _run(self, sequences: Sequence[DenoisingSequence]) -> list[DenoisingSequence]:
+    def _run(self, sequences: Sequence[DenoisingSequence]) -> Tensor:
         """One step without a graph."""
         forward = self.begin_step(sequences)
         forward.run(range(self.num_blocks))

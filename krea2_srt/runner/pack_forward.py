@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.packing import PackCache
@@ -43,6 +45,10 @@ class PackForward:
         self._tokens = self._pack.place(self._pack.image_spans, self._lanes.tokens)
         context = self._pack.place(self._pack.text_spans, self._lanes.contexts)
         self._x = dit.embed(self._tokens, context, self._pack)
+        # Here, and not between the blocks and the last layer, where the device would wait.
+        self._scalars = to_device(
+            torch.tensor([self._lanes.dt, self._lanes.guidance]), self._tokens.device
+        )
 
     def run(self, blocks: range) -> None:
         """Run some blocks; those before them have run."""
@@ -50,14 +56,13 @@ class PackForward:
             self._x, self._pack, self._modulation, blocks, self._attention
         )
 
-    def finish(self) -> "list[DenoisingSequence]":
-        """Apply an Euler step to every sequence; all blocks have run.
+    def finish(self) -> Tensor:
+        """Apply an Euler step to every sequence; all blocks have run. Waits for nothing.
 
         Returns:
-            The sequences whose latents are no longer finite.
+            int32 [lanes], not 0 where latents are no longer finite.
         """
         pack, lanes, tokens = self._pack, self._lanes, self._tokens
-        scalars = torch.tensor([lanes.dt, lanes.guidance]).to(tokens.device)
         velocity = torch.empty_like(tokens)
         broken = torch.empty(len(lanes.shapes), dtype=torch.int32, device=tokens.device)
         self._dit.operations.euler_step(
@@ -65,11 +70,10 @@ class PackForward:
             self._dit.finish(self._x, pack, self._modulation),
             pack.rows.index,
             pack.partner,
-            scalars[0],
-            scalars[1],
+            self._scalars[0],
+            self._scalars[1],
             velocity,
             broken,
         )
-        flags = broken.tolist()
         lanes.advance(pack, tokens, velocity)
-        return lanes.broken(flags)
+        return broken

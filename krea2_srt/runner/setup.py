@@ -18,7 +18,7 @@ from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
 from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.memory_plan import GIB, MemoryPlan, Wishes, plan_memory
-from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
 from krea2_srt.runner.warm_up import warm_up
@@ -161,7 +161,8 @@ class Setup:
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)
         if self.config.warm_up_s:
-            warm_up(runner, self.config.warm_up_s)
+            with runner.on_stream():
+                warm_up(runner, self.config.warm_up_s)
         return runner
 
     def _operations(self) -> Operations:
@@ -181,9 +182,9 @@ class Setup:
             logger.info("krea2-srt: no CUDA graphs: no attention back end can be captured")
             return
         runner.use_graphs(
-            CudaCapture(self.device),
+            CudaCapture(self.device, STREAM_PRIORITY),
             int(min(plan.max_graph_tokens, runner.attention.max_graph_tokens)),
             plan.max_graphs,
         )
         if plan.text_encoder_resident:
-            runner.use_text_graphs(CudaCapture(self.device))
+            runner.use_text_graphs(CudaCapture(self.device, STREAM_PRIORITY))

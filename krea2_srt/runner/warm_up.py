@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.latents import LATENT_CHANNELS, VAE_SCALE
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -28,7 +30,7 @@ PROMPT_LENGTHS = (64, 96, 128, 160, 224, 320)
 def warm_up(
     runner: Krea2Runner, seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> None:
-    """Capture common graphs and let convolutions find their algorithms, the likeliest first.
+    """Capture common graphs and draw pictures of common sizes, the likeliest first.
 
     Args:
         runner: on a GPU.
@@ -75,5 +77,17 @@ def _capture(runner: Krea2Runner, text: int, side: int, steps: int) -> None:
 
 
 def _decode(runner: Krea2Runner, side: int) -> None:
+    """Where pictures are drawn later: cuDNN keeps its plans by thread."""
     size = side // VAE_SCALE
-    runner.vae.decode(torch.zeros(1, LATENT_CHANNELS, size, size, device=runner.device))
+    latents = torch.zeros(1, LATENT_CHANNELS, size, size, device=runner.device)
+    try:
+        with device_errors():
+            if runner.side_stream is None:
+                runner.vae.decode(latents)
+            else:
+                job = runner.side_stream.start(lambda: (runner.vae.decode(latents),), (latents,))
+                runner.side_stream.wait()
+                job.result()
+    except OutOfMemoryError as error:
+        # The memory plan may still be right for one picture at a time, or for smaller ones.
+        logger.warning("krea2-srt: no %d x %d picture while starting: %s", side, side, error)

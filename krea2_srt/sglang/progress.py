@@ -3,7 +3,8 @@
 import pickle
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from sglang.multimodal_gen.runtime.managers.progress_reporter import get_progress_reporter
@@ -13,7 +14,7 @@ from torch import Tensor
 from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, Sequence, State
 from krea2_srt.errors import first_line
-from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.executor import Preview, RunnerExecutor
 from krea2_srt.sglang.messages import (
     ProgressUpdate,
     RequestEnded,
@@ -70,6 +71,7 @@ class Subscriptions:
         self._send = send
         self._subscribers: dict[Request, list[_Subscriber]] = {}
         self._due: deque[_Preview] = deque()
+        self._drawing: deque[tuple[_Preview, Preview]] = deque()
 
     def add(
         self, identity: bytes, wish: Subscribe, requests: list[Request], tell_end: bool = True
@@ -104,8 +106,14 @@ class Subscriptions:
         if due:
             self._due.append(_Preview(sequence, self._executor.predict(sequence), due))
 
+    @property
+    def drawing(self) -> bool:
+        """Whether previews are under way that a next call of `draw` should look after."""
+        return bool(self._drawing)
+
     def draw(self, max_ms: float) -> bool:
-        """Draw previews, those first that have been due for longest; whether there was one.
+        """Draw previews, those first that have been due for longest; whether there was one. What
+        is drawn beside the steps is sent by a later call.
 
         Args:
             max_ms: after which no further one is begun: nothing should wait for more.
@@ -116,8 +124,10 @@ class Subscriptions:
             preview = self._due.popleft()
             # Of a request that has ended, the picture itself is there.
             if preview.latents is not None and not preview.sequence.request.ended:
-                self._draw(preview, preview.latents)
+                with _no_preview_where_it_fails():
+                    self._drawing.append((preview, self._executor.draw_preview(preview.latents)))
                 drawn = True
+        self._send_drawn()
         return drawn
 
     def end(self, request: Request, request_id: str) -> None:
@@ -139,12 +149,24 @@ class Subscriptions:
             else:
                 del self._subscribers[request]
 
-    def _draw(self, preview: _Preview, latents: Tensor) -> None:
-        try:
-            pixels = self._executor.draw_preview(latents)
-        except Exception as error:
-            # The picture itself may still succeed.
-            logger.warning("krea2-srt: no preview: %s", first_line(error))
-            return
-        for subscriber, update in preview.updates:
-            self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
+    def _send_drawn(self) -> None:
+        while self._drawing:
+            preview, drawing = self._drawing[0]
+            pixels = None
+            with _no_preview_where_it_fails():
+                pixels = drawing.pixels()
+                if pixels is None:
+                    return
+            self._drawing.popleft()
+            if pixels is not None and not preview.sequence.request.ended:
+                for subscriber, update in preview.updates:
+                    self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
+
+
+@contextmanager
+def _no_preview_where_it_fails() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # The picture itself may still succeed.
+        logger.warning("krea2-srt: no preview: %s", first_line(error))

@@ -32,7 +32,6 @@ from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.sglang.connections import WatchedRouter, events_in_order
 from krea2_srt.sglang.generations import Generation
 from krea2_srt.sglang.messages import (
@@ -95,15 +94,15 @@ class Krea2Scheduler(Scheduler):
                 flag = f"--{option.replace('_', '-')}"
                 logger.warning("krea2-srt: %s has no effect: packs are made step by step", flag)
         runner = pipeline.runner
-        cuda = runner.device.type == "cuda"
         self._executor = RunnerExecutor(
             runner,
             pipeline.tile,
-            CudaSideStream(runner.device) if cuda else None,
+            runner.side_stream,
             pipeline.plan.decodes_aside if pipeline.plan else 1,
         )
         config = pipeline.engine_config
-        cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.speed}")
+        with runner.on_stream():
+            cost = cached_calibration(runner, f"{self.server_args.model_path} {pipeline.speed}")
         self._turn_log = self._open_turn_log(config.turn_log)
         self._engine = Engine(self._executor, cost, config, turn_log=self._turn_log)
         logger.info(
@@ -298,7 +297,8 @@ class Krea2Scheduler(Scheduler):
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
         if not self._engine.idle or self._engine.draining:
             raise RequestError("profile", "is only possible while nothing else is in the engine")
-        self._reply(item, self.worker.execute_forward(list(item.reqs)))
+        with self.worker.pipeline.runner.on_stream():
+            self._reply(item, self.worker.execute_forward(list(item.reqs)))
 
     def _requests_of(self, request_id: str) -> list[Request]:
         return [r for r, item in self._items.items() if item.request_id == request_id]
@@ -414,7 +414,8 @@ class Krea2Scheduler(Scheduler):
     # Waiting and ending.
 
     def _rest(self) -> None:
-        if self._engine.decoding_aside and not self.worker.is_sleeping():
+        aside = self._engine.decoding_aside or self._subscriptions.drawing
+        if aside and not self.worker.is_sleeping():
             self._wait_idle(_DECODE_POLL_S)
             return
         due_s = None if self._inflight_finalizes else self.worker.release_cache_if_idle()
@@ -428,6 +429,7 @@ class Krea2Scheduler(Scheduler):
             # Only if the loop was broken off: a drained engine is empty.
             self._handle(self._engine.cancel(request.id))
         self._replies.finish()
+        self._executor.close()
         if self._turn_log is not None:
             self._turn_log.close()
         logger.info("krea2-srt: the engine has stopped: %s", self._engine.statistics())

@@ -5,7 +5,7 @@ breach of the contract is also kept in `violations`, which `Harness` looks at af
 """
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event
 from krea2_srt.engine.lifecycle import Request, Sequence, State
 from krea2_srt.engine.request import ImageRequest
-from krea2_srt.engine.work import PackStep
+from krea2_srt.engine.work import PackStep, StepResult
 from krea2_srt.errors import OutOfMemoryError, QueueFullError
 
 H200 = roofline()
@@ -81,6 +81,8 @@ class FakeExecutor:
             any number.
         poisoned: any forward with one of these raises.
         non_finite: these come back as no longer finite.
+        reports_late: what became of a step is told by the next call only, as by a GPU that the host
+            does not wait for.
         unencodable: encoding one of these raises.
         undecodable: decoding one of these raises.
         ran: all work in order.
@@ -99,6 +101,7 @@ class FakeExecutor:
     max_active_sequences: int | None = None
     poisoned: set[Sequence] = field(default_factory=set)
     non_finite: set[Sequence] = field(default_factory=set)
+    reports_late: bool = False
     unencodable: set[Request] = field(default_factory=set)
     undecodable: set[Sequence] = field(default_factory=set)
     ran: list[Ran] = field(default_factory=list)
@@ -114,6 +117,7 @@ class FakeExecutor:
         self._decodes: dict[Sequence, float] = {}
         self._decoded: set[Sequence] = set()
         self._tried: set[Request] = set()
+        self._results: list[StepResult] = []
 
     @property
     def held(self) -> list[PackStep]:
@@ -122,7 +126,12 @@ class FakeExecutor:
     @property
     def empty(self) -> bool:
         return not (
-            self._steps_done or self._slices or self._decodes or self._decoded or self.begun
+            self._steps_done
+            or self._slices
+            or self._decodes
+            or self._decoded
+            or self.begun
+            or self._results
         )
 
     @property
@@ -156,7 +165,7 @@ class FakeExecutor:
                 lanes[prompt] + sequence.image.image_tokens for prompt in _prompts(sequence)
             )
 
-    def step(self, step: PackStep, blocks: range) -> Collection[Sequence]:
+    def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         self._require(len(step.sequences) > 0, "step of nothing")
         self._require(len(set(step.sequences)) == len(step.sequences), "sequence twice in a pack")
         self._require(step not in self._void, "step after it was dropped or done")
@@ -192,12 +201,20 @@ class FakeExecutor:
         self._failed_step = None
         if blocks.stop < step.total_blocks:
             self._slices[step] = blocks.stop
-            return ()
+            return self._report(StepResult(step, blocks))
         self._slices.pop(step, None)
         self._void.add(step)
         for sequence in step.sequences:
             self._steps_done[sequence] += step.steps
-        return [sequence for sequence in step.sequences if sequence in self.non_finite]
+        non_finite = tuple(s for s in step.sequences if s in self.non_finite)
+        return self._report(StepResult(step, blocks, non_finite))
+
+    def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
+        count = len(self._results)
+        if sequence is not None:  # those up to its last one
+            while count and sequence not in self._results[count - 1].step.sequences:
+                count -= 1
+        return self._take_results(count)
 
     def drop_step(self, step: PackStep) -> None:
         known = step in self._slices or step is self._failed_step
@@ -235,11 +252,27 @@ class FakeExecutor:
         self._require(sequence not in self.released, "release twice", sequence)
         for step in self._slices:
             self._require(sequence not in step.sequences, "release within a held step", sequence)
+        if sequence.state is State.DONE:
+            unknown = any(sequence in result.step.sequences for result in self._results)
+            self._require(not unknown, "done before it is known what became of it", sequence)
+            self._require(sequence not in self.non_finite, "done and not finite", sequence)
         self.released.add(sequence)
         self.begun.discard(sequence)
         self._steps_done.pop(sequence, None)
         self._decodes.pop(sequence, None)
         self._decoded.discard(sequence)
+
+    def _report(self, result: StepResult) -> Collection[StepResult]:
+        """What a step returns: its own result, or those before it."""
+        if not self.reports_late:
+            return [result]
+        told = self._take_results(len(self._results))
+        self._results.append(replace(result, ms=self.ran[-1].ms))
+        return told
+
+    def _take_results(self, count: int) -> list[StepResult]:
+        taken, self._results = self._results[:count], self._results[count:]
+        return taken
 
     def _lane(self, estimate: int) -> int:
         return estimate if self.text_tokens is None else self.text_tokens

@@ -163,8 +163,10 @@ def test_a_poisoned_image_in_a_pack_with_its_siblings_fails_the_request():
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_a_sequence_that_is_no_longer_finite_fails_alone(steps):
-    harness = Harness(cost=ROOMY)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("aside", [False, True])
+def test_a_sequence_that_is_no_longer_finite_fails_alone(steps, late, aside):
+    harness = Harness(cost=ROOMY, reports_late=late, decodes_aside=aside)
     requests = [harness.submit(256, steps) for _ in range(4)]
     harness.executor.non_finite.update(requests[1].sequences)
     harness.run()
@@ -181,6 +183,30 @@ def test_two_images_of_a_request_that_are_no_longer_finite_end_it_once():
     harness.run()
     assert request.state is State.FAILED
     check_counts(harness, failed=1)
+
+
+def test_what_is_told_late_fails_a_request_that_has_gone_on_but_none_that_has_ended():
+    harness = Harness(reports_late=True)
+    stepping, cancelled = (harness.submit(256, steps=3) for _ in range(2))
+    harness.executor.non_finite.update(stepping.sequences + cancelled.sequences)
+    harness.turns(2)
+    harness.cancel(cancelled)
+    assert not stepping.ended
+    harness.run()
+    assert stepping.state is State.FAILED
+    assert cancelled.state is State.CANCELLED
+    check_counts(harness, failed=1, cancelled=1)
+    harness.check_empty()
+
+
+def test_no_sequence_is_done_before_it_is_known_what_became_of_its_last_step(monkeypatch):
+    """An engine that does not ask is found out."""
+    harness = Harness(reports_late=True)
+    monkeypatch.setattr(harness.engine, "_settle", lambda sequence=None: [])
+    harness.submit(256, steps=1)
+    with pytest.raises(AssertionError):
+        harness.run()
+    assert "done before it is known" in harness.executor.violations[0]
 
 
 # Memory.

@@ -90,6 +90,19 @@ def test_small_images_leave_the_forwards_of_large_ones_once_the_shape_is_mended(
 
 
 @pytest.mark.parametrize("slowdown", [0.25, 3.0])
+def test_times_that_are_told_late_are_those_of_their_own_steps(slowdown):
+    """Not of the call that tells them, which may be of a step of another size."""
+    harness = Harness(reports_late=True, slowdown=slowdown)
+    for _ in range(WINDOW):
+        harness.submit(64, steps=1)
+        harness.submit(1024, steps=1)
+    harness.run()
+    for tokens in (300, 4160):
+        estimate = harness.engine.cost.step([tokens])
+        assert estimate == pytest.approx(slowdown * H200.step([tokens]), rel=0.01)
+
+
+@pytest.mark.parametrize("slowdown", [0.25, 3.0])
 def test_estimates_follow_the_machine(slowdown):
     harness = Harness(EngineConfig(policy="fcfs"), slowdown=slowdown)
     harness.submit(256, steps=WINDOW)

@@ -99,6 +99,7 @@ class EngineMachine(RuleBasedStateMachine):
             choose.choice([H200, LAUNCHES]),
             decodes_aside=choose.random() < 0.5,
             whole_schedules=choose.random() < 0.5,
+            reports_late=choose.random() < 0.5,
             decode_slices=choose.randint(1, 3),
             text_tokens=choose.choice([None, 17]),
             slowdown=choose.choice([1.0, 1.0, 0.3, 4.0]),

@@ -1,6 +1,7 @@
 """The engine on the real model runner, in float32: the same picture whatever else it draws."""
 
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.request import ImageRequest
-from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.errors import DeviceLostError, OutOfMemoryError
 from krea2_srt.model.flops import step_flops, step_weight_bytes
-from krea2_srt.runner import executor as executor_module
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.pixels import to_uint8
 from tests.conftest import relative_error
 from tests.runner.test_pictures import finish, start
@@ -163,7 +165,7 @@ def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     while request.sequences[0].step < 3:
         if any(isinstance(event, Progress) for event in engine.turn()):
             latents = executor.predict(request.sequences[0])
-            previews.append(executor.draw_preview(latents))
+            previews.append(executor.draw_preview(latents).pixels())
     assert [preview.shape for preview in previews] == [(48, 64, 3)] * 3
     # After all but the last step, the prediction is what the last step makes of it.
     sequence = start(runner, "x", 64, 48, 4, 0)
@@ -219,28 +221,119 @@ def test_nan_latents_fail_their_request_alone(engine, executor, runner):
     ],
 )
 def test_out_of_memory_has_one_name(executor, error):
-    with pytest.raises(OutOfMemoryError), executor_module._memory_errors():
+    with pytest.raises(OutOfMemoryError), device_errors():
         raise error
 
 
 def test_other_errors_keep_theirs(executor):
-    with pytest.raises(RuntimeError, match="other"), executor_module._memory_errors():
+    with pytest.raises(RuntimeError, match="other"), device_errors():
         raise RuntimeError("other")
 
 
+def test_what_ran_out_of_memory_is_let_go_before_the_cache_is_emptied(monkeypatch):
+    """Or emptying it would give back nothing: frames of a traceback hold what they were doing."""
+    held, alive = [], []
+
+    def forward():
+        tensors = [torch.zeros(8)]
+        held.append(weakref.ref(tensors[0]))
+        deeper(torch.zeros(8))
+
+    def deeper(tensor):
+        held.append(weakref.ref(tensor))
+        try:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+        except RuntimeError:
+            raise torch.OutOfMemoryError("CUDA out of memory") from None
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(ref() for ref in held))
+    with pytest.raises(OutOfMemoryError) as raised, device_errors():
+        forward()
+    assert alive == [None, None]
+    assert raised.value.__cause__ is not None
+
+
+def test_a_step_that_runs_out_of_memory_leaves_nothing_in_the_executor(
+    engine, executor, runner, monkeypatch
+):
+    """Its frame still runs while memory is given back, and must hold none of the step's tensors."""
+    held, alive = [], []
+    finish = PackForward.finish
+
+    def fails(forward):
+        held.append(weakref.ref(forward))
+        monkeypatch.setattr(PackForward, "finish", finish)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PackForward, "finish", fails)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.extend(ref() for ref in held))
+    engine.submit("a", [image()])
+    run(engine)
+    assert alive == [None]
+
+
 class SideStream:
-    """Runs at once, and is ready at the third look."""
+    """Runs at once, and is ready at the third look, or fails at it."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
 
     def start(self, function, inputs):
         assert all(isinstance(tensor, torch.Tensor) for tensor in inputs)
         found = function()
+        error = self.errors.pop(0) if self.errors else None
         looks = iter([None, None])
 
         class Job:
             def result(self):
-                return next(looks, found)
+                for look in looks:
+                    return look
+                if error is not None:
+                    raise error
+                return found
 
         return Job()
+
+
+def test_a_decode_aside_that_runs_out_of_memory_is_tried_once_more(runner):
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    executor = Recording(runner, side_stream=SideStream(error))
+    engine = Engine(executor, COST, CONFIG)
+    request = engine.submit("a", [image(steps=1)])
+    run(engine)
+    assert request.state is State.DONE
+    assert executor.take_pixels(request.sequences[0]) is not None
+    assert executor.empty
+
+
+def test_a_gpu_that_a_decode_finds_lost_ends_the_process_and_not_the_request(runner, monkeypatch):
+    def lost():
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    executor = Recording(runner, side_stream=SideStream(RuntimeError("cuDNN error: FAILED")))
+    engine = Engine(executor, COST, CONFIG)
+    request = engine.submit("a", [image(steps=1)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(DeviceLostError, match="cuDNN error"):
+        run(engine)
+    assert not request.ended
+
+
+def test_a_preview_beside_the_steps_is_there_later(runner):
+    executor = Recording(runner, side_stream=SideStream())
+    engine = Engine(executor, COST, CONFIG)
+    request = engine.submit("a", [image(steps=3)])
+    executor.watch(request.sequences[0])
+    while request.sequences[0].step < 2:
+        engine.turn()
+    latents = executor.predict(request.sequences[0])
+    drawing = executor.draw_preview(latents)
+    assert [drawing.pixels() for _ in range(2)] == [None, None]
+    expected = to_uint8(runner.vae.decode(latents[None])[0])
+    assert np.array_equal(drawing.pixels(), expected)
 
 
 def test_decodes_aside_do_not_hold_up_the_steps(runner):

@@ -81,7 +81,8 @@ def copies(those):
 def step(graphs, packs, those, steps=1):
     lanes = Lanes.of(those)
     with torch.inference_mode():
-        return graphs.step(lanes, packs.get(lanes.shapes), steps)
+        flags = graphs.step(lanes, packs.get(lanes.shapes), steps)
+    return None if flags is None else flags.tolist()
 
 
 def seen(graphs, packs, those):

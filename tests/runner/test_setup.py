@@ -152,7 +152,7 @@ def as_on_a_gpu(setup, gpu, monkeypatch, caplog):
     caplog.set_level("INFO")
     attention = AttentionChoice(SDPA, AttentionBackend("device", device_attention, True))
     monkeypatch.setattr(module, "choose_attention", lambda *_, **__: attention)
-    monkeypatch.setattr(module, "CudaCapture", lambda device: record)
+    monkeypatch.setattr(module, "CudaCapture", lambda *_: record)
     monkeypatch.setattr(warm_up, "SIDES", (64, 32))
     monkeypatch.setattr(warm_up, "WHOLE_SIDES", (32,))
     monkeypatch.setattr(warm_up, "TEXT_TOKENS", (24, 60))
@@ -178,7 +178,7 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
 def test_steps_and_prompts_are_captured_into_pools_of_their_own(as_on_a_gpu, monkeypatch):
     made = []
 
-    def capture(device):
+    def capture(*_):
         made.append(lambda function: record(function))
         return made[-1]
 
@@ -190,7 +190,7 @@ def test_steps_and_prompts_are_captured_into_pools_of_their_own(as_on_a_gpu, mon
 def test_what_graphs_have_done_is_published(as_on_a_gpu, monkeypatch, runner):
     assert "graphs" not in RunnerExecutor(runner).statistics()
 
-    def capture(device):
+    def capture(*_):
         def fails_for_prompts(function):
             if "TextGraphs" in function.__qualname__:
                 raise RuntimeError("operation not permitted")

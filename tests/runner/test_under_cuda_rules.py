@@ -4,6 +4,7 @@ Values mean nothing here; that the pictures are right is tested on a CPU.
 """
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -82,7 +83,10 @@ def run(engine: Engine) -> dict[str, State]:
     for _ in range(10_000):
         if engine.idle:
             return ended
-        for event in engine.turn() or []:
+        events = engine.turn()
+        if events is None:
+            time.sleep(1e-3)  # decodes are launched by another thread
+        for event in events or []:
             if isinstance(event, Ended):
                 ended[event.request.id] = event.request.state
     raise AssertionError("the engine does not come to an end")
@@ -172,20 +176,22 @@ def test_requests_are_drawn(runner, graphs, aside):
     assert found["device_memory_peak_bytes"] >= found["device_memory_bytes"] > 0
 
 
-def test_previews_are_drawn_beside_the_steps(runner):
+def test_previews_are_drawn_beside_the_steps(runner, cuda):
     executor = executor_of(runner)
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=4)])
     executor.watch(request.sequences[0])
-    drawn = 0
+    drawn = []
     while not engine.idle:
         for event in engine.turn() or []:
             if isinstance(event, Progress):
                 latents = executor.predict(event.sequence)
                 if latents is not None:
-                    assert executor.draw_preview(latents).shape == (64, 64, 3)
-                    drawn += 1
-    assert drawn >= 3
+                    with cuda.no_waits():
+                        drawn.append(executor.draw_preview(latents))
+    # In the order in which they were begun, so before the picture.
+    assert [preview.pixels().shape for preview in drawn] == [(64, 64, 3)] * len(drawn)
+    assert len(drawn) >= 3
 
 
 def test_sleep_and_wake(with_graphs, cuda):
@@ -313,7 +319,7 @@ def schedule(seed: int, failing: bool) -> None:
             if engine.requests and random_.random() < 0.05:
                 events += engine.cancel(random_.choice(list(engine.requests)))
             if random_.random() < 0.02:
-                runner.release_graphs()
+                executor.release_graphs()
                 torch.cuda.empty_cache()
             for event in events:
                 match event:
@@ -325,6 +331,7 @@ def schedule(seed: int, failing: bool) -> None:
                             executor.take_pixels(sequence)
         assert ended == accepted
         assert executor.empty
+        executor.close()
         assert cuda.allocator.recording == []
         assert cuda.captures == []
 
