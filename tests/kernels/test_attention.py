@@ -90,9 +90,9 @@ def test_attention_in_16_bits(attend, dtype, heads, kv_heads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", range(1, 201, 7))
+@pytest.mark.parametrize("length", range(1, 201, 14))
 def test_attention_of_many_lengths(length):
-    case = inputs((length, 201 - length), dtype=torch.bfloat16)
+    case = inputs((length, 201 - length), heads=1, dtype=torch.bfloat16)
     check(gated_attention_triton(*case), exact(*case), torch.bfloat16)
 
 
@@ -129,7 +129,7 @@ def test_large_scores_overflow_nothing():
 def test_every_segment_has_the_tiles_that_it_needs():
     """However lengths and tiles fall: the kernel finds a tile's segment from the offsets alone."""
     generator = torch.Generator().manual_seed(1)
-    for _ in range(20):
+    for _ in range(8):
         lengths = torch.randint(0, 40, (6,), generator=generator).tolist()
         q, k, v, gate, offsets = inputs((*lengths, 1), heads=1)
         check(
