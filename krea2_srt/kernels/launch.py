@@ -1,7 +1,7 @@
 """How kernels are launched: warps and tokens per program, by kernel and device.
 
-The figures were searched once per device by ``benchmarks/tune_kernels.py`` and lie in
-``configs/``. Nothing is searched when serving.
+``benchmarks/tune_kernels.py`` searches them on a GPU and stores them in ``configs/``, by the GPU's
+name; a GPU without a file has the defaults. Nothing is searched when serving.
 """
 
 import json

@@ -1,7 +1,7 @@
 """How much memory the parts of a model take, read off the modules themselves."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -142,7 +142,7 @@ def _block_per_token(block: Any, config: Krea2Config, element: int) -> int:
 
 def _encode(dit: Krea2DiT, text: nn.Module, tokens: int) -> int:
     """Of so many tokens of prompts with their templates, from ids to contexts."""
-    config, sizes = dit.config, text.config
+    config, sizes = dit.config, cast(Any, text.config)
     width, element = sizes.hidden_size, next(text.parameters()).dtype.itemsize
     # All states that transformers keeps, and in the last layer the norm, gate, its SiLU and up.
     states = (sizes.num_hidden_layers + 1) * width

@@ -54,6 +54,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         "scheduler",
     ]
 
+    model_path: str
     runner: Krea2Runner
     tile: int
     attention: str

@@ -137,10 +137,9 @@ def test_the_modulation_of_a_pack_and_of_a_schedule(text, vae):
         with LiveBytes() as live:
             stacked = Modulation.stack([modulation(1) for _ in range(64)])
         check(stacked.nbytes, 64 * sizes.modulation_row)
-        for steps in (8, 52):
-            with LiveBytes() as live:
-                dit.modulation(torch.empty(steps, device=CUDA))
-            check(live.peak, steps * sizes.schedule_row)
+        with LiveBytes() as live:
+            dit.modulation(torch.empty(8, device=CUDA))
+        check(live.peak, 8 * sizes.schedule_row)
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=names)
@@ -149,7 +148,7 @@ def test_the_pool_of_a_captured_step(text, vae, kind):
     sizes = planned(dit, text, vae)
     with fake_gpu():
         dit = on_fake_gpu(dit)
-        for tokens in TOKENS[1:]:
+        for tokens in TOKENS[1:2]:
             graphs = StepGraphs(dit, attend, lambda function: function, tokens)
             with LiveBytes() as live:
                 graphs.forward(GraphKey(tokens, 4, tokens))
@@ -173,7 +172,7 @@ def test_encoding(text, vae, rows, length):
     check(live.peak, sizes.encode if rows == 8 else sizes.encode_graph)
 
 
-@pytest.mark.parametrize(("tile", "scores"), [(1024, 2**25), (1024, 2**28), (0, 2**26)])
+@pytest.mark.parametrize(("tile", "scores"), [(1024, 2**26), (1024, 2**28), (0, 2**28)])
 def test_a_decode(text, vae, tile, scores, monkeypatch):
     monkeypatch.setattr(vae_module, "scores_per_slice", lambda device: scores)
     sizes = planned(dit_of(None), text, vae, scores, tile)
