@@ -64,6 +64,8 @@ class AttentionBackend:
             is not made for them.
         plans: it builds a plan for lengths that it has not seen, while their request waits.
         tolerance: largest error on unit-variance inputs that it may have.
+        prompts: attends in its place where text is fused: once per prompt, so that what a step
+            saves by being inexact is not to be had there. None is ``attend``.
     """
 
     name: str
@@ -73,6 +75,7 @@ class AttentionBackend:
     reserve: tuple[int, ...] = ()
     plans: bool = False
     tolerance: float = TOLERANCE
+    prompts: VarlenAttention | None = None
 
 
 def torch_varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -210,10 +213,12 @@ def flash_attention_3(load: Loader) -> list[AttentionBackend]:
     """FlashAttention-3 in 16 bits and in fp8. The latter draws other pictures, so it is nobody's
     choice but the user's.
     """
+    exact = flash_attention(load)
     in_fp8 = fp8_attention.fp8_attention(load, quantize_qkv_triton)
+    tolerance = fp8_attention.TOLERANCE
     return [
-        AttentionBackend("fa3", flash_attention(load), True, FA3),
-        AttentionBackend("fa3_fp8", in_fp8, True, (), tolerance=fp8_attention.TOLERANCE),
+        AttentionBackend("fa3", exact, True, FA3),
+        AttentionBackend("fa3_fp8", in_fp8, True, (), tolerance=tolerance, prompts=exact),
     ]
 
 

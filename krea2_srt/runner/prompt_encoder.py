@@ -37,7 +37,9 @@ class PromptEncoder:
     ) -> None:
         self._text_encoder = text_encoder
         self._dit = dit
-        self._attends = attention.graph or attention.eager
+        backend = attention.graph or attention.eager
+        self._attend = backend.prompts or backend.attend
+        self._capturable = backend.capturable
         self.graphs: TextGraphs | None = None
 
     @torch.inference_mode()
@@ -53,7 +55,7 @@ class PromptEncoder:
 
     def use_graphs(self, capture: Capture) -> None:
         """Replay what can be replayed from now on; the weights must stay where they are."""
-        assert self._attends.capturable
+        assert self._capturable
         self.graphs = TextGraphs(
             self.forward,
             self._dit.config.hidden_size,
@@ -76,7 +78,7 @@ class PromptEncoder:
         """
         with sdpa_kernel(_KERNELS):
             states = self._text_encoder.states(ids).flatten(0, 1).index_select(0, kept)
-            return self._dit.fuse_text(states, prompts, self._attends.attend)
+            return self._dit.fuse_text(states, prompts, self._attend)
 
     def _encode_eagerly(self, ids: list[list[int]]) -> list[Tensor]:
         length, device = max(map(len, ids)), self._text_encoder.device
@@ -84,7 +86,7 @@ class PromptEncoder:
         contexts = self.forward(
             to_device(padded(ids, len(ids), length), device),
             to_device(torch.tensor(kept_tokens(ids, length)), device),
-            replace(prompts, spans=()) if self._attends.capturable else prompts,
+            replace(prompts, spans=()) if self._capturable else prompts,
         )
         # Clones, so that a remembered prompt does not keep its whole batch alive.
         return [contexts[start:end].clone() for start, end in prompts.spans]

@@ -1,12 +1,16 @@
 """FlashAttention-3 in fp8: what is quantised how, and how far that is from 16 bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.quantize_heads import E4M3, quantize_qkv
+from krea2_srt.model.attention import sdpa_attention
 from krea2_srt.runner import attention, attention_backends
-from krea2_srt.runner.attention_backends import flash_attention_3
+from krea2_srt.runner.attention import AttentionChoice
+from krea2_srt.runner.attention_backends import SDPA, flash_attention_3
 from krea2_srt.runner.attention_trial import exact_attention, packed_inputs, trial_fault
 from krea2_srt.runner.fp8_attention import (
     KEYS_AT_ONCE,
@@ -14,6 +18,7 @@ from krea2_srt.runner.fp8_attention import (
     emulated_flash_attention_3,
     fp8_attention,
 )
+from krea2_srt.runner.prompt_encoder import PromptEncoder
 from tests.conftest import CPU, relative_error
 from tests.kernels.test_quantize_heads import bits, by_formula, qkv
 from tests.runner.attention_stand_ins import few_heads, flash_attn_3, flash_attn_3_operator
@@ -128,3 +133,16 @@ def test_without_the_package_it_is_refused_by_name():
     message = r"^attention: fa3_fp8 is not installed; it needs FlashAttention-3: the package flash"
     with pytest.raises(ConfigError, match=message):
         attention.choose_attention(CPU, torch.bfloat16, "fa3_fp8", {})
+
+
+def test_prompts_are_fused_in_16_bits(runner):
+    def in_8_bits(q, k, v, segments):
+        raise AssertionError("text fusion attends in 16 bits")
+
+    fa3, fa3_fp8 = flash_attention_3(lambda: flash_attn_3)
+    assert fa3.prompts is None
+    assert fa3_fp8.prompts is fa3.attend
+    backend = replace(SDPA, attend=in_8_bits, prompts=sdpa_attention)
+    encoder = PromptEncoder(runner.text_encoder, runner.dit, AttentionChoice(backend, None))
+    (context,) = encoder.encode(["a cat"])
+    assert torch.equal(context, runner.encode(["a cat"])[0])
