@@ -167,6 +167,11 @@ class RunnerExecutor:
                 self._runner.stream.synchronize()
         self._runner.release_graphs()
 
+    def release_memory(self) -> None:
+        """The weights are about to leave the device: so does all that can be made anew."""
+        self.release_graphs()
+        self._runner.release_memory()
+
     def close(self) -> None:
         """End the thread that launches decodes, where there is one."""
         if self._side_stream is not None:

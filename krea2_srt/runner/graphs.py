@@ -261,6 +261,7 @@ class StepGraphs:
             longest ago makes room.
 
     Attributes:
+        max_tokens: of a graph.
         record: what they have done.
     """
 
@@ -276,14 +277,30 @@ class StepGraphs:
         self._dit = dit
         self._attention = attention
         self._capture = capture
-        self._buckets = Buckets(max_tokens, max_segments)
+        self._max_segments = max_segments
         self._max_graphs = max_graphs
         self._graphs: OrderedDict[GraphKey, Replay] = OrderedDict()
         self._first: dict[GraphKey, list[ref[DenoisingSequence]]] = {}
         self.record = GraphRecord("step")
-        self._buffers = StepBuffers.empty(
-            dit.config, dit.dtype, dit.img_in.weight.device, max_tokens, max_segments
-        )
+        self.limit_to(max_tokens)
+
+    def limit_to(self, max_tokens: int) -> None:
+        """Serve packs up to this size from now on, with memory for no larger ones."""
+        self.release()
+        self.max_tokens = max_tokens
+        self._buckets = Buckets(max_tokens, self._max_segments)
+        self._made: StepBuffers | None = self._new_buffers()
+
+    @property
+    def _buffers(self) -> StepBuffers:
+        if self._made is None:
+            self._made = self._new_buffers()
+        return self._made
+
+    def _new_buffers(self) -> StepBuffers:
+        dit = self._dit
+        device = dit.img_in.weight.device
+        return StepBuffers.empty(dit.config, dit.dtype, device, self.max_tokens, self._max_segments)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -353,9 +370,27 @@ class StepGraphs:
             self._add(key)
         return key in self._graphs
 
+    @torch.inference_mode()
+    def prime(self) -> bool:
+        """Capture the largest graph: before all others, which then fit into its memory. A pool that
+        meets rising sizes cannot use the smaller pieces again.
+
+        Returns:
+            Whether it could be captured.
+        """
+        key = self._buckets.key([self.max_tokens])
+        assert key is not None
+        if key not in self._graphs and str(key) not in self.failures:
+            self._buffers.cu_seqlens[1 : key.segments + 1].fill_(key.tokens)
+            self._add(key)
+        return key in self._graphs
+
     def release(self) -> None:
-        """Forget all graphs: the weights are about to move, and with them what graphs read."""
+        """Forget all graphs and their buffers: the weights move, and with them what graphs read, or
+        the memory is needed elsewhere.
+        """
         self._graphs.clear()
+        self._made = None
         self.record.memory_freed()
 
     def forward(self, key: GraphKey) -> None:

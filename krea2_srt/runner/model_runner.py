@@ -328,6 +328,14 @@ class Krea2Runner:
         for graphs in self.all_graphs:
             graphs.release()
 
+    def release_memory(self) -> None:
+        """Give back all memory on the device that can be made anew: graphs with their buffers, and
+        what is remembered of prompts, schedules and layouts. Sequences keep what they hold.
+        """
+        self.release_graphs()
+        for cache in (self.contexts, self._modulations, self.packs):
+            cache.clear()
+
     def memory_freed(self) -> None:
         """Memory was given back: graphs that found none may be tried again."""
         for graphs in self.all_graphs:

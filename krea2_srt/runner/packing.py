@@ -128,6 +128,11 @@ class PackCache:
             shapes, lambda: build_pack(shapes, self._config, self._device, self._image_rotations)
         )
 
+    def clear(self) -> None:
+        """Forget all packs."""
+        self._packs.clear()
+        self._rotations.clear()
+
     def _image_rotations(self, rows: int, columns: int) -> Tensor:
         return self._rotations.get_or(
             (rows, columns), lambda: image_rotations(rows, columns, self._config, self._device)

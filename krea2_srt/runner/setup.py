@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from krea2_srt.engine.config import EngineConfig
+from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.model.quantization import Quantization
@@ -17,7 +18,7 @@ from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
 from krea2_srt.runner.graphs import CudaCapture
-from krea2_srt.runner.memory_plan import GIB, MemoryPlan, Wishes, plan_memory
+from krea2_srt.runner.memory_plan import GIB, MAX_GRAPH_TOKENS, MemoryPlan, Wishes, plan_memory
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
@@ -92,10 +93,22 @@ class Setup:
             schedule_steps=recipe.default_steps,
             cache_bytes=self.caches.total,
             text_encoder=self.config.text_encoder,
-            max_graph_tokens=self.config.max_graph_tokens,
+            max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
         )
         return plan_memory(free, total, sizes, wishes)
+
+    def _graph_tokens(self) -> int:
+        """The most that a graph is ever asked for: packs are held to a turn, and steps of larger
+        images are cut into slices, which are launched one by one.
+
+        By the tokens alone, at an H200's rate: it is less where images are large, or the GPU is
+        slower. On a faster one, larger packs run without: they take so long that graphs save
+        nothing.
+        """
+        twice = 2 if self.quantization is not None else 1
+        per_token_ms = roofline().per_token / twice
+        return min(MAX_GRAPH_TOKENS, int(self.engine.max_turn_ms / per_token_ms))
 
     def within(self, plan: MemoryPlan | None) -> EngineConfig:
         """The engine's limits, with those that the plan cuts."""
@@ -161,8 +174,9 @@ class Setup:
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)
         if self.config.warm_up_s:
+            race = self.config.cuda_graphs == "auto" and not self.config.max_graph_tokens
             with runner.on_stream():
-                warm_up(runner, self.config.warm_up_s)
+                warm_up(runner, self.config.warm_up_s, race=race)
         return runner
 
     def _operations(self) -> Operations:

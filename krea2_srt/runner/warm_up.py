@@ -7,15 +7,18 @@ from functools import partial
 
 import torch
 
+from krea2_srt.engine.request import MAX_TEXT_TOKENS
 from krea2_srt.errors import OutOfMemoryError
 from krea2_srt.runner.device_errors import device_errors
+from krea2_srt.runner.graph_race import GraphRace, Timer
 from krea2_srt.runner.latents import LATENT_CHANNELS, VAE_SCALE
-from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 
 logger = logging.getLogger(__name__)
 
 SIDES = (1024, 512, 256, 768)
-"""Pixels. The largest first: it makes the pool of memory that the others then fit into."""
+"""Pixels. The likeliest first."""
 
 WHOLE_SIDES = (256,)
 """Of which all steps are one graph too; those of larger images exceed a turn of the engine."""
@@ -28,7 +31,10 @@ PROMPT_LENGTHS = (64, 96, 128, 160, 224, 320)
 
 
 def warm_up(
-    runner: Krea2Runner, seconds: float, clock: Callable[[], float] = time.perf_counter
+    runner: Krea2Runner,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+    race: bool = True,
 ) -> None:
     """Capture common graphs and draw pictures of common sizes, the likeliest first.
 
@@ -36,10 +42,11 @@ def warm_up(
         runner: on a GPU.
         seconds: after which nothing further is begun.
         clock: seconds.
+        race: whether graphs are given up from the size on where they do not win.
     """
     start = clock()
     done = True
-    for prepare in _preparations(runner):
+    for prepare in _preparations(runner, race):
         if clock() - start >= seconds:
             done = False
             break
@@ -53,9 +60,15 @@ def warm_up(
     )
 
 
-def _preparations(runner: Krea2Runner) -> Iterator[Callable[[], object]]:
+def _preparations(runner: Krea2Runner, race: bool) -> Iterator[Callable[[], object]]:
     text_graphs = runner.prompt_encoder.graphs
     steps = runner.recipe.default_steps
+    if runner.graphs is not None and race:
+        yield partial(keep_winners, runner)
+    if runner.graphs is not None:
+        yield runner.graphs.prime
+    if text_graphs is not None:
+        yield partial(text_graphs.prepare, MAX_ROWS, MAX_LENGTH)
     for number, text in enumerate(TEXT_TOKENS):
         if text_graphs is not None and number < len(PROMPT_LENGTHS):
             yield partial(text_graphs.prepare, 1, PROMPT_LENGTHS[number])
@@ -68,12 +81,37 @@ def _preparations(runner: Krea2Runner) -> Iterator[Callable[[], object]]:
                 yield partial(_decode, runner, side)
 
 
+def keep_winners(runner: Krea2Runner, timer: Timer | None = None) -> None:
+    """Keep graphs up to the largest of `SIDES` where a step on one is faster than without.
+
+    Args:
+        runner: with graphs; without any where they never win.
+        timer: see `GraphRace`.
+    """
+    graphs = runner.graphs
+    assert graphs is not None
+    sides = sorted(SIDES, reverse=True)
+    laps = GraphRace(runner, timer).run(_sequence(runner, TEXT_TOKENS[0], s, 1) for s in sides)
+    most = graphs.max_tokens
+    if laps and not laps[-1].wins:
+        runner.graphs, most = None, 0
+    elif len(laps) > 1:
+        most = min(most, laps[-1].image_tokens + MAX_TEXT_TOKENS)
+        graphs.limit_to(most)
+    logger.info("krea2-srt: graphs up to %d tokens: %s", most, "; ".join(map(str, laps)))
+    if runner.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _capture(runner: Krea2Runner, text: int, side: int, steps: int) -> None:
+    runner.prepare([_sequence(runner, text, side, runner.recipe.default_steps)], steps)
+
+
+def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DenoisingSequence:
     context = torch.zeros(
         text, runner.dit.config.hidden_size, dtype=runner.dit.dtype, device=runner.device
     )
-    schedule = runner.schedule(runner.recipe.default_steps, side, side)
-    runner.prepare([runner.start(context, side, side, 0, schedule)], steps)
+    return runner.start(context, side, side, 0, runner.schedule(steps, side, side))
 
 
 def _decode(runner: Krea2Runner, side: int) -> None:

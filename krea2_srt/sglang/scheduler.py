@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 from sglang.multimodal_gen.runtime.entrypoints.control_requests import ShutdownReq
+from sglang.multimodal_gen.runtime.entrypoints.post_training.io_struct import (
+    ReleaseMemoryOccupationReqInput,
+)
 from sglang.multimodal_gen.runtime.managers.scheduler import Scheduler
 from sglang.multimodal_gen.runtime.pipelines_core import Req
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
@@ -238,6 +241,9 @@ class Krea2Scheduler(Scheduler):
             case Subscribe():
                 self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
             case _:
+                if isinstance(payload, ReleaseMemoryOccupationReqInput):
+                    # Before SGLang moves the weights and empties the allocator's cache.
+                    self._executor.release_memory()
                 self._reply(Item(identity, payload), self._dispatch_single_request(payload))
                 if self.worker.is_sleeping():
                     # The weights have moved, and graphs would read where they were.

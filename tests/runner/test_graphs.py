@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from weakref import ref
 
 import pytest
 import torch
@@ -358,6 +359,45 @@ def test_prepared_buckets_need_no_uses(runner, graphs, packs, captures):
         assert graphs.prepare(lanes, packs.get(lanes.shapes))
     assert captures.count == 1
     assert all(torch.equal(s.tokens, t) for s, t in zip(those, before, strict=True))
+    stepped(graphs, packs, those)
+
+
+def test_the_largest_graph_comes_first_and_once(runner, graphs, packs, captures):
+    assert graphs.prime()
+    assert graphs.prime()
+    assert captures.count == 1
+    (context,) = runner.encode(["a cat"])
+    largest = sequences(runner, ("a cat", 16, 16 * (MAX_TOKENS - len(context)), 0.0))
+    assert largest[0].num_tokens == MAX_TOKENS
+    stepped(graphs, packs, largest)
+    assert captures.count == 1
+    captures.error = RuntimeError("CUDA error")
+    graphs.release()
+    assert not graphs.prime()
+
+
+def test_what_can_be_made_anew_is_given_back_and_made_anew(runner, graphs, packs):
+    those = sequences(runner, *MIX)
+    again = copies(those)
+    seen(graphs, packs, those)
+    stepped(graphs, packs, those)
+    buffers = ref(graphs._buffers)
+    graphs.release()
+    assert buffers() is None
+    stepped(graphs, packs, again)
+    for got, expected in zip(again, those, strict=True):
+        assert torch.equal(got.tokens, expected.tokens)
+
+
+def test_a_limit_gives_the_memory_of_larger_packs_back(runner, graphs, packs, captures):
+    those, large = sequences(runner, *ONE), sequences(runner, ("a cat", 320, 320, 0.0))
+    for some in (those, large):
+        seen(graphs, packs, some)
+        stepped(graphs, packs, some)
+    graphs.limit_to(200)
+    assert len(graphs) == 0
+    assert len(graphs._buffers.tokens) == 200
+    assert step(graphs, packs, large) is None
     stepped(graphs, packs, those)
 
 

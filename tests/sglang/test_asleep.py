@@ -41,6 +41,32 @@ def test_what_is_in_the_engine_waits_until_it_is_woken(scheduler, harness):
     assert request.state is State.DENOISING
 
 
+def test_what_can_be_made_anew_goes_before_the_weights_do(scheduler):
+    from sglang.multimodal_gen.runtime.entrypoints.post_training.io_struct import (
+        ReleaseMemoryOccupationReqInput,
+        ResumeMemoryOccupationReqInput,
+    )
+
+    done = []
+    scheduler.asleep = False
+    scheduler._executor = SimpleNamespace(
+        release_memory=lambda: done.append("ours"), release_graphs=lambda: done.append("graphs")
+    )
+
+    def dispatch(payload):
+        scheduler.asleep = isinstance(payload, ReleaseMemoryOccupationReqInput)
+        done.append("asleep" if scheduler.asleep else "awake")
+        return SimpleNamespace(error=None)
+
+    scheduler._dispatch_single_request = dispatch
+    scheduler._accept(b"", ReleaseMemoryOccupationReqInput())
+    # SGLang empties the allocator's cache when the weights have gone.
+    assert done[:2] == ["ours", "asleep"]
+    done.clear()
+    scheduler._accept(b"", ResumeMemoryOccupationReqInput())
+    assert done == ["awake"]
+
+
 def test_deadlines_pass_all_the_same(scheduler, harness):
     late, patient = harness.submit(256, deadline_s=0), harness.submit(256)
     (ended,) = scheduler._turn()
