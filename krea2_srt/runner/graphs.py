@@ -341,12 +341,14 @@ class StepGraphs:
         key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
         why = self._why_eager(key, lanes)
         if key is None or why is not None:
-            return self._eager(why, steps)
+            self._count_eager(why, steps)
+            return None
         buffers = self._buffers
         buffers.load(key, lanes, pack)
         replay = self._graphs.get(key) or self._add(key)
         if replay is None:
-            return self._eager(Eager.FAILED, steps)
+            self._count_eager(Eager.FAILED, steps)
+            return None
         self._graphs.move_to_end(key)
         replay()
         self.record.replayed += 1
@@ -424,7 +426,7 @@ class StepGraphs:
         now = {id(sequence) for sequence in lanes.sequences}
         return Eager.FIRST_USE if any(id(sequence()) in now for sequence in first) else None
 
-    def _eager(self, why: Eager | None, steps: int) -> None:
+    def _count_eager(self, why: Eager | None, steps: int) -> None:
         # A schedule that is not replayed as a whole may be step by step: those are counted.
         if why is not None and steps == 1:
             self.record.eager[why] += 1

@@ -102,11 +102,13 @@ class TextGraphs:
         key = TextKey(1 << (rows - 1).bit_length(), -(-length // LENGTH_STEP) * LENGTH_STEP)
         why = self._why_eager(key)
         if why is not None:
-            return self._eager(why)
+            self.record.eager[why] += 1
+            return None
         self._load(key, ids)
         replay = self._graphs.get(key) or self._add(key)
         if replay is None:
-            return self._eager(Eager.FAILED)
+            self.record.eager[Eager.FAILED] += 1
+            return None
         replay()
         self.record.replayed += 1
         ends = [0, *accumulate(len(some) - PREFIX_TOKENS for some in ids)]
@@ -161,9 +163,6 @@ class TextGraphs:
         if str(key) in self.failures:
             return Eager.FAILED
         return None if seen else Eager.FIRST_USE
-
-    def _eager(self, why: Eager) -> None:
-        self.record.eager[why] += 1
 
     def _add(self, key: TextKey) -> Replay | None:
         try:
