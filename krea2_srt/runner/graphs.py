@@ -214,21 +214,19 @@ class StepBuffers:
         self.context[n : key.tokens].zero_()
         if key.steps > 1:
             (sequence,) = lanes.sequences
-            rows, sigmas = [sequence.modulation], sequence.schedule.sigmas
+            rows = [sequence.modulation.row(step) for step in range(key.steps)]
+            sigmas = sequence.schedule.sigmas
             scalars = [[b - a for a, b in pairwise(sigmas)]]
             scalars.append([0.0] * key.steps)
         else:
             rows, scalars = lanes.modulations, [lanes.dt, lanes.guidance]
-        at = 0
         targets: list[Tensor] = []
         sources: list[Tensor] = []
-        for some in rows:
-            count = len(some.final_scale)
-            targets += self.modulation.rows(at, at + count).tensors
-            sources += some.tensors
-            at += count
+        for at, row in enumerate(rows):
+            targets += self.modulation.row(at).tensors
+            sources += row.tensors
         torch._foreach_copy_(targets, sources)
-        unused = [0.0] * (self.scalars.shape[1] - at)
+        unused = [0.0] * (self.scalars.shape[1] - len(rows))
         copy_to(self.scalars, torch.tensor([some + unused for some in scalars]))
 
     def _load_layout(self, key: GraphKey, pack: Pack) -> None:

@@ -26,6 +26,7 @@ from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule import Schedule
+from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
 from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.runner.text_graphs import TextGraphs
@@ -48,7 +49,7 @@ class DenoisingSequence:
         guidance: v = cond + guidance * (cond - uncond).
         rows, columns: image tokens.
         schedule: its sigmas.
-        modulation: the DiT's modulation, a row per step of the schedule.
+        modulation: the DiT's, a row per step of the schedule; it is not held here.
         tokens: float32 [rows * columns, 64], the noisy patches at the current step.
         step: steps already done.
         keep_velocity: whether `velocity` is kept, for previews.
@@ -61,7 +62,7 @@ class DenoisingSequence:
     rows: int
     columns: int
     schedule: Schedule
-    modulation: Modulation
+    modulation: ScheduleModulation
     tokens: Tensor
     step: int = 0
     keep_velocity: bool = False
@@ -115,7 +116,7 @@ class Krea2Runner:
         self.graphs: StepGraphs | None = None
         self.device = dit.img_in.weight.device
         self.contexts: ByteCache[str, Tensor] = ByteCache(caches.contexts)
-        self._modulations: ByteCache[Schedule, Modulation] = ByteCache(caches.modulations)
+        self._modulations: ModulationRows = ByteCache(caches.modulations)
         self.packs = PackCache(dit.config, self.device, caches.layouts)
 
     @classmethod
@@ -257,7 +258,7 @@ class Krea2Runner:
             rows=height // SIZE_MULTIPLE,
             columns=width // SIZE_MULTIPLE,
             schedule=schedule,
-            modulation=self._modulation(schedule),
+            modulation=ScheduleModulation(schedule, self._modulations, self._modulation),
             tokens=patchify(noise).float(),
         )
 
@@ -438,7 +439,6 @@ class Krea2Runner:
         size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
         return F.adaptive_avg_pool2d(latents, size)
 
+    @torch.inference_mode()
     def _modulation(self, schedule: Schedule) -> Modulation:
-        return self._modulations.get_or(
-            schedule, lambda: self.dit.modulation(torch.tensor(schedule.timesteps))
-        )
+        return self.dit.modulation(torch.tensor(schedule.timesteps))

@@ -1,0 +1,43 @@
+"""The DiT's modulation of schedules, of which a sequence needs one row at a time.
+
+All rows of a schedule are computed at once, which reads the weights once, and remembered one by
+one. A sequence holds none: what is in use is bounded by the cache and the rows of a pack.
+"""
+
+from collections.abc import Callable
+
+from krea2_srt.model.modulation import Modulation
+from krea2_srt.runner.byte_cache import ByteCache
+from krea2_srt.runner.schedule import Schedule
+
+ModulationRows = ByteCache[tuple[Schedule, int], Modulation]
+
+
+class ScheduleModulation:
+    """Of one schedule.
+
+    Args:
+        schedule: which.
+        rows: where they are remembered, by step.
+        make: computes all rows of a schedule.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rows: ModulationRows, make: Callable[[Schedule], Modulation]
+    ) -> None:
+        self._schedule = schedule
+        self._rows = rows
+        self._make = make
+
+    def row(self, step: int) -> Modulation:
+        """Of one step: remembered, or computed with all others."""
+        found = self._rows.get((self._schedule, step))
+        return self._computed(step) if found is None else found
+
+    def _computed(self, step: int) -> Modulation:
+        made = self._make(self._schedule)
+        # Copies, or each row would keep all of them alive. This one last: a small cache keeps it.
+        for other in (*range(step), *range(step + 1, self._schedule.steps), step):
+            row = Modulation(*(tensor.clone() for tensor in made.row(other).tensors))
+            self._rows.put((self._schedule, other), row)
+        return row
