@@ -89,7 +89,7 @@ class Session:
                 needed = self._needed(part)
                 if needed > self._left():
                     reason = f"takes about {needed:.0f} s, {max(0, self._left()):.0f} s were left"
-                    self._findings.miss(Missing(part.name, "", SKIPPED, reason))
+                    self._findings.miss(Missing(part.name, "", SKIPPED, reason, by=part.name))
                     continue
                 worker = self._worker_for(part.group)
                 worker.run(part.name, min(part.deadline_s, self._left()))

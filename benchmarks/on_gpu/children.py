@@ -102,7 +102,7 @@ class Child:
         end = self._until("end", limit_s)
         self._busy = False
         if end is None:
-            self._receive(Missing(part, "", FAILED, self._reason, self._trace()).entry())
+            self._receive(Missing(part, "", FAILED, self._reason, self._trace(), part).entry())
         elif not end["usable"]:
             self._over = True
         if end is not None and end["well"]:

@@ -29,7 +29,7 @@ from krea2_srt.runner.checkpoint import Recipe
 from krea2_srt.runner.fused_mlp import with_fused_mlp
 from krea2_srt.runner.graphs import Capture, CudaCapture
 from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
-from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.products import known_products, use_fastest_product
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.text_encoder import TextEncoder
@@ -146,12 +146,12 @@ class Context:
     @cached_property
     def capture(self) -> Capture:
         """How steps are captured: all of a child's by one, as all of a server's are."""
-        return CudaCapture(self.device) if self.on_gpu else repeated
+        return CudaCapture(self.device, STREAM_PRIORITY) if self.on_gpu else repeated
 
     @cached_property
     def text_capture(self) -> Capture:
         """How prompts are captured, in memory of their own, as a server's are."""
-        return CudaCapture(self.device) if self.on_gpu else repeated
+        return CudaCapture(self.device, STREAM_PRIORITY) if self.on_gpu else repeated
 
     def runner_of(self, dit: Krea2DiT, attention: AttentionChoice | None = None) -> Krea2Runner:
         """One that steps: the other parts would take seconds to make."""

@@ -11,10 +11,9 @@ from benchmarks.on_gpu.attention import exact, inputs
 from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.correctness import check
 from benchmarks.on_gpu.gemm import shapes
-from benchmarks.on_gpu.rows import LEFT_OUT, Missing, check_device, timed
+from benchmarks.on_gpu.rows import timed
 from benchmarks.on_gpu.sequences import relative
 from benchmarks.on_gpu.timing import timings
-from krea2_srt.errors import first_line
 from krea2_srt.kernels.attention import gated_attention, gated_attention_triton
 from krea2_srt.kernels.products import (
     scaled_product,
@@ -94,16 +93,13 @@ def _scaled(context: Context, tokens: int) -> None:
     some = scaled_product(first, w.values, w.scale, torch.float32)
     for how, product in known_products(triton=context.on_gpu).items():
         work = partial(product, x, w.values, w.scale, context.dtype)
-        try:
+        with context.findings.where_possible("fused", f"{name}, {how}"):
             error = relative(work()[:CHECKED_ROWS], some)
-        except Exception as failure:  # a package for another GPU, or none
-            reason = first_line(failure)
-            context.findings.miss(Missing("fused", f"{name}, {how}", LEFT_OUT, reason))
-            check_device()
-            continue
-        check(context, "fused", f"{name}, {how}, vs float32", error, 1e-2)
-        works[how] = work
-    _time(context, name, works)
+            works[how] = work
+        if how in works:
+            check(context, "fused", f"{name}, {how}, vs float32", error, 1e-2)
+    if works:
+        _time(context, name, works)
 
 
 def _gated(context: Context, name: str, lengths: list[int]) -> None:

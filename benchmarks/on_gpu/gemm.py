@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.rows import LEFT_OUT, Missing, check_device, rate, trace_of
+from benchmarks.on_gpu.rows import rate
 from benchmarks.on_gpu.timing import Timing, queued, wait
-from krea2_srt.errors import first_line
 from krea2_srt.model.config import Krea2Config
 
 TOKENS = (320, 1088, 4160, 16448)
@@ -87,20 +86,15 @@ def _ones(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _measure(context: Context, what: str, kind: str, rows: int, inputs: int, outputs: int) -> None:
-    try:
+    with context.findings.where_possible("gemm", what):
         work = _rotating(context, kind, rows, inputs, outputs)
         timing = queued(work, context.device, 2 if context.smoke else 4, SECONDS)
-    except Exception as error:
-        reason, trace = first_line(error), trace_of(error)
-        context.findings.miss(Missing("gemm", what, LEFT_OUT, reason, trace))
-        check_device()
-        return
-    _add(context, what, kind, rows * inputs * outputs, timing)
+        _add(context, what, kind, rows * inputs * outputs, timing)
 
 
 def _sustain(context: Context, what: str, kind: str, rows: int, inputs: int, outputs: int) -> None:
     """One product for seconds: the rate of the last quarter, when clocks have come down."""
-    with context.findings.attempt("gemm", what):
+    with context.findings.where_possible("gemm", what):
         work = _rotating(context, kind, rows, inputs, outputs)
         seconds = 0.01 if context.smoke else SUSTAINED_S
         quarters: list[list[float]] = [[], [], [], []]

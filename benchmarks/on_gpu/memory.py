@@ -9,6 +9,7 @@ from benchmarks.on_gpu.rows import Row
 from benchmarks.on_gpu.sequences import images
 from benchmarks.on_gpu.steps import step
 from benchmarks.on_gpu.timing import wait
+from benchmarks.on_gpu.vae import decoded, latents_of
 from krea2_srt.runner.memory_plan import GRAPH_BYTES
 from krea2_srt.runner.part_sizes import library_workspace, num_bytes, part_sizes
 from krea2_srt.runner.vae import default_tile, scores_per_slice
@@ -35,25 +36,27 @@ def run(context: Context) -> None:
     }
     for name, module in parts.items():
         add(Row("memory", name, num_bytes([module]) / GIB, "GiB"))
-    if not context.on_gpu:
-        return
     graphs, runner.graphs = runner.graphs, None
-    (sequence,) = images(runner, ((2048, 2048),))
-    latents = torch.randn(1, 16, 256, 256, device=context.device)
-    words = " ".join(["word"] * 500)
+    side, count = (64, 5) if context.smoke else (2048, 500)
+    (sequence,) = images(runner, ((side, side),))
+    latents = latents_of(context, side, side)
+    words = " ".join(["word"] * count)
     prompts = [f"{number} {words}" for number in range(8)]
     text_graphs, runner.prompt_encoder.graphs = runner.prompt_encoder.graphs, None
-    tokens = sequence.num_tokens
+    a_step, a_decode = sequence.num_tokens * sizes.step_per_token, sizes.decoder.of(side * side)
     for name, work, planned in (
-        ("step of 2048x2048", lambda: step(runner, [sequence]), tokens * sizes.step_per_token),
-        ("decode of 2048x2048", lambda: runner.vae.decode(latents), sizes.decode(16384)),
+        ("step of 2048x2048", lambda: step(runner, [sequence]), a_step),
+        ("decode of 2048x2048", lambda: decoded(runner.vae, latents), a_decode),
         ("8 long prompts", lambda: runner.encode(prompts), sizes.encode),
     ):
         runner.contexts.clear()
         note = f"planned {planned / GIB:.2f}"
-        add(Row("memory", name, _peak(work, context.device) / GIB, "GiB", note=note))
+        if context.on_gpu:
+            add(Row("memory", name, _peak(work, context.device) / GIB, "GiB", note=note))
+        else:
+            work()
     runner.graphs, runner.prompt_encoder.graphs = graphs, text_graphs
-    if not context.use_graphs(runner):
+    if not context.use_graphs(runner) or not context.on_gpu:
         return
     # Of sizes that were not captured yet, below the pool's size: only the graphs' own memory.
     free, _ = torch.cuda.mem_get_info(context.device)

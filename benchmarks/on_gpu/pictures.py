@@ -38,7 +38,9 @@ def _draw_all(context: Context, sides: tuple[int, ...]) -> None:
         runners["fp8, fp8 attention"] = fp8
     except ConfigError as error:
         reason = first_line(error)
-        context.findings.miss(Missing("pictures", "with fp8 attention", LEFT_OUT, reason))
+        context.findings.miss(
+            Missing("pictures", f"{name_of(sides[0])} with fp8 attention", LEFT_OUT, reason)
+        )
     for runner in runners.values():
         context.whole(runner)
         context.use_graphs(runner)

@@ -105,8 +105,9 @@ def _clocks(clocks: Clocks | None) -> str:
 
 def _missing(missing: Missing) -> str:
     name = f"{missing.part}, {missing.what}" if missing.what else missing.part
-    trace = "".join(f"\n      {line}" for line in missing.trace.splitlines())
-    return f"- {name}: {missing.reason}{trace and chr(10) + trace}\n"
+    trace = missing.trace if missing.why == FAILED else ""  # of the others the file has it
+    lines = "".join(f"\n      {line}" for line in trace.splitlines())
+    return f"- {name}: {missing.reason}{lines and chr(10) + lines}\n"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -82,6 +82,7 @@ class Missing:
         why: one of `FAILED`, `LEFT_OUT` and `SKIPPED`.
         reason: in one line.
         trace: the end of the traceback.
+        by: the part that ran then, where its rows stand under another's name.
     """
 
     part: str
@@ -89,6 +90,12 @@ class Missing:
     why: str
     reason: str
     trace: str = ""
+    by: str = ""
+
+    @property
+    def owner(self) -> str:
+        """The part whose next run may find it."""
+        return self.by or self.part
 
     def entry(self) -> Entry:
         """As a line of the file."""
@@ -118,12 +125,14 @@ class Findings:
     Attributes:
         rows, missing: in the order in which they came.
         done: parts that ran to their end with nothing failed.
+        running: the part that runs; empty between them.
         sink: is told of every entry.
     """
 
     rows: list[Row] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
+    running: str = ""
     sink: Callable[[Entry], None] | None = None
 
     def add(self, row: Row) -> None:
@@ -134,6 +143,7 @@ class Findings:
 
     def miss(self, missing: Missing) -> None:
         """Something that is missing."""
+        missing = replace(missing, by=missing.by or self.running)
         self.take(missing.entry())
         if self.sink is not None:
             self.sink(missing.entry())
@@ -152,10 +162,12 @@ class Findings:
             case "missing":
                 self.missing.append(Missing.of(entry))
             case "begin":  # again, maybe: what it could not do then it may do now
-                self.missing = [m for m in self.missing if m.part != entry["part"]]
+                self.running = entry["part"]
+                self.missing = [m for m in self.missing if m.owner != entry["part"]]
                 self.done = [part for part in self.done if part != entry["part"]]
             case "done":
                 self.done.append(entry["part"])
+                self.running = ""
 
     @contextmanager
     def attempt(self, part: str, what: str) -> Iterator[None]:
@@ -166,9 +178,19 @@ class Findings:
             self.miss(Missing.broken(part, what, error))
             check_device()
 
+    @contextmanager
+    def where_possible(self, part: str, what: str) -> Iterator[None]:
+        """Note what this machine cannot do, and go on."""
+        try:
+            yield
+        except Exception as error:
+            reason, trace = first_line(error), trace_of(error)
+            self.miss(Missing(part, what, LEFT_OUT, reason, trace))
+            check_device()
+
     def failed(self, part: str) -> bool:
         """Whether something of a part broke."""
-        return any(m.part == part and m.why == FAILED for m in self.missing)
+        return any(m.owner == part and m.why == FAILED for m in self.missing)
 
     def get(self, part: str, what: str) -> float | None:
         """A figure, if it was measured."""

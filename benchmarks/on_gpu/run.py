@@ -19,6 +19,7 @@ from benchmarks.on_gpu.parts import PARTS, plans, start_s
 from benchmarks.on_gpu.record import Record
 from benchmarks.on_gpu.rows import Entry, Findings, Missing, Row
 from benchmarks.on_gpu.sources import sources
+from krea2_srt.runner.allocator import use_expandable_segments
 
 TRIAL_PATIENCE = 10.0
 """How much longer than on a GPU a part of a trial may take."""
@@ -135,6 +136,7 @@ class Run:
             send({"kind": "hello", "machine": {"device": None}})
             return lambda part: False
         device = torch.device("cpu" if self._smoke else "cuda:0")
+        use_expandable_segments(device)  # as a server does
         torch.zeros(1, device=device)  # the context
         context = Context(device, self._smoke, replace(self._findings, sink=send))
         send({"kind": "hello", "machine": machine(device)})

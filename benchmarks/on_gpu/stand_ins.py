@@ -41,3 +41,6 @@ class Inline:
 
     def result(self) -> tuple[Tensor, ...]:
         return self._found
+
+    def close(self) -> None:
+        """Nothing is under way."""

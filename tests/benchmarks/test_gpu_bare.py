@@ -49,11 +49,12 @@ def run(python: Path, folder: Path, *arguments: str | Path, **variables: str) ->
         [python, *arguments],
         cwd=ROOT,
         env=environment,
-        check=True,
         timeout=1500,
         capture_output=True,
         text=True,
     )
+    # With the table, which says what failed.
+    assert found.returncode == 0, found.stderr + found.stdout
     return found.stdout
 
 

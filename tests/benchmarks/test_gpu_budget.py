@@ -63,7 +63,7 @@ class SimulatedChild:
         machine.now += took
         if part in machine.crash or took == limit_s:
             self.alive = False
-            machine.findings.miss(Missing(part, "", FAILED, "crash"))
+            machine.findings.miss(Missing(part, "", FAILED, "crash", by=part))
         else:
             machine.findings.take({"kind": "done", "part": part})
 
@@ -134,9 +134,21 @@ def test_a_part_that_ends_its_child_ends_no_other_part(name):
 def test_what_is_done_is_not_run_again_and_what_failed_comes_last():
     machine = Machine(parts.plans(["gemm", "attention", "steps", "vae"]))
     machine.findings.take({"kind": "done", "part": "attention"})
-    machine.findings.miss(Missing("gemm", "", FAILED, "hung"))
+    machine.findings.miss(Missing("gemm", "", FAILED, "hung", by="gemm"))
     machine.session(None).run()
     assert [name for name, _, _ in machine.ran] == ["steps", "vae", "gemm"]
+
+
+def test_what_a_part_left_out_under_another_name_is_its_own():
+    found = Findings()
+    for part in ("steps", "steps_8bit"):
+        found.take({"kind": "begin", "part": part})
+        found.miss(Missing("steps", f"of {part}", FAILED, "it broke"))
+    assert found.failed("steps_8bit")
+    # Another run of the one says nothing of the other.
+    found.take({"kind": "begin", "part": "steps_8bit"})
+    found.take({"kind": "done", "part": "steps_8bit"})
+    assert [missing.what for missing in found.missing] == ["of steps"]
 
 
 def test_deadlines_leave_room_for_an_estimate_that_is_off():
