@@ -101,6 +101,16 @@ FIGURES = {
         "products[matrix=16384 wide; tokens=heavy tails; format=int8_rotated].error",
         ".1%",
     ),
+    "fp8-attention": (
+        "quantization.json",
+        "attention[tokens=Gaussian; format=fa3_fp8].error",
+        ".1%",
+    ),
+    "bf16-attention": (
+        "quantization.json",
+        "attention[tokens=Gaussian; format=bf16].error",
+        ".1%",
+    ),
 }
 
 MIXES = {
