@@ -162,6 +162,17 @@ def test_waits_outside_of_captures_are_counted(cuda):
             wait()
 
 
+def test_a_device_that_has_more_to_do_does_not_run_dry(cuda):
+    x, event = zeros(4), torch.cuda.Event()
+    event.record()
+    x.add_(1)
+    event.synchronize()
+    assert cuda.waits == ["synchronize of an event"]
+    assert cuda.ran_dry == []
+    torch.cuda.synchronize()
+    assert cuda.ran_dry == ["synchronize of the device"]
+
+
 def test_what_the_host_reads_is_zero_and_finite(cuda):
     x = zeros(3)
     assert x.tolist() == [0, 0, 0]

@@ -38,6 +38,7 @@ class Machine:
     Attributes:
         violations: of rules, also of those whose error somebody caught.
         waits: what the host has waited for, in words; outside of captures that is no violation.
+        ran_dry: those of them after which the device had nothing left to do.
         looks: at an event, for which it is not done.
         read: may change a number that the host reads, from the tensor and what it would be.
         allocator: of the device's memory.
@@ -49,6 +50,7 @@ class Machine:
         self.open = True
         self.violations: list[RuleError] = []
         self.waits: list[str] = []
+        self.ran_dry: list[str] = []
         self.looks = 1
         self.read: Callable[[Tensor, int], float] | None = None
         self.local = _Local()
@@ -142,8 +144,13 @@ class Machine:
         with self.lock:
             self.reap()
             self.no_capture(what, captured)
-            self.waits.append(what)
-            merge(self.host, clock)
+            self._waited(what, clock)
+
+    def _waited(self, what: str, clock: Clock) -> None:
+        merge(self.host, clock)
+        self.waits.append(what)
+        if all(s.clock[s.stream_id] <= self.host.get(s.stream_id, 0) for s in self.streams):
+            self.ran_dry.append(what)
 
     def synchronize(self, device: Any = None) -> None:
         """Of the whole device: it spoils the captures of all threads."""
@@ -151,9 +158,10 @@ class Machine:
             self.no_capture("synchronize of the device")
             for graph in self.captures:
                 graph.invalidate(Rule.WAIT, "synchronize of the device by another thread")
+            everything: Clock = {}
             for stream in self.streams:
-                merge(self.host, stream.clock)
-            self.waits.append("synchronize of the device")
+                merge(everything, stream.clock)
+            self._waited("synchronize of the device", everything)
             self.reap()
 
     def empty_cache(self) -> None:
@@ -241,7 +249,7 @@ class Machine:
         tensors = tensors_of(args, kwargs)
         devices = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         what = operation(func)
-        if what.packet is aten._has_compatible_shallow_copy_type:
+        if devices and what.packet is aten._has_compatible_shallow_copy_type:
             return False  # `Module.to` then makes new parameters, and the old ones go
         if not devices:
             target = kwargs.get("device")
@@ -410,14 +418,12 @@ class Machine:
     def _host_read(self, what: str) -> None:
         if (graph := self.local.capture) is not None:
             graph.invalidate(Rule.HOST_READ, f"{what} on {graph.origin}")
-        self.waits.append(what)
-        merge(self.host, self.current_stream().clock)
+        self._waited(what, self.current_stream().clock)
 
     def _pageable(self, what: str) -> None:
         if (graph := self.local.capture) is not None:
             graph.invalidate(Rule.PAGEABLE, f"{what} on {graph.origin}")
-        self.waits.append(what)
-        merge(self.host, self.current_stream().clock)
+        self._waited(what, self.current_stream().clock)
 
     def _number(self, tensor: DeviceTensor) -> float:
         value: float = tensor.memory.value
@@ -488,8 +494,7 @@ class Machine:
             if not non_blocking:
                 if (graph := self.local.capture) is not None:
                     graph.invalidate(Rule.HOST_READ, "a copy that is waited for")
-                self.waits.append("a copy that is waited for")
-                merge(self.host, self.current_stream().clock)
+                self._waited("a copy that is waited for", self.current_stream().clock)
         if to_device:
             target.memory.value = 0
         else:

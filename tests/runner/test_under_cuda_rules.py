@@ -6,10 +6,12 @@ Values mean nothing here; that the pictures are right is tested on a CPU.
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from krea2_srt.cli import generate
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
@@ -18,11 +20,18 @@ from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import OutOfMemoryError
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.runner.calibration import calibrate, device_name
+from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.graphs import CudaCapture
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
-from krea2_srt.runner.side_stream import CudaSideStream
+from krea2_srt.runner.model_runner import STREAM_PRIORITY, DenoisingSequence, Krea2Runner
+from krea2_srt.runner.offload import offload
+from krea2_srt.runner.setup import Setup
+from krea2_srt.runner.warm_up import keep_winners
 from tests.cuda_rules import Machine, cuda_rules
+from tests.cuda_rules.device_branches import Questions
 from tests.cuda_rules.models import small_runner
 from tests.cuda_rules.tensors import CUDA
 
@@ -51,8 +60,8 @@ def with_graphs(runner: Krea2Runner) -> Krea2Runner:
 
 
 def use_graphs(runner: Krea2Runner) -> None:
-    runner.use_graphs(CudaCapture(CUDA), MAX_GRAPH_TOKENS)
-    runner.use_text_graphs(CudaCapture(CUDA))
+    runner.use_graphs(CudaCapture(CUDA, STREAM_PRIORITY), MAX_GRAPH_TOKENS)
+    runner.use_text_graphs(CudaCapture(CUDA, STREAM_PRIORITY))
 
 
 def start(
@@ -71,7 +80,7 @@ def finish(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
 
 
 def executor_of(runner: Krea2Runner, aside: bool = True) -> RunnerExecutor:
-    return RunnerExecutor(runner, side_stream=CudaSideStream(CUDA) if aside else None)
+    return RunnerExecutor(runner, side_stream=runner.side_stream if aside else None)
 
 
 def image(prompt: str = "a cat", side: int = 64, steps: int = 2, **fields) -> ImageRequest:
@@ -174,6 +183,22 @@ def test_requests_are_drawn(runner, graphs, aside):
     assert set(run(engine).values()) == {State.DONE}
     found = executor.statistics()
     assert found["device_memory_peak_bytes"] >= found["device_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_device_never_waits_for_the_host_between_steps(runner, cuda, graphs):
+    if graphs:
+        use_graphs(runner)
+    executor = executor_of(runner)
+    for _ in range(3):  # what is new is encoded, captured and remembered
+        cuda.ran_dry.clear()
+        engine = Engine(executor, COST, CONFIG)
+        request = engine.submit("a", [image(steps=3, num_images=2)])
+        while not all(sequence.state is State.DECODING for sequence in request.sequences):
+            engine.turn()
+        ran_dry = list(cuda.ran_dry)
+        run(engine)
+    assert ran_dry == []
 
 
 def test_previews_are_drawn_beside_the_steps(runner, cuda):
@@ -355,3 +380,53 @@ def test_random_schedules(seed):
 def test_2000_random_schedules(hundred):
     for seed in range(100):
         schedule(1000 + 100 * hundred + seed, failing=seed % 2 == 0)
+
+
+# Starts, and all branches.
+
+
+def started(folder: Path, **settings) -> Krea2Runner:
+    """A checkpoint loaded as a server does."""
+    checkpoint, dtype = Krea2Checkpoint.from_folder(folder), torch.bfloat16
+    config = RunnerConfig(**settings)
+    setup = Setup(checkpoint, CUDA, dtype, dtype, dtype, config=config, quantization=None)
+    return setup.load(setup.plan())
+
+
+def test_a_server_starts_and_warms_up(cuda, demo_model):
+    runner = started(demo_model, warm_up_s=0.2)
+    for _ in range(2):
+        finish(runner, [start(runner)])
+    assert runner.graph_statistics()["graph_failures"] == {}
+
+
+def test_offloaded_weights_wait_in_pinned_memory(cuda):
+    layer = torch.nn.Linear(4, 4)
+    offload([layer], CUDA)
+    assert layer.weight.is_pinned()
+
+
+def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
+    questions = Questions(Path(generate.__file__).parents[1])
+    assert len(questions.all) > 20
+    with questions.noted(), cuda_rules() as cuda, torch.inference_mode():
+        assert generate._device("auto").type == "cuda"
+        test_offloaded_weights_wait_in_pinned_memory(cuda)
+        assert device_name(CUDA) == "rules of CUDA"
+        started(demo_model, warm_up_s=0.0, kernels="triton")
+        runner = small_runner(Quantization("fp8", rotation=True))
+        use_graphs(runner)
+        for aside in (False, True):
+            assert drawn(executor_of(runner, aside), "a cat", seed=int(aside)) is State.DONE
+        runner = small_runner()
+        assert calibrate(runner).blocks == runner.num_blocks
+        executor = executor_of(runner, aside=False)
+        executor.statistics()
+        cuda.fail_allocations(10)
+        assert drawn(executor, "a dog") is State.FAILED
+        with pytest.raises(RuntimeError, match="other"), device_errors():
+            raise RuntimeError("other")
+        runner.use_graphs(CudaCapture(CUDA, STREAM_PRIORITY), 512)
+        keep_winners(runner)
+    left = questions.never_on_cuda
+    assert left == [], "\n".join(map(str, left))
