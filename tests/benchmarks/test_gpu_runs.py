@@ -158,7 +158,7 @@ def test_a_run_that_is_killed_at_any_time_leaves_a_table(tmp_path):
 @pytest.mark.slow
 def test_the_whole_run_is_killed_at_many_moments(tmp_path):
     draw = random.Random(2)
-    for number in range(20):
+    for number in range(8):
         whom = draw.choice(("parent", "child"))
         folder, lines = tmp_path / str(number), draw.randint(1, 160)
         killed_after(folder, lines, draw.uniform(0, 0.3), whom, tuple(PARTS))
