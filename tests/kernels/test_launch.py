@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -22,39 +23,42 @@ GPU = torch.device("cuda")
 
 
 @pytest.fixture
-def gpu():
-    with fake_gpu():
-        yield
+def gpu() -> Iterator[pytest.MonkeyPatch]:
+    """Patches on top of the fake GPU's own. Those of ``monkeypatch`` would be undone after the GPU
+    is gone, and bring its parts back for good.
+    """
+    with fake_gpu(), pytest.MonkeyPatch.context() as patches:
+        yield patches
 
 
 @pytest.fixture
-def context(gpu, monkeypatch) -> Context:
+def context(gpu) -> Context:
     """Of a benchmark on a GPU that runs nothing, with the sizes of a trial."""
     generator = SimpleNamespace(manual_seed=lambda seed: None)
-    monkeypatch.setattr(torch, "Generator", lambda device: generator)
+    gpu.setattr(torch, "Generator", lambda device: generator)
     context = Context(GPU, smoke=True)
     context.__dict__["dit"] = SimpleNamespace(operations=TRITON, config=TINY.dit)
     return context
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[int]:
+def launched(gpu) -> list[int]:
     """Warps of each kernel that was launched, in order."""
     found: list[int] = []
-    monkeypatch.setattr(
+    gpu.setattr(
         InterpretedFunction, "run", lambda self, *_, num_warps, **__: found.append(num_warps)
     )
     return found
 
 
-def test_a_device_without_a_number_is_the_current_one(gpu, monkeypatch):
+def test_a_device_without_a_number_is_the_current_one(gpu):
     assert device_of(GPU) is device_of(torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    gpu.setattr(torch.cuda, "current_device", lambda: 1)
     assert device_of(GPU) is device_of(torch.device("cuda", 1))
     assert device_of(GPU) is not device_of(torch.device("cuda", 0))
 
 
-def test_a_search_times_the_launches_that_it_tries(context, launched, monkeypatch):
+def test_a_search_times_the_launches_that_it_tries(context, launched, gpu):
     timed: dict[str, list[int]] = {}
 
     def milliseconds(context, case):
@@ -64,7 +68,7 @@ def test_a_search_times_the_launches_that_it_tries(context, launched, monkeypatc
         timed.setdefault(case.kernel, []).extend(launched)
         return abs(launched[0] - 16) + 1.0  # 16 warps are the fastest
 
-    monkeypatch.setattr(tune_kernels, "_ms", milliseconds)
+    gpu.setattr(tune_kernels, "_ms", milliseconds)
     found = tune_kernels.search(context)
     assert found.keys() == {case.kernel for case in kernel_cases.cases(context, 40)}
     for kernel, entry in found.items():
@@ -73,7 +77,7 @@ def test_a_search_times_the_launches_that_it_tries(context, launched, monkeypatc
         assert device_of(torch.device("cuda", 0)).launches[kernel].num_warps == 16
 
 
-def test_launches_that_fail_or_spill_are_skipped_with_a_reason(context, monkeypatch):
+def test_launches_that_fail_or_spill_are_skipped_with_a_reason(context, gpu):
     def run(self, *_, num_warps, **__):
         return SimpleNamespace(n_spills=96 if num_warps == 4 else 0)
 
@@ -84,11 +88,9 @@ def test_launches_that_fail_or_spill_are_skipped_with_a_reason(context, monkeypa
         case.call()
         return float(warps)  # but for those that cannot be, fewer are faster
 
-    monkeypatch.setattr(tune_kernels.JITFunction, "run", run)
-    monkeypatch.setattr(
-        InterpretedFunction, "run", lambda *a, **k: tune_kernels.JITFunction.run(*a, **k)
-    )
-    monkeypatch.setattr(tune_kernels, "_ms", milliseconds)
+    gpu.setattr(tune_kernels.JITFunction, "run", run)
+    gpu.setattr(InterpretedFunction, "run", lambda *a, **k: tune_kernels.JITFunction.run(*a, **k))
+    gpu.setattr(tune_kernels, "_ms", milliseconds)
     found = tune_kernels.search(context)
     for kernel, entry in found.items():
         assert entry["launch"]["num_warps"] == 16
