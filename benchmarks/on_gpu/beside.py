@@ -33,7 +33,7 @@ def run(context: Context) -> None:
     for what, timing in zip((decode, walk), by_itself, strict=True):
         findings.add(timed("beside", f"{what}, alone", timing))
     stream: Any = runner.side_stream or Inline()
-    decodes, steps, begun = [], [], time.monotonic()
+    decodes, steps, begun, differ = [], [], time.monotonic(), 0.0
     for _ in range(2 if context.smoke else 5):
         wait(device)
         start = time.perf_counter()
@@ -46,12 +46,12 @@ def run(context: Context) -> None:
                 steps.append((time.perf_counter() - before) * 1e3)
                 found = job.result()
         decodes.append((time.perf_counter() - start) * 1e3)
-        differ = float((found[0].cpu() != alone).sum())
-        check(context, "beside", "pixels that differ", differ, 0.0, "values")
+        differ = max(differ, float((found[0].cpu() != alone).sum()))
     span = (begun, time.monotonic())
     stream.close()
     findings.add(timed("beside", f"{decode}, beside steps", _timing(decodes, span)))
     findings.add(timed("beside", f"{walk}, beside decodes", _timing(steps, span)))
+    check(context, "beside", "pixels that differ", differ, 0.0, "values")
 
 
 def _timing(times: list[float], span: tuple[float, float]) -> Timing:

@@ -4,7 +4,7 @@ Knows no processes: children are started by whoever is given, and time is whatev
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from benchmarks.on_gpu.rows import SKIPPED, Findings, Missing
@@ -91,8 +91,14 @@ class Session:
                     reason = f"takes about {needed:.0f} s, {max(0, self._left()):.0f} s were left"
                     self._findings.miss(Missing(part.name, "", SKIPPED, reason, by=part.name))
                     continue
-                worker = self._worker_for(part.group)
-                worker.run(part.name, min(part.deadline_s, self._left()))
+                # The models are made within the first part of a child.
+                limit_s = part.deadline_s + 2 * (needed - part.seconds)
+                try:
+                    worker = self._worker_for(part.group)
+                except Exception as error:  # no child could be started; another one may be
+                    self._findings.miss(replace(Missing.broken(part.name, "", error), by=part.name))
+                else:
+                    worker.run(part.name, min(limit_s, self._left()))
                 self._after(part)
         finally:
             self._end_worker()

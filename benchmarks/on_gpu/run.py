@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.on_gpu import record, report, tune
 from benchmarks.on_gpu.budget import PartPlan, Session
-from benchmarks.on_gpu.children import Child, ChildEnded, Send
+from benchmarks.on_gpu.children import START_S, Child, ChildEnded, Send
 from benchmarks.on_gpu.clocks import ClockSampler, nvidia_smi
 from benchmarks.on_gpu.context import Context
 from benchmarks.on_gpu.machine import machine
@@ -82,6 +82,9 @@ class Run:
             if first.hello["device"] is None:
                 raise NoGPU("no CUDA GPU")
             self._begin(first.hello, resumed)
+            if self._findings.rows:  # forked before they were read, and parts go by them
+                first.close()
+                first = None
             plan = plans(self._only, patience=TRIAL_PATIENCE if self._smoke else 1.0)
             if self._launches:
                 plan.insert(0, tune.PLAN)
@@ -90,7 +93,7 @@ class Run:
                 start_s,
                 self._launch,
                 self._findings,
-                lambda: time.monotonic() - self._started,
+                self._elapsed,
                 self._budget_s,
                 self._after,
             )
@@ -125,7 +128,11 @@ class Run:
         return self._child()
 
     def _child(self) -> Child:
-        return Child(self._serve, self._receive, self._watched)
+        left = float("inf") if self._budget_s is None else self._budget_s - self._elapsed()
+        return Child(self._serve, self._receive, self._watched, max(0.0, min(START_S, left)))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
 
     def _watched(self) -> list[tuple[int, Callable[[], None]]]:
         return [(file, self._clocks.read) for file in self._clocks.files]
@@ -153,7 +160,7 @@ class Run:
 
     def _after(self, part: PartPlan) -> None:
         """Every part's end, so that a time limit loses nothing."""
-        _say(f"{part.name}: after {time.monotonic() - self._started:.1f} s")
+        _say(f"{part.name}: after {self._elapsed():.1f} s")
         self._write()
 
     def _write(self) -> None:

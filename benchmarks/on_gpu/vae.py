@@ -22,6 +22,9 @@ def run(context: Context) -> None:
     """With convolutions as heuristics choose them, and as a search chooses them."""
     sizes = ((64, 64), (48, 64)) if context.smoke else SIZES
     before = torch.backends.cudnn.benchmark
+    with context.findings.attempt("vae", "kernels and handles"):
+        # Built in the first decode of all, whatever its size.
+        decoded(context.vae, latents_of(context, 64, 64))
     try:
         # All without a search first: what it finds is kept, and would serve the others too.
         for searched in (False, True):

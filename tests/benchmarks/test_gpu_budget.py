@@ -154,3 +154,33 @@ def test_what_a_part_left_out_under_another_name_is_its_own():
 def test_deadlines_leave_room_for_an_estimate_that_is_off():
     for part in parts.PARTS.values():
         assert part.deadline_s >= 2 * part.seconds + 15
+
+
+def test_the_first_part_of_a_child_has_time_to_make_the_models():
+    machine = Machine(parts.plans())
+    machine.session(None).run()
+    leads = {}
+    for name, _, limit_s in machine.ran:
+        part = parts.PARTS[name]
+        if part.group not in leads:
+            leads[part.group] = name
+            assert limit_s >= 2 * (parts.start_s(part.group) + part.seconds) + 15
+        else:
+            assert limit_s == part.deadline_s
+    assert leads["text"] == "text"
+
+
+def test_a_child_that_cannot_be_started_costs_its_part_alone():
+    machine = Machine(parts.plans(["ceilings", "steps", "text"]))
+    faults = iter([False, True])
+
+    def launch():
+        if next(faults, False):
+            raise RuntimeError("no context")
+        return machine.launch()
+
+    Session(machine.plan, parts.start_s, launch, machine.findings, lambda: machine.now).run()
+    assert machine.findings.done == ["ceilings", "text"]
+    (missing,) = machine.findings.missing
+    assert (missing.owner, missing.why) == ("steps", FAILED)
+    assert "no context" in missing.reason

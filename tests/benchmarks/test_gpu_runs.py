@@ -195,6 +195,8 @@ def test_a_run_goes_on_where_it_ended(tmp_path, capsys):
         if entry["kind"] == "row" and entry["part"] in done:
             assert spans[entry["part"], entry["what"]] == entry["span"]
     assert "ceilings" in done
+    # What is measured now has its share of what was measured then.
+    assert all(row["share"] for row in stored["rows"] if row["part"] == "kernels")
     # A second time, in place: there is nothing left to do.
     capsys.readouterr()
     assert gpu.main(["--smoke", "--resume", str(after), "--only", "gemm"]) == 0
