@@ -77,7 +77,8 @@ def _load_heads(x_ptr, stride, at, head, inside, COLUMNS: tl.constexpr, PADDED: 
     return tl.load(places, mask, 0.0).to(tl.float32), columns, mask
 
 
-@triton.jit
+# Not specialised: a new number of tokens must not compile a new kernel while requests wait.
+@triton.jit(do_not_specialize=["tokens"])
 def _largest_kernel(
     x_ptr,
     segment_ptr,
@@ -102,7 +103,7 @@ def _largest_kernel(
         tl.atomic_max(largest_ptr + segment * KV_HEADS + head, largest, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantize_kernel(
     x_ptr,
     segment_ptr,

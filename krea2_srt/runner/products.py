@@ -8,7 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from krea2_srt.errors import ConfigError
+from krea2_srt.errors import ConfigError, first_line
 from krea2_srt.kernels.products import (
     ScaledProduct,
     scaled_product,
@@ -28,7 +28,9 @@ TOKENS = (320, 4160)
 one of 1024x1024.
 """
 
-_TRIAL_TOKENS = 77
+_TRIAL_TOKENS = 1037
+"""An odd number of nine tiles, so that there are full ones, a last one, and more than one group."""
+
 _TRIAL_COLUMNS = 256
 """Of a product that are compared with the reference, spread over all."""
 
@@ -114,10 +116,14 @@ def use_fastest_product(
         elif len(candidates) == 1:
             totals[name] = []
         else:
-            totals[name] = [
-                sum(race.ms(_call(product, linear, tokens)) for linear in shapes.values())
-                for tokens in TOKENS
-            ]
+            try:
+                totals[name] = [
+                    sum(race.ms(_call(product, linear, tokens)) for linear in shapes.values())
+                    for tokens in TOKENS
+                ]
+            except Exception as error:  # it does few tokens and not many, or memory ran out
+                faults[name] = first_line(error)
+                logger.info("krea2-srt: 8-bit product %s is passed over: %s", name, faults[name])
     if not totals:
         reasons = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
         raise ConfigError(f"products: none works on this device: {reasons}")

@@ -9,9 +9,9 @@ from torch import Tensor
 from krea2_srt.errors import first_line
 from krea2_srt.runner.attention import Timer
 
-_TOLERANCE = 3e-2
-"""Of the root mean square of a difference, relative: roundings of bf16, and some of e4m3 that fall
-on the other side. What is wrong differs by far more.
+TOLERANCE = 3e-2
+"""Of the root mean square of a difference, relative: roundings of bf16, and sums in Hopper's 14
+bits. What is wrong differs by far more.
 """
 
 
@@ -26,7 +26,9 @@ class Race:
     timer: Timer
 
     @torch.inference_mode()
-    def fault(self, way: Callable[[], Tensor], expected: Tensor) -> str:
+    def fault(
+        self, way: Callable[[], Tensor], expected: Tensor, tolerance: float = TOLERANCE
+    ) -> str:
         """Why a way cannot be taken; empty where it can."""
         try:
             difference = (way().float() - expected.float()).norm() / expected.float().norm()
@@ -34,7 +36,7 @@ class Race:
         except Exception as error:
             # Kernels fail in many ways (import, JIT, launch); none may keep the server down.
             return first_line(error)
-        return "" if found <= _TOLERANCE else f"differs by {found:.3g}"
+        return "" if found <= tolerance else f"differs by {found:.3g}"
 
     @torch.inference_mode()
     def ms(self, way: Callable[[], object]) -> float:
