@@ -69,6 +69,7 @@ class StepsInFlight:
         self._clock = clock
         self._flights: deque[_Flight] = deque()
         self._known_ms: OrderedDict[_Kind, float] = OrderedDict()
+        self._begun_s = 0.0
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -77,6 +78,7 @@ class StepsInFlight:
         """Before a step is launched: what `launched` needs."""
         if not self._cuda:
             return None
+        self._begun_s = self._clock()
         began = torch.cuda.Event(enable_timing=True)
         began.record()
         return began
@@ -109,13 +111,15 @@ class StepsInFlight:
             )
         ended = torch.cuda.Event(enable_timing=True)
         ended.record()
-        flight = _Flight(step, blocks, flags, began, ended, self._clock())
+        flight = _Flight(step, blocks, flags, began, ended, self._begun_s)
+        # Where the one before it has ended during the launch, this one has begun by now.
+        queued = bool(self._flights) and not _has_ended(self._flights[-1])
         before = self._land(len(self._flights))
         self._flights.append(flight)
         expected_ms = self._known_ms.get(flight.kind)
         if expected_ms is None:
             return before + self._land(1)
-        end_s = (self._clock() if before else flight.since_s) + (expected_ms - LEAD_MS) / 1e3
+        end_s = (self._clock() if queued else flight.since_s) + (expected_ms - LEAD_MS) / 1e3
         while (left_s := end_s - self._clock()) > 0 and not _has_ended(flight):
             time.sleep(min(left_s, _POLL_S))
         return before

@@ -12,6 +12,8 @@ from tests.conftest import CPU
 from tests.cuda_rules import cuda_rules
 
 CUDA = torch.device("cuda", 0)
+KERNELS = 100
+"""Of a step."""
 
 
 class Sequence:
@@ -56,9 +58,11 @@ class Device:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(steps_in_flight.time, "sleep", sleep)
 
-    def step(self, flights, step, ms, blocks=range(4)):
+    def step(self, flights, step, ms, blocks=range(4), launch_ms=0.0):
         began = flights.begin()
-        self.free = max(self.now, self.free) + ms / 1e3
+        for _ in range(KERNELS):  # the device begins with the first while others are launched
+            self.now += launch_ms / 1e3 / KERNELS
+            self.free = max(self.now, self.free) + ms / 1e3 / KERNELS
         return flights.launched(step, blocks, None, began)
 
 
@@ -104,6 +108,16 @@ def test_the_device_never_waits_and_a_new_request_waits_for_little_more_than_wha
         if number > 1:
             assert device.free - launched == pytest.approx(0.150 + LEAD_MS / 1e3, abs=2e-3)
     assert device.free == pytest.approx(10 * 0.150, abs=1e-6)
+
+
+@pytest.mark.parametrize(("launch_ms", "ms"), [(3, 40), (6, 40), (10, 165), (15, 20)])
+def test_the_device_never_waits_for_launches_that_take_long(device, flights, launch_ms, ms):
+    step = pack(Sequence(100))
+    for number in range(10):
+        before = device.free
+        device.step(flights, step, ms, launch_ms=launch_ms)
+        if number > 1:
+            assert device.free - before == pytest.approx(ms / 1e3, abs=1e-4)
 
 
 def test_a_step_that_takes_longer_than_it_did_does_not_run_two_ahead(device, flights):
