@@ -74,8 +74,9 @@ class CudaCapture:
 
     def _capture(self, function: Callable[[], object]) -> Replay:
         if self._pool is None or not self._alive:
-            # A pool that no graph holds any more cannot be captured into.
-            self._pool = GraphPool(self._device)
+            # A pool that no graph holds any more cannot be captured into. Those in pools that a
+            # failed capture has ended do not hold this one.
+            self._pool, self._alive = GraphPool(self._device), WeakSet()
         pool = self._pool
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with pool.held():

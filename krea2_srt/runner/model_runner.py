@@ -289,10 +289,18 @@ class Krea2Runner:
         """
         if steps > 1 and (flags := self._replay(sequences, steps)) is not None:
             return flags
-        for _ in range(steps):
-            flags = self._replay(sequences, 1)
-            if flags is None:
-                flags = self._run(sequences)
+        before = [(s.tokens, s.velocity, s.step) for s in sequences]
+        flags = None
+        try:
+            for _ in range(steps):
+                flags = self._replay(sequences, 1)
+                if flags is None:
+                    flags = self._run(sequences)
+        except BaseException:
+            # Some of several steps are done: all, or none.
+            for s, (tokens, velocity, step) in zip(sequences, before, strict=True):
+                s.tokens, s.velocity, s.step = tokens, velocity, step
+            raise
         assert flags is not None
         return flags
 

@@ -1,6 +1,7 @@
 """Work that runs on the GPU beside the main stream."""
 
 import threading
+import traceback
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -107,6 +108,8 @@ class CudaJob:
             self._tensors = _to_host(self._work[0]())
             self._done.record(stream)
         except BaseException as error:
+            # Its frames hold its tensors, and steps need their memory before anybody asks.
+            traceback.clear_frames(error.__traceback__)
             self._error = error
         self._work = None
         self.launched.set()
