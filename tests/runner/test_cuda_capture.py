@@ -187,6 +187,21 @@ def test_a_capture_that_cuda_invalidates_is_survived(cuda, capture, spoil, messa
     assert cuda.holders == {0: 1, 1: 0, 2: 1}
 
 
+def test_a_pool_that_no_graph_holds_is_not_taken_again(cuda, capture):
+    kept = capture(lambda: None)
+    with pytest.raises(RuntimeError):
+        capture(cuda.invalidate)
+
+    def fails():
+        raise ValueError("of its own")
+
+    with pytest.raises(ValueError, match="of its own"):
+        capture(fails)  # in a new pool, which nobody holds then
+    again = capture(lambda: None)
+    assert cuda.holders == {0: 1, 1: 0, 2: 1}
+    del kept, again
+
+
 def test_what_fails_before_it_is_captured_spoils_no_pool(cuda, capture):
     kept = capture(lambda: None)
 

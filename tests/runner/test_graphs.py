@@ -440,3 +440,21 @@ def test_a_key_holds_its_pack(lengths):
 def test_the_number_of_graphs_for_lone_sequences_is_small():
     buckets = Buckets(16448, 64)
     assert len({buckets.key([tokens]) for tokens in range(1, 16449)}) <= 200
+
+
+def test_all_steps_of_a_schedule_are_done_or_none(runner, monkeypatch):
+    (sequence,) = sequences(runner, *ONE)
+    before, run = sequence.tokens, runner._run
+    failures = iter([False, False, True])
+
+    def fails_at_the_third(those):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(those)
+
+    monkeypatch.setattr(runner, "_run", fails_at_the_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.launch([sequence], 4)
+    assert (sequence.step, sequence.tokens) == (0, before)
+    assert runner.step([sequence], 4) == []
+    assert sequence.done
