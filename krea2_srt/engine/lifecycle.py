@@ -16,6 +16,10 @@ class State(Enum):
     FAILED = "failed"
     CANCELLED = "cancelled"
 
+    # By identity, as members compare: an Enum's own is written in Python, and every turn looks up
+    # hundreds of states.
+    __hash__ = object.__hash__
+
     @property
     def ended(self) -> bool:
         return self in ENDED

@@ -48,4 +48,8 @@ class PackDraft:
 
 def _sums(sequence: Sequence) -> tuple[int, int]:
     """Tokens, and the squares of its lanes' tokens."""
-    return sum(sequence.tokens), sum(lane * lane for lane in sequence.tokens)
+    tokens = squares = 0
+    for lane in sequence.tokens:
+        tokens += lane
+        squares += lane * lane
+    return tokens, squares
