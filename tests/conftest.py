@@ -1,32 +1,34 @@
-"""Shared by all tests: demo checkpoints, runner, Diffusers pipeline and server, one per run."""
+"""Shared by all tiers: the demo checkpoints, the runner and the real engine, one each per run.
+
+A tier's folder says what its tests need: ``unit`` no torch, ``torch``, ``server`` (on an engine
+that does as told), ``engine_real`` (SGLang, on CPU), ``e2e`` (several engines, Ray, minutes) and
+``bench``. What is not needed is not imported here.
+"""
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+
+from tests.model_hub import BESIDE, REPO, ModelHub, contents
+
+if TYPE_CHECKING:
+    from krea2_srt.runner.model_runner import Krea2Runner
 
 # Nothing in the tests may reach for the network, whatever a library would like to look up.
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import tests.interpreted_triton  # noqa: F401 (first)
-from krea2_srt.demo.checkpoint import write_demo_checkpoint, write_original_file
-from krea2_srt.demo.random_weights import RandomWeights
-from krea2_srt.demo.trained_weights import TrainedWeights
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
-from krea2_srt.runner.model_runner import Krea2Runner
-from tests.model_hub import BESIDE, REPO, ModelHub, contents
-
-CPU = torch.device("cpu")
-PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
 
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, random, Turbo. Its name holds "krea-2", which SGLang goes by."""
     folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
+    from krea2_srt.demo.checkpoint import write_demo_checkpoint
+    from krea2_srt.demo.random_weights import RandomWeights
+
     write_demo_checkpoint(folder, RandomWeights())
     return folder
 
@@ -35,6 +37,9 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, trained: it draws what it is asked for."""
     folder = tmp_path_factory.mktemp("trained") / "krea-2-demo"
+    from krea2_srt.demo.checkpoint import write_demo_checkpoint
+    from krea2_srt.demo.trained_weights import TrainedWeights
+
     write_demo_checkpoint(folder, TrainedWeights())
     return folder
 
@@ -50,6 +55,8 @@ def raw_demo_model(demo_model: Path) -> Path:
 @pytest.fixture(scope="session")
 def original_file(demo_model: Path) -> Path:
     """The transformer as a single file with the original names."""
+    from krea2_srt.demo.checkpoint import write_original_file
+
     file = demo_model.parent / "turbo.safetensors"
     write_original_file(demo_model / "transformer", file)
     return file
@@ -76,27 +83,14 @@ def model_hub(
 
 
 @pytest.fixture(scope="session")
-def runner(demo_model: Path) -> Krea2Runner:
-    return Krea2Runner.load(Krea2Checkpoint.from_folder(demo_model), CPU, torch.float32)
+def runner(demo_model: Path) -> "Krea2Runner":
+    import torch
 
+    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.runner.model_runner import Krea2Runner
 
-@pytest.fixture(scope="session")
-def load_diffusers() -> Callable:
-    """Load `diffusers.Krea2Pipeline` from a folder, in a dtype."""
-
-    def load(folder: Path, dtype: torch.dtype):
-        from diffusers import Krea2Pipeline
-
-        pipeline = Krea2Pipeline.from_pretrained(folder, torch_dtype=dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def diffusers_pipeline(demo_model: Path, load_diffusers: Callable):
-    return load_diffusers(demo_model, torch.float32)
+    checkpoint = Krea2Checkpoint.from_folder(demo_model)
+    return Krea2Runner.load(checkpoint, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -121,15 +115,3 @@ def clone_checkpoint(source: Path, target: Path, **index: object) -> None:
             (target / part.name).symlink_to(part)
     values = json.loads((source / "model_index.json").read_text()) | index
     (target / "model_index.json").write_text(json.dumps(values))
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """|got - expected| / |expected| in the 2-norm, in float64."""
-    difference = torch.linalg.vector_norm(got.double() - expected.double())
-    return (difference / torch.linalg.vector_norm(expected.double())).item()
-
-
-def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1]."""
-    assert a.shape == b.shape
-    return -10 * torch.log10((a.double() - b.double()).square().mean()).item()

@@ -1,7 +1,7 @@
 """Random weights that make an untrained network show what tests must see.
 
 Prompt, seed and number of steps each change the picture, which has structure and contrast
-(tests/cli/test_demo_model.py).
+(tests/torch/cli/test_demo_model.py).
 """
 
 import math

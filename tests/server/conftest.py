@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.fake_engine import FakeEngine
+from tests.channel import wait_until
 from tests.server.serving import Served, serve
-from tests.sglang.channel import wait_until
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from benchmarks.fake_engine import FakeEngine
+from tests.channel import wait_until
 from tests.server.serving import SERVE, serve
-from tests.sglang.channel import wait_until
 
 KEY = "sk-command-line-0123456789"
 

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from benchmarks.fake_engine import FakeEngine
+from tests.channel import wait_until
 from tests.server.serving import Served, serve
 from tests.server.test_hostile_input import raw, still_works
-from tests.sglang.channel import wait_until
 
 CROWD = 1000
 BODY = json.dumps({"prompt": "x", "size": "64x64"}).encode()

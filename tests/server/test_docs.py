@@ -13,7 +13,7 @@ from server.moderation.policy import load_policy
 from server.protocol import ImageGenerationRequest
 from server.quality import PRESETS
 from server.settings import EngineSettings, Settings, load_settings
-from tests.server.test_drawing import RAW, drawing
+from tests.unit.server.test_drawing import RAW, drawing
 
 ROOT = Path(server.__file__).parents[1]
 SERVER = (ROOT / "docs/server.md").read_text()

@@ -11,8 +11,8 @@ from krea2_srt.errors import ConfigError
 from server.errors import ApiError
 from server.keys import Client, Keys, check_rights
 from server.settings import load_settings
+from tests.channel import wait_until
 from tests.server.serving import serve
-from tests.sglang.channel import wait_until
 
 TEAM, BATCH, HASHED = "sk-team-0123456789", "sk-batch-0123456789", "sk-hashed-0123456789"
 ENVIRONMENT = "sk-environment-0123456789"

@@ -10,8 +10,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 
 from krea2_srt.sglang.messages import EngineError
+from tests.channel import wait_until
 from tests.server.serving import serve
-from tests.sglang.channel import wait_until
 
 SECRET = "a prompt that is nobody's business"
 

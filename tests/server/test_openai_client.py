@@ -13,7 +13,7 @@ from PIL import Image
 
 from krea2_srt.sglang.messages import EngineError
 from server.errors import MAX_RETRY_AFTER_S
-from tests.sglang.channel import wait_until
+from tests.channel import wait_until
 
 
 def picture(image) -> Image.Image:

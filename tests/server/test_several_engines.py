@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from benchmarks.fake_engine import FakeEngine
+from tests.channel import wait_until
 from tests.server.serving import serve
-from tests.sglang.channel import wait_until
 
 FIELDS = {"prompt": "x", "size": "64x64"}
 

@@ -5,9 +5,9 @@ import pytest
 import yaml
 
 from krea2_srt.sglang.messages import EngineError
+from tests.channel import wait_until
 from tests.server.moderation.address import Address, inputs, moderations_address, result
 from tests.server.serving import serve
-from tests.sglang.channel import wait_until
 
 SECRET = "a forbidden thing that nobody may read"
 KEYS = """

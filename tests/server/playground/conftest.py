@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page
 
-from tests.browser import chromium
+from tests.server.playground.browser import chromium
 from tests.server.playground.stand_in import Script, StandIn, running
 
 TIMEOUT_MS = 10_000

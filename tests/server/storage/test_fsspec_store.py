@@ -15,7 +15,7 @@ import pytest
 from server.storage.fsspec_store import FsspecStore
 from server.storage.store import StorageError
 from tests.server.storage.s3 import fsspec_store, is_clean, options, started
-from tests.server.storage.stores import BASE_URL
+from tests.unit.server.storage.stores import BASE_URL
 
 NO_RETRIES = {"retries": {"max_attempts": 0}}
 

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from server.storage.store import StorageError, StorageFullError
-from tests.server.storage.stores import BASE_URL, bytes_in, local_store, read
+from tests.unit.server.storage.stores import BASE_URL, bytes_in, local_store, read
 
 
 def test_a_full_disk_is_told_and_overcome(small_disk, caplog):
@@ -85,7 +85,7 @@ def test_a_file_larger_than_the_system_allows_is_told(tmp_path):
         import asyncio, resource, sys
         from pathlib import Path
         from server.storage.store import StorageFullError
-        from tests.server.storage.stores import BASE_URL, bytes_in, local_store, read
+        from tests.unit.server.storage.stores import BASE_URL, bytes_in, local_store, read
 
         async def check(folder):
             async with local_store(folder) as store:

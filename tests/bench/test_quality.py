@@ -1,0 +1,160 @@
+"""krea2-bench quality: metrics against known values, and real pictures of two configurations."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.quality.command import summarise
+from benchmarks.quality.metrics import ClipError, ClipScorer, psnr, ssim
+from benchmarks.quality.painters import DiffusersPainter, OurPainter, parse_painter
+from benchmarks.quality.sheet import contact_sheet
+from tests.bench.fake_server import Fake
+
+Bench = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP model with random weights and a tokenizer of single letters."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.model_max_length = 16
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={
+            **sizes, "num_hidden_layers": 1, "vocab_size": len(tokens),
+            "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1,
+        },
+        vision_config={**sizes, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16},
+        projection_dim=16,
+    )  # fmt: skip
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"shortest_edge": 32}
+    crop = {"height": 32, "width": 32}
+    CLIPImageProcessor(size=size, crop_size=crop).save_pretrained(folder)
+    return folder
+
+
+def random_picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def test_metrics_know_equal_near_and_foreign_pictures():
+    a, b = random_picture(0), random_picture(1)
+    near = (a.astype(int) + np.random.default_rng(2).integers(-4, 5, a.shape)).clip(0, 255)
+    assert psnr(a, a) == math.inf
+    assert ssim(a, a) == pytest.approx(1)
+    assert psnr(a, near.astype(np.uint8)) > 35
+    assert ssim(a, near.astype(np.uint8)) > 0.97
+    assert psnr(a, b) < 10
+    assert abs(ssim(a, b)) < 0.1
+
+
+def test_clip_scores_are_cosines(clip_model: Path):
+    """The same picture and prompt score the same in any company; all lie in 0 to 100."""
+    scorer = ClipScorer(str(clip_model))
+    pictures, prompts = [random_picture(i) for i in range(3)], ["a cat", "snow", "a cat" * 50]
+    together = scorer.scores(pictures, prompts)
+    alone = [scorer.scores([p], [t])[0] for p, t in zip(pictures, prompts, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert all(0 <= score <= 100 for score in together)
+
+
+def test_a_clip_model_that_is_none_is_named(tmp_path: Path):
+    with pytest.raises(ClipError, match=f"--clip: {tmp_path}: "):
+        ClipScorer(str(tmp_path))
+
+
+def test_configurations_draw_the_same_picture(bench: Bench, demo_model: Path, clip_model: Path):
+    """float32: packed and alone are equal; Diffusers' differs by rounding."""
+    flags = ["--checkpoint", str(demo_model), "--count=3", "--size=64x96", "--steps=2"]
+    assert bench("quality", "ours:dtype=float32:pack=3", "ours:dtype=float32", *flags) == 0
+    packed = json.loads(Path("krea2-bench-quality.json").read_text())["summary"]
+    assert packed["pictures"] == 3
+    assert packed["equal"] == 3 or packed["psnr"]["min"] > 60
+    flags += ["--clip", str(clip_model), "--output", "theirs"]
+    assert bench("quality", "ours:dtype=float32", "diffusers:dtype=float32", *flags) == 0
+    result = json.loads(Path("theirs.json").read_text())
+    summary = result["summary"]
+    assert summary["equal"] == 3 or summary["psnr"]["min"] > 50
+    assert summary["ssim"]["min"] > 0.999
+    assert abs(summary["clip_first"]["median"] - summary["clip_second"]["median"]) < 0.1
+    assert len({row["prompt"] for row in result["pictures"]}) == 3
+    with Image.open("theirs.png") as sheet:
+        assert sheet.width == 816
+        assert sheet.height > 3 * 256
+
+
+def test_quantization_shows(bench: Bench, demo_model: Path, capsys):
+    flags = ["--checkpoint", str(demo_model), "--count=1", "--size=64x64", "--steps=2"]
+    assert bench("quality", "ours:quantization=fp8", "ours", *flags) == 0
+    summary = json.loads(Path("krea2-bench-quality.json").read_text())["summary"]
+    assert 20 < summary["psnr"]["min"] < 60
+    assert "ours:quantization=fp8 against ours: 1 pictures" in capsys.readouterr().out
+
+
+def test_a_server_draws_too(bench: Bench, fake: Fake, tmp_path: Path):
+    fake.script({})
+    (tmp_path / "prompts").write_text("a cat\n\nsnow\n")
+    flags = ["--prompts", "prompts", "--size=64x64"]
+    assert bench("quality", fake.url, fake.url, *flags) == 0
+    assert json.loads(Path("krea2-bench-quality.json").read_text())["summary"]["equal"] == 2
+    seen = fake.statistics["seen"]
+    assert [(f["prompt"], f["seed"], f["size"]) for f in seen] == [
+        ("a cat", 0, "64x64"),
+        ("snow", 1, "64x64"),
+    ] * 2
+
+
+def test_equal_pictures_have_no_psnr():
+    rows = [{"prompt": "a", "psnr": math.inf, "ssim": 1.0}]
+    assert summarise(rows) == {
+        "pictures": 1, "equal": 1, "psnr": None, "ssim": {"min": 1.0, "median": 1.0, "max": 1.0},
+    }  # fmt: skip
+
+
+def test_a_sheet_shows_both_and_their_difference():
+    black, grey = np.zeros((256, 256, 3), np.uint8), np.full((256, 256, 3), 10, np.uint8)
+    sheet = np.asarray(contact_sheet(("a", "b"), [(black, grey)], ["a caption"]))
+    row = sheet[100]
+    assert [tuple(row[x]) for x in (100, 400, 650)] == [(0, 0, 0), (10, 10, 10), (80, 80, 80)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["theirs", "ours"], "'theirs' is no configuration"),
+        (["ours:dtype=int4", "ours"], "dtype must be one of bfloat16, float32"),
+        (["ours:pack=0", "ours"], "pack must be a whole number from 1"),
+        (["ours:colour=red", "ours"], "colour is not known"),
+        (["ours:quantization=fp4", "ours"], "quantization 'fp4' is not known"),
+        (["ours", "ours", "--size=100x100"], "multiples of 16"),
+        (["ours", "ours", "--prompts=missing"], "No such file"),
+        (["ours", "ours", "--prompts=empty"], "holds no prompt"),
+        (["ours", "ours", "--clip=missing"], "--clip: missing: "),
+        (["ours", "ours", "--checkpoint=missing"], "missing"),
+    ],
+)
+def test_what_cannot_be_is_one_line(bench: Bench, capsys, flags: list[str], error: str):
+    Path("empty").write_text("\n")
+    assert bench("quality", *flags) == 2
+    found = capsys.readouterr().err.strip().splitlines()
+    assert error in found[-1]
+    assert not Path("krea2-bench-quality.json").exists()
+
+
+def test_configurations_are_parsed(tmp_path: Path):
+    assert isinstance(parse_painter("diffusers:dtype=float32", tmp_path), DiffusersPainter)
+    assert isinstance(parse_painter("ours:quantization=int8_rotated:pack=4", tmp_path), OurPainter)

@@ -1,0 +1,94 @@
+"""The application on a real Ray cluster, with the real engine: several minutes."""
+
+import os
+import signal
+
+import psutil
+import pytest
+
+from deploy.drills.load import DONE, Load, ended_by_server
+from tests.channel import wait_until
+from tests.e2e.conftest import Cluster
+
+pytestmark = pytest.mark.slow
+
+START_S = 300
+
+
+def test_the_official_client_draws_streams_and_cancels(cluster: Cluster):
+    cluster.ray.deploy(min_replicas=3, max_replicas=3)
+    client = cluster.client()
+    first, second = (
+        client.images.generate(prompt="a fox", size="64x64", extra_body={"seed": 7})
+        for _ in range(2)
+    )
+    # Two replicas, one picture.
+    assert first.data[0].b64_json == second.data[0].b64_json
+    events = list(
+        client.images.generate(prompt="a fox", size="64x64", stream=True, partial_images=2)
+    )
+    assert [event.type.rsplit(".")[-1] for event in events] == ["partial_image"] * 2 + ["completed"]
+
+    stream = client.images.generate(prompt="x", size="1024x1024", stream=True, partial_images=1)
+    wait_until(lambda: cluster.ray.queue["running"])
+    stream.response.close()
+    wait_until(lambda: not cluster.ray.queue["running"], 10)
+    assert ended_by_server(cluster.url)["cancelled"] == 1
+
+
+def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
+    cluster.ray.deploy(min_replicas=3, max_replicas=3)
+    load = Load(cluster.url, clients=9, sizes=("256x256", "512x512"))
+    with load.running():
+        wait_until(lambda: load.counts()[DONE] > 10, 60)
+        steady = load.rate(8)
+        victim = cluster.ray.engine_processes()[0]
+        engine = psutil.Process(victim).children()[0]
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: cluster.ray.queue["replicas"] == 2, 30)
+        wait_until(lambda: not engine.is_running(), 10)
+        wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
+        assert load.rate(8) > 0.5 * steady
+    assert set(load.counts()) == {DONE}, load.counts()
+
+
+def test_a_killed_engine_is_drawn_around_until_its_replica_has_started_it_again(cluster: Cluster):
+    cluster.ray.deploy(min_replicas=3, max_replicas=3)
+    replicas = cluster.ray.engine_processes()
+    load = Load(cluster.url, clients=6, sizes=("256x256",))
+    with load.running():
+        wait_until(lambda: load.counts()[DONE] > 5, 60)
+        psutil.Process(replicas[0]).children()[0].kill()
+        wait_until(lambda: cluster.ray.queue["replicas_ready"] == 2, 30)
+        wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
+    assert set(load.counts()) == {DONE}, load.counts()
+    assert sorted(cluster.ray.engine_processes()) == sorted(replicas)
+
+
+def test_replicas_go_and_come_with_the_load_and_nothing_is_lost(cluster: Cluster):
+    cluster.ray.deploy(min_replicas=1, max_replicas=3, target_queue_s=3)
+    loads = []
+    for clients, sizes, replicas in (
+        (1, ("64x64",), 1),
+        (16, ("256x256", "512x512"), 3),
+        (1, ("64x64",), 1),
+    ):
+        load = Load(cluster.url, clients, sizes)
+        loads.append(load)
+        with load.running():
+            wait_until(lambda: cluster.ray.queue["replicas"] == replicas, START_S)  # noqa: B023
+            cluster.ray.wait_until_ready(replicas)
+            assert load.rate(5) > 0
+        assert set(load.counts()) == {DONE}, load.counts()
+
+
+def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster: Cluster):
+    cluster.ray.deploy(min_replicas=2, max_replicas=2)
+    before = set(cluster.ray.engine_processes())
+    load = Load(cluster.url, clients=4, sizes=("64x64", "256x256"))
+    with load.running():
+        wait_until(lambda: load.counts()[DONE] > 5, 60)
+        cluster.ray.deploy({"max_n": 3}, min_replicas=2, max_replicas=2)
+        wait_until(lambda: not before & set(cluster.ray.engine_processes()), START_S)
+        cluster.ray.wait_until_ready(2)
+    assert set(load.counts()) == {DONE}, load.counts()

@@ -1,0 +1,172 @@
+"""The real engine: one server for all tests, started once."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
+
+SGLANG = Path(sys.executable).parent / "sglang"
+START_TIMEOUT_S = 300
+
+
+def environment(switch: str) -> dict[str, str]:
+    # On a busy machine everything is estimated to take long; refusals have a test of their own.
+    ours = {"KREA2_SRT": switch, "KREA2_SRT_MAX_QUEUE_S": "2000", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **ours}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@dataclass
+class Server:
+    """A running `sglang serve`."""
+
+    port: int
+    log_file: Path
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(errors="replace")
+
+    def post(self, timeout: float = 300, **fields: object) -> tuple[int, dict | str]:
+        """POST /v1/images/generations; returns the status and the (JSON) body."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/images/generations",
+            json.dumps(fields).encode(),
+            {"content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def draw(self, **fields: object) -> list[np.ndarray]:
+        """Pixels of a request that must succeed."""
+        status, body = self.post(output_format="png", response_format="b64_json", **fields)
+        assert status == 200, body
+        return [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"]))))
+            for image in body["data"]
+        ]
+
+
+@contextlib.contextmanager
+def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """`sglang serve` with our runner in float32. It must end with exit code 0."""
+    port = free_port()
+    command = [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dit-precision", "fp32", "--vae-precision", "fp32"]
+    command += ["--text-encoder-precisions", "fp32", *flags]
+    log_file = folder / "log"
+    with (
+        log_file.open("wb") as log,
+        subprocess.Popen(
+            command, cwd=folder, env=environment("on"), stdout=log, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        running = Server(port, log_file, process)
+        try:
+            _wait_until_ready(running, process)
+            yield running
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+    assert process.returncode == 0, running.log[-3000:]
+
+
+@pytest.fixture(scope="session")
+def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share."""
+    with serve(demo_model, tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"sglang serve ended:\n{server.log[-3000:]}"
+        with contextlib.suppress(OSError):
+            url = f"http://127.0.0.1:{server.port}/health"
+            with urllib.request.urlopen(url, timeout=5) as response:
+                if response.status == 200:
+                    return
+        time.sleep(0.5)
+    raise TimeoutError(f"sglang serve is not ready:\n{server.log[-3000:]}")
+
+
+@pytest.fixture(scope="session")
+def make_req(demo_model: Path):
+    """Build a request the way SGLang's entry points do."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
+    from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
+    from sglang.multimodal_gen.runtime.server_args import ServerArgs
+
+    server_args = ServerArgs.from_kwargs(model_path=str(demo_model))
+
+    def make(**fields):
+        params = SamplingParams.from_user_sampling_params_args(
+            str(demo_model), server_args=server_args, **{"prompt": "x", **fields}
+        )
+        return prepare_request(server_args=server_args, sampling_params=params)
+
+    return make
+
+
+@dataclass
+class Generated:
+    """What `sglang generate` left."""
+
+    pictures: list[np.ndarray]
+    log: str
+
+
+@pytest.fixture(scope="session")
+def sglang_generate(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """Run the real `sglang generate` with the README's flags, our runner on or off."""
+
+    def generate(*flags: str, switch: str = "on") -> Generated:
+        folder = tmp_path_factory.mktemp("generate")
+        command = [SGLANG, "generate", "--model-path", str(demo_model), "--output-path", "out"]
+        command += ["--num-inference-steps", "8", "--height", "256", "--width", "256"]
+        result = subprocess.run(
+            [*command, "--save-output", *flags],
+            cwd=folder,
+            env=environment(switch),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=START_TIMEOUT_S,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+        files = sorted((folder / "out").glob("*"), key=lambda f: (f.stat().st_mtime_ns, f.name))
+        return Generated([np.asarray(Image.open(f)) for f in files], result.stdout)
+
+    return generate

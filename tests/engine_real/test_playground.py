@@ -1,0 +1,102 @@
+"""The page as the server itself serves it, with the real engine behind it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.channel import wait_until
+from tests.server.playground.test_drawing import (
+    draw,
+    finished,
+    test_a_prompt_and_enter_draw_a_picture_after_previews,
+    test_several_images_have_seeds_that_count_up,
+)
+from tests.server.serving import serve
+
+__all__ = [
+    "test_a_prompt_and_enter_draw_a_picture_after_previews",
+    "test_several_images_have_seeds_that_count_up",
+]
+
+KEY = "sk-playground-0123456789"
+
+
+@pytest.fixture
+def playground_url(real_server) -> str:
+    return f"{real_server.url}/"
+
+
+def test_what_it_looks_like(page: Page, artefacts):
+    """Kept for whoever wants to look."""
+    page.locator("#size").select_option("256x256")
+    draw(page, "a red heart on a yellow background", count="3", seed="14")
+    expect(finished(page)).to_have_count(3)
+    page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
+    page.screenshot(path=artefacts / "playground-real-server.png")
+
+
+def test_stop_frees_the_engine(page: Page, real_server):
+    page.locator("#size").select_option("512x512")
+    draw(page, "a fox", steps="150", count="2")
+    expect(page.locator(".tile[data-state=drawing]").first).to_be_visible()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".tile")).to_have_count(0)
+    wait_until(lambda: real_server.get("/v1/queue").json()["running"] == 0)
+
+
+def test_the_python_that_it_copies_draws_the_same_picture(page: Page, tmp_path):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#size").select_option("256x256")
+    page.locator("#seed").fill("5")
+    page.locator("#prompt").fill('a "red" fox')
+    page.locator("#copy-python").click()
+    program = page.evaluate("navigator.clipboard.readText()")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    page.locator("#draw").click()
+    expect(finished(page)).to_have_count(1)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert download.value.path().read_bytes() == (tmp_path / "krea2-0.png").read_bytes()
+
+
+class TestKeys:
+    @pytest.fixture
+    def playground_url(self, shared_engine, tmp_path):
+        flags = ["--engine-endpoints", shared_engine.endpoint]
+        with serve(tmp_path, *flags, environment={"KREA2_SERVE_API_KEYS": KEY}) as server:
+            yield f"{server.url}/"
+
+    @pytest.fixture
+    def expected_errors(self) -> list[str]:
+        return ["status of 401"]
+
+    def test_a_key_is_asked_for_and_used(self, blank_page: Page, playground_url: str):
+        blank_page.goto(playground_url)
+        expect(blank_page.get_by_label("API key")).to_be_focused()
+        blank_page.get_by_label("API key").fill(KEY)
+        blank_page.locator("#size").select_option("256x256")
+        draw(blank_page, "a fox")
+        expect(finished(blank_page)).to_have_count(1)
+
+
+class TestLoading:
+    @pytest.fixture
+    def playground_url(self, tmp_path):
+        # Nobody is there, and the server waits for somebody.
+        flags = ["--engine-endpoints", "tcp://127.0.0.1:9"]
+        with serve(tmp_path, *flags, ready=False) as server:
+            yield f"{server.url}/"
+
+    @pytest.fixture
+    def expected_errors(self) -> list[str]:
+        return ["status of 503"]
+
+    def test_the_page_says_that_the_model_is_loading(self, blank_page: Page, playground_url: str):
+        blank_page.goto(playground_url)
+        expect(blank_page.locator("#server")).to_have_text("the model is loading")
+        ready = blank_page.request.get(f"{playground_url}ready")
+        assert ready.status == 503
+        assert json.loads(ready.text())["error"]["code"] == "engine_unavailable"

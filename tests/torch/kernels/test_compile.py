@@ -1,0 +1,89 @@
+"""Every kernel compiles for each kind of GPU at the released model's sizes, and keeps to what a
+processor of it has.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Resources = dict[str, dict[str, Any]]
+"""Of each kernel on each target, by "kernel on sm_90"."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        # Hopper, which is measured, and the first with e4m3 and the least shared memory.
+        pytest.param((90, 89), id="sm_90,89"),
+        pytest.param((80, 100, 120), id="sm_80,100,120", marks=pytest.mark.slow),
+    ],
+)
+def resources(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Resources:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    program = [sys.executable, "-m", "tests.torch.kernels.compile_for_targets", "--target"]
+    done = subprocess.run(
+        [*program, *map(str, request.param)],
+        cwd=Path(__file__).parents[3],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert sorted(found) == sorted(map(str, request.param))
+    return {
+        f"{name} on sm_{target}": values
+        for target, kernels in found.items()
+        for name, values in kernels.items()
+    }
+
+
+def test_every_kernel_is_there(resources):
+    kernels = {name.partition(" on ")[0] for name in resources}
+    assert len(kernels) >= 19
+    assert {name for name in resources if "fp8" in name and "sm_80" in name} == set()
+
+
+def test_no_kernel_spills(resources):
+    assert {name: r for name, r in resources.items() if r["spilled_bytes"]} == {}
+
+
+def test_every_kernel_fits_into_the_shared_memory_of_a_block(resources):
+    too_much = {name: r for name, r in resources.items() if r["shared_bytes"] > r["shared_limit"]}
+    assert too_much == {}
+
+
+def test_every_kernel_loads_16_bytes_at_a_time(resources):
+    assert {name: r for name, r in resources.items() if not r["wide_loads"]} == {}
+
+
+def on_tensor_cores(name: str) -> bool:
+    return "product" in name or "attention" in name
+
+
+def test_products_and_attention_run_on_the_newest_tensor_cores(resources):
+    kernels = {name: r for name, r in resources.items() if on_tensor_cores(name)}
+    assert len(kernels) >= 2 + 2
+    for name, found in kernels.items():
+        newest = {"90": "wgmma", "100": "tcgen05"}.get(name.rpartition("_")[2], "mma")
+        assert newest in found["tensor_cores"], name
+
+
+def test_a_processor_holds_enough_warps_of_every_kernel(resources):
+    # It has 65,536 registers; with fewer than 16 warps nothing hides the loads, except in products
+    # and attention, which load several steps ahead.
+    held = {
+        name: 65536 // (found["registers"] * 32 * found["warps"]) * found["warps"]
+        for name, found in resources.items()
+    }
+    least = {name: 8 if on_tensor_cores(name) else 16 for name in held}
+    assert {name: warps for name, warps in held.items() if warps < least[name]} == {}

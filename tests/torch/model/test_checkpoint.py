@@ -1,0 +1,166 @@
+"""Loading weights: shards, strictness, damage and memory."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.checkpoint import load_dit
+from tests.comparisons import CPU
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def transformer(demo_model: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    folder = tmp_path / "transformer"
+    shutil.copytree(demo_model / "transformer", folder)
+    return folder
+
+
+def shard(folder: Path, parts: int) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    weight_map = {}
+    for part in range(parts):
+        names = sorted(tensors)[part::parts]
+        file = f"diffusion_pytorch_model-{part + 1:05d}-of-{parts:05d}.safetensors"
+        save_file({n: tensors[n] for n in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def load(folder: Path):
+    return load_dit(folder, CPU, torch.float32)
+
+
+def test_shards_load_like_one_file(transformer, demo_model):
+    shard(transformer, 3)
+    whole = load(demo_model / "transformer").state_dict()
+    for name, tensor in load(transformer).state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_every_weight_is_filled_from_its_tensor(demo_model):
+    dit = load(demo_model / "transformer")
+    stored = load_file(demo_model / "transformer" / WEIGHTS)
+    targets = dit.targets()
+    assert targets.keys() == stored.keys()
+    for name, target in targets.items():
+        expected = stored[name].float() + (1 if "norm" in name else 0)
+        assert torch.equal(target.view, expected.view(target.view.shape)), name
+    filled = sum(target.view.numel() for target in targets.values())
+    assert filled == sum(p.numel() for p in dit.parameters())
+
+
+def test_a_missing_tensor_is_named(transformer):
+    change(transformer, lambda t: t.pop("transformer_blocks.2.attn.to_k.weight"))
+    with pytest.raises(CheckpointError, match=r"missing.*transformer_blocks\.2\.attn\.to_k"):
+        load(transformer)
+
+
+def test_an_extra_tensor_is_named(transformer):
+    change(transformer, lambda t: t.update(surprise=torch.zeros(1)))
+    with pytest.raises(CheckpointError, match=r"unexpected.*surprise"):
+        load(transformer)
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(transformer):
+    def edit(tensors):
+        tensors["img_in.weight"] = tensors["img_in.weight"][:, :32].contiguous()
+
+    change(transformer, edit)
+    with pytest.raises(CheckpointError, match=r"img_in\.weight.*\[256, 32\].*\[256, 64\]"):
+        load(transformer)
+
+
+def test_shapes_that_do_not_fit_the_config_are_named(transformer):
+    config = json.loads((transformer / "config.json").read_text())
+    (transformer / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    with pytest.raises(CheckpointError, match=r"ff\.\w+\.weight has shape"):
+        load(transformer)
+
+
+def test_a_truncated_file_is_named(transformer):
+    file = transformer / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load(transformer)
+
+
+def test_a_missing_shard_is_named(transformer):
+    shard(transformer, 3)
+    (transformer / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors is missing"):
+        load(transformer)
+
+
+def test_an_index_cannot_point_out_of_its_folder(transformer):
+    shard(transformer, 2)
+    index_file = transformer / f"{WEIGHTS}.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["img_in.weight"] = "../../secret.safetensors"
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not a plain file name"):
+        load(transformer)
+
+
+def test_an_original_file_of_another_model_is_refused(tmp_path):
+    file = tmp_path / "turbo.safetensors"
+    save_file({"some.weight": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError, match="not a Krea 2 checkpoint"):
+        load(file)
+
+
+_MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from krea2_srt.model.checkpoint import load_dit
+def megabytes(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before = megabytes("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+dit = load_dit(Path(sys.argv[1]), torch.device("cpu"), torch.bfloat16)
+model = sum(p.nbytes for p in dit.parameters()) / 2**20
+print(before, megabytes("VmHWM"), model)
+"""
+
+
+def test_loading_takes_at_most_one_shard_above_the_model(tmp_path):
+    from krea2_srt.model.checkpoint import config_dict, stored_shapes
+    from krea2_srt.model.config import Krea2Config
+
+    config = Krea2Config(
+        num_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=4096,
+        text_hidden_dim=128,
+        text_num_attention_heads=1,
+        text_num_key_value_heads=1,
+        text_intermediate_size=256,
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config_dict(config)))
+    tensors = {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in stored_shapes(config).items()}
+    save_file(tensors, tmp_path / WEIGHTS)
+    shard(tmp_path, 4)
+    largest_shard = max(f.stat().st_size for f in tmp_path.glob("*.safetensors")) / 2**20
+    output = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(tmp_path)], capture_output=True, text=True, check=True
+    ).stdout
+    before, peak, model = map(float, output.split())
+    assert model > 250, "too small to tell a second copy from noise"
+    assert peak - before <= model + largest_shard + 40
