@@ -1,5 +1,8 @@
 # Every target does its own set-up: a fresh machine needs only Python 3.11 or 3.12, pip and make.
 PYTHON ?= python3
+# Bytecode is written whatever an image or a CI machine has set: without it every process compiles
+# thousands of modules of SGLang's and torch's anew, half a minute each time.
+unexport PYTHONDONTWRITEBYTECODE
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -23,7 +26,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray simulate drills clean
+.PHONY: install serve generate test test-unit test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray simulate drills clean
 
 install: $(STAMP)
 
@@ -57,8 +60,13 @@ generate: $(STAMP)
 	$(BIN)/sglang generate --model-path "$$MODEL" --prompt "$$PROMPT" --num-inference-steps $(STEPS) \
 	  --height $(HEIGHT) --width $(WIDTH) --save-output --output-path "$$OUTPUT"
 
+# As many at a time as there are cores; each holds some 2 GB.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+# What needs neither torch nor a server; less than a minute.
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

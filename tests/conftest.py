@@ -20,6 +20,27 @@ if TYPE_CHECKING:
 
 # Nothing in the tests may reach for the network, whatever a library would like to look up.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Two tests at a time on two cores: threads that spin take the core from what they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Every process would compile SGLang's and torch's thousands of modules anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
+"""As they start: the longest first, so that no core waits in the end."""
+
+ENGINE_FIXTURES = {"server", "real_server", "sglang_generate", "cluster"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files are what pytest-xdist hands out; all that shares the real engine is one piece."""
+    root = Path(__file__).parent
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            shared = ENGINE_FIXTURES & set(getattr(item, "fixturenames", ()))
+            group = "engine" if shared else str(item.path.relative_to(root))
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: TIERS.index(item.path.relative_to(root).parts[0]))
 
 
 @pytest.fixture(scope="session")
