@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.model_hub import BESIDE, REPO, ModelHub, contents
 
@@ -25,8 +26,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Every process would compile SGLang's and torch's thousands of modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+pytest_plugins = ["tests.browser"]
+
 TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
 """As they start: the longest first, so that no core waits in the end."""
+
+PROFILES = {"dev": 40, "ci": 150, "nightly": 3000}
+"""Examples of a property. HYPOTHESIS_PROFILE names one; CI runs more of them than a developer."""
+
+for _name, _examples in PROFILES.items():
+    settings.register_profile(_name, max_examples=_examples, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 ENGINE_FIXTURES = {"server", "real_server", "sglang_generate", "cluster"}
 
@@ -112,20 +122,6 @@ def runner(demo_model: Path) -> "Krea2Runner":
 
     checkpoint = Krea2Checkpoint.from_folder(demo_model)
     return Krea2Runner.load(checkpoint, torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture(scope="session")
-def real_server(trained_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    """krea2-serve with the real engine and the trained demo, in float32; a `Served`."""
-    from tests.server.serving import serve
-
-    precisions = ("dit-precision", "vae-precision", "text-encoder-precisions")
-    float32 = " ".join(f"--{name} fp32" for name in precisions)
-    flags = ["--model-path", str(trained_model), f"--sglang-args={float32}"]
-    # On a busy machine everything is estimated to take long; refusals have tests of their own.
-    flags += ["--engine.max-queue-s", "2000", "--engine.turn-log", "turns.jsonl"]
-    with serve(tmp_path_factory.mktemp("real-server"), *flags, timeout_s=300) as running:
-        yield running
 
 
 def clone_checkpoint(source: Path, target: Path, **index: object) -> None:

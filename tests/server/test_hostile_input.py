@@ -313,8 +313,6 @@ FIELDS = {name: st.none() for name in ImageGenerationRequest.model_fields} | {
 
 
 @settings(
-    max_examples=150,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(

@@ -8,7 +8,7 @@ from weakref import ref
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.engine.cost import roofline
@@ -423,7 +423,6 @@ def test_padding_costs_less_than_three_percent_of_any_step():
             assert key.tokens < tokens * (1 + MAX_PADDING)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=70))
 def test_a_key_holds_its_pack(lengths):
     key = Buckets(5000, 64).key(lengths)

@@ -24,11 +24,9 @@ from krea2_srt.errors import DrainingError, QueueFullError
 from tests.unit.engine.fakes import H200, Harness, image
 
 QUICK = settings(
-    max_examples=150,
     stateful_step_count=40,
     derandomize=True,
     database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 LONG = settings(QUICK, max_examples=3000, stateful_step_count=150, derandomize=False)

@@ -87,7 +87,7 @@ def is_there(folder, name, expires):
 
 
 TestFolder = FolderMachine.TestCase
-TestFolder.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestFolder.settings = settings(stateful_step_count=30)
 
 
 def test_images_that_expire_together_go_in_the_order_of_writing(tmp_path):
