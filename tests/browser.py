@@ -1,11 +1,19 @@
-"""Chromium, for the tests that look at pages."""
+"""Chromium, and the playground open in it; `playground_url` says where, in each tier."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from playwright.sync_api import Browser, sync_playwright
+import pytest
 
 from tests.programs import required
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page
+
+TIMEOUT_MS = 60_000
 
 ARGUMENTS = [
     "--headless",
@@ -20,14 +28,80 @@ ARGUMENTS = [
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium() -> "Iterator[Browser]":
     """A running Chromium; without one the test is skipped, and fails in CI.
 
     Playwright runs a loop in this thread while it is open, beside which there can be no other: not
     for a whole session.
     """
+    from playwright.sync_api import sync_playwright
+
     path = required("chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+# Not of the session: Playwright runs a loop in this thread, beside which there can be no other.
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def context_options() -> dict:
+    """Of the browser's context; a test module or a parametrization changes them."""
+    return {}
+
+
+@pytest.fixture
+def expected_errors() -> list[str]:
+    """Parts of what the browser may say on its console, where a test provokes it."""
+    return []
+
+
+@pytest.fixture
+def problems() -> list[str]:
+    """What the browser said that it should not have said, breaches of the CSP included."""
+    return []
+
+
+@pytest.fixture
+def blank_page(
+    browser: "Browser", context_options: dict, expected_errors: list[str], problems: list[str]
+) -> "Iterator[Page]":
+    """A page of its own; in the end there must be no problems."""
+
+    def listen(message: "ConsoleMessage") -> None:
+        is_expected = any(text in message.text for text in expected_errors)
+        if message.type in ("error", "warning") and not is_expected:
+            problems.append(message.text)
+
+    with browser.new_context(**context_options) as context:
+        context.set_default_timeout(TIMEOUT_MS)
+        page = context.new_page()
+        page.on("console", listen)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        yield page
+    assert problems == []
+
+
+@pytest.fixture
+def page(blank_page: "Page", playground_url: str) -> "Page":
+    """The playground, ready to draw."""
+    blank_page.goto(playground_url)
+    blank_page.locator("#server[data-state=ready]").wait_for()
+    return blank_page
+
+
+@pytest.fixture(scope="session")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for screenshots."""
+    folder = os.environ.get("KREA2_TEST_ARTEFACTS")
+    if not folder:
+        return tmp_path_factory.mktemp("playground")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    return path

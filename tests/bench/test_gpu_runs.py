@@ -61,7 +61,10 @@ CRASHES: dict[str, Callable] = {
 }
 
 
-def test_each_part_in_turn_crashes_and_all_others_are_measured(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "crashing", [list(PARTS)[::4], pytest.param(list(PARTS), marks=pytest.mark.slow)]
+)
+def test_each_part_in_turn_crashes_and_all_others_are_measured(tmp_path, monkeypatch, crashing):
     monkeypatch.setattr(run, "TRIAL_PATIENCE", 0.02)
     monkeypatch.setattr(run, "sources", lambda: {"commit": None, "hash": "0"})
     monkeypatch.setattr(record.os, "fsync", lambda file: None)
@@ -70,7 +73,7 @@ def test_each_part_in_turn_crashes_and_all_others_are_measured(tmp_path, monkeyp
         group = "kernels" if part.first_call else "packs"
         quick = replace(part, run=stand_in(name), group=group, seconds=0)
         monkeypatch.setitem(PARTS, name, quick)
-    for name, crash in zip(list(PARTS), cycle(CRASHES.values()), strict=False):
+    for name, crash in zip(crashing, cycle(CRASHES.values()), strict=False):
         with monkeypatch.context() as patch:
             patch.setitem(PARTS, name, replace(PARTS[name], run=crash))
             assert main(tmp_path / name) == 1

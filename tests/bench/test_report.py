@@ -22,7 +22,7 @@ from benchmarks.load.summary import Slo, summarise
 from benchmarks.plotting import SERIES, WORK
 from benchmarks.report.data import ReportError, Turns, read_study
 from benchmarks.report.floor import Ceilings, shares
-from tests.server.playground.browser import chromium
+from tests.browser import chromium
 
 BEGAN = 1000.0
 RUN = {

@@ -12,6 +12,8 @@ from tests.channel import endpoints, statistics, wait_until
 from tests.engine_real.conftest import serve
 from tests.engine_real.test_sglang_serve import alone, assert_same
 
+pytestmark = pytest.mark.slow
+
 LARGE = {"prompt": "x", "size": "1024x1024", "seed": 3}
 SMALL = {"prompt": "x", "size": "64x64", "num_inference_steps": 2, "seed": 3}
 

@@ -1,4 +1,4 @@
-"""The real engine: one server for all tests, started once."""
+"""The real engine, started once for all tests: `sglang serve`, and krea2-serve on its scheduler."""
 
 import base64
 import contextlib
@@ -15,21 +15,28 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
+from tests.channel import endpoints
+from tests.server.serving import Served
+from tests.server.serving import serve as krea2_serve
+
+if TYPE_CHECKING:
+    from krea2_srt.runner.model_runner import Krea2Runner
 
 SGLANG = Path(sys.executable).parent / "sglang"
 START_TIMEOUT_S = 300
 
 
-def environment(switch: str) -> dict[str, str]:
+def environment(switch: str, **more: str) -> dict[str, str]:
     # On a busy machine everything is estimated to take long; refusals have a test of their own.
     ours = {"KREA2_SRT": switch, "KREA2_SRT_MAX_QUEUE_S": "2000", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **ours}
+    return {**os.environ, **ours, **more}
 
 
 def free_port() -> int:
@@ -74,7 +81,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
+def serve(model: Path, folder: Path, *flags: str, **variables: str) -> Iterator[Server]:
     """`sglang serve` with our runner in float32. It must end with exit code 0."""
     port = free_port()
     command = [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
@@ -84,7 +91,11 @@ def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
     with (
         log_file.open("wb") as log,
         subprocess.Popen(
-            command, cwd=folder, env=environment("on"), stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=folder,
+            env=environment("on", **variables),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         ) as process,
     ):
         running = Server(port, log_file, process)
@@ -102,10 +113,40 @@ def serve(model: Path, folder: Path, *flags: str) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def server(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server that most tests share."""
-    with serve(demo_model, tmp_path_factory.mktemp("serve")) as running:
+def turn_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine writes what it did."""
+    return tmp_path_factory.mktemp("turns") / "turns.jsonl"
+
+
+@pytest.fixture(scope="session")
+def server(
+    trained_model: Path, turn_log: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """SGLang's own HTTP server, with the engine that all tests share."""
+    folder = tmp_path_factory.mktemp("serve")
+    with serve(trained_model, folder, KREA2_SRT_TURN_LOG=str(turn_log)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def real_server(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """krea2-serve on the engine of `server`."""
+    (endpoint,) = endpoints(server.log)
+    folder = tmp_path_factory.mktemp("real-server")
+    with krea2_serve(folder, "--engine-endpoints", endpoint) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def runner(trained_model: Path) -> "Krea2Runner":
+    """The engine's model, in this process."""
+    import torch
+
+    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.runner.model_runner import Krea2Runner
+
+    checkpoint = Krea2Checkpoint.from_folder(trained_model)
+    return Krea2Runner.load(checkpoint, torch.device("cpu"), torch.float32)
 
 
 def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
@@ -122,17 +163,17 @@ def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_req(demo_model: Path):
+def make_req(trained_model: Path):
     """Build a request the way SGLang's entry points do."""
     from sglang.multimodal_gen.configs.sample.sampling_params import SamplingParams
     from sglang.multimodal_gen.runtime.entrypoints.utils import prepare_request
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
-    server_args = ServerArgs.from_kwargs(model_path=str(demo_model))
+    server_args = ServerArgs.from_kwargs(model_path=str(trained_model))
 
     def make(**fields):
         params = SamplingParams.from_user_sampling_params_args(
-            str(demo_model), server_args=server_args, **{"prompt": "x", **fields}
+            str(trained_model), server_args=server_args, **{"prompt": "x", **fields}
         )
         return prepare_request(server_args=server_args, sampling_params=params)
 

@@ -11,10 +11,11 @@ from benchmarks.load.outcome import DONE, Outcome
 from benchmarks.report.data import read_study
 
 
-def test_a_load_test_finds_all_its_work_in_the_turn_log(real_server, tmp_path, monkeypatch):
+def test_a_load_test_finds_all_its_work_in_the_turn_log(
+    real_server, turn_log, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    log = real_server.log_file.parent / "turns.jsonl"
-    before = len(log.read_bytes().splitlines())
+    before = len(turn_log.read_bytes().splitlines())
     mix = "64x64:steps=3:weight=2,128x64:steps=2:n=2"
     flags = ["--url", real_server.url, "--mix", mix, "--rate=inf", "--requests=9"]
     with pytest.raises(SystemExit) as ended:
@@ -25,7 +26,7 @@ def test_a_load_test_finds_all_its_work_in_the_turn_log(real_server, tmp_path, m
     ]
     assert [o.outcome for o in outcomes] == [DONE] * 9
 
-    entries = [json.loads(line) for line in log.read_bytes().splitlines()[before:]]
+    entries = [json.loads(line) for line in turn_log.read_bytes().splitlines()[before:]]
     steps: defaultdict[str, int] = defaultdict(int)
     sharing = 0
     for entry in entries:
@@ -40,7 +41,7 @@ def test_a_load_test_finds_all_its_work_in_the_turn_log(real_server, tmp_path, m
         assert sum(outcome.stage_ms.values()) / 1e3 <= outcome.latency_s
     assert sharing > 1
 
-    Path("krea2-bench-load.turns.jsonl").write_bytes(log.read_bytes())
+    Path("krea2-bench-load.turns.jsonl").write_bytes(turn_log.read_bytes())
     study = read_study(Path("krea2-bench-load"))
     header = study.turns["server"].header
     assert header["flops_per_token"] > 0

@@ -67,6 +67,7 @@ def plain_wishes(count: int) -> list[Wish]:
     return Random(8).sample(every, count)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_get_what_they_ask_for(real_server):
     """200 that training has never seen the like of: lone shapes, several, places, styles."""
     asked = draw_captions(200, Random(2026), held_out=True)
@@ -75,9 +76,10 @@ def test_held_out_prompts_get_what_they_ask_for(real_server):
     assert score.reaches(Score(colour=0.95, shape=0.85, background=0.95)), score
 
 
-def test_nobody_gets_anothers_picture(real_server):
-    """64 at once, sizes and steps mixed, every fourth hangs up: each answer is its own prompt's."""
-    wishes = plain_wishes(64)
+@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_nobody_gets_anothers_picture(real_server, count):
+    """All at once, sizes and steps mixed, every fourth hangs up: each gets its own prompt's."""
+    wishes = plain_wishes(count)
     asked = [
         (
             caption(wish, Random(number)),
@@ -88,9 +90,9 @@ def test_nobody_gets_anothers_picture(real_server):
         for number, wish in enumerate(wishes)
     ]
     client = real_server.client()
-    stay = [number for number in range(64) if number % 4]
+    stay = [number for number in range(count) if number % 4]
     cancelled = real_server.metric("krea2_requests_total", outcome="cancelled")
-    with ThreadPoolExecutor(64) as pool:
+    with ThreadPoolExecutor(count) as pool:
         answers, gone = {}, []
         for number, its in enumerate(asked):
             if number in stay:
@@ -160,9 +162,10 @@ def test_the_text_wins_over_the_seed(real_server, wish):
         assert (one != other).any()
 
 
-def test_previews_at_half_the_steps_have_the_right_colours(real_server):
+@pytest.mark.parametrize("count", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_previews_at_half_the_steps_have_the_right_colours(real_server, count):
     """The background, which is most of the picture, and the shape's."""
-    client, wishes = real_server.client(), plain_wishes(40)
+    client, wishes = real_server.client(), plain_wishes(count)
 
     def preview(number: int) -> np.ndarray:
         stream = client.images.generate(
