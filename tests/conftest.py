@@ -38,28 +38,25 @@ for _name, _examples in PROFILES.items():
     settings.register_profile(_name, max_examples=_examples, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
-ENGINE_FIXTURES = {"server", "real_server", "sglang_generate", "cluster"}
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files are what pytest-xdist hands out; all that shares the real engine is one piece."""
+    """Files are what pytest-xdist hands out; all that needs SGLang is one piece, for one engine."""
     root = Path(__file__).parent
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            shared = ENGINE_FIXTURES & set(getattr(item, "fixturenames", ()))
-            group = "engine" if shared else str(item.path.relative_to(root))
-            item.add_marker(pytest.mark.xdist_group(group))
+        file = item.path.relative_to(root)
+        needs_sglang = file.parts[0] in ("engine_real", "e2e")
+        item.add_marker(pytest.mark.xdist_group("engine" if needs_sglang else str(file)))
     items.sort(key=lambda item: TIERS.index(item.path.relative_to(root).parts[0]))
 
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, random, Turbo. Its name holds "krea-2", which SGLang goes by."""
-    folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
     from krea2_srt.demo.checkpoint import write_demo_checkpoint
     from krea2_srt.demo.random_weights import RandomWeights
 
+    folder = tmp_path_factory.mktemp("models") / "krea-2-demo"
     write_demo_checkpoint(folder, RandomWeights())
     return folder
 
@@ -67,10 +64,10 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo checkpoint, trained: it draws what it is asked for."""
-    folder = tmp_path_factory.mktemp("trained") / "krea-2-demo"
     from krea2_srt.demo.checkpoint import write_demo_checkpoint
     from krea2_srt.demo.trained_weights import TrainedWeights
 
+    folder = tmp_path_factory.mktemp("trained") / "krea-2-demo"
     write_demo_checkpoint(folder, TrainedWeights())
     return folder
 

@@ -152,7 +152,8 @@ def test_a_deadline_that_passes_is_told(real_server):
 
 
 def test_hang_ups_leave_nothing_behind(real_server):
-    body = {"prompt": "x", "size": "512x512", "num_inference_steps": 100, "n": 4}
+    # Not more: beside a busy neighbour the engine estimates ten times as long, and has its limit.
+    body = {"prompt": "x", "size": "512x512", "num_inference_steps": 100}
 
     sockets = []
     for number in range(30):
