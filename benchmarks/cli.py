@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, one_line_errors
 
 COMMAND = "krea2-bench"
@@ -12,6 +13,7 @@ SUBCOMMANDS = ("load", "compare", "report", "micro", "quality")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    write_bytecode()
     parser = OneLineParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
     for name in SUBCOMMANDS:

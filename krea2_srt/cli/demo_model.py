@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, one_line_errors
 
 
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    write_bytecode()
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.seed is not None and not args.random:

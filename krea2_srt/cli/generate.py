@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, one_line_errors
 from krea2_srt.engine.request import (
     MU_RANGE,
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    write_bytecode()
     parser = build_parser()
     args = parser.parse_args(argv)
     with one_line_errors(COMMAND):
