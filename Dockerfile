@@ -34,7 +34,6 @@ WORKDIR /cache
 ENV PATH=/opt/krea2/bin:${PATH} \
     HOME=/cache \
     HF_HOME=/cache/huggingface \
-    PYTHONDONTWRITEBYTECODE=1 \
     KREA2_SERVE_MODEL_PATH=${MODEL} \
     KREA2_SERVE_HOST=0.0.0.0 \
     KREA2_SERVE_LOG_FORMAT=json

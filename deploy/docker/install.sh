@@ -28,11 +28,13 @@ case $target in
     uv pip freeze --system | grep -E '^[A-Za-z0-9._-]+==' | grep -vE "^($overridden)==" > "$work/kept"
     uv pip install --system --break-system-packages --no-cache \
       --override "$work/overrides" --constraint "$work/kept" "$wheel[ray,s3]"
+    python=python3
     ;;
   cpu)
     python3 -m venv /opt/krea2
-    /opt/krea2/bin/python -m pip install --no-cache-dir --quiet uv
-    /opt/krea2/bin/uv pip install --python /opt/krea2/bin/python --no-cache --quiet \
+    python=/opt/krea2/bin/python
+    "$python" -m pip install --no-cache-dir --quiet uv
+    /opt/krea2/bin/uv pip install --python "$python" --no-cache --quiet \
       --override "$work/overrides" --constraint "$source/requirements.lock" "$wheel[ray,s3]"
     /opt/krea2/bin/krea2-demo-model /opt/krea-2-demo
     ;;
@@ -41,3 +43,5 @@ case $target in
     exit 2
     ;;
 esac
+
+"$python" "$source/deploy/docker/compile.py"

@@ -36,7 +36,7 @@ mount -o remount,bind,ro "$root"
 mount -t tmpfs -o uid=10001 tmpfs "$root/cache"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 "${enter[@]}" setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --bounding-set=-all \
-  env HF_HOME=/cache/huggingface PYTHONDONTWRITEBYTECODE=1 \
+  env HF_HOME=/cache/huggingface \
   krea2-serve --model-path /opt/krea-2-demo --host 127.0.0.1 --port $port > "$root.log" 2>&1 &
 server=$!
 for _ in $(seq 300); do

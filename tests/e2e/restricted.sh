@@ -25,4 +25,4 @@ mount -o remount,bind,ro /
 cd /srv/cache
 exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs \
   --bounding-set=-all --inh-caps=-all \
-  env HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp PYTHONDONTWRITEBYTECODE=1 "$@"
+  env HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp "$@"

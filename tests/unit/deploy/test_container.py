@@ -1,5 +1,6 @@
 """The image, as far as it can be tested without an engine that builds it."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[3]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 INSTALL = ROOT / "deploy" / "docker" / "install.sh"
+COMPILE = ROOT / "deploy" / "docker" / "compile.py"
 
 
 def test_hadolint_finds_nothing():
@@ -66,3 +68,39 @@ def test_the_install_script_is_sound():
     )
     assert result.returncode == 2
     assert "tpu: must be gpu or cpu" in result.stderr
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """The script that compiles, here into __pycache__, as in an image."""
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    spec = importlib.util.spec_from_file_location("krea2_compiler", COMPILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_it_carries_the_bytecode_of_all_that_can_be_imported(compiler, tmp_path, monkeypatch):
+    site, package = tmp_path / "site", tmp_path / "site" / "carried"
+    for folder in (package, package / "deep", package / "tests"):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (site / "template.py").write_text("{{ this is no Python }}")
+    compiler.compile_all([str(tmp_path / "python311.zip"), str(site)])
+    assert {file.parents[1] for file in site.rglob("*.pyc")} == {package, package / "deep"}
+    # Python takes it for the sources', and the script for what it says.
+    monkeypatch.syspath_prepend(site)
+    assert compiler.without_bytecode(["carried", "carried.deep"]) == []
+    missing = ["carried.tests", "template", "nowhere"]
+    assert compiler.without_bytecode(missing) == missing
+    assert compiler.folder_of("carried") == [str(package)]
+    assert compiler.folder_of("nowhere") == []
+
+
+def test_both_images_are_compiled_at_the_end_and_none_says_that_there_be_no_bytecode():
+    script = INSTALL.read_text()
+    assert script.endswith('esac\n\n"$python" "$source/deploy/docker/compile.py"\n')
+    for target in ("gpu", "cpu"):
+        (steps,) = re.findall(rf"^  {target}\)$(.+?)^    ;;$", script, re.M | re.S)
+        assert re.search(r"^    python=\S+$", steps, re.M)
+    assert "PYTHONDONTWRITEBYTECODE" not in DOCKERFILE
