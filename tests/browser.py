@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.channel import PATIENCE_S
 from tests.programs import required
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, ConsoleMessage, Page
-
-TIMEOUT_MS = 60_000
 
 ARGUMENTS = [
     "--headless",
@@ -34,9 +33,10 @@ def chromium() -> "Iterator[Browser]":
     Playwright runs a loop in this thread while it is open, beside which there can be no other: not
     for a whole session.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     path = required("chromium")
+    expect.set_options(timeout=PATIENCE_S * 1e3)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
@@ -80,7 +80,7 @@ def blank_page(
             problems.append(message.text)
 
     with browser.new_context(**context_options) as context:
-        context.set_default_timeout(TIMEOUT_MS)
+        context.set_default_timeout(PATIENCE_S * 1e3)
         page = context.new_page()
         page.on("console", listen)
         page.on("pageerror", lambda error: problems.append(str(error)))

@@ -6,6 +6,9 @@ import time
 
 import zmq
 
+PATIENCE_S = 120.0
+"""A wait this long is in vain, however busy the machine is."""
+
 
 def endpoints(log: str) -> list[str]:
     """Where the replicas of a server listen, by its log."""
@@ -24,12 +27,12 @@ class Channel:
         # SGLang's client sends a request as a list of one.
         self._socket.send_multipart([b"", pickle.dumps(message)])
 
-    def receive(self, timeout_s: float = 60.0):
+    def receive(self, timeout_s: float = PATIENCE_S):
         if not self._socket.poll(timeout_s * 1e3):
             raise TimeoutError("no answer")
         return pickle.loads(self._socket.recv_multipart()[-1])
 
-    def ask(self, message: object, timeout_s: float = 60.0):
+    def ask(self, message: object, timeout_s: float = PATIENCE_S):
         self.send(message)
         return self.receive(timeout_s)
 
@@ -51,7 +54,7 @@ def statistics(endpoint: str) -> dict:
         return channel.ask(GetStatistics()).output
 
 
-def wait_until(condition, timeout_s: float = 30.0):
+def wait_until(condition, timeout_s: float = PATIENCE_S):
     """Ask until an answer is true; returns it."""
     deadline = time.monotonic() + timeout_s
     while not (answer := condition()):

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tests.channel import wait_until
+from tests.channel import PATIENCE_S, wait_until
 from tests.engine_real.test_krea2_serve import in_engine, long_stream
 from tests.server.serving import Served, serve
 
@@ -18,7 +18,7 @@ from tests.server.serving import Served, serve
 @pytest.fixture
 def real_server(trained_model, tmp_path) -> Iterator[Served]:
     flags = ["--model-path", str(trained_model), "--engine.max-queue-s", "2000"]
-    with serve(tmp_path, *flags, timeout_s=300) as running:
+    with serve(tmp_path, *flags, timeout_s=600) as running:
         yield running
 
 
@@ -35,7 +35,7 @@ def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(rea
     with pytest.raises(openai.APIError) as caught:
         list(stream)
     assert caught.value.code == "engine_unavailable"
-    plain.join(10)
+    plain.join(PATIENCE_S)
     assert answers[0].status_code == 503
     assert answers[0].headers["x-should-retry"] == "true"
 
@@ -46,7 +46,7 @@ def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(rea
     assert refused.json()["error"]["code"] == "engine_unavailable"
     assert float(refused.headers["retry-after"]) > 0
 
-    wait_until(lambda: real_server.get("/ready").status_code == 200, 200)
+    wait_until(lambda: real_server.get("/ready").status_code == 200, 600)
     real_server.client().images.generate(prompt="after", size="64x64")
 
 

@@ -32,7 +32,7 @@ def test_the_official_client_draws_streams_and_cancels(cluster: Cluster):
     stream = client.images.generate(prompt="x", size="1024x1024", stream=True, partial_images=1)
     wait_until(lambda: cluster.ray.queue["running"])
     stream.response.close()
-    wait_until(lambda: not cluster.ray.queue["running"], 10)
+    wait_until(lambda: not cluster.ray.queue["running"])
     assert ended_by_server(cluster.url)["cancelled"] == 1
 
 
@@ -40,15 +40,15 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)
     load = Load(cluster.url, clients=9, sizes=("256x256", "512x512"))
     with load.running():
-        wait_until(lambda: load.counts()[DONE] > 10, 60)
-        steady = load.rate(8)
+        wait_until(lambda: load.counts()[DONE] > 10)
         victim = cluster.ray.engine_processes()[0]
         engine = psutil.Process(victim).children()[0]
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: cluster.ray.queue["replicas"] == 2, 30)
-        wait_until(lambda: not engine.is_running(), 10)
+        wait_until(lambda: cluster.ray.queue["replicas"] == 2)
+        wait_until(lambda: not engine.is_running())
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
-        assert load.rate(8) > 0.5 * steady
+        before = load.counts()[DONE]
+        wait_until(lambda: load.counts()[DONE] > before + 10)
     assert set(load.counts()) == {DONE}, load.counts()
 
 
@@ -57,9 +57,9 @@ def test_a_killed_engine_is_drawn_around_until_its_replica_has_started_it_again(
     replicas = cluster.ray.engine_processes()
     load = Load(cluster.url, clients=6, sizes=("256x256",))
     with load.running():
-        wait_until(lambda: load.counts()[DONE] > 5, 60)
+        wait_until(lambda: load.counts()[DONE] > 5)
         psutil.Process(replicas[0]).children()[0].kill()
-        wait_until(lambda: cluster.ray.queue["replicas_ready"] == 2, 30)
+        wait_until(lambda: cluster.ray.queue["replicas_ready"] == 2)
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
     assert set(load.counts()) == {DONE}, load.counts()
     assert sorted(cluster.ray.engine_processes()) == sorted(replicas)
@@ -87,7 +87,7 @@ def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster
     before = set(cluster.ray.engine_processes())
     load = Load(cluster.url, clients=4, sizes=("64x64", "256x256"))
     with load.running():
-        wait_until(lambda: load.counts()[DONE] > 5, 60)
+        wait_until(lambda: load.counts()[DONE] > 5)
         cluster.ray.deploy({"max_n": 3}, min_replicas=2, max_replicas=2)
         wait_until(lambda: not before & set(cluster.ray.engine_processes()), START_S)
         cluster.ray.wait_until_ready(2)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from krea2_srt.runner.model_runner import Krea2Runner
 
 SGLANG = Path(sys.executable).parent / "sglang"
-START_TIMEOUT_S = 300
+START_TIMEOUT_S = 600
 
 
 def environment(switch: str, **more: str) -> dict[str, str]:
@@ -105,7 +105,7 @@ def serve(model: Path, folder: Path, *flags: str, **variables: str) -> Iterator[
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(60)
+                process.wait(180)
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise

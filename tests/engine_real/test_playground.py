@@ -50,7 +50,7 @@ def test_the_python_that_it_copies_draws_the_same_picture(page: Page, tmp_path):
     page.locator("#prompt").fill('a "red" fox')
     page.locator("#copy-python").click()
     program = page.evaluate("navigator.clipboard.readText()")
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=300)
     page.locator("#draw").click()
     expect(finished(page)).to_have_count(1)
     with page.expect_download() as download:

@@ -123,7 +123,7 @@ def prometheus(real_server, tmp_path_factory):
             yield url
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(120)
 
 
 @pytest.mark.parametrize("expression", QUERIES)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import httpx
 from openai import OpenAI
 
 SERVE = Path(sys.executable).parent / "krea2-serve"
-END_TIMEOUT_S = 60
+END_TIMEOUT_S = 120
 
 # In a log of text, or of JSON.
 _READY = re.compile(r"(?:INFO |\"message\": \")ready: .* at (http://[^\s;\"]+)")
@@ -38,7 +39,7 @@ class Api:
         return OpenAI(base_url=f"{self.url}/v1", **values)
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return httpx.get(self.url + path, timeout=300, **options)
 
     def post(self, headers: Mapping[str, str] | None = None, **fields: object) -> httpx.Response:
         """POST /v1/images/generations."""
@@ -78,12 +79,19 @@ class Served(Api):
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
+    def refuses_connections(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port)).close()
+        except ConnectionError:
+            return True
+        return False
+
 
 @contextlib.contextmanager
 def serve(
     folder: Path,
     *flags: str,
-    timeout_s: float = 60,
+    timeout_s: float = 180,
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
 ) -> Iterator[Served]:

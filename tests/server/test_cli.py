@@ -6,15 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 
 import openai
 import pytest
 import zmq
 
 from benchmarks.fake_engine import FakeEngine
-from tests.channel import wait_until
-from tests.server.serving import SERVE, serve
+from tests.channel import PATIENCE_S, wait_until
+from tests.server.serving import END_TIMEOUT_S, SERVE, serve
 
 KEY = "sk-command-line-0123456789"
 
@@ -25,7 +24,7 @@ def failure(*flags: str, **environment: str) -> str:
         [SERVE, "--port", "0", "--storage", "none", *flags],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env={**os.environ, **environment},
     )
     assert result.returncode == 2, result.stderr
@@ -53,13 +52,11 @@ def test_the_curl_line_that_it_prints_works(shared_engine, engine, tmp_path):
         )
 
 
-def test_a_port_that_is_taken_is_told_at_once():
+def test_a_port_that_is_taken_is_told_before_anything_is_started():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        started = time.monotonic()
         said = failure("--port", str(port))
         assert f"127.0.0.1:{port} cannot be listened on: Address already in use" in said
-        assert time.monotonic() - started < 20
 
 
 def test_a_host_that_is_not_here_is_told():
@@ -125,24 +122,23 @@ def test_an_engine_elsewhere_may_die_before_its_first_word(tmp_path):
         port = router.bind_to_random_port("tcp://127.0.0.1")
         endpoint = f"tcp://127.0.0.1:{port}"
         with serve(tmp_path, "--engine-endpoints", endpoint, ready=False) as server:
-            assert router.poll(10_000)
+            assert router.poll(PATIENCE_S * 1e3)
             router.recv_multipart()
             context.destroy(0)  # waits until the port is free again
             with FakeEngine(port=port):
-                wait_until(lambda: server.get("/ready").status_code == 200, 15)
+                wait_until(lambda: server.get("/ready").status_code == 200)
 
 
 def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):
-    """Listening, and never a word."""
+    """Listening, and never a word; and no word is waited for in the end."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        with serve(tmp_path, "--engine-endpoints", endpoint, ready=False) as server:
+        flags = ["--engine-endpoints", endpoint, "--drain-timeout-s", "100000"]
+        with serve(tmp_path, *flags, ready=False) as server:
             assert server.get("/health").status_code == 200
             assert server.get("/ready").status_code == 503
-            started = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(10) == 0
-            assert time.monotonic() - started < 5
+            assert server.process.wait(END_TIMEOUT_S) == 0
 
 
 def test_operators_are_answered_when_the_server_is_full(shared_engine, engine, tmp_path):
@@ -159,14 +155,15 @@ def test_operators_are_answered_when_the_server_is_full(shared_engine, engine, t
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_the_server_at_once(shared_engine, engine, tmp_path, number):
-    with serve(tmp_path, "--engine-endpoints", engine.endpoint) as server:
+    flags = ["--engine-endpoints", engine.endpoint, "--drain-timeout-s", "100000"]
+    with serve(tmp_path, *flags) as server:
         engine.hold.set()
         stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
         server.process.send_signal(number)
-        time.sleep(0.3)
+        wait_until(server.refuses_connections)
         assert server.process.poll() is None
         server.process.send_signal(number)
-        assert server.process.wait(10) == 0
+        assert server.process.wait(END_TIMEOUT_S) == 0
         assert "Traceback" not in server.log
         with pytest.raises(openai.APIError, match="shut down"):
             list(stream)

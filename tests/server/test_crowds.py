@@ -8,14 +8,15 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
 import pytest
 
 from benchmarks.fake_engine import FakeEngine
-from tests.channel import wait_until
-from tests.server.serving import Served, serve
+from tests.channel import PATIENCE_S, wait_until
+from tests.server.serving import END_TIMEOUT_S, Served, serve
 from tests.server.test_hostile_input import raw, still_works
 
 CROWD = 1000
@@ -46,7 +47,7 @@ def impatient(shared_engine: FakeEngine, tmp_path_factory):
 
 def connect(server: Served) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port))
-    connection.settimeout(10)
+    connection.settimeout(PATIENCE_S)
     return connection
 
 
@@ -60,7 +61,6 @@ def open_files(server: Served) -> int:
 
 
 def test_headers_that_trickle_in_are_cut_off(impatient, engine):
-    started = time.monotonic()
     connections = [connect(impatient) for _ in range(200)]
     for connection in connections:
         connection.sendall(b"POST /v1/images/generations HTTP/1.1\r\n")
@@ -78,7 +78,6 @@ def test_headers_that_trickle_in_are_cut_off(impatient, engine):
         connection.close()
     assert all(answer.startswith(b"HTTP/1.1 408") for answer in answers)
     assert all(b'"code":"request_timeout"' in answer for answer in answers)
-    assert time.monotonic() - started < 10
 
 
 def test_a_connection_that_says_nothing_is_closed(impatient, engine):
@@ -99,8 +98,8 @@ def test_a_client_that_does_not_read_is_let_go(impatient, engine):
     with connect(impatient) as connection:
         connection.sendall(HEAD + BODY)
         wait_until(lambda: not engine.waiting and engine.requests)
-        wait_until(lambda: "does not take its answer" in impatient.log, 10)
-        wait_until(lambda: open_files(impatient) <= before, 10)
+        wait_until(lambda: "does not take its answer" in impatient.log)
+        wait_until(lambda: open_files(impatient) <= before)
     engine.picture = None
     still_works(impatient)
 
@@ -126,13 +125,11 @@ def test_a_thousand_clients_wait_in_little_memory_and_all_are_served(fake_server
                 writer.close()
 
         tasks = [asyncio.create_task(one()) for _ in range(CROWD)]
-        while engine.waiting < CROWD:
-            await asyncio.sleep(0.05)
+        await asyncio.to_thread(wait_until, lambda: engine.waiting == CROWD)
         # Waiting, they keep nobody from being heard.
-        started = time.monotonic()
         queue = (await asyncio.to_thread(fake_server.get, "/v1/queue")).json()
-        assert time.monotonic() - started < 1
         assert queue["replicas_ready"] == 1
+        assert engine.waiting == CROWD
         assert memory_bytes(fake_server) < 300e6
         engine.hold.clear()
         return await asyncio.gather(*tasks)
@@ -155,7 +152,7 @@ def test_a_storm_of_disconnects_leaves_nothing_behind(fake_server, engine, strea
     wait_until(lambda: engine.waiting == 300)
     for connection in connections:
         connection.close()
-    wait_until(lambda: engine.waiting == 0, 10)
+    wait_until(lambda: engine.waiting == 0)
     assert len(engine.cancelled) == 300
     engine.hold.clear()
     still_works(fake_server)
@@ -173,7 +170,7 @@ def test_clients_that_leave_at_any_moment(fake_server, engine):
             connection.sendall(data[: max(1, len(data) * number // 100)])
             if number > 100:
                 time.sleep((number - 100) / 3000)
-    wait_until(lambda: engine.waiting == 0, 10)
+    wait_until(lambda: engine.waiting == 0)
     engine.step_s = 0.0
     still_works(fake_server)
     assert "Traceback" not in fake_server.log
@@ -212,14 +209,14 @@ def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new(shared_engine,
             thread.start()
         wait_until(lambda: engine.waiting == 2)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: _refuses_connections(server), 5)
+        wait_until(server.refuses_connections)
         assert not answers
         engine.hold.clear()
         for thread in threads:
-            thread.join(10)
+            thread.join(PATIENCE_S)
         assert answers[0].status_code == 200
         assert "event: image_generation.completed" in stream[0]
-        assert server.process.wait(10) == 0
+        assert server.process.wait(END_TIMEOUT_S) == 0
 
 
 def test_what_is_not_done_in_time_is_told_so(shared_engine, engine, tmp_path):
@@ -233,19 +230,11 @@ def test_what_is_not_done_in_time_is_told_so(shared_engine, engine, tmp_path):
         thread.start()
         wait_until(lambda: engine.waiting == 1)
         server.process.send_signal(signal.SIGTERM)
-        thread.join(10)
+        thread.join(PATIENCE_S)
         assert answers[0].status_code == 503
         assert answers[0].headers["x-should-retry"] == "true"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(END_TIMEOUT_S) == 0
         engine.hold.clear()
-
-
-def _refuses_connections(server: Served) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", server.port), timeout=1).close()
-    except ConnectionError:
-        return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -256,7 +245,7 @@ def test_a_client_that_pipelines_and_hangs_up_is_noticed(fake_server, engine, se
     with connect(fake_server) as connection:
         connection.sendall(HEAD.replace(b"connection: close\r\n", b"") + BODY + second)
         wait_until(lambda: engine.waiting == 1)
-    wait_until(lambda: engine.waiting == 0, 5)
+    wait_until(lambda: engine.waiting == 0)
     assert len(engine.cancelled) == 1
     engine.hold.clear()
     still_works(fake_server)
@@ -276,7 +265,7 @@ def test_slow_readers_that_want_to_close_are_let_go(impatient, engine):
         connections.append(connection)
         engine.picture = b"x" * (1_690_000 + size * 12_000)
     wait_until(lambda: not engine.waiting and len(engine.requests) == 10)
-    wait_until(lambda: open_files(impatient) <= before, 15)
+    wait_until(lambda: open_files(impatient) <= before)
     for connection in connections:
         connection.close()
 
@@ -288,22 +277,25 @@ def test_one_client_does_not_keep_the_others_waiting(fake_server, engine):
     engine.picture = b"x" * 12_000_000
     large = json.dumps({"prompt": "x", "size": "64x64", "n": 4}).encode()
     url, headers = f"{fake_server.url}/v1/images/generations", {"content-type": "application/json"}
-    waits: list[float] = []
-    ended = threading.Event()
+    heard: list[int] = []
+    number, ended = 0, threading.Event()
 
     def watch() -> None:
-        with httpx.Client() as client:
+        with httpx.Client(timeout=300) as client:
             while not ended.is_set():
-                started = time.monotonic()
+                asked_during = number
                 client.get(f"{fake_server.url}/health")
-                waits.append(time.monotonic() - started)
-                time.sleep(0.002)
+                if asked_during == number:
+                    heard.append(number)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=300) as client:
         for body, status in ((unknown, 400), (lists, 400), (large, 200)) * 4:
+            number += 1
             assert client.post(url, content=body, headers=headers).status_code == status
     ended.set()
     watcher.join()
-    assert max(waits) < 0.3, max(waits)
+    # While each large answer is made and sent there is time for many others.
+    large_ones = range(3, number + 1, 3)
+    assert all(Counter(heard)[one] >= 10 for one in large_ones), Counter(heard)

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from contextlib import suppress
 
 import httpx
 import openai
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.protocol import ErrorResponse, ImageGenerationRequest, ImagesResponse
+from tests.channel import PATIENCE_S
 from tests.server.serving import serve
 
 JSON = {"content-type": "application/json"}
@@ -29,14 +31,12 @@ def check_error(response: httpx.Response, status: int | None = None) -> dict:
 
 
 def still_works(server) -> None:
-    started = time.monotonic()
     assert server.post(prompt="a normal request", size="64x64").status_code == 200
-    assert time.monotonic() - started < 2
 
 
 def post(server, content: bytes, headers=JSON) -> httpx.Response:
     url = f"{server.url}/v1/images/generations"
-    return httpx.post(url, content=content, headers=headers, timeout=60)
+    return httpx.post(url, content=content, headers=headers, timeout=300)
 
 
 IMPOSSIBLE = [
@@ -182,17 +182,15 @@ def test_wrong_methods(fake_server, engine):
     still_works(fake_server)
 
 
-def raw(server, data: bytes, wait_s: float = 5) -> bytes:
-    """What comes back on a connection of its own, until it is closed or silent."""
+def raw(server, data: bytes) -> bytes:
+    """What comes back on a connection of its own, until the server closes it."""
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.settimeout(wait_s)
+        connection.settimeout(PATIENCE_S)
         received = b""
-        try:
+        with suppress(ConnectionError):
             connection.sendall(data)
             while chunk := connection.recv(65536):
                 received += chunk
-        except OSError:
-            pass
         return received
 
 
@@ -250,17 +248,15 @@ def test_an_answer_before_the_body_is_the_only_one(shared_engine, engine, tmp_pa
         serve(tmp_path, *flags, environment=environment) as server,
         socket.create_connection(("127.0.0.1", server.port)) as connection,
     ):
-        connection.settimeout(5)
+        connection.settimeout(PATIENCE_S)
         connection.sendall(head + b"x" * 100)
         received = connection.recv(65536)
-        try:
+        with suppress(ConnectionError):
             for _ in range(10):
                 connection.sendall(b"x" * 6000)
                 time.sleep(0.05)
             while chunk := connection.recv(65536):
                 received += chunk
-        except OSError:
-            pass
         assert received.count(b"HTTP/1.1") == 1
         assert b"HTTP/1.1 401" in received
         assert b"connection: close" in received
@@ -271,7 +267,7 @@ def test_a_large_request_may_wait_behind_another_on_its_connection(fake_server, 
     small = b'{"prompt": "x", "size": "64x64"}'
     large = json.dumps({"prompt": "x" * 30_000, "size": "64x64"}).encode() + b" " * 30_000
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
-        connection.settimeout(10)
+        connection.settimeout(PATIENCE_S)
         connection.sendall(POST + b"content-length: %d\r\n\r\n" % len(small) + small)
         close = b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(large)
         connection.sendall(POST + close)
@@ -350,7 +346,7 @@ def test_an_offer_of_another_protocol_is_passed_over(fake_server, engine):
     post = POST + offer + b"content-length: %d\r\n\r\n" % len(body)
     last = offer.replace(b"Upgrade,", b"Upgrade, close,")
     with socket.create_connection(("127.0.0.1", fake_server.port)) as connection:
-        connection.settimeout(5)
+        connection.settimeout(PATIENCE_S)
         connection.sendall(post)
         time.sleep(0.1)
         connection.sendall(body + b"GET /health HTTP/1.1\r\nhost: x\r\n" + last + b"\r\n")
@@ -383,7 +379,7 @@ def test_empty_lines_do_not_keep_a_connection_open(shared_engine, engine, tmp_pa
         serve(tmp_path, *flags) as server,
         socket.create_connection(("127.0.0.1", server.port)) as connection,
     ):
-        connection.settimeout(5)
+        connection.settimeout(PATIENCE_S)
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         answer = b""
         while b'{"status":"ok"}' not in answer:

@@ -10,6 +10,7 @@ import pytest
 import zmq
 
 from krea2_srt.sglang.connections import WatchedRouter, events_in_order
+from tests.channel import PATIENCE_S
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def context():
 def router(context):
     socket = context.socket(zmq.ROUTER)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
-    socket.rcvtimeo = 5000
+    socket.rcvtimeo = int(PATIENCE_S * 1e3)
     watched = WatchedRouter(socket)
     watched.address = f"tcp://127.0.0.1:{port}"
     yield watched
@@ -62,12 +63,12 @@ def test_a_closed_client_is_lost_once(context, router):
     staying, leaving = connect(context, router), connect(context, router)
     identities = {router.recv_multipart()[0] for _ in range(2)}
     leaving.close()
-    lost = lost_within(router, 5)
+    lost = lost_within(router, PATIENCE_S)
     assert len(lost) == 1
     assert lost < identities
     assert not lost_within(router, 0.2)
     staying.close()
-    assert lost_within(router, 5) == identities - lost
+    assert lost_within(router, PATIENCE_S) == identities - lost
 
 
 def test_descriptors_are_reused_without_mixing_clients_up(context, router):
@@ -79,7 +80,7 @@ def test_descriptors_are_reused_without_mixing_clients_up(context, router):
         identity = router.recv_multipart()[0]
         assert identity not in router.take_lost()
         client.close()
-        assert lost_within(router, 5) == {identity}
+        assert lost_within(router, PATIENCE_S) == {identity}
     assert staying not in lost_within(router, 0.1)
     stays.close()
 
@@ -94,7 +95,7 @@ def test_busy_cores_do_not_mix_clients_up(router):
                 identity = router.recv_multipart()[0]
                 assert identity not in router.take_lost()
                 client.close()
-                assert lost_within(router, 5, every=0.0005) == {identity}
+                assert lost_within(router, PATIENCE_S, every=0.0005) == {identity}
     finally:
         for process in busy:
             process.kill()
@@ -105,7 +106,7 @@ def test_a_client_gone_before_its_message_was_read_is_lost(context, router):
     connect(context, router).close(1000)
     time.sleep(0.3)
     identity = router.recv_multipart()[0]
-    assert lost_within(router, 5) == {identity}
+    assert lost_within(router, PATIENCE_S) == {identity}
 
 
 def test_nothing_to_read_is_the_sockets_own_answer(router):

@@ -7,9 +7,8 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -19,18 +18,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 
 from krea2_srt.sglang.disconnects import CancelOnDisconnect, add_to_app
+from tests.channel import PATIENCE_S, wait_until
 
-PATIENCE_S = 10
 POST = {"type": "http", "method": "POST"}
 BODY_END = {"type": "http.request", "body": b"", "more_body": False}
 GONE = {"type": "http.disconnect"}
-
-
-def wait_until(condition: Callable[[], bool], what: object) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
 
 
 @dataclass
@@ -41,7 +33,7 @@ class Site:
     counts: Counter = field(default_factory=Counter)
 
     def wait_for(self, **counts: int) -> None:
-        wait_until(lambda: all(self.counts[name] >= n for name, n in counts.items()), self.counts)
+        wait_until(lambda: all(self.counts[name] >= n for name, n in counts.items()))
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
@@ -93,7 +85,7 @@ def make_app(site: Site) -> FastAPI:
     async def polling(request: Request) -> list[bool]:
         await request.body()
         polls = [await request.is_disconnected() for _ in range(3)]
-        await work("polling", 0.2 if request.url.query else 60)
+        await work("polling", 0.2 if request.url.query else 3600)
         return polls
 
     @app.post("/stream")
@@ -139,17 +131,15 @@ def fresh(site: Site) -> None:
 
 
 def test_a_handler_is_cancelled_when_its_client_hangs_up_and_nothing_is_logged(site, caplog):
-    with contextlib.closing(site.start("POST", "/slow", {"seconds": 60})):
+    with contextlib.closing(site.start("POST", "/slow", {"seconds": 3600})):
         site.wait_for(slow_started=1)
-    hung_up = time.monotonic()
     site.wait_for(slow_cancelled=1)
-    assert time.monotonic() - hung_up < 2
     assert site.ask("POST", "/length", None) == 4
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
 
 
 def test_of_several_only_the_abandoned_are_cancelled(site):
-    abandoned = [site.start("POST", "/slow", {"seconds": 60}) for _ in range(4)]
+    abandoned = [site.start("POST", "/slow", {"seconds": 3600}) for _ in range(4)]
     patient = [site.start("POST", "/slow", {"seconds": 1, "i": i}) for i in range(4)]
     site.wait_for(slow_started=8)
     for connection in abandoned:
@@ -175,7 +165,7 @@ def test_a_connection_is_kept_for_the_next_request(site):
         for i in range(5):
             connection.request("POST", "/slow", json.dumps({"seconds": 0, "i": i}), headers)
             assert json.load(connection.getresponse())["i"] == i
-        connection.request("POST", "/slow", '{"seconds": 60}', headers)
+        connection.request("POST", "/slow", '{"seconds": 3600}', headers)
         assert connection.sock is sock
         site.wait_for(slow_started=6)
     site.wait_for(slow_cancelled=1)
@@ -201,7 +191,7 @@ def test_an_abandoned_stream_still_ends(site):
 def test_a_bug_of_a_handler_is_a_500_as_before(site, caplog):
     with contextlib.closing(site.start("POST", "/bug")) as connection:
         assert connection.getresponse().status == 500
-    wait_until(lambda: "a bug of the handler" in caplog.text, "the log")
+    wait_until(lambda: "a bug of the handler" in caplog.text)
 
 
 # Over the bare interface: what a server cannot be made to do at will.

@@ -49,7 +49,7 @@ class Address:
 
     Attributes:
         respond: what to answer.
-        delay_s: before each answer.
+        hold: while it is set, nothing is answered.
         hang_ups: how many requests to hang up on, instead of an answer.
         requests: the bodies of those that came.
         headers: of the last of them.
@@ -58,7 +58,7 @@ class Address:
 
     url: str = ""
     respond: Callable[[dict], Answer] = field(default_factory=scored)
-    delay_s: float = 0.0
+    hold: threading.Event = field(default_factory=threading.Event)
     hang_ups: int = 0
     requests: list[dict] = field(default_factory=list)
     headers: dict[str, str] = field(default_factory=dict)
@@ -84,7 +84,8 @@ def moderations_address() -> Iterator[Address]:
                 address.hang_ups -= 1
                 self.close_connection = True
                 return
-            time.sleep(address.delay_s)
+            while address.hold.is_set():
+                time.sleep(0.01)
             status, answer = (404, {}) if self.path != "/v1/moderations" else address.respond(body)
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             with contextlib.suppress(OSError):
@@ -105,6 +106,7 @@ def moderations_address() -> Iterator[Address]:
     try:
         yield address
     finally:
+        address.hold.clear()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -70,7 +70,7 @@ def models_policy(
         "low": {"nsfw": 0.9},
     }
     file = tmp_path_factory.mktemp("policy") / "policy.yaml"
-    file.write_text(yaml.safe_dump({"checkers": [text, image], "timeout_s": 60}))
+    file.write_text(yaml.safe_dump({"checkers": [text, image], "timeout_s": 300}))
     return file
 
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import signal
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from server.moderation.moderator import (
     ModerationUnavailableError,
     Moderator,
 )
+from tests.channel import PATIENCE_S
 from tests.server.moderation.address import scored
 from tests.server.moderation.conftest import started
 from tests.server.moderation.models import picture
@@ -58,18 +58,17 @@ def test_nothing_to_check_is_allowed_and_not_counted(moderator, run):
 def test_a_short_prompt_does_not_wait_for_a_long_one(moderator, run):
     long, short = "fox " * 8000, "a red fox"
 
-    async def check() -> tuple[float, float]:
-        ends: dict[str, float] = {}
+    async def check() -> list[str]:
+        ended: list[str] = []
 
         async def one(name: str, text: str) -> None:
             await moderator.check_prompts([text])
-            ends[name] = time.monotonic()
+            ended.append(name)
 
         await asyncio.gather(*(one("long", long) for _ in range(4)), one("short", short))
-        return ends["short"], ends["long"]
+        return ended
 
-    short_end, long_end = run(check())
-    assert short_end < long_end
+    assert run(check()) == ["short", *["long"] * 4]
 
 
 def test_whoever_stops_waiting_stops_the_work(moderator, run):
@@ -79,9 +78,9 @@ def test_whoever_stops_waiting_stops_the_work(moderator, run):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        began = time.monotonic()
         assert (await moderator.check_prompts(["a red fox"])).allowed
-        assert time.monotonic() - began < 2
+        # The process has said of each that it is given up, before it was done.
+        assert not moderator._process._asked
 
     run(check())
 
@@ -90,7 +89,7 @@ def test_one_checker_that_refuses_is_enough_whatever_the_others_do(
     address, text_model, write_policy
 ):
     file = write_policy(
-        text_checker(text_model), ADDRESS | {"url": address.url}, timeout_s=20, on_error="refuse"
+        text_checker(text_model), ADDRESS | {"url": address.url}, timeout_s=600, on_error="refuse"
     )
 
     async def check() -> None:
@@ -107,10 +106,9 @@ def test_one_checker_that_refuses_is_enough_whatever_the_others_do(
             with pytest.raises(ModerationUnavailableError):
                 await moderator.check_prompts(["a fox"])
             # A slow one does not hold up a refusal.
-            address.delay_s = 5
-            began = time.monotonic()
-            assert not (await moderator.check_prompts(["a forbidden fox"])).allowed
-            assert time.monotonic() - began < 3
+            address.hold.set()
+            async with asyncio.timeout(PATIENCE_S):
+                assert not (await moderator.check_prompts(["a forbidden fox"])).allowed
 
     asyncio.run(check())
 
@@ -137,7 +135,7 @@ def test_a_models_process_that_dies_is_started_again(text_model, write_policy, c
     secret = "forbidden words that nobody may read"
 
     async def check() -> None:
-        async with started(write_policy(text_checker(text_model), timeout_s=60)) as moderator:
+        async with started(write_policy(text_checker(text_model), timeout_s=300)) as moderator:
             first = worker_pid(moderator)
             os.kill(first, signal.SIGSTOP)
             waiting = asyncio.create_task(moderator.check_prompts([secret]))

@@ -58,7 +58,7 @@ def moderated(shared_engine, watched, tmp_path_factory):
     folder = tmp_path_factory.mktemp("moderated")
     checker = {"type": "openai-moderations", "url": watched.url}
     checker |= {"categories": {"violence": 0.5, "nsfw": 0.5}, "low": {"violence": 0.5}}
-    (folder / "policy.yaml").write_text(yaml.safe_dump({"checkers": [checker], "timeout_s": 5}))
+    (folder / "policy.yaml").write_text(yaml.safe_dump({"checkers": [checker], "timeout_s": 120}))
     (folder / "keys.yaml").write_text(KEYS)
     flags = ["--moderation-policy", "policy.yaml", "--api-keys-file", "keys.yaml"]
     with serve(folder, "--engine-endpoints", shared_engine.endpoint, *flags) as server:
@@ -156,7 +156,7 @@ def test_a_failed_request_has_no_images_to_check(moderated, engine, judge):
 
 def test_classifiers_on_the_server(shared_engine, engine, models_policy, tmp_path):
     flags = ["--engine-endpoints", engine.endpoint, "--moderation-policy", str(models_policy)]
-    with serve(tmp_path, *flags, timeout_s=120) as server:
+    with serve(tmp_path, *flags, timeout_s=300) as server:
         assert server.post(prompt="a red fox", size="64x64", seed=10).status_code == 200
         check_refused(server.post(prompt="a forbidden fox", size="64x64"), "toxic")
         # The fake engine draws in the shade of the seed.

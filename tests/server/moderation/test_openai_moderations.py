@@ -4,7 +4,6 @@ import asyncio
 import base64
 import logging
 import socket
-import time
 
 import pytest
 from openai import OpenAI
@@ -184,11 +183,9 @@ def test_fewer_results_than_prompts_leave_one_unchecked(address, policy):
 
 def test_a_slow_answer_is_none(address, policy):
     address.respond = scored(sexual__minors=0.0, violence=0.0)
-    address.delay_s = 3
-    began = time.monotonic()
+    address.hold.set()
     with pytest.raises(ModerationUnavailableError, match=r"no answer within 0\.2 s"):
         check_prompts(policy({"timeout_s": 0.2}), "a fox")
-    assert time.monotonic() - began < 2
 
 
 def test_nobody_at_the_address(policy):
@@ -228,7 +225,7 @@ def test_half_a_surrogate_pair_is_checked_too(address, policy):
 
 def test_checks_are_counted_by_stage_and_outcome(address, policy):
     async def check():
-        async with started(policy({"timeout_s": 5})) as moderator:
+        async with started(policy({"timeout_s": 120})) as moderator:
             assert set(moderator.counts.values()) == {0}
             for violence in (0.0, 0.9):
                 address.respond = scored(sexual__minors=0.0, violence=violence)

@@ -121,7 +121,8 @@ def test_a_server_that_cannot_be_reached_is_looked_for(script: Script, page: Pag
 
 
 def test_the_watch_over_the_page_sees_breaches_of_the_policy(page: Page, problems: list[str]):
-    page.evaluate("document.body.setAttribute('style', 'color: red')")
-    page.wait_for_function("getComputedStyle(document.body).color !== 'rgb(255, 0, 0)'")
+    with page.expect_console_message(lambda said: "Content Security Policy" in said.text):
+        page.evaluate("document.body.setAttribute('style', 'color: red')")
+    assert page.evaluate("getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
     assert any("Content Security Policy" in problem for problem in problems)
     problems.clear()

@@ -1,18 +1,10 @@
 """While a request is on its way: its place, its steps, Stop, and others beside it."""
 
-import time
-
 from playwright.sync_api import Page, expect
 
+from tests.channel import wait_until
 from tests.server.playground.stand_in import Script
 from tests.server.playground.test_drawing import draw, finished
-
-
-def wait_until(condition, timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_waiting_request_tells_its_place(script: Script, page: Page):

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import os
 import socket
-import time
 from urllib.parse import parse_qs, urlsplit
 
 import fsspec
@@ -14,6 +13,7 @@ import pytest
 
 from server.storage.fsspec_store import FsspecStore
 from server.storage.store import StorageError
+from tests.channel import wait_until
 from tests.server.storage.s3 import fsspec_store, is_clean, options, started
 from tests.unit.server.storage.stores import BASE_URL
 
@@ -115,20 +115,16 @@ def test_a_server_that_never_answers_is_given_up(endpoint, bucket):
         store = FsspecStore("s3://bucket", expiry_s=60, options=options(silent), timeout_s=0.5)
         with pytest.raises(StorageError, match="TimeoutError"):
             await store.start()
-        started = time.monotonic()
         with pytest.raises(StorageError):
             await store.put(b"x", "png", BASE_URL)
-        assert time.monotonic() - started < 5
+        store._timeout_s = 600
         put = asyncio.create_task(store.put(b"x", "png", BASE_URL))
-        await asyncio.sleep(0.1)
-        assert uploads()
+        await asyncio.to_thread(wait_until, uploads)
         put.cancel()
         await asyncio.gather(put, return_exceptions=True)
         assert put.cancelled()
-        deadline = time.monotonic() + 5
-        while uploads():  # nothing goes on that nobody waits for
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.01)
+        # Nothing goes on that nobody waits for.
+        await asyncio.to_thread(wait_until, lambda: not uploads())
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         asyncio.run(check(f"http://127.0.0.1:{listener.getsockname()[1]}"))
@@ -142,7 +138,7 @@ def test_a_slow_server_does_not_block_the_event_loop():
         while not start.done():
             await asyncio.sleep(0.01)
             num_turns += 1
-        assert num_turns > 20
+        assert num_turns > 3  # blocked, it would have one
         assert isinstance(start.exception(), StorageError)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -100,5 +100,5 @@ def test_a_file_larger_than_the_system_allows_is_told(tmp_path):
         asyncio.run(check(Path(sys.argv[1])))
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines() == ["full 0 0", "stored 5000"], done.stderr

@@ -8,6 +8,7 @@ import torch
 
 import tests.torch.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.runner.side_stream import CudaSideStream
+from tests.channel import PATIENCE_S
 from tests.torch.cuda_rules import cuda_rules
 
 CUDA = torch.device("cuda", 0)
@@ -27,7 +28,7 @@ def side(cuda):
 
 
 def result_of(job):
-    job.launched.wait(10)
+    job.launched.wait(PATIENCE_S)
     while (found := job.result()) is None:
         pass
     return found
@@ -58,7 +59,7 @@ def test_inputs_are_freed_only_once_the_device_reads_them(cuda, side):
     gone = weakref.ref(x)
 
     def work():
-        go.wait(10)
+        go.wait(PATIENCE_S)
         return (inputs.pop() + 1,)
 
     inputs = [x]
@@ -76,7 +77,7 @@ def test_what_it_raises_is_raised_where_the_result_is_asked_for(side):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     failed, fine = side.start(fail, ()), side.start(lambda: (torch.zeros(1, device=CUDA),), ())
-    failed.launched.wait(10)
+    failed.launched.wait(PATIENCE_S)
     with pytest.raises(torch.OutOfMemoryError):
         failed.result()
     assert len(result_of(fine)) == 1

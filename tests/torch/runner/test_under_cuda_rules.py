@@ -93,7 +93,7 @@ def image(prompt: str = "a cat", side: int = 64, steps: int = 2, **fields) -> Im
 
 def run(engine: Engine) -> dict[str, State]:
     ended = {}
-    for _ in range(10_000):
+    for _ in range(200_000):
         if engine.idle:
             return ended
         events = engine.turn()

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import re
-import time
+import threading
 from urllib.parse import urlsplit
 
 import pytest
 
 from server.storage.local import ExpiredFileError
 from server.storage.store import StorageError, StorageFullError
+from tests.channel import PATIENCE_S
 from tests.unit.server.storage.stores import (
     BASE_URL,
     Clock,
@@ -22,11 +23,25 @@ from tests.unit.server.storage.stores import (
 )
 
 
-async def until(condition, timeout_s=5.0):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
+async def until(condition):
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+class StuckDisk:
+    """An fsync that comes back when it is let go."""
+
+    def __init__(self):
+        self.num_stuck = 0
+        self._freed = threading.Event()
+
+    def fsync(self, descriptor):
+        self.num_stuck += 1
+        assert self._freed.wait(PATIENCE_S), "nobody was there to let it go"
+
+    def let_go(self):
+        self._freed.set()
 
 
 @pytest.mark.parametrize("extension", ["png", "jpeg", "webp"])
@@ -95,8 +110,7 @@ def test_expired_images_are_removed_without_another_image(tmp_path):
             await asyncio.sleep(0.05)
             assert len(list(tmp_path.iterdir())) == 1
             clock.now += 100
-            await until(lambda: not list(tmp_path.iterdir()))
-            assert store.num_bytes == 0
+            await until(lambda: not list(tmp_path.iterdir()) and not store.num_bytes)
             before = asyncio.all_tasks()
         assert len(asyncio.all_tasks()) == len(before) - 1  # the sweep has ended
 
@@ -182,13 +196,8 @@ def test_a_partial_file_has_no_url(tmp_path, monkeypatch):
 
 
 def test_a_client_that_hangs_up_leaves_nothing_uncounted(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def slowly(descriptor):
-        time.sleep(0.1)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", slowly)
+    disk = StuckDisk()
+    monkeypatch.setattr(os, "fsync", disk.fsync)
 
     async def check():
         async with local_store(tmp_path) as store:
@@ -196,6 +205,7 @@ def test_a_client_that_hangs_up_leaves_nothing_uncounted(tmp_path, monkeypatch):
             await until(lambda: bytes_in(tmp_path) == 100)
             for put in puts:
                 put.cancel()
+            disk.let_go()
             await asyncio.gather(*puts, return_exceptions=True)
             assert all(put.cancelled() for put in puts)
             url = await store.put(b"y", "png", BASE_URL)
@@ -207,16 +217,15 @@ def test_a_client_that_hangs_up_leaves_nothing_uncounted(tmp_path, monkeypatch):
 
 
 def test_a_slow_disk_does_not_block_the_event_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: time.sleep(0.5))
+    disk = StuckDisk()
+    monkeypatch.setattr(os, "fsync", disk.fsync)
 
     async def check():
         async with local_store(tmp_path) as store:
             put = asyncio.create_task(store.put(b"x", "png", BASE_URL))
-            num_turns = 0
-            while not put.done():
-                await asyncio.sleep(0.01)
-                num_turns += 1
-            assert num_turns > 5
+            await until(lambda: disk.num_stuck)
+            disk.let_go()  # by the loop, which goes on
+            assert await put
 
     asyncio.run(check())
 
