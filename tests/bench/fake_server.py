@@ -21,7 +21,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from functools import cache
@@ -37,7 +36,7 @@ MODEL = "fake/krea-2"
 class FakeServer:
     """State of the server process."""
 
-    def __init__(self, life: int) -> None:
+    def __init__(self, life: int = -1) -> None:
         self.life = life
         self.reset([{}])
 
@@ -46,11 +45,22 @@ class FakeServer:
         self.seen: list[dict[str, Any]] = []
         self.in_flight = self.most_in_flight = self.hung_up = 0
         self.lock = asyncio.Lock()
+        self.deaf_until = 0.0
+
+    @property
+    def statistics(self) -> dict[str, Any]:
+        return {
+            "seen": self.seen,
+            "most_in_flight": self.most_in_flight,
+            "hung_up": self.hung_up,
+            "in_flight": self.in_flight,
+        }
 
     async def draw(self, request: web.Request) -> web.StreamResponse:
         if len(self.seen) == self.life:
             os._exit(1)
         fields = await request.json()
+        await self._while_deaf()
         action = self.script[len(self.seen) % len(self.script)]
         self.seen.append(fields)
         self.in_flight += 1
@@ -68,12 +78,15 @@ class FakeServer:
     ) -> web.StreamResponse:
         wait_s = action.get("wait_s", 0.0)
         wait_s += action.get("per_seed_s", 0.0) * random.Random(fields.get("seed")).random()
-        time.sleep(action.get("block_s", 0.0))
+        if "block_s" in action:
+            self.deaf_until = asyncio.get_running_loop().time() + action["block_s"]
+            await self._while_deaf()
         if action.get("serial"):
             async with self.lock:
                 await asyncio.sleep(wait_s)
         elif not fields.get("stream"):
             await asyncio.sleep(wait_s)
+        await self._while_deaf()
         broken = action.get("break")
         if broken == "disconnect":
             assert request.transport is not None
@@ -96,6 +109,9 @@ class FakeServer:
             return await self._stream(request, fields, wait_s, encoded, timings)
         images = [{"b64_json": encoded}] * count
         return web.json_response({"data": images, "timings": timings})
+
+    async def _while_deaf(self) -> None:
+        await asyncio.sleep(max(0.0, self.deaf_until - asyncio.get_running_loop().time()))
 
     async def _stream(
         self,
@@ -126,22 +142,13 @@ def picture(width: int, height: int, seed: int, shade: int) -> bytes:
     return file.getvalue()
 
 
-async def serve() -> None:
-    server = FakeServer(int(sys.argv[3]) if len(sys.argv) > 3 else -1)
-
+def application(server: FakeServer) -> web.Application:
     async def script(request: web.Request) -> web.Response:
         server.reset(await request.json())
         return web.Response()
 
     async def seen(_: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "seen": server.seen,
-                "most_in_flight": server.most_in_flight,
-                "hung_up": server.hung_up,
-                "in_flight": server.in_flight,
-            }
-        )
+        return web.json_response(server.statistics)
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": MODEL}]})
@@ -149,14 +156,19 @@ async def serve() -> None:
     async def health(_: web.Request) -> web.Response:
         return web.Response()
 
-    picture(16, 16, 0, 0)  # loads what draws, which takes long the first time
     app = web.Application()
     app.router.add_post("/v1/images/generations", server.draw)
     app.router.add_post("/script", script)
     app.router.add_get("/seen", seen)
     app.router.add_get("/v1/models", models)
     app.router.add_get("/health", health)
-    runner = web.AppRunner(app, handler_cancellation=True)
+    return app
+
+
+async def serve() -> None:
+    server = FakeServer(int(sys.argv[3]) if len(sys.argv) > 3 else -1)
+    picture(16, 16, 0, 0)  # loads what draws, which takes long the first time
+    runner = web.AppRunner(application(server), handler_cancellation=True)
     await runner.setup()
     port = int(sys.argv[1]) if len(sys.argv) > 1 else 0
     site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
@@ -177,11 +189,11 @@ class Fake:
     def script(self, *actions: dict[str, Any]) -> None:
         """What it does from now on; forgets what it has seen."""
         request = urllib.request.Request(f"{self.url}/script", json.dumps(actions).encode())
-        urllib.request.urlopen(request, timeout=10).read()
+        urllib.request.urlopen(request, timeout=120).read()
 
     @property
     def statistics(self) -> dict[str, Any]:
-        with urllib.request.urlopen(f"{self.url}/seen", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.url}/seen", timeout=120) as response:
             return dict(json.loads(response.read()))
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +12,14 @@ import pytest
 
 from benchmarks.load.outcome import Outcome
 from benchmarks.percentiles import percentile
-from tests.bench.fake_server import MODEL, Fake
+from tests.bench.fake_server import MODEL, Fake, fake_server
+from tests.bench.virtual_time import VirtualServer
+from tests.channel import wait_until
 
 Bench = Callable[..., int]
 BENCH = Path(sys.executable).parent / "krea2-bench"
 SMALL = "--mix=64x64"
+ROUNDING_S = 1e-4
 
 
 def results(name: str = "krea2-bench-load") -> tuple[dict, list[Outcome]]:
@@ -26,25 +28,23 @@ def results(name: str = "krea2-bench-load") -> tuple[dict, list[Outcome]]:
     return summary, [Outcome.parse(line)[1] for line in lines]
 
 
-def quick(fake: Fake, *more: str) -> list[str]:
+def quick(fake: Fake | VirtualServer, *more: str) -> list[str]:
     """A load test without warm-up."""
     mix = [] if "--mix" in more else [SMALL]
     return ["load", "--url", fake.url, *mix, "--warm-up=0", "--alone=0", *more]
 
 
 def check(latency: dict, true: list[float]) -> None:
-    """Every figure is the true one within 1 %, or the 40 ms that a busy machine may add."""
+    """Every figure is the true one."""
     assert latency["count"] == len(true)
-    assert latency["mean"] == pytest.approx(sum(true) / len(true), rel=0.01, abs=0.04)
+    assert latency["mean"] == pytest.approx(sum(true) / len(true), abs=ROUNDING_S)
     for q in (50, 90, 95, 99):
-        assert latency[f"p{q}"] == pytest.approx(percentile(true, q), rel=0.01, abs=0.04)
+        assert latency[f"p{q}"] == pytest.approx(percentile(true, q), abs=ROUNDING_S)
 
 
-def test_percentiles_are_the_true_ones(fake: Fake, bench: Bench):
-    """Many at once, answered after known times; five take as long as each, so that one which the
-    machine delays is not a percentile by itself.
-    """
-    waits = [1.0 + 0.05 * (i % 20) for i in range(100)]
+def test_percentiles_are_the_true_ones(fake: VirtualServer, bench: Bench):
+    """Many at once, answered after known times."""
+    waits = [1.0 + 0.01 * i for i in range(100)]
     fake.script(*({"wait_s": wait} for wait in waits))
     assert bench(*quick(fake, "--rate=40", "--requests=100")) == 0
     summary, outcomes = results()
@@ -58,7 +58,7 @@ def test_percentiles_are_the_true_ones(fake: Fake, bench: Bench):
     assert {o.outcome for o in outcomes} == {"done"}
 
 
-def test_latency_counts_from_when_a_request_was_due(fake: Fake, bench: Bench):
+def test_latency_counts_from_when_a_request_was_due(fake: VirtualServer, bench: Bench):
     """One at a time, 0.3 s each, while twenty a second come: the queue grows by arithmetic."""
     fake.script({"wait_s": 0.3, "serial": True})
     assert bench(*quick(fake, "--rate=20", "--arrivals=constant", "--requests=10")) == 0
@@ -67,7 +67,7 @@ def test_latency_counts_from_when_a_request_was_due(fake: Fake, bench: Bench):
     assert [o.due_s for o in outcomes] == pytest.approx([0.05 * k for k in range(10)])
 
 
-def test_a_server_that_stalls_cannot_hide_behind_its_client(fake: Fake, bench: Bench):
+def test_a_server_that_stalls_cannot_hide_behind_its_client(fake: VirtualServer, bench: Bench):
     """It is deaf for a second; whoever was due meanwhile waits for the rest of it."""
     fake.script(*({"wait_s": 0.5, "block_s": 1.0 * (i == 10)} for i in range(40)))
     assert bench(*quick(fake, "--rate=20", "--arrivals=constant", "--requests=40")) == 0
@@ -80,9 +80,8 @@ def test_a_server_that_stalls_cannot_hide_behind_its_client(fake: Fake, bench: B
         begins = max(due, end) if due >= start else due
         ready = begins + 0.5 if k != 10 else end + 0.5
         true.append((end if start < ready < end else ready) - due)
-    # A client that waits with its clock stopped would say 0.5 to 0.6; a slow machine adds a little.
-    assert point["latency_s"]["all"]["mean"] == pytest.approx(sum(true) / 40, rel=0.1)
-    assert point["latency_s"]["all"]["p95"] == pytest.approx(percentile(true, 95), rel=0.1)
+    # A client that waits with its clock stopped would say 0.5 to 0.6.
+    check(point["latency_s"]["all"], true)
     assert max(true) == pytest.approx(1.5)
 
 
@@ -99,7 +98,9 @@ def test_a_server_that_stalls_cannot_hide_behind_its_client(fake: Fake, bench: B
         ({"wait_s": 5}, "timeout"),
     ],
 )
-def test_what_is_no_picture_is_an_error(fake: Fake, bench: Bench, action: dict, error: str):
+def test_what_is_no_picture_is_an_error(
+    fake: VirtualServer, bench: Bench, action: dict, error: str
+):
     fake.script({}, {}, {}, action)
     assert bench(*quick(fake, "--concurrency=4", "--requests=20", "--timeout-s=1")) == 0
     (point,) = results()[0]["points"]
@@ -109,27 +110,27 @@ def test_what_is_no_picture_is_an_error(fake: Fake, bench: Bench, action: dict, 
     assert point["latency_s"]["all"]["count"] == 15
 
 
-def test_refusals_are_counted_by_themselves(fake: Fake, bench: Bench):
-    fake.script({}, {"status": 429})
-    assert bench(*quick(fake, "--concurrency=1", "--requests=10")) == 0
+def test_refusals_are_counted_by_themselves(fake_process: Fake, bench: Bench):
+    fake_process.script({}, {"status": 429})
+    assert bench(*quick(fake_process, "--concurrency=1", "--requests=10")) == 0
     (point,) = results()[0]["points"]
     assert (point["done"], point["rejected"], point["failed"]) == (5, 5, 0)
     assert (point["rejection_rate"], point["error_rate"]) == (0.5, 0.0)
 
 
-def test_goodput_counts_what_is_in_time(fake: Fake, bench: Bench):
+def test_goodput_counts_what_is_in_time(fake: VirtualServer, bench: Bench):
     """Alone 0.1 s, so in time within 0.3; half of the requests take 0.2, half 0.5."""
     alone = [{"wait_s": 0.1}] * 4
     fake.script(*alone, *[{"wait_s": 0.2}, {"wait_s": 0.5}] * 10)
     assert bench("load", "--url", fake.url, SMALL, "--rate=20", "--requests=20") == 0
     summary, _ = results()
     (point,) = summary["points"]
-    assert summary["alone_s"]["64x64"] == pytest.approx(0.1, rel=0.2)
+    assert summary["alone_s"]["64x64"] == pytest.approx(0.1, abs=ROUNDING_S)
     assert point["slo_attainment"] == 0.5
     assert point["goodput_per_s"] == pytest.approx(point["request_throughput"] / 2, rel=1e-3)
 
 
-def test_an_absolute_objective_needs_no_time_alone(fake: Fake, bench: Bench):
+def test_an_absolute_objective_needs_no_time_alone(fake: VirtualServer, bench: Bench):
     fake.script({"wait_s": 0.1}, {"wait_s": 0.3})
     assert bench(*quick(fake, "--concurrency=1", "--requests=4", "--slo-s=0.2")) == 0
     summary, _ = results()
@@ -137,22 +138,22 @@ def test_an_absolute_objective_needs_no_time_alone(fake: Fake, bench: Bench):
     assert summary["points"][0]["slo_attainment"] == 0.5
 
 
-def test_a_closed_loop_keeps_its_number_of_clients_busy(fake: Fake, bench: Bench):
+def test_a_closed_loop_keeps_its_number_of_clients_busy(fake: VirtualServer, bench: Bench):
     fake.script({"wait_s": 0.1})
     assert bench(*quick(fake, "--concurrency=4", "--requests=20")) == 0
     (point,) = results()[0]["points"]
     assert fake.statistics["most_in_flight"] == 4
-    # Five rounds of 0.1 s, and what a slow machine adds; three busy clients would need seven.
-    assert 0.49 < point["seconds"] < 0.69
+    # Five rounds of 0.1 s; three busy clients would need seven.
+    assert point["seconds"] == pytest.approx(0.5, abs=ROUNDING_S)
     assert point["images_per_s"] == pytest.approx(20 / point["seconds"], rel=0.01)
 
 
-def test_mixes_have_their_shares_and_fields(fake: Fake, bench: Bench):
-    fake.script({})
+def test_mixes_have_their_shares_and_fields(fake_process: Fake, bench: Bench):
+    fake_process.script({})
     mix = "64x64:steps=4:priority=3:prompt=3-9:weight=3, 32x96:n=2:prompt=200-500:weight=1"
     flags = ["--mix", mix, "--concurrency=4", "--requests=40", "--extra", '{"user": "me"}']
-    assert bench(*quick(fake, *flags, "--omit=response_format")) == 0
-    seen = fake.statistics["seen"]
+    assert bench(*quick(fake_process, *flags, "--omit=response_format")) == 0
+    seen = fake_process.statistics["seen"]
     small = [fields for fields in seen if fields["size"] == "64x64"]
     large = [fields for fields in seen if fields["size"] == "32x96"]
     assert (len(small), len(large)) == (30, 10)
@@ -173,7 +174,7 @@ def test_mixes_have_their_shares_and_fields(fake: Fake, bench: Bench):
     assert point["images_per_s"] == pytest.approx(50 / 40 * point["request_throughput"], rel=1e-3)
 
 
-def test_the_same_seed_sends_the_same_requests(fake: Fake, bench: Bench):
+def test_the_same_seed_sends_the_same_requests(fake: VirtualServer, bench: Bench):
     seen = []
     for seed in ("1", "1", "2"):
         fake.script({})
@@ -182,29 +183,28 @@ def test_the_same_seed_sends_the_same_requests(fake: Fake, bench: Bench):
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_streams_have_a_time_to_the_first_preview(fake: Fake, bench: Bench):
+def test_streams_have_a_time_to_the_first_preview(fake: VirtualServer, bench: Bench):
     fake.script({"wait_s": 0.9})
     flags = ["--stream", "--previews=2", "--rate=inf", "--requests=4"]
     assert bench(*quick(fake, *flags)) == 0
     (point,) = results()[0]["points"]
     assert point["done"] == 4
-    assert point["preview_s"]["p50"] == pytest.approx(0.3, rel=0.1)
-    assert point["latency_s"]["all"]["p50"] == pytest.approx(0.9, rel=0.05)
+    assert point["preview_s"]["p50"] == pytest.approx(0.3, abs=ROUNDING_S)
+    assert point["latency_s"]["all"]["p50"] == pytest.approx(0.9, abs=ROUNDING_S)
     assert point["queue_s"]["p50"] == pytest.approx(0.1)
 
 
-def test_clients_that_hang_up_are_no_errors(fake: Fake, bench: Bench):
+def test_clients_that_hang_up_are_no_errors(fake: VirtualServer, bench: Bench):
     fake.script({"wait_s": 0.5})
     flags = ["--cancel-rate=0.5", "--cancel-after-s=0.05", "--rate=inf", "--requests=40"]
     assert bench(*quick(fake, *flags)) == 0
     (point,) = results()[0]["points"]
-    # Some lose their patience before they are connected.
-    assert point["cancelled"] >= fake.statistics["hung_up"] > 5
+    assert point["cancelled"] == fake.statistics["hung_up"] > 5
     assert point["done"] == 40 - point["cancelled"] > 10
     assert point["error_rate"] == 0
 
 
-def test_a_trace_is_replayed(fake: Fake, bench: Bench, tmp_path: Path):
+def test_a_trace_is_replayed(fake: VirtualServer, bench: Bench, tmp_path: Path):
     fake.script({"wait_s": 0.2})
     lines = [
         {"time_s": 5.0, "width": 64, "height": 64, "steps": 4, "num_images": 2, "text_tokens": 9},
@@ -221,17 +221,15 @@ def test_a_trace_is_replayed(fake: Fake, bench: Bench, tmp_path: Path):
     assert summary["points"][0]["arrivals"] == "trace"
 
 
-def test_interrupts_leave_a_valid_partial_report(fake: Fake, tmp_path: Path):
-    fake.script({"wait_s": 0.2})
-    command = [BENCH, *quick(fake, "--rate=10,20", "--requests=1000")]
+def test_interrupts_leave_a_valid_partial_report(fake_process: Fake, tmp_path: Path):
+    fake_process.script({"wait_s": 0.2})
+    command = [BENCH, *quick(fake_process, "--rate=10,20", "--requests=1000")]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        deadline = time.monotonic() + 30
-        while len(fake.statistics["seen"]) < 10 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_until(lambda: len(fake_process.statistics["seen"]) >= 10)
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=20)
+        out, errors = process.communicate()
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "10/s" in out
@@ -239,15 +237,13 @@ def test_interrupts_leave_a_valid_partial_report(fake: Fake, tmp_path: Path):
     lines = (tmp_path / "krea2-bench-load.jsonl").read_bytes().splitlines()
     assert not summary["complete"]
     (point,) = summary["points"]
-    assert point["done"] > 5
+    assert point["done"] > 0
     assert point["interrupted"] > 0
     assert point["requests"] == len(lines) == point["done"] + point["interrupted"]
-    assert point["latency_s"]["all"]["p50"] == pytest.approx(0.2, rel=0.05)
+    assert point["latency_s"]["all"]["count"] == point["done"]
 
 
 def test_a_server_that_dies_ends_no_load_test(bench: Bench, tmp_path: Path):
-    from tests.bench.fake_server import fake_server
-
     with fake_server() as mortal:
         mortal.script({"break": "disconnect"})
         assert bench(*quick(mortal, "--concurrency=2", "--requests=6")) == 0
@@ -281,19 +277,19 @@ def test_a_server_that_dies_ends_no_load_test(bench: Bench, tmp_path: Path):
     ],
 )
 def test_what_cannot_be_is_one_line(
-    fake: Fake, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture, flags, error
+    fake_process: Fake, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture, flags, error
 ):
-    fake.script({})
+    fake_process.script({})
     Path("bad.jsonl").write_text('{"time_s": 0, "width": 64, "height": 64}\nnonsense\n')
     Path("odd.jsonl").write_text('{"time_s": 0, "width": "64", "height": 64}\n')
-    assert bench("load", "--url", fake.url, "--requests=2", *flags) == 2
+    assert bench("load", "--url", fake_process.url, "--requests=2", *flags) == 2
     found = capsys.readouterr().err.strip()
     assert error in found
     assert len(found.splitlines()) == 1
     assert not Path("krea2-bench-load.json").exists()
 
 
-def test_a_refusing_server_leaves_earlier_results_alone(fake: Fake, bench: Bench, capsys):
+def test_a_refusing_server_leaves_earlier_results_alone(fake: VirtualServer, bench: Bench, capsys):
     fake.script({})
     assert bench(*quick(fake, "--concurrency=1", "--requests=2")) == 0
     before = Path("krea2-bench-load.json").read_text()
@@ -303,24 +299,23 @@ def test_a_refusing_server_leaves_earlier_results_alone(fake: Fake, bench: Bench
     assert Path("krea2-bench-load.json").read_text() == before
 
 
-def test_keys_are_sent_and_kept_out_of_files(fake: Fake, bench: Bench, monkeypatch):
+def test_keys_are_sent_and_kept_out_of_files(fake_process: Fake, bench: Bench, monkeypatch):
     monkeypatch.setenv("MY_KEY", "sk-secret-secret-secret")
-    fake.script({})
+    fake_process.script({})
     flags = ["--api-key-variable=MY_KEY", "--concurrency=1", "--requests=2"]
-    assert bench(*quick(fake, *flags)) == 0
+    assert bench(*quick(fake_process, *flags)) == 0
     for file in Path().iterdir():
         assert "sk-secret" not in file.read_text()
 
 
 @pytest.mark.slow
-def test_one_core_drives_two_thousand_requests_at_a_time(fake: Fake, tmp_path: Path):
+def test_one_core_drives_two_thousand_requests_at_a_time(fake_process: Fake, tmp_path: Path):
     """The client has one core; 3 s of waiting hide what the server's other core cannot do."""
-    fake.script({"wait_s": 3.0})
+    fake_process.script({"wait_s": 3.0})
     cpus = sorted(os.sched_getaffinity(0))
     command = ["taskset", "-c", str(cpus[0]), str(BENCH)]
-    command += quick(fake, "--concurrency=2000", "--requests=6000")
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    command += quick(fake_process, "--concurrency=2000", "--requests=6000")
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600)
     (point,) = json.loads((tmp_path / "krea2-bench-load.json").read_text())["points"]
-    assert fake.statistics["most_in_flight"] == 2000
+    assert fake_process.statistics["most_in_flight"] == 2000
     assert point["done"] == 6000
-    assert point["latency_s"]["all"]["p50"] == pytest.approx(3.0, rel=0.2)

@@ -105,13 +105,13 @@ def test_quantization_shows(bench: Bench, demo_model: Path, capsys):
     assert "ours:quantization=fp8 against ours: 1 pictures" in capsys.readouterr().out
 
 
-def test_a_server_draws_too(bench: Bench, fake: Fake, tmp_path: Path):
-    fake.script({})
+def test_a_server_draws_too(bench: Bench, fake_process: Fake, tmp_path: Path):
+    fake_process.script({})
     (tmp_path / "prompts").write_text("a cat\n\nsnow\n")
     flags = ["--prompts", "prompts", "--size=64x64"]
-    assert bench("quality", fake.url, fake.url, *flags) == 0
+    assert bench("quality", fake_process.url, fake_process.url, *flags) == 0
     assert json.loads(Path("krea2-bench-quality.json").read_text())["summary"]["equal"] == 2
-    seen = fake.statistics["seen"]
+    seen = fake_process.statistics["seen"]
     assert [(f["prompt"], f["seed"], f["size"]) for f in seen] == [
         ("a cat", 0, "64x64"),
         ("snow", 1, "64x64"),
