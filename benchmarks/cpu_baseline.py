@@ -16,7 +16,6 @@ from statistics import median
 from typing import Any
 
 from benchmarks.arguments import benchmark_parser, count
-from benchmarks.child import ChildError
 from benchmarks.measurements import (
     Samples,
     measure_decoders,
@@ -28,6 +27,7 @@ from benchmarks.measurements import (
 from benchmarks.provenance import provenance
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
+from krea2_srt.testing.processes import ProcessError
 
 MODULE = "benchmarks.cpu_baseline"
 PACKAGES = ("krea2-srt", "sglang", "diffusers", "torch")
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         try:
             report = measure(args.model.resolve(), args.rounds, args.starts, command)
-        except ChildError as error:
+        except ProcessError as error:
             sys.exit(f"{MODULE}: error: {error}")
         report.write(args.output)
         print(report.markdown())

@@ -15,7 +15,6 @@ import pickle
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,6 +34,8 @@ from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import CheckpointError
 from krea2_srt.sglang.messages import Generate, Generated
+from krea2_srt.testing.krea2_serve import Krea2Serve
+from krea2_srt.testing.processes import ChildProcess
 
 MODULE = "benchmarks.http_overhead"
 PACKAGES = ("krea2-srt", "fastapi", "uvicorn", "uvloop", "pyzmq", "pydantic")
@@ -75,8 +76,8 @@ class Figure:
         return [self.name, f"{self.value:.4g}", spread, self.target or "–", met]
 
 
-class Server:
-    """A running ``krea2-serve``.
+class Server(Krea2Serve):
+    """A context in which ``krea2-serve`` runs; it is ready when it begins.
 
     Args:
         folder: for its log and its files.
@@ -85,43 +86,27 @@ class Server:
     """
 
     def __init__(self, folder: Path, *flags: str, cpus: Collection[int] = _SERVER_CPUS) -> None:
-        command = [Path(sys.executable).parent / "krea2-serve", "--port", "0", *flags]
-        self._log = folder / "server.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [*command, "--storage", folder / "images", "--log-level", "info"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        os.sched_setaffinity(self._process.pid, cpus)
-        deadline = time.monotonic() + READY_S
-        while not (found := re.search(r"INFO ready: .* at http://\S+:(\d+)", self.log)):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise CheckpointError(f"krea2-serve does not start:\n{self.log[-2000:]}")
-            time.sleep(0.05)
-        self.port = int(found[1])
+        super().__init__(folder, [*flags, "--log-level", "info"], start_s=READY_S)
+        self._cpus = cpus
 
-    @property
-    def log(self) -> str:
-        return self._log.read_text(errors="replace")
+    def start(self) -> None:
+        super().start()
+        os.sched_setaffinity(self.pid, self._cpus)
+
+    def wait_until_up(self) -> None:
+        super().wait_until_up()
+        self.port = int(self.url.rsplit(":", 1)[1])
 
     @property
     def memory_mb(self) -> float:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
     @property
     def cpu_s(self) -> float:
         """Processor time of the HTTP process so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(60)
 
 
 class Connection:
@@ -165,15 +150,12 @@ class Connection:
 
 
 @contextlib.contextmanager
-def fake_engine_process() -> Iterator[str]:
+def fake_engine_process(folder: Path) -> Iterator[str]:
     """A fake engine in a process of its own; yields its endpoint."""
     command = [sys.executable, "-m", "benchmarks.fake_engine"]
     command += ["--picture-bytes", str(PICTURE_BYTES)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process.stdout.readline().strip()
-        process.stdin.close()
+    with ChildProcess(command, folder / "fake-engine.log", talks=True) as process:
+        yield process.read_line(READY_S)
 
 
 def measure_speed(folder: Path, rounds: int) -> list[Figure]:
@@ -207,7 +189,7 @@ def measure_speed(folder: Path, rounds: int) -> list[Figure]:
         return done / (time.perf_counter() - start)
 
     with (
-        fake_engine_process() as endpoint,
+        fake_engine_process(folder) as endpoint,
         Server(folder, "--engine-endpoints", endpoint) as server,
     ):
         alone = asyncio.run(latencies(server.port))

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.child import LIMIT_S, Child, ChildError, warm_environment
-from benchmarks.ports import free_ports
+from benchmarks.worker_process import LIMIT_S, WorkerProcess, warm_environment
 from benchmarks.workers import PROMPT, SIDE, STEPS, Message, peak_memory_mib
+from krea2_srt.testing.processes import ChildProcess, ProcessError, free_ports, installed
 
 SIZE = f"{SIDE}x{SIDE}"
 WARM_UPS = 2
@@ -42,7 +42,7 @@ def measure_engines(model: Path, rounds: int, scratch: Path) -> list[Samples]:
     with ExitStack() as stack:
         engines = {
             switch: stack.enter_context(
-                Child.worker(
+                WorkerProcess(
                     "serve_engine",
                     model,
                     scratch,
@@ -78,7 +78,7 @@ def measure_decoders(
 ) -> tuple[list[Samples], dict[str, float]]:
     """VAE decoding alone, and the largest difference of the pixels, by dtype and size."""
     progress("VAE decoders")
-    with Child.worker("decode", model, scratch, {"rounds": rounds}) as child:
+    with WorkerProcess("decode", model, scratch, {"rounds": rounds}) as child:
         found = child.answer(rounds * LIMIT_S)
     samples = [
         Samples("VAE decode", f"{name}, vs Diffusers", "ms", answer["ours"], answer["theirs"])
@@ -136,15 +136,14 @@ def _stage_times(answers: dict[str, list[Message]], *stages: dict[str, str]) -> 
             for switch, found in answers.items()
         ]
     except KeyError as stage:
-        raise ChildError(f"an engine ran no stage {stage}: another pipeline serves") from None
+        raise ProcessError(f"an engine ran no stage {stage}: another pipeline serves") from None
 
 
 def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
     """The command lines, ours and SGLang's, that draw one picture into a folder."""
-    scripts = Path(sys.executable).parent
     size = ["--height", str(SIDE), "--width", str(SIDE)]
-    ours = [str(scripts / "krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
-    theirs = [str(scripts / "sglang"), "generate", "--model-path", str(model), *size]
+    ours = [installed("krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
+    theirs = [installed("sglang"), "generate", "--model-path", str(model), *size]
     for name, port in _engine_ports().items():
         theirs += [f"--{name.replace('_', '-')}", str(port)]
     return (
@@ -159,10 +158,10 @@ def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
 
 def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
     start = time.perf_counter()
-    with Child(
-        command, folder.with_suffix(".log"), warm_environment(folder.parent, "off")
-    ) as child:
-        child.finish()
+    environment = warm_environment(folder.parent, "off")
+    log = folder.with_suffix(".log")
+    with ChildProcess(command, log, environment=environment, apart=True) as child:
+        child.finish(LIMIT_S)
         seconds = time.perf_counter() - start
         # SGLang's command ends well even where it could not draw.
         if not any(folder.iterdir()):
@@ -172,7 +171,7 @@ def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
 
 def _answer(job: str, model: Path, scratch: Path) -> Message:
     """The answer of a job that has only one and needs no settings."""
-    with Child.worker(job, model, scratch, {}) as child:
+    with WorkerProcess(job, model, scratch, {}) as child:
         return child.answer()
 
 

@@ -1,23 +1,23 @@
 """Servers to compare: started here, or running already."""
 
-import os
 import re
 import shlex
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.child import Child
-from benchmarks.ports import free_ports
 from krea2_srt.errors import Krea2Error
+from krea2_srt.testing.processes import ChildProcess, free_ports, installed
 
 START_LIMIT_S = 900.0
 """Loading 34 GB from a slow disk takes minutes."""
+
+END_LIMIT_S = 20.0
+"""For a server to end, which nobody is waiting for an answer of."""
 
 PRESENT_LIMIT_S = 1.0
 """For a server that is said to run already."""
@@ -99,7 +99,7 @@ class Running:
         child: its process; None of one that ran already.
     """
 
-    def __init__(self, name: str, url: str, child: Child | None = None) -> None:
+    def __init__(self, name: str, url: str, child: ChildProcess | None = None) -> None:
         self.name = name
         self.url = url
         self.child = child
@@ -149,15 +149,23 @@ def running(
     ports = free_ports(sorted(placeholders))
     values = {"model": model, "scratch": str(scratch)} | {k: str(v) for k, v in ports.items()}
     command = [_filled(word, values) for word in server.command]
-    # Beside this Python, where its environment is not active.
-    command[0] = _beside_python(command[0])
+    command[0] = installed(command[0])
     url = f"http://127.0.0.1:{values['port']}"
     log = scratch / f"{server.name}.log"
-    try:
-        child = Child(command, log, {**server.environment, **(environment or {})}, ends=False)
-    except OSError as error:
-        raise ServerError(f"--server: {server.name}: {command[0]}: {error.strerror}") from None
-    with child:
+    child = ChildProcess(
+        command,
+        log,
+        environment={**server.environment, **(environment or {})},
+        apart=True,
+        # How a server of somebody else ends is not compared.
+        exit_code=None,
+        end_s=END_LIMIT_S,
+    )
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(child)
+        except OSError as error:
+            raise ServerError(f"--server: {server.name}: {command[0]}: {error.strerror}") from None
         yield Running(server.name, url, child)
 
 
@@ -166,11 +174,6 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
         word = word.replace(f"{{{name}}}", value)
     return word
-
-
-def _beside_python(command: str) -> str:
-    beside = Path(sys.executable).parent / command
-    return str(beside) if os.sep not in command and beside.exists() else command
 
 
 def _ready(url: str) -> bool:

@@ -1,7 +1,7 @@
 """A server that answers every request with as many bytes: ``python -m … bare_server BYTES``.
 
 What an HTTP server in Python cannot do without, for `benchmarks.micro.http` to compare with. Prints
-its port as JSON, and ends with its standard input.
+its port, and ends with its standard input.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ def main() -> None:
             listener.bind(("127.0.0.1", 0))
             config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False)
             server = uvicorn.Server(config)
-            print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
+            print(listener.getsockname()[1], flush=True)
             serving = asyncio.create_task(server.serve([listener]))
             await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
             server.should_exit = True

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.child import Child
 from benchmarks.http_overhead import PICTURE_BYTES, Connection, Server, fake_engine_process
 from benchmarks.micro.timing import Timed
+from krea2_srt.testing.processes import ChildProcess
 
 _BLOCK = 40
+_LIMIT_S = 60.0
 _IMPORTS = "import fastapi, httpx, orjson, prometheus_client, pydantic_settings, uvicorn, zmq"
 
 
@@ -20,11 +21,11 @@ def request(folder: Path, rounds: int) -> Timed:
     """A request for a 1 MB image through krea2-serve, against a server that only sends as much."""
     bare = [sys.executable, "-m", "benchmarks.micro.bare_server", str(PICTURE_BYTES)]
     with (
-        Child(bare, folder / "bare.log", answers=True) as reference,
-        fake_engine_process() as endpoint,
+        ChildProcess(bare, folder / "bare.log", talks=True) as reference,
+        fake_engine_process(folder) as endpoint,
         Server(folder, "--engine-endpoints", endpoint) as server,
     ):
-        ports = (server.port, int(reference.answer()["port"]))
+        ports = (server.port, int(reference.read_line(_LIMIT_S)))
         ours_ms, bare_ms = asyncio.run(_blocks(ports, rounds))
     return Timed("HTTP request for a 1 MB image", ours_ms, "a server that only sends it", bare_ms)
 
@@ -50,13 +51,14 @@ async def _blocks(ports: tuple[int, int], rounds: int) -> tuple[float, float]:
 def start(folder: Path, rounds: int) -> Timed:
     """From nothing to the first answer of ``/ready``, against importing the same libraries."""
     ours, imports = [], []
-    with fake_engine_process() as endpoint:
+    with fake_engine_process(folder) as endpoint:
         for _ in range(rounds):
             begin = time.perf_counter()
             with Server(folder, "--engine-endpoints", endpoint):
                 ours.append((time.perf_counter() - begin) * 1e3)
             begin = time.perf_counter()
-            with Child([sys.executable, "-c", _IMPORTS], folder / "imports.log") as child:
-                child.finish()
+            command = [sys.executable, "-c", _IMPORTS]
+            with ChildProcess(command, folder / "imports.log") as child:
+                child.finish(_LIMIT_S)
             imports.append((time.perf_counter() - begin) * 1e3)
     return Timed("start of the HTTP process", min(ours), "importing its libraries", min(imports))

@@ -39,7 +39,7 @@ def start_up(folder: Path, checkpoint: Path) -> dict[str, float]:
     with running(parse_server("ours"), str(checkpoint), folder) as server:
         assert server.child is not None
         while "ready" not in found:
-            log = server.child.log.read_text(encoding="utf-8", errors="replace")
+            log = server.child.log
             seconds = time.perf_counter() - begin
             for name, text in MARKS.items():
                 if name not in found and text in log:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import httpx
 import psutil
 
-from benchmarks.ports import free_ports
+from krea2_srt.testing.processes import free_ports
 
 _CPUS = 8
 """That Ray may give away: as a count. The replicas share what cores there are."""

@@ -1,28 +1,21 @@
 """The deployment that a drill breaks: krea2-serve on this machine, on loopback."""
 
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import httpx
 import psutil
 
-_SERVE = Path(sys.executable).parent / "krea2-serve"
-_LISTENING = re.compile(r"INFO listening at (http://[^\s;]+)")
+from krea2_srt.testing.krea2_serve import Krea2Serve
+
 _STARTED = re.compile(r"engine (\d+): starting, process (\d+)")
 _START_S = 600.0
 _END_S = 180.0
-_POLL_S = 0.1
 
 
-class Deployment:
+class Deployment(Krea2Serve):
     """A context: the server runs in it, and is ready when it begins.
 
     Args:
@@ -41,49 +34,23 @@ class Deployment:
         wrapper: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.url = ""
-        self._command = [*wrapper, str(_SERVE), "--model-path", str(model), "--port", "0", *flags]
-        if "--storage" not in flags:
-            self._command += ["--storage", str(folder / "images")]
-        self._environment = {**os.environ, **(environment or {})}
+        super().__init__(
+            folder,
+            ["--model-path", str(model), *flags],
+            wrapper=wrapper,
+            environment=environment,
+            start_s=_START_S,
+            end_s=_END_S,
+        )
 
-    def __enter__(self) -> Self:
-        with (self.folder / "log").open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=subprocess.STDOUT
-            )
-        try:
-            self.wait_until(lambda: self._find_url(), "it listens", _START_S)
-            self.wait_until_ready()
-        except BaseException:
-            self._process.kill()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._process.poll() is None:
-            self.terminate()
-            try:
-                self.wait()
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                raise
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text(errors="replace")
+    def wait_until_up(self) -> None:
+        super().wait_until_up()
+        self.wait_until_ready()
 
     @property
     def server(self) -> psutil.Process:
         """The HTTP process."""
-        return psutil.Process(self._process.pid)
+        return psutil.Process(self.pid)
 
     def engines(self) -> list[psutil.Process]:
         """The scheduler processes by replica, each as last started, as the log says."""
@@ -107,31 +74,3 @@ class Deployment:
             return bool(queue["replicas_ready"] >= (replicas or queue["replicas"]))
 
         self.wait_until(ready, "the replicas are ready", timeout_s)
-
-    def wait_until(self, condition: Any, what: str, timeout_s: float = 60.0) -> None:
-        """Ask until the answer is yes.
-
-        Raises:
-            TimeoutError: it never was.
-            RuntimeError: the server has ended meanwhile.
-        """
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if self._process.poll() is not None:
-                raise RuntimeError(f"the server has ended:\n{self.log[-2000:]}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s:g} s in vain until {what}")
-            time.sleep(_POLL_S)
-
-    def terminate(self) -> None:
-        """SIGTERM."""
-        self._process.send_signal(signal.SIGTERM)
-
-    def wait(self) -> int:
-        """Its exit code, when it has ended."""
-        return self._process.wait(_END_S)
-
-    def _find_url(self) -> bool:
-        if found := _LISTENING.search(self.log):
-            self.url = found[1]
-        return bool(self.url)

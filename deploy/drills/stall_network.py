@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
 from deploy.drills.load import DONE, UNAVAILABLE, Load
+from krea2_srt.testing.processes import ChildProcess
 
 # Of RFC 5737, for documentation: nobody's. Both ends are in this machine.
 _OURS, _THEIRS = "198.51.100.1", "198.51.100.2"
@@ -72,20 +72,11 @@ def _engine(namespace: str, model: Path, folder: Path) -> Iterator[None]:
     command = ["ip", "netns", "exec", namespace, sys.executable, "-m", "krea2_srt.sglang.worker"]
     command += ["--ready-fd", str(writer), "--parent-pid", str(os.getpid())]
     command += ["--model-path", str(model), "--host", _THEIRS, "--scheduler-port", str(_PORT)]
-    with (
-        (folder / "engine.log").open("wb") as log,
-        subprocess.Popen(
-            command, pass_fds=[writer], stdout=log, stderr=subprocess.STDOUT
-        ) as process,
-    ):
+    with ChildProcess(command, folder / "engine.log", pass_fds=[writer], exit_code=None):
         os.close(writer)
-        try:
-            with os.fdopen(reader) as pipe:
-                print(f"  engine at {json.loads(pipe.readline())['endpoint']}")
-            yield
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        with os.fdopen(reader) as pipe:
+            print(f"  engine at {json.loads(pipe.readline())['endpoint']}")
+        yield
 
 
 def _ip(*arguments: str) -> None:

@@ -19,16 +19,18 @@ import io
 import json
 import os
 import random
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aiohttp import web
 from PIL import Image
+
+from krea2_srt.testing.processes import ChildProcess
 
 MODEL = "fake/krea-2"
 
@@ -201,17 +203,13 @@ class Fake:
 def fake_server() -> Iterator[Fake]:
     """The server in a process of its own."""
     command = [sys.executable, "-m", "tests.bench.fake_server"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        yield Fake(process.stdout.readline().strip())
-        process.stdin.close()
+    with (
+        TemporaryDirectory() as folder,
+        ChildProcess(
+            command, Path(folder) / "fake-server.log", folder=Path(__file__).parents[2], talks=True
+        ) as process,
+    ):
+        yield Fake(process.read_line(60))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@ import contextlib
 import io
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +18,7 @@ import pytest
 from PIL import Image
 
 import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
+from krea2_srt.testing.processes import ChildProcess, free_ports, installed
 from tests.channel import endpoints
 from tests.server.serving import Served
 from tests.server.serving import serve as krea2_serve
@@ -29,20 +26,14 @@ from tests.server.serving import serve as krea2_serve
 if TYPE_CHECKING:
     from krea2_srt.runner.model_runner import Krea2Runner
 
-SGLANG = Path(sys.executable).parent / "sglang"
+SGLANG = installed("sglang")
 START_TIMEOUT_S = 600
 
 
 def environment(switch: str, **more: str) -> dict[str, str]:
     # On a busy machine everything is estimated to take long; refusals have a test of their own.
     ours = {"KREA2_SRT": switch, "KREA2_SRT_MAX_QUEUE_S": "2000", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **ours, **more}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    return {**ours, **more}
 
 
 @dataclass
@@ -50,12 +41,11 @@ class Server:
     """A running `sglang serve`."""
 
     port: int
-    log_file: Path
-    process: "subprocess.Popen[bytes]"
+    process: ChildProcess
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
+        return self.process.log
 
     def post(self, timeout: float = 300, **fields: object) -> tuple[int, dict | str]:
         """POST /v1/images/generations; returns the status and the (JSON) body."""
@@ -83,33 +73,15 @@ class Server:
 @contextlib.contextmanager
 def serve(model: Path, folder: Path, *flags: str, **variables: str) -> Iterator[Server]:
     """`sglang serve` with our runner in float32. It must end with exit code 0."""
-    port = free_port()
+    port = free_ports(["http"])["http"]
     command = [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dit-precision", "fp32", "--vae-precision", "fp32"]
     command += ["--text-encoder-precisions", "fp32", *flags]
-    log_file = folder / "log"
-    with (
-        log_file.open("wb") as log,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment("on", **variables),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        running = Server(port, log_file, process)
-        try:
-            _wait_until_ready(running, process)
-            yield running
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(180)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-    assert process.returncode == 0, running.log[-3000:]
+    log = folder / "sglang-serve.log"
+    variables = environment("on", **variables)
+    with ChildProcess(command, log, folder=folder, environment=variables) as process:
+        process.wait_until(lambda: _healthy(port), "it is healthy", START_TIMEOUT_S)
+        yield Server(port, process)
 
 
 @pytest.fixture(scope="session")
@@ -149,17 +121,12 @@ def runner(trained_model: Path) -> "Krea2Runner":
     return Krea2Runner.load(checkpoint, torch.device("cpu"), torch.float32)
 
 
-def _wait_until_ready(server: Server, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"sglang serve ended:\n{server.log[-3000:]}"
-        with contextlib.suppress(OSError):
-            url = f"http://127.0.0.1:{server.port}/health"
-            with urllib.request.urlopen(url, timeout=5) as response:
-                if response.status == 200:
-                    return
-        time.sleep(0.5)
-    raise TimeoutError(f"sglang serve is not ready:\n{server.log[-3000:]}")
+def _healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+            return response.status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +166,7 @@ def sglang_generate(demo_model: Path, tmp_path_factory: pytest.TempPathFactory):
         result = subprocess.run(
             [*command, "--save-output", *flags],
             cwd=folder,
-            env=environment(switch),
+            env={**os.environ, **environment(switch)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

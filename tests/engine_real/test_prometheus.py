@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import re
-import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -13,8 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from krea2_srt.testing.processes import ChildProcess, free_ports
 from tests.channel import wait_until
-from tests.engine_real.conftest import free_port
 from tests.programs import required
 from tests.server.serving import Api
 
@@ -100,30 +99,24 @@ def prometheus(real_server, tmp_path_factory):
     config["rule_files"] = [str(RULES)]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [real_server.url.split("//")[1]]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
-    with subprocess.Popen(
-        [
-            program,
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address={address}",
-        ],
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "log").open("wb"),
-    ) as process:
+    port = free_ports(["prometheus"])["prometheus"]
+    address = f"127.0.0.1:{port}"
+    command = [
+        program,
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+    ]
+    with ChildProcess(command, folder / "prometheus.log") as process:
         url = f"http://{address}"
-        try:
-            wait_until(lambda: _answers(url))
-            # It begins seconds after it is ready.
-            wait_until(lambda: query(url, "krea2_replicas_ready"))
-            # Twice: a series that begins with a request has no rate before the next.
-            for _ in range(2):
-                _work(real_server)
-                _seen(url, real_server)
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+        process.wait_until(lambda: _answers(url), "it answers")
+        # It begins seconds after it is ready.
+        wait_until(lambda: query(url, "krea2_replicas_ready"))
+        # Twice: a series that begins with a request has no rate before the next.
+        for _ in range(2):
+            _work(real_server)
+            _seen(url, real_server)
+        yield url
 
 
 @pytest.mark.parametrize("expression", QUERIES)

@@ -1,13 +1,7 @@
 """krea2-serve as a process of its own."""
 
 import contextlib
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +9,10 @@ from pathlib import Path
 import httpx
 from openai import OpenAI
 
-SERVE = Path(sys.executable).parent / "krea2-serve"
-END_TIMEOUT_S = 120
+from krea2_srt.testing.krea2_serve import Krea2Serve
+from krea2_srt.testing.processes import START_S, installed
 
-# In a log of text, or of JSON.
-_READY = re.compile(r"(?:INFO |\"message\": \")ready: .* at (http://[^\s;\"]+)")
-_LISTENING = re.compile(r"(?:INFO |\"message\": \")listening at (http://[^\s;\"]+)")
+SERVE = installed("krea2-serve")
 
 
 @dataclass
@@ -61,15 +53,19 @@ class Served(Api):
     """A running krea2-serve.
 
     Attributes:
-        pid: of the HTTP process.
+        process: the HTTP process.
     """
 
-    log_file: Path
-    process: "subprocess.Popen[bytes]"
+    process: Krea2Serve
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text(errors="replace")
+        return self.process.log
+
+    @property
+    def folder(self) -> Path:
+        """Of its log and its files."""
+        return self.process.log_file.parent
 
     @property
     def pid(self) -> int:
@@ -91,7 +87,7 @@ class Served(Api):
 def serve(
     folder: Path,
     *flags: str,
-    timeout_s: float = 180,
+    timeout_s: float = START_S,
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
 ) -> Iterator[Served]:
@@ -101,42 +97,7 @@ def serve(
         folder: for its log and its files.
         ready: whether to wait until it draws, not only until it answers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [SERVE, "--port", "0", *flags]
-    if not any(flag.startswith("--storage=") or flag == "--storage" for flag in flags):
-        command += ["--storage", str(folder / "images")]
-    log_file = folder / "log"
-    with (
-        log_file.open("wb") as log,
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        ) as process,
-    ):
-        try:
-            url = _wait_until_up(process, log_file, timeout_s, _READY if ready else _LISTENING)
-            yield Served(url, log_file, process)
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-    assert process.returncode == 0, log_file.read_text(errors="replace")[-3000:]
-
-
-def _wait_until_up(
-    process: "subprocess.Popen[bytes]", log_file: Path, timeout_s: float, line: re.Pattern[str]
-) -> str:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        text = log_file.read_text(errors="replace")
-        assert process.poll() is None, f"krea2-serve has ended:\n{text[-3000:]}"
-        if found := line.search(text):
-            return found[1]
-        time.sleep(0.05)
-    raise TimeoutError(f"krea2-serve is not up:\n{log_file.read_text(errors='replace')[-3000:]}")
+    with Krea2Serve(
+        folder, flags, environment=environment, draws=ready, start_s=timeout_s
+    ) as process:
+        yield Served(process.url, process)

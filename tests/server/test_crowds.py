@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.fake_engine import FakeEngine
 from tests.channel import PATIENCE_S, wait_until
-from tests.server.serving import END_TIMEOUT_S, Served, serve
+from tests.server.serving import Served, serve
 from tests.server.test_hostile_input import raw, still_works
 
 CROWD = 1000
@@ -216,7 +216,7 @@ def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new(shared_engine,
             thread.join(PATIENCE_S)
         assert answers[0].status_code == 200
         assert "event: image_generation.completed" in stream[0]
-        assert server.process.wait(END_TIMEOUT_S) == 0
+        assert server.process.wait() == 0
 
 
 def test_what_is_not_done_in_time_is_told_so(shared_engine, engine, tmp_path):
@@ -233,7 +233,7 @@ def test_what_is_not_done_in_time_is_told_so(shared_engine, engine, tmp_path):
         thread.join(PATIENCE_S)
         assert answers[0].status_code == 503
         assert answers[0].headers["x-should-retry"] == "true"
-        assert server.process.wait(END_TIMEOUT_S) == 0
+        assert server.process.wait() == 0
         engine.hold.clear()
 
 

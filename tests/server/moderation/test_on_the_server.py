@@ -103,7 +103,7 @@ def test_a_negative_prompt_is_a_prompt(moderated, engine):
 def test_one_image_of_several_is_enough_and_none_is_stored(moderated, engine, judge, tmp_path):
     judge.bad_image = lambda number: number == 2
     check_refused(moderated.post(OTHER, **FIELDS, n=3, response_format="url"), "nsfw")
-    folder = moderated.log_file.parent / "images"
+    folder = moderated.folder / "images"
     assert [file.name for file in folder.iterdir() if "-" in file.name] == []
     assert len(engine.requests) == 1
 

@@ -1,0 +1,1 @@
+"""Processes and fakes that tests, benchmarks and drills share. Nothing that serves imports it."""
