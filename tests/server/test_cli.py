@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from benchmarks.fake_engine import FakeEngine
+from krea2_srt.testing.processes import free_ports
 from tests.channel import PATIENCE_S, wait_until
 from tests.server.serving import SERVE, serve
 
@@ -73,45 +74,54 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     assert "storage: " in failure("--storage", str(tmp_path / "broken.yaml" / "images"))
 
 
-def test_the_http_process_stays_light(shared_engine, engine, tmp_path):
-    with serve(tmp_path, "--engine-endpoints", engine.endpoint) as server:
-        server.post(prompt="x", size="64x64", stream=True, partial_images=1)
-        with open(f"/proc/{server.pid}/maps") as maps:
-            assert "torch" not in maps.read()
+def test_the_http_process_stays_light(fake_server, engine):
+    fake_server.post(prompt="x", size="64x64", stream=True, partial_images=1)
+    with open(f"/proc/{fake_server.pid}/maps") as maps:
+        assert "torch" not in maps.read()
 
 
-def test_an_engine_elsewhere_may_go_and_come_back(tmp_path):
-    with FakeEngine() as first:
-        endpoint = first.endpoint
-        with serve(tmp_path, "--engine-endpoints", endpoint) as server:
-            first.hold.set()
-            stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
-            assert first.waiting == 1
-            first.__exit__()
-            # What was there fails, and so does what comes.
-            with pytest.raises(openai.APIError, match="the engine has exited"):
-                list(stream)
-            assert server.get("/ready").status_code == 503
-            assert server.get("/v1/queue").json()["estimated_wait_s"] is None
-            refused = server.post(prompt="x", size="64x64")
-            assert refused.status_code == 503
-            assert refused.json()["error"]["code"] == "engine_unavailable"
-            with FakeEngine(port=int(endpoint.rsplit(":", 1)[1])):
-                wait_until(lambda: server.get("/ready").status_code == 200)
-                assert server.post(prompt="x", size="64x64").status_code == 200
+@pytest.fixture(scope="module")
+def abandoned(tmp_path_factory):
+    """A server whose engine has gone, and the port at which that may come back."""
+    port = free_ports(["engine"])["engine"]
+    flags = ["--engine-endpoints", f"tcp://127.0.0.1:{port}"]
+    with serve(tmp_path_factory.mktemp("abandoned"), *flags, ready=False) as server:
+        yield server, port
 
 
-def test_engines_that_come_and_go_leave_no_files_open(tmp_path):
-    with FakeEngine() as engine:
-        port = int(engine.endpoint.rsplit(":", 1)[1])
-    with serve(tmp_path, "--engine-endpoints", engine.endpoint, ready=False) as server:
-        counts = []
-        for _ in range(12):
-            with FakeEngine(port=port):
-                wait_until(lambda: server.get("/ready").status_code == 200)
-                assert server.post(prompt="x", size="64x64").status_code == 200
-                counts.append(len(os.listdir(f"/proc/{server.pid}/fd")))
-            wait_until(lambda: server.get("/ready").status_code == 503)
+def is_ready(server) -> bool:
+    return server.get("/ready").status_code == 200
+
+
+def test_an_engine_elsewhere_may_go_and_come_back(abandoned):
+    server, port = abandoned
+    with FakeEngine(port=port) as first:
+        wait_until(lambda: is_ready(server))
+        first.hold.set()
+        stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
+        assert first.waiting == 1
+    # What was there fails, and so does what comes.
+    with pytest.raises(openai.APIError, match="the engine has exited"):
+        list(stream)
+    assert not is_ready(server)
+    assert server.get("/v1/queue").json()["estimated_wait_s"] is None
+    refused = server.post(prompt="x", size="64x64")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "engine_unavailable"
+    with FakeEngine(port=port):
+        wait_until(lambda: is_ready(server))
+        assert server.post(prompt="x", size="64x64").status_code == 200
+
+
+def test_engines_that_come_and_go_leave_no_files_open(abandoned):
+    server, port = abandoned
+    counts = []
+    for _ in range(12):
+        with FakeEngine(port=port):
+            wait_until(lambda: is_ready(server))
+            assert server.post(prompt="x", size="64x64").status_code == 200
+            counts.append(len(os.listdir(f"/proc/{server.pid}/fd")))
+        wait_until(lambda: not is_ready(server))
     assert max(counts[6:]) <= max(counts[:3]) + 2, counts
 
 
@@ -126,7 +136,7 @@ def test_an_engine_elsewhere_may_die_before_its_first_word(tmp_path):
             router.recv_multipart()
             context.destroy(0)  # waits until the port is free again
             with FakeEngine(port=port):
-                wait_until(lambda: server.get("/ready").status_code == 200)
+                wait_until(lambda: is_ready(server))
 
 
 def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):
@@ -139,18 +149,6 @@ def test_an_engine_elsewhere_that_is_silent_is_not_ready(tmp_path):
             assert server.get("/ready").status_code == 503
             server.process.send_signal(signal.SIGTERM)
             assert server.process.wait() == 0
-
-
-def test_operators_are_answered_when_the_server_is_full(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "1"]
-    with serve(tmp_path, *flags) as server:
-        engine.hold.set()
-        stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
-        assert server.post(prompt="x", size="64x64").status_code == 503
-        for path in ("/health", "/ready", "/metrics", "/v1/queue", "/v1/models"):
-            assert server.get(path).status_code == 200
-        engine.hold.clear()
-        list(stream)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -20,6 +20,9 @@ from tests.server.serving import Served, serve
 from tests.server.test_hostile_input import raw, still_works
 
 CROWD = 1000
+MANY = 20
+"""Requests at a time, where they are limited."""
+
 BODY = json.dumps({"prompt": "x", "size": "64x64"}).encode()
 HEAD = (
     b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -38,9 +41,9 @@ def many_files():
 
 @pytest.fixture(scope="module")
 def impatient(shared_engine: FakeEngine, tmp_path_factory):
-    """A server that does not wait long for its clients."""
+    """A server that does not wait long for its clients, nor takes many of them."""
     flags = ["--engine-endpoints", shared_engine.endpoint, "--header-timeout-s", "1"]
-    flags += ["--body-timeout-s", "1", "--send-timeout-s", "2"]
+    flags += ["--body-timeout-s", "1", "--send-timeout-s", "2", "--max-requests", str(MANY)]
     with serve(tmp_path_factory.mktemp("impatient"), *flags) as server:
         yield server
 
@@ -176,20 +179,21 @@ def test_clients_that_leave_at_any_moment(fake_server, engine):
     assert "Traceback" not in fake_server.log
 
 
-def test_more_requests_than_the_limit_are_answered_with_503(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "5"]
-    with serve(tmp_path, *flags) as server:
-        engine.hold.set()
-        connections = [connect(server) for _ in range(5)]
-        for connection in connections:
-            connection.sendall(HEAD + BODY)
-        wait_until(lambda: engine.waiting == 5)
-        refused = server.post(prompt="x", size="64x64")
-        assert refused.status_code == 503
-        assert refused.json()["error"]["code"] == "too_many_requests"
-        engine.hold.clear()
-        assert all(c.recv(65536).startswith(b"HTTP/1.1 200") for c in connections)
-        still_works(server)
+def test_more_requests_than_the_limit_are_answered_with_503(impatient, engine):
+    engine.hold.set()
+    connections = [connect(impatient) for _ in range(MANY)]
+    for connection in connections:
+        connection.sendall(HEAD + BODY)
+    wait_until(lambda: engine.waiting == MANY)
+    refused = impatient.post(prompt="x", size="64x64")
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "too_many_requests"
+    # Operators are answered all the same.
+    for path in ("/health", "/ready", "/metrics", "/v1/queue", "/v1/models"):
+        assert impatient.get(path).status_code == 200
+    engine.hold.clear()
+    assert all(c.recv(65536).startswith(b"HTTP/1.1 200") for c in connections)
+    still_works(impatient)
 
 
 def test_sigterm_finishes_what_is_under_way_and_takes_nothing_new(shared_engine, engine, tmp_path):

@@ -15,6 +15,7 @@ from server.protocol import ErrorResponse, ImageGenerationRequest, ImagesRespons
 from tests.channel import PATIENCE_S
 from tests.server.serving import serve
 
+KEY = "sk-0123456789abcdef"
 JSON = {"content-type": "application/json"}
 POST = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
@@ -239,15 +240,21 @@ def test_edits_are_refused_whatever_is_sent_for_them(fake_server, engine, path):
     still_works(fake_server)
 
 
-def test_an_answer_before_the_body_is_the_only_one(shared_engine, engine, tmp_path):
+@pytest.fixture(scope="module")
+def guarded(shared_engine, tmp_path_factory):
+    """A server with a key, which waits a second for headers and lets unknown fields through."""
+    flags = ["--engine-endpoints", shared_engine.endpoint, "--header-timeout-s", "1"]
+    flags += ["--allow-unknown-fields"]
+    environment = {"KREA2_SERVE_API_KEYS": KEY}
+    folder = tmp_path_factory.mktemp("guarded")
+    with serve(folder, *flags, environment=environment) as server:
+        yield server
+
+
+def test_an_answer_before_the_body_is_the_only_one(guarded, engine):
     """And what comes of the body later is not taken for another request."""
-    environment = {"KREA2_SERVE_API_KEYS": "sk-0123456789abcdef"}
-    flags = ["--engine-endpoints", engine.endpoint, "--header-timeout-s", "1"]
     head = b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 60000\r\n\r\n"
-    with (
-        serve(tmp_path, *flags, environment=environment) as server,
-        socket.create_connection(("127.0.0.1", server.port)) as connection,
-    ):
+    with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
         connection.settimeout(PATIENCE_S)
         connection.sendall(head + b"x" * 100)
         received = connection.recv(65536)
@@ -332,11 +339,10 @@ def test_any_mixture_of_values_gets_an_answer_that_fits(fake_server, engine, fie
         check_error(response)
 
 
-def test_unknown_fields_can_be_let_through_but_impossible_ones_cannot(tmp_path, engine):
-    flags = ["--engine-endpoints", engine.endpoint, "--allow-unknown-fields"]
-    with serve(tmp_path, *flags) as server:
-        assert server.post(prompt="x", size="64x64", no_such_field=1).status_code == 200
-        check_error(server.post(prompt="x", size="64x64", style="vivid"), 400)
+def test_unknown_fields_can_be_let_through_but_impossible_ones_cannot(guarded, engine):
+    key = {"authorization": f"Bearer {KEY}"}
+    assert guarded.post(key, prompt="x", size="64x64", no_such_field=1).status_code == 200
+    check_error(guarded.post(key, prompt="x", size="64x64", style="vivid"), 400)
 
 
 def test_an_offer_of_another_protocol_is_passed_over(fake_server, engine):
@@ -373,12 +379,8 @@ def test_offers_in_a_row_and_what_comes_after_the_last_request(fake_server, engi
     assert answer.count(b"HTTP/1.1 200") == 601
 
 
-def test_empty_lines_do_not_keep_a_connection_open(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--header-timeout-s", "1"]
-    with (
-        serve(tmp_path, *flags) as server,
-        socket.create_connection(("127.0.0.1", server.port)) as connection,
-    ):
+def test_empty_lines_do_not_keep_a_connection_open(guarded, engine):
+    with socket.create_connection(("127.0.0.1", guarded.port)) as connection:
         connection.settimeout(PATIENCE_S)
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         answer = b""

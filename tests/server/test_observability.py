@@ -54,6 +54,16 @@ def attributes(span) -> dict:
     return values
 
 
+@pytest.fixture(scope="module")
+def fake_server(shared_engine, tmp_path_factory):
+    """One with all that operators may see, whose collector of traces is away."""
+    flags = ["--engine-endpoints", shared_engine.endpoint, "--max-requests", "20"]
+    flags += ["--log-format", "json", "--log-level", "debug"]
+    flags += ["--otlp-endpoint", "http://127.0.0.1:9/v1/traces"]
+    with serve(tmp_path_factory.mktemp("watched"), *flags) as server:
+        yield server
+
+
 def test_a_trace_has_the_request_and_its_stages(shared_engine, engine, tmp_path):
     collector = Collector()
     flags = ["--engine-endpoints", engine.endpoint, "--otlp-endpoint", collector.url]
@@ -88,20 +98,17 @@ def test_a_trace_has_the_request_and_its_stages(shared_engine, engine, tmp_path)
     assert "u-secret" not in text
 
 
-def test_a_collector_that_is_away_costs_no_request(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint]
-    with serve(tmp_path, *flags, "--otlp-endpoint", "http://127.0.0.1:9/v1/traces") as server:
-        assert server.post(prompt="x", size="64x64").status_code == 200
+def test_a_collector_that_is_away_costs_no_request(fake_server, engine):
+    assert fake_server.post(prompt="x", size="64x64").status_code == 200
 
 
-def test_a_json_log_has_one_object_a_line_and_the_requests_id(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--log-format", "json", "--log-level", "debug"]
-    with serve(tmp_path, *flags) as server:
-        answer = server.post(prompt=SECRET, size="64x64", user="u-secret")
-        refused = server.post(prompt=SECRET, size="63x64")
-        streamed = server.post(prompt=SECRET, size="64x64", stream=True)
-        server.get("/nowhere%0a?token=abc")
-        lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+def test_a_json_log_has_one_object_a_line_and_the_requests_id(fake_server, engine):
+    answer = fake_server.post(prompt=SECRET, size="64x64", user="u-secret")
+    refused = fake_server.post(prompt=SECRET, size="63x64")
+    streamed = fake_server.post(prompt=SECRET, size="64x64", stream=True)
+    fake_server.get("/nowhere%0a?token=abc")
+    log = fake_server.log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
     by_id = {line["request_id"]: line for line in lines if line.get("status")}
     for response, status in ((answer, 200), (refused, 400), (streamed, 200)):
         line = by_id[response.headers["x-request-id"]]
@@ -109,9 +116,9 @@ def test_a_json_log_has_one_object_a_line_and_the_requests_id(shared_engine, eng
         assert line["ms"] > 0
         assert line["level"] == "INFO"
         assert line["time"]
-    assert "token" not in server.log
-    assert SECRET not in server.log
-    assert "u-secret" not in server.log
+    assert "token" not in log
+    assert SECRET not in log
+    assert "u-secret" not in log
 
 
 def test_metrics_are_prometheus_and_add_up(fake_server, engine):
@@ -123,9 +130,7 @@ def test_metrics_are_prometheus_and_add_up(fake_server, engine):
     engine.refuse = EngineError("queue_full", "full", retry_after_s=1.0)
     fake_server.post(prompt="x", size="64x64")
     engine.refuse = None
-    after = outcomes(fake_server)
-    new = {name: after[name] - before.get(name, 0) for name in after}
-    assert {name: count for name, count in new.items() if count} == {
+    assert new_outcomes(fake_server, before) == {
         "done": 1,
         "invalid_value": 1,
         "unknown_parameter": 1,
@@ -168,7 +173,14 @@ def outcomes(server) -> dict[str, float]:
     }
 
 
-def test_every_request_of_a_storm_is_counted_once(shared_engine, engine, tmp_path):
+def new_outcomes(server, before: dict[str, float]) -> dict[str, float]:
+    """The same of those since then."""
+    after = outcomes(server)
+    new = {name: after[name] - before.get(name, 0) for name in after}
+    return {name: count for name, count in new.items() if count}
+
+
+def test_every_request_of_a_storm_is_counted_once(fake_server, engine):
     engine.step_s = 0.01
     kinds = [
         {"size": "64x64"},
@@ -178,35 +190,34 @@ def test_every_request_of_a_storm_is_counted_once(shared_engine, engine, tmp_pat
         {"size": "64x64", "response_format": "url", "n": 2},
         {"prompt": "x" * 40_000},
     ]
-    flags = ["--engine-endpoints", engine.endpoint, "--max-requests", "20"]
-    with serve(tmp_path, *flags) as server:
-        statuses: list[int] = []
-        url = f"{server.url}/v1/images/generations"
+    before = outcomes(fake_server)
+    statuses: list[int] = []
+    url = f"{fake_server.url}/v1/images/generations"
 
-        def send(number: int) -> None:
-            body = {"prompt": "x", **kinds[number % len(kinds)]}
-            try:
-                # Every third hangs up, some before and some after the answer has begun.
-                timeout = 0.05 if number % 3 == 0 else 300
-                statuses.append(httpx.post(url, json=body, timeout=timeout).status_code)
-            except httpx.TimeoutException:
-                statuses.append(0)
+    def send(number: int) -> None:
+        body = {"prompt": "x", **kinds[number % len(kinds)]}
+        try:
+            # Every third hangs up, some before and some after the answer has begun.
+            timeout = 0.05 if number % 3 == 0 else 300
+            statuses.append(httpx.post(url, json=body, timeout=timeout).status_code)
+        except httpx.TimeoutException:
+            statuses.append(0)
 
-        threads = [threading.Thread(target=send, args=(number,)) for number in range(120)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert httpx.post(url, content=b"x" * 2_000_000).status_code == 413
-        json_type = {"content-type": "application/json"}
-        assert httpx.post(url, content=b"{", headers=json_type).status_code == 400
-        wait_until(lambda: sum(outcomes(server).values()) == 122)
-        found = outcomes(server)
-        assert found["request_too_large"] == 1
-        assert found["invalid_json"] == 1
-        assert found["done"] >= sum(status == 200 for status in statuses)
-        assert found.get("cancelled", 0) <= statuses.count(0)
-        # Who hung up may have been refused in that moment.
-        refused = found.get("too_many_requests", 0)
-        assert statuses.count(503) <= refused <= statuses.count(503) + statuses.count(0)
-        assert server.get("/v1/queue").json()["running"] == 0
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(120)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert httpx.post(url, content=b"x" * 2_000_000).status_code == 413
+    json_type = {"content-type": "application/json"}
+    assert httpx.post(url, content=b"{", headers=json_type).status_code == 400
+    wait_until(lambda: sum(new_outcomes(fake_server, before).values()) == 122)
+    found = new_outcomes(fake_server, before)
+    assert found["request_too_large"] == 1
+    assert found["invalid_json"] == 1
+    assert found["done"] >= sum(status == 200 for status in statuses)
+    assert found.get("cancelled", 0) <= statuses.count(0)
+    # Who hung up may have been refused in that moment.
+    refused = found.get("too_many_requests", 0)
+    assert statuses.count(503) <= refused <= statuses.count(503) + statuses.count(0)
+    assert fake_server.get("/v1/queue").json()["running"] == 0

@@ -15,6 +15,15 @@ from PIL import Image
 from krea2_srt.sglang.messages import EngineError
 from server.errors import MAX_RETRY_AFTER_S
 from tests.channel import wait_until
+from tests.server.serving import serve
+
+
+@pytest.fixture(scope="module")
+def fake_server(shared_engine, tmp_path_factory):
+    """One that lets no stream be silent for long."""
+    flags = ["--engine-endpoints", shared_engine.endpoint, "--keepalive-s", "0.2"]
+    with serve(tmp_path_factory.mktemp("talkative"), *flags) as server:
+        yield server
 
 
 def picture(image) -> Image.Image:
@@ -122,26 +131,22 @@ def test_a_stream_without_previews_has_the_picture(fake_server, engine):
     assert [e.type for e in stream] == ["image_generation.completed"]
 
 
-def test_a_silent_stream_is_kept_open_by_comments(fake_server, engine, tmp_path):
-    from tests.server.serving import serve
-
-    flags = ["--engine-endpoints", engine.endpoint, "--keepalive-s", "0.2"]
-    with serve(tmp_path, *flags) as server:
-        engine.hold.set()
-        threading.Timer(1.0, engine.hold.clear).start()
-        url = f"{server.url}/v1/images/generations"
-        body = {"prompt": "x", "size": "64x64", "stream": True}
-        with httpx.stream("POST", url, json=body, timeout=300) as response:
-            lines = list(response.iter_lines())
-        comments = [line for line in lines if line.startswith(": queued ahead=0")]
-        assert len(comments) >= 3
-        assert not any(line.startswith("id:") for line in lines)
-        assert any(line.startswith("event: image_generation.completed") for line in lines)
-        # The same, as the official client reads it.
-        engine.hold.set()
-        threading.Timer(0.6, engine.hold.clear).start()
-        stream = server.client().images.generate(prompt="x", size="64x64", stream=True)
-        assert [e.type for e in stream] == ["image_generation.completed"]
+def test_a_silent_stream_is_kept_open_by_comments(fake_server, engine):
+    engine.hold.set()
+    threading.Timer(1.0, engine.hold.clear).start()
+    url = f"{fake_server.url}/v1/images/generations"
+    body = {"prompt": "x", "size": "64x64", "stream": True}
+    with httpx.stream("POST", url, json=body, timeout=300) as response:
+        lines = list(response.iter_lines())
+    comments = [line for line in lines if line.startswith(": queued ahead=0")]
+    assert len(comments) >= 3
+    assert not any(line.startswith("id:") for line in lines)
+    assert any(line.startswith("event: image_generation.completed") for line in lines)
+    # The same, as the official client reads it.
+    engine.hold.set()
+    threading.Timer(0.6, engine.hold.clear).start()
+    stream = fake_server.client().images.generate(prompt="x", size="64x64", stream=True)
+    assert [e.type for e in stream] == ["image_generation.completed"]
 
 
 def test_async(fake_server, engine):

@@ -11,14 +11,22 @@ from tests.server.serving import serve
 FIELDS = {"prompt": "x", "size": "64x64"}
 
 
-@pytest.fixture
-def two(tmp_path):
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
     with FakeEngine() as first, FakeEngine() as second:
         flags = ["--engine-endpoints", first.endpoint, "--engine-endpoints", second.endpoint]
-        with serve(tmp_path, *flags) as server:
+        with serve(tmp_path_factory.mktemp("two"), *flags) as server:
             yield server, first, second
-            first.hold.clear()
-            second.hold.clear()
+
+
+@pytest.fixture
+def two(running):
+    """The server and its engines, with nothing to do at the start of each test."""
+    yield running
+    for engine in running[1:]:
+        engine.hold.clear()
+        wait_until(lambda engine=engine: not engine.waiting)
+        engine.reset()
 
 
 def test_requests_go_where_the_least_waits(two):

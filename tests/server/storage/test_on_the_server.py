@@ -3,6 +3,7 @@
 import os
 
 import httpx
+import pytest
 
 from tests.channel import wait_until
 from tests.server.serving import serve
@@ -73,13 +74,25 @@ def test_a_full_disk_is_told_and_the_server_goes_on(shared_engine, engine, small
         assert "Traceback" not in server.log
 
 
-def test_a_cap_lets_the_oldest_go(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--max-storage-bytes", "250000"]
-    with serve(tmp_path, *flags) as server:
-        engine.picture = os.urandom(100_000)
-        first, second, third = (url_of(server.post(**FIELDS)) for _ in range(3))
-        assert httpx.get(first).status_code == 410
-        assert httpx.get(second).content == httpx.get(third).content == engine.picture
+@pytest.fixture(scope="module")
+def capped(shared_engine, tmp_path_factory):
+    flags = ["--engine-endpoints", shared_engine.endpoint, "--max-storage-bytes", "250000"]
+    with serve(tmp_path_factory.mktemp("capped"), *flags) as server:
+        yield server
+
+
+def test_a_cap_lets_the_oldest_go(capped, engine):
+    engine.picture = os.urandom(100_000)
+    first, second, third = (url_of(capped.post(**FIELDS)) for _ in range(3))
+    assert httpx.get(first).status_code == 410
+    assert httpx.get(second).content == httpx.get(third).content == engine.picture
+
+
+def test_what_never_fits_is_not_tried_again(capped, engine):
+    engine.picture = b"x" * 300_000
+    full = capped.post(**FIELDS)
+    assert full.status_code == 503
+    assert full.headers["x-should-retry"] == "false"
 
 
 def test_s3_serves_images_itself(shared_engine, engine, tmp_path, bucket, endpoint):
@@ -112,12 +125,3 @@ def test_a_server_without_storage_has_no_urls(shared_engine, engine, tmp_path):
         assert server.post(**{**FIELDS, "response_format": "b64_json"}).status_code == 200
         assert '"response_format": "url"' not in server.log
     assert not (tmp_path / "images").exists()
-
-
-def test_what_never_fits_is_not_tried_again(shared_engine, engine, tmp_path):
-    flags = ["--engine-endpoints", engine.endpoint, "--max-storage-bytes", "1000"]
-    with serve(tmp_path, *flags) as server:
-        engine.picture = b"x" * 2000
-        full = server.post(**FIELDS)
-        assert full.status_code == 503
-        assert full.headers["x-should-retry"] == "false"
