@@ -26,7 +26,6 @@ from uuid import uuid4
 import zmq
 
 from benchmarks.arguments import benchmark_parser, count
-from benchmarks.fake_engine import FakeEngine
 from benchmarks.load.points import allow_many_connections
 from benchmarks.percentiles import percentile
 from benchmarks.provenance import provenance
@@ -34,6 +33,7 @@ from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import CheckpointError
 from krea2_srt.sglang.messages import Generate, Generated
+from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.krea2_serve import Krea2Serve
 from krea2_srt.testing.processes import ChildProcess
 
@@ -152,7 +152,7 @@ class Connection:
 @contextlib.contextmanager
 def fake_engine_process(folder: Path) -> Iterator[str]:
     """A fake engine in a process of its own; yields its endpoint."""
-    command = [sys.executable, "-m", "benchmarks.fake_engine"]
+    command = [sys.executable, "-m", "krea2_srt.testing.fake_engine"]
     command += ["--picture-bytes", str(PICTURE_BYTES)]
     with ChildProcess(command, folder / "fake-engine.log", talks=True) as process:
         yield process.read_line(READY_S)

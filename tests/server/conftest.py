@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fake_engine import FakeEngine
+from krea2_srt.testing.fake_engine import FakeEngine
 from tests.channel import wait_until
 from tests.server.serving import Served, serve
 

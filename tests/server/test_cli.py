@@ -11,7 +11,7 @@ import openai
 import pytest
 import zmq
 
-from benchmarks.fake_engine import FakeEngine
+from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.processes import free_ports
 from tests.channel import PATIENCE_S, wait_until
 from tests.server.serving import SERVE, serve

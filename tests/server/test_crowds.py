@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks.fake_engine import FakeEngine
+from krea2_srt.testing.fake_engine import FakeEngine
 from tests.channel import PATIENCE_S, wait_until
 from tests.server.serving import Served, serve
 from tests.server.test_hostile_input import raw, still_works

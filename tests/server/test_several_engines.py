@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from benchmarks.fake_engine import FakeEngine
+from krea2_srt.testing.fake_engine import FakeEngine
 from tests.channel import wait_until
 from tests.server.serving import serve
 

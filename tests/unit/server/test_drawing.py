@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.fake_engine import MODEL
 from krea2_srt.engine.request import RequestLimits
+from krea2_srt.testing.fake_engine import MODEL
 from server.app import as_api_error
 from server.drawing import resolve
 from server.errors import ApiError

@@ -3,8 +3,8 @@
 For what can only be tested, or measured, when the engine does as it is told. What it says is what
 `krea2_srt.sglang.scheduler` says; the tests on the real engine hold the two together.
 
-``python -m benchmarks.fake_engine --picture-bytes N`` prints where it listens, and answers at once
-until its standard input is closed.
+``python -m krea2_srt.testing.fake_engine --picture-bytes N`` prints where it listens, and answers
+at once until its standard input is closed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
 from krea2_srt.engine.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
 from krea2_srt.image_files import encode_image
@@ -36,6 +37,7 @@ from krea2_srt.sglang.messages import (
     preview_steps,
 )
 
+MODULE = "krea2_srt.testing.fake_engine"
 MODEL = ModelInfo("fake/krea-2", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
 
 
@@ -67,9 +69,9 @@ class FakeEngine:
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.set_hwm(0)
-        self._socket.linger = 0
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stop = False
@@ -134,7 +136,10 @@ class FakeEngine:
                 )
 
     def _sender(self, identity: bytes) -> Callable[[object], None]:
-        return lambda message: self._socket.send_multipart([identity, b"", pickle.dumps(message)])
+        def send(message: object) -> None:
+            self._socket.send_multipart([identity, b"", pickle.dumps(message)])
+
+        return send
 
     def _go_on(self, key: tuple[bytes, str]) -> None:
         running = self._running[key]
@@ -190,13 +195,13 @@ class _Running:
     due: float = 0.0
 
 
-def _drawn(height: int, width: int, seed: int) -> np.ndarray:
+def _drawn(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """A picture that tells its seed."""
     return np.full((height, width, 3), seed % 256, np.uint8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fake_engine", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", allow_abbrev=False)
     parser.add_argument("--picture-bytes", type=int, required=True, help="of every file")
     args = parser.parse_args()
     with FakeEngine(picture=os.urandom(args.picture_bytes)) as engine:
