@@ -8,7 +8,7 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import MAX_DEADLINE_S, Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.request import ImageRequest
-from krea2_srt.engine.work import StepResult
+from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 
 ACTIVE, WAITING = 64, 1000
 TURNS = 60
@@ -17,35 +17,11 @@ PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=1e-5)
 """Of a machine where sharing a forward pays, so that packs are full."""
 
 
-class InstantExecutor:
-    """Does nothing at once."""
-
-    decodes_aside = False
-    whole_schedules = True
-
-    def encode(self, requests):  # type: ignore[no-untyped-def]
-        pass
-
-    def step(self, step, blocks):  # type: ignore[no-untyped-def]
-        return [StepResult(step, blocks)]
-
-    def settle(self, sequence=None):  # type: ignore[no-untyped-def]
-        return ()
-
-    def drop_step(self, step):  # type: ignore[no-untyped-def]
-        pass
-
-    def decode(self, sequence):  # type: ignore[no-untyped-def]
-        return True
-
-    def release(self, sequence):  # type: ignore[no-untyped-def]
-        pass
-
-
 def busy_engine(cost: CostModel, images_each: int) -> Engine:
     """64 sequences under way, in requests of so many images, and 1,000 waiting requests."""
-    now = 0.0
-    engine = Engine(InstantExecutor(), cost, EngineConfig(max_queue_s=1e9), lambda: now)
+    clock = VirtualClock()
+    device = FakeExecutor(clock, cost=None, whole_schedules=True)
+    engine = Engine(device, cost, EngineConfig(max_queue_s=1e9), clock)
     steps = 200
     while num_unfinished(engine) < ACTIVE:
         # Each is smaller than what is left of those before, so it is encoded at once, and begun.

@@ -1,79 +1,15 @@
-"""A replica: the engine itself, with an executor that spends time on a virtual clock."""
+"""A replica: the engine itself, on a device that only spends time."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
-from math import ceil
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from benchmarks.simulation.traces import Job
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended
-from krea2_srt.engine.lifecycle import Request, Sequence
-from krea2_srt.engine.work import PackStep, StepResult
-
-
-@dataclass
-class VirtualClock:
-    """Seconds that pass when somebody says so."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
-class CostExecutor:
-    """Runs nothing; advances a clock by what the cost model says.
-
-    Attributes:
-        clock: of the replica.
-        cost: of work on the device.
-        host_ms: added to every unit of work.
-        slice_ms: longest slice of a decode.
-    """
-
-    clock: VirtualClock
-    cost: CostModel
-    host_ms: float
-    slice_ms: float
-    decodes_aside: bool = False
-    whole_schedules: bool = False
-    _slices: dict[Sequence, int] = field(default_factory=dict)
-
-    def encode(self, requests: Collection[Request]) -> None:
-        tokens = 0
-        for request in requests:
-            first = request.sequences[0]
-            tokens += sum(first.tokens) - len(first.tokens) * first.image.image_tokens
-        self._spend(self.cost.encode(tokens))
-
-    def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
-        ms = self.cost.step(lane for sequence in step.sequences for lane in sequence.tokens)
-        self._spend(ms * len(blocks) / step.total_blocks)
-        return [StepResult(step, blocks)]
-
-    def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
-        return ()
-
-    def drop_step(self, step: PackStep) -> None:
-        """Nothing is held."""
-
-    def decode(self, sequence: Sequence) -> bool:
-        ms = self.cost.decode(sequence.image.width * sequence.image.height)
-        total = ceil(ms / self.slice_ms)
-        self._spend(ms / total)
-        done = self._slices.pop(sequence, 0) + 1
-        if done < total:
-            self._slices[sequence] = done
-        return done == total
-
-    def release(self, sequence: Sequence) -> None:
-        self._slices.pop(sequence, None)
-
-    def _spend(self, ms: float) -> None:
-        self.clock.now += (ms + self.host_ms) / 1e3
+from krea2_srt.engine.lifecycle import Request
+from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 
 
 @dataclass(frozen=True)
@@ -100,7 +36,9 @@ class Replica:
 
     def __init__(self, config: EngineConfig, cost: CostModel, host_ms: float) -> None:
         self.clock = VirtualClock()
-        self.executor = CostExecutor(self.clock, cost, host_ms, config.max_turn_ms)
+        self.executor = FakeExecutor(
+            self.clock, cost, host_ms=host_ms, decode_slice_ms=config.max_turn_ms
+        )
         self.engine = Engine(self.executor, cost, config, self.clock)
         self.taken: dict[str, Taken] = {}
         """What is in it, by id."""

@@ -52,7 +52,7 @@ def test_nothing_that_serves_imports_it():
             assert not any(name.startswith("krea2_srt.testing") for name in names), file
 
 
-@pytest.mark.parametrize("module", ["processes", "krea2_serve", "fake_engine"])
+@pytest.mark.parametrize("module", ["processes", "krea2_serve", "fake_engine", "fake_executor"])
 def test_it_is_light(module):
     code = f"import sys, krea2_srt.testing.{module}\nsys.exit(bool({HEAVY} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

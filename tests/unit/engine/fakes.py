@@ -17,24 +17,12 @@ from krea2_srt.engine.lifecycle import Request, Sequence, State
 from krea2_srt.engine.request import ImageRequest
 from krea2_srt.engine.work import PackStep, StepResult
 from krea2_srt.errors import OutOfMemoryError, QueueFullError
+from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 
 H200 = roofline()
 
 MAX_TURNS = 100_000
 """More than any test needs."""
-
-
-class VirtualClock:
-    """Seconds that pass when somebody says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, ms: float) -> None:
-        self.now += ms / 1e3
 
 
 class ContractViolation(AssertionError):
@@ -66,8 +54,8 @@ class Ran(NamedTuple):
 
 
 @dataclass(eq=False)
-class FakeExecutor:
-    """Does nothing, in the time that the cost model says.
+class StrictExecutor(FakeExecutor):
+    """A `FakeExecutor` that checks everything, and fails as it is told.
 
     Attributes:
         decodes_aside: decodes take no time of the device; `decode` returns True when enough time
@@ -91,9 +79,6 @@ class FakeExecutor:
     """
 
     cost: CostModel
-    clock: VirtualClock
-    decodes_aside: bool = False
-    whole_schedules: bool = False
     decode_slices: int = 1
     text_tokens: int | None = None
     slowdown: float = 1.0
@@ -304,7 +289,7 @@ class FakeExecutor:
 class _Running:
     """Lets time pass and records the work, also when it fails."""
 
-    executor: FakeExecutor
+    executor: StrictExecutor
     kind: str
     sequences: tuple[Sequence, ...]
     blocks: range
@@ -314,7 +299,7 @@ class _Running:
 
     def __enter__(self) -> None:
         self.start = self.executor.clock.now
-        self.executor.clock.advance(self.ms)
+        self.executor.spend(self.ms)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = self.fails or kind is not None
@@ -352,7 +337,7 @@ class Harness:
         config: of the engine.
         cost: what the engine expects work to take.
         true_cost: what it takes; by default as expected.
-        fake: further arguments of the `FakeExecutor`.
+        fake: further arguments of the `StrictExecutor`.
 
     Attributes:
         events: all there were.
@@ -372,7 +357,7 @@ class Harness:
         self.clock = VirtualClock()
         config = config or EngineConfig()
         fake = {"max_active_sequences": config.max_active_sequences} | fake
-        self.executor = FakeExecutor(true_cost or cost, self.clock, **fake)
+        self.executor = StrictExecutor(self.clock, true_cost or cost, **fake)
         self.engine = Engine(self.executor, cost, config, self.clock)
         self.events: list[Event] = []
         self.ended: dict[str, Request] = {}

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.micro.scheduling import InstantExecutor
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.engine.turn_log import TurnLog
 from krea2_srt.errors import ConfigError
+from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 from tests.unit.engine.fakes import H200, image
 
 
 def run(log: TurnLog) -> Engine:
     """Two images of three steps."""
-    engine = Engine(InstantExecutor(), H200, EngineConfig(), turn_log=log)
+    device = FakeExecutor(VirtualClock(), cost=None, whole_schedules=True)
+    engine = Engine(device, H200, EngineConfig(), turn_log=log)
     requests = [engine.submit(name, [image(256, 3)]) for name in ("a", "b")]
     while engine.turn() is not None:
         pass
