@@ -85,7 +85,7 @@ def decode(model: Path, settings: Message) -> Iterator[Message]:
     for dtype_name, tolerance in MAX_PIXEL_DIFFERENCE.items():
         dtype = getattr(torch, dtype_name)
         ours = load_vae(model / "vae", torch.device("cpu"), dtype)
-        theirs = AutoencoderKLQwenImage.from_pretrained(model / "vae", torch_dtype=dtype).eval()
+        theirs = AutoencoderKLQwenImage.from_pretrained(model / "vae", dtype=dtype).eval()
         for side in DECODE_SIDES:
             name = f"{side}x{side} {dtype_name}"
             generator = torch.Generator().manual_seed(side)
@@ -126,7 +126,7 @@ def draw_diffusers(model: Path, settings: Message) -> Iterator[Message]:
     import torch
     from diffusers import Krea2Pipeline
 
-    pipeline = Krea2Pipeline.from_pretrained(model, torch_dtype=torch.bfloat16)
+    pipeline = Krea2Pipeline.from_pretrained(model, dtype=torch.bfloat16)
     pipeline(PROMPT, height=SIDE, width=SIDE, num_inference_steps=STEPS, guidance_scale=0.0)
     yield {"peak": peak_memory_mib(os.getpid())}
 

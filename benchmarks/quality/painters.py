@@ -148,7 +148,7 @@ class DiffusersPainter:
         from diffusers import Krea2Pipeline
 
         pipeline = Krea2Pipeline.from_pretrained(
-            self._checkpoint, torch_dtype=getattr(torch, self._dtype)
+            self._checkpoint, dtype=getattr(torch, self._dtype)
         ).to(_device())
         pipeline.set_progress_bar_config(disable=True)
         for sketch in sketches:

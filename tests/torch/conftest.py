@@ -16,7 +16,7 @@ def load_diffusers() -> Callable:
     def load(folder: Path, dtype: torch.dtype):
         from diffusers import Krea2Pipeline
 
-        pipeline = Krea2Pipeline.from_pretrained(folder, torch_dtype=dtype)
+        pipeline = Krea2Pipeline.from_pretrained(folder, dtype=dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
