@@ -7,7 +7,7 @@ that does as told), ``engine_real`` (SGLang, on CPU), ``e2e`` (several engines, 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from hypothesis import settings
 from tests.model_hub import BESIDE, REPO, ModelHub, contents
 
 if TYPE_CHECKING:
+    import torch
+
     from krea2_srt.runner.model_runner import Krea2Runner
 
 # Nothing in the tests may reach for the network, whatever a library would like to look up.
@@ -119,6 +121,27 @@ def runner(demo_model: Path) -> "Krea2Runner":
 
     checkpoint = Krea2Checkpoint.from_folder(demo_model)
     return Krea2Runner.load(checkpoint, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def load_diffusers() -> Callable:
+    """Load `diffusers.Krea2Pipeline` from a folder, in a dtype."""
+
+    def load(folder: Path, dtype: "torch.dtype"):
+        from diffusers import Krea2Pipeline
+
+        pipeline = Krea2Pipeline.from_pretrained(folder, dtype=dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def diffusers_pipeline(demo_model: Path, load_diffusers: Callable):
+    import torch
+
+    return load_diffusers(demo_model, torch.float32)
 
 
 def clone_checkpoint(source: Path, target: Path, **index: object) -> None:
