@@ -67,6 +67,7 @@ class WatchedRouter:
     def close(self, linger: int | None = None) -> None:
         """Close both sockets."""
         self._socket.disable_monitor()
+        self._monitor.close(0)  # which that leaves open
         self._socket.close(linger)
 
     def _read_events(self) -> None:
