@@ -11,6 +11,7 @@ from typing import Any
 
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.threads import limit_spinning
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def _register_http_hooks() -> None:
         return server_args
 
     hooks: tuple[tuple[str, Hook, Callable[..., Any]], ...] = (
+        ("launch_server.launch_server", _limit_spinning, first),
         ("entrypoints.http_server.create_app", disconnects.add_to_app, first),
         ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm, first),
         (
@@ -112,6 +114,12 @@ def _register_http_hooks() -> None:
         HookRegistry.register(
             f"{_RUNTIME}.{target}", _only_krea2(hook, server_args_of), HookType.AROUND
         )
+
+
+def _limit_spinning(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the environment that SGLang's workers, which it is about to start, will inherit."""
+    limit_spinning()
+    return launch(*args, **kwargs)
 
 
 def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from krea2_srt.cli.errors import USAGE_ERROR
+from krea2_srt.threads import limit_spinning
 from server.engine_channel import EngineExitedError
 from server.engine_client import EngineClient
 from server.settings import Settings, visible_gpus
@@ -268,8 +269,11 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
 
 
 def worker_environment(settings: Settings, index: int) -> dict[str, str]:
-    """Of replica ``index``: the engine's settings, and one GPU of those that we may use."""
+    """Of replica ``index``: the engine's settings, how its threads wait, and one GPU of those that
+    we may use.
+    """
     environment = {**os.environ, **settings.scheduler_environment}
+    limit_spinning(environment)
     visible = visible_gpus()
     if visible or settings.replicas > 1:
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)

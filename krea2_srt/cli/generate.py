@@ -19,6 +19,7 @@ from krea2_srt.engine.request import (
     round_up_size,
 )
 from krea2_srt.errors import RequestError
+from krea2_srt.threads import limit_spinning
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    limit_spinning()  # before anything imports torch
     from krea2_srt.runner.sources import find_checkpoint
 
     device = _device(args.device)

@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from krea2_srt.threads import wait_variables
 from server.moderation import messages
 from server.moderation.checkers import CheckerError
 from server.moderation.messages import Check, Drop, Failed, Load, Loaded, ModelSpec, NotLoaded
@@ -105,6 +107,7 @@ class ModelProcess:
             sys.executable,
             "-m",
             "server.moderation.worker",
+            env={**os.environ, **wait_variables(os.environ)},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

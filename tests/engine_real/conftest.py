@@ -19,6 +19,7 @@ from PIL import Image
 
 import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
 from krea2_srt.testing.processes import ChildProcess, free_ports, installed
+from krea2_srt.threads import VARIABLES
 from tests.channel import endpoints
 from tests.server.serving import Served
 from tests.server.serving import serve as krea2_serve
@@ -74,7 +75,9 @@ class Server:
 def serve(model: Path, folder: Path, *flags: str, **variables: str) -> Iterator[Server]:
     """`sglang serve` with our runner in float32. It must end with exit code 0."""
     port = free_ports(["http"])["http"]
-    command = [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
+    # The engine's threads wait as at a user's who has not said how, and libgomp says how.
+    command = ["env", *(f"--unset={name}" for name in VARIABLES), "OMP_DISPLAY_ENV=verbose"]
+    command += [SGLANG, "serve", "--model-path", str(model), "--host", "127.0.0.1"]
     command += ["--port", str(port), "--dit-precision", "fp32", "--vae-precision", "fp32"]
     command += ["--text-encoder-precisions", "fp32", *flags]
     log = folder / "sglang-serve.log"

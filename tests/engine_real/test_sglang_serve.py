@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from krea2_srt.runner.pixels import to_uint8
+from krea2_srt.threads import SPIN_COUNT
 from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
 
@@ -34,6 +35,11 @@ def test_one_line_says_that_our_runner_serves(server):
     lines = [line for line in server.log.splitlines() if SERVES in line]
     assert len(lines) == 1
     assert "Turbo" in lines[0]
+
+
+def test_the_workers_threads_do_not_spin_for_long(server):
+    """By the plugin in SGLang's own process, before it starts the worker."""
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in server.log
 
 
 def test_a_picture_is_the_runners(server, runner):

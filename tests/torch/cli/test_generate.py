@@ -1,5 +1,6 @@
 """krea2-generate as a user runs it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from PIL import Image
 
 from krea2_srt.cli.generate import main
 from krea2_srt.runner.pixels import to_uint8
+from krea2_srt.threads import SPIN_COUNT, VARIABLES
 from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
 
@@ -37,6 +39,18 @@ def test_it_draws_what_the_runner_draws(folder, demo_model, runner, capsys):
         (expected,) = finish(runner, [start(runner, PROMPT, 128, 160, 4, 7 + i)])
         assert np.array_equal(pixels(folder / f"fox_{i}.png"), to_uint8(expected))
     assert len(list(folder.iterdir())) == 2
+
+
+def test_torch_is_loaded_after_it_is_decided_how_threads_wait(folder):
+    """libgomp says what it has read when it was loaded."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        [sys.executable, "-m", "krea2_srt.cli.generate", "x", "--checkpoint", "missing"],
+        env={**environment, "OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in done.stderr
 
 
 def test_the_size_is_the_checkpoints_where_none_is_given(folder, trained_model, capsys):
