@@ -26,7 +26,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-unit test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray simulate drills clean
+.PHONY: install serve generate test test-unit test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads simulate drills clean
 
 install: $(STAMP)
 
@@ -87,7 +87,8 @@ bench: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench report $(foreach mix,$(MIXES),benchmarks/results/cpu.$(firstword $(subst =, ,$(mix)))) \
 	  --title "krea2-srt against unmodified SGLang, on CPUs" --output benchmarks/results/report
 
-# Ratios of what the host does to plain work, against the last committed ones; a minute.
+# Ratios of what the host does to plain work, against the last committed ones, and what the threads'
+# waiting costs; a minute and a half on cores that nobody else uses.
 bench-check: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench micro --checkpoint $(DEMO) --check benchmarks/results/micro.json
 
@@ -107,6 +108,11 @@ bench-gpu: $(STAMP)
 # Errors of 8-bit matrices; less than a minute on two cores.
 bench-quantization: $(STAMP) $(DEMO)
 	$(BIN)/python -m benchmarks.quantization --model $(DEMO)
+
+# Ways for the engine's threads to wait, alone and beside a process that computes; ten minutes on two
+# cores that nobody else uses.
+bench-threads: $(STAMP) $(DEMO)
+	$(BIN)/python -m benchmarks.threads --model $(DEMO)
 
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)

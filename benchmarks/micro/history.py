@@ -54,11 +54,20 @@ def record(
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
-def regressions(committed: Mapping[str, float], found: Mapping[str, float]) -> list[str]:
-    """What is worse than the committed ratios by more than `TOLERANCE`, and what is missing."""
+def regressions(
+    committed: Mapping[str, float], found: Mapping[str, float], bounds: Mapping[str, float]
+) -> list[str]:
+    """What is worse than the committed ratios by more than `TOLERANCE`, and what is missing.
+
+    Args:
+        bounds: of those that are not compared with the committed ones.
+    """
     lines = [f"{name}: is not measured any more" for name in committed.keys() - found.keys()]
     for name, ratio in found.items():
-        if name not in committed:
+        if name in bounds:
+            if ratio > bounds[name]:
+                lines.append(f"{name}: {ratio:.3g}, and must be at most {bounds[name]:.3g}")
+        elif name not in committed:
             lines.append(f"{name}: is not in the history; record it")
         elif ratio > TOLERANCE * committed[name]:
             worse = ratio / committed[name] - 1

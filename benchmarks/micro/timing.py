@@ -17,12 +17,14 @@ class Timed:
         ms: of one unit of it, at best.
         reference: what it is compared to.
         reference_ms: of that, at best.
+        bound: of the ratio, whatever the history says; None compares it with the last of that.
     """
 
     name: str
     ms: float
     reference: str
     reference_ms: float
+    bound: float | None = None
 
     @property
     def ratio(self) -> float:

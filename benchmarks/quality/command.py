@@ -17,6 +17,7 @@ from benchmarks.load.prompts import bundled_prompts
 from benchmarks.provenance import provenance, typed
 from benchmarks.quality.metrics import ClipScorer, psnr, ssim
 from benchmarks.quality.painters import SYNTAX, Painter, PainterError, Sketch, parse_painter
+from krea2_srt.threads import limit_spinning
 
 _PACKAGES = ("krea2-srt", "torch", "diffusers", "scikit-image", "transformers")
 
@@ -53,6 +54,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The subcommand; returns its exit code."""
+    limit_spinning()
     sketches = _sketches(args)
     painters = [parse_painter(text, args.checkpoint) for text in (args.first, args.second)]
     clip = ClipScorer(args.clip) if args.clip else None
