@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -41,15 +41,24 @@ for _name, _examples in PROFILES.items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files are what pytest-xdist hands out; all that needs SGLang is one piece, for one engine."""
-    root = Path(__file__).parent
-    for item in items:
-        file = item.path.relative_to(root)
-        needs_sglang = file.parts[0] in ("engine_real", "e2e")
-        item.add_marker(pytest.mark.xdist_group("engine" if needs_sglang else str(file)))
-    items.sort(key=lambda item: TIERS.index(item.path.relative_to(root).parts[0]))
+    items.sort(key=lambda item: TIERS.index(item.nodeid.split("/")[1]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files are what is handed out; all that needs SGLang is one piece, for one import and engine.
+
+    Not by xdist_group: pytest-xdist 3.8 puts it where pytest 9.2 does not look.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "engine" if file.split("/")[1] in ("engine_real", "e2e") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
