@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.workers import Message
@@ -24,16 +25,25 @@ class WorkerProcess(ChildProcess):
         scratch: folder for its log and what children share.
         settings: of the job.
         switch: on or off, whether SGLang takes our runner.
+        name: of its log; job and switch by default.
+        environment: variables in place of `warm_environment`'s, whose byte code is only this run's.
     """
 
     def __init__(
-        self, job: str, model: Path, scratch: Path, settings: Message, switch: str = "on"
+        self,
+        job: str,
+        model: Path,
+        scratch: Path,
+        settings: Message,
+        switch: str = "on",
+        name: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "benchmarks.workers", job, str(model)]
         super().__init__(
             [*command, json.dumps(settings)],
-            scratch / f"{job}_{switch}.log",
-            environment=warm_environment(scratch, switch),
+            scratch / f"{name or f'{job}_{switch}'}.log",
+            environment=warm_environment(scratch, switch) if environment is None else environment,
             talks=True,
             apart=True,
             # SGLang's engine may have to be killed; the answers are there.

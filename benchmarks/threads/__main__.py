@@ -13,11 +13,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.arguments import benchmark_parser, count
-from benchmarks.child import ChildError
 from benchmarks.provenance import provenance
 from benchmarks.threads.measure import MIXED_SIDES, Engines, Setting, Times, running_engines
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
+from krea2_srt.testing.processes import ProcessError
 
 MODULE = "benchmarks.threads"
 _PACKAGES = ("krea2-srt", "torch")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ):
                 engines.draw_mix(args.rounds)
                 engines.draw_beside(args.settings, args.beside_rounds)
-        except ChildError as error:
+        except ProcessError as error:
             sys.exit(f"{MODULE}: error: {error}")
         args.output.mkdir(parents=True, exist_ok=True)
         results = _results(engines, argv)

@@ -1,8 +1,6 @@
 """Measures settings of the threads' waiting in processes that live side by side and take turns."""
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
-from benchmarks.child import Child
+from benchmarks.worker_process import WorkerProcess
 
 BESIDE_SIDES = (256,) * 8
 """Drawn one after the other, alone and beside a process that computes."""
@@ -90,7 +88,7 @@ class Engines:
     All live at once, and one of them works at a time.
     """
 
-    def __init__(self, children: Mapping[Setting, Child], neighbour: Child) -> None:
+    def __init__(self, children: Mapping[Setting, WorkerProcess], neighbour: WorkerProcess) -> None:
         self.times = {setting: Times() for setting in children}
         self._children = children
         self._neighbour = neighbour
@@ -139,18 +137,17 @@ def running_engines(
     """
     with ExitStack() as stack:
 
-        def start(job: str, name: str, options: Mapping[str, Any]) -> tuple[Child, dict[str, Any]]:
-            command = [sys.executable, "-m", "benchmarks.workers", job, str(checkpoint)]
-            child = Child([*command, json.dumps(options)], folder / f"{name}.log", answers=True)
-            stack.enter_context(child)
-            return child, child.answer()
+        def start(job: str, name: str, options: dict[str, Any]) -> WorkerProcess:
+            process = WorkerProcess(job, checkpoint, folder, options, name=name, environment={})
+            return stack.enter_context(process)
 
-        neighbour, _ = start("compute", "neighbour", {})
+        neighbour = start("compute", "neighbour", {})
+        neighbour.answer()
         children, cost = {}, None
         for setting in settings:
             options = {"waiting": setting.variables, "cost": cost}
-            children[setting], answer = start("draw", f"draw-{setting.name}", options)
-            cost = answer["cost"]
+            children[setting] = start("draw", f"draw-{setting.name}", options)
+            cost = children[setting].answer()["cost"]
         engines = Engines(children, neighbour)
         for child in children.values():
             child.ask({"sides": list(MIXED_SIDES)})
