@@ -69,10 +69,15 @@ class FakeEngine:
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
+        try:
+            self._socket.bind(f"tcp://127.0.0.1:{self.port or '*'}")
+        except zmq.ZMQError:
+            self._context.destroy(0)
+            raise
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._stop = False
         self._running: dict[tuple[bytes, str], _Running] = {}
@@ -82,7 +87,8 @@ class FakeEngine:
 
     def __exit__(self, *_: object) -> None:
         self._stop = True
-        self._thread.join(10)
+        self._thread.join()
+        self._context.term()  # waits until the port is free again
 
     def reset(self) -> None:
         """As at the start; what is under way goes on."""
