@@ -192,7 +192,9 @@ def test_more_requests_than_the_limit_are_answered_with_503(impatient, engine):
     for path in ("/health", "/ready", "/metrics", "/v1/queue", "/v1/models"):
         assert impatient.get(path).status_code == 200
     engine.hold.clear()
-    assert all(c.recv(65536).startswith(b"HTTP/1.1 200") for c in connections)
+    for connection in connections:
+        with connection:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
     still_works(impatient)
 
 
