@@ -286,14 +286,14 @@ def test_cudnn_refuses_a_single_key():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.randn(50, 4, 16)}, ""),
-        ({"cum_seq_q": SEGMENTS.cu_seqlens.long()}, ""),
-        ({"max_q": 36}, ""),
+        ({"query": torch.randn(50, 4, 16)}, None),
+        ({"cum_seq_q": SEGMENTS.cu_seqlens.long()}, None),
+        ({"max_q": 36}, None),
         (
             {"key": torch.randn(50, 1, 16).bfloat16(), "value": torch.randn(50, 1, 16).bfloat16()},
             "grouped",
         ),
-        ({"query": torch.randn(50, 8, 16).bfloat16()[:, ::2]}, ""),
+        ({"query": torch.randn(50, 8, 16).bfloat16()[:, ::2]}, None),
     ],
 )
 def test_cudnn_varlen_refuses(change, message):
