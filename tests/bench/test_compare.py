@@ -81,6 +81,7 @@ def test_two_rounds_say_nothing():
     assert (found.value, found.low, found.real) == (0.5, None, False)
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_truth_as_often_as_it_says():
     """99 %: of 60 experiments, at most two miss."""
     missed = 0

@@ -97,6 +97,7 @@ def test_the_vae_is_channels_last():
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_a_trial_runs_to_its_end(tmp_path, capsys):
     assert gpu.main(["--smoke", "--output", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "gpu.json").read_text())

@@ -192,7 +192,12 @@ def pictures(demo_model: Path):
     return draw
 
 
-@every
+# Ten seconds of bfloat16 each on a CPU without its instructions.
+@pytest.mark.parametrize(
+    "quantization",
+    [pytest.param(q, marks=pytest.mark.slow if q.rotation else ()) for q in ALL],
+    ids=lambda q: q.name,
+)
 def test_a_quantised_demo_still_draws(pictures, quantization):
     assert 25 <= psnr(pictures(quantization), pictures(None)) < 100
 

@@ -89,6 +89,7 @@ def test_pictures_of_a_mixed_pack_equal_each_alone(runner):
         assert relative_error(picture, alone) <= 1e-5, case
 
 
+@pytest.mark.slow
 def test_a_mixed_pack_in_bf16(demo_model):
     runner = Krea2Runner.load(Krea2Checkpoint.from_folder(demo_model), CPU, torch.bfloat16)
     together = finish(runner, [start(runner, *case) for case in MIXED])

@@ -69,6 +69,7 @@ def test_a_new_dit_answers_with_what_it_is_given():
     assert torch.cosine_similarity(found.flatten(), batch.tokens.flatten(), dim=0) > 0.9
 
 
+@pytest.mark.slow
 def test_training_learns_and_leaves_the_text_fusion_alone():
     torch.manual_seed(0)
     dit = new_dit(DIT_CONFIG)
@@ -210,6 +211,7 @@ def test_what_is_wrong_is_counted_for_every_answer():
     assert wrong(told + torch.tensor([0.0] * sum(classes) + [1.0, 0.0]), right)[0] > 0.4
 
 
+@pytest.mark.slow
 def test_the_vae_is_trained_until_it_is_good_or_time_is_up(monkeypatch):
     small = {"_LOOK_EVERY": 10, "_POOL": 3, "_SIDE": 64, "_COUNT": 4}
     small["psnr"] = partial(autoencoder.psnr, count=4, side=64)
