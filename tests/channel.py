@@ -46,12 +46,12 @@ class Channel:
         self.close()
 
 
-def statistics(endpoint: str) -> dict:
+def statistics(endpoint: str, timeout_s: float = PATIENCE_S) -> dict:
     """What the engine says of itself."""
     from krea2_srt.sglang.messages import GetStatistics
 
     with Channel(endpoint) as channel:
-        return channel.ask(GetStatistics()).output
+        return channel.ask(GetStatistics(), timeout_s).output
 
 
 def wait_until(condition, timeout_s: float = PATIENCE_S):

@@ -24,13 +24,15 @@ class LocalCluster:
 
     Args:
         model: folder of the checkpoint that all replicas serve.
+        sglang_args: of the replicas' engines.
 
     Attributes:
         url: of the application.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, sglang_args: str = "") -> None:
         self._model = model.resolve()
+        self._sglang_args = sglang_args
         self._port = free_ports(["http"])["http"]
         self.url = f"http://127.0.0.1:{self._port}"
 
@@ -78,6 +80,7 @@ class LocalCluster:
         values = {
             "model_path": str(self._model),
             "allow_anonymous": True,
+            "sglang_args": self._sglang_args,
             # On a busy machine everything is estimated to take long.
             "engine": {"max_queue_s": 2000},
             **(settings or {}),

@@ -14,6 +14,13 @@ _STARTED = re.compile(r"engine (\d+): starting, process (\d+)")
 _START_S = 600.0
 _END_S = 180.0
 
+# bfloat16 takes minutes on CPUs without its instructions, and on a busy machine everything is
+# estimated to take long.
+_ON_A_CPU = (
+    "--sglang-args=--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32",
+    "--engine.max-queue-s=2000",
+)
+
 
 class Deployment(Krea2Serve):
     """A context: the server runs in it, and is ready when it begins.
@@ -34,9 +41,10 @@ class Deployment(Krea2Serve):
         wrapper: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        engine = () if "--engine-endpoints" in flags else _ON_A_CPU
         super().__init__(
             folder,
-            ["--model-path", str(model), *flags],
+            ["--model-path", str(model), *engine, *flags],
             wrapper=wrapper,
             environment=environment,
             start_s=_START_S,

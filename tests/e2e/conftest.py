@@ -9,6 +9,9 @@ import pytest
 from benchmarks.ray_serve.cluster import LocalCluster
 from tests.server.serving import Api
 
+FLOAT32 = "--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32"
+"""On CPUs without bfloat16 instructions a picture takes minutes in it."""
+
 
 @dataclass
 class Cluster(Api):
@@ -19,5 +22,5 @@ class Cluster(Api):
 
 @pytest.fixture(scope="session")
 def cluster(demo_model: Path) -> Iterator[Cluster]:
-    with LocalCluster(demo_model) as ray:
+    with LocalCluster(demo_model, FLOAT32) as ray:
         yield Cluster(ray.url, ray)
