@@ -28,7 +28,8 @@ def _run(model: Path, folder: Path) -> None:
             load.wait_for(5)
             engine.rlimit(resource.RLIMIT_AS, limits)
             load.phase = "after"
-            check(deployment.draw(size="512x512", priority=10).status_code == 200, "with memory it is drawn")
+            drawn = deployment.draw(size="512x512", priority=10)
+            check(drawn.status_code == 200, "with memory it is drawn")
             load.wait_for(5)
             check(deployment.engines() == [engine], "the engine is the same one")
         check(set(load.counts()) == {DONE}, "small images go on all the time")
