@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Every process would compile SGLang's and torch's thousands of modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-pytest_plugins = ["tests.browser"]
+pytest_plugins = ["tests.browser", "tests.clients"]
 
 TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
 """As they start: the longest first, so that no core waits in the end."""

@@ -5,12 +5,16 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
-from openai import OpenAI
 
 from krea2_srt.testing.krea2_serve import Krea2Serve
 from krea2_srt.testing.processes import START_S, installed
+from tests.clients import openai_client
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 SERVE = installed("krea2-serve")
 
@@ -25,10 +29,9 @@ class Api:
 
     url: str
 
-    def client(self, **options: object) -> OpenAI:
+    def client(self, **options: object) -> "OpenAI":
         """The official client; it does not try again by itself."""
-        values = {"api_key": "unused", "max_retries": 0, "timeout": 300, **options}
-        return OpenAI(base_url=f"{self.url}/v1", **values)
+        return openai_client(self.url, **options)
 
     def get(self, path: str, **options: object) -> httpx.Response:
         return httpx.get(self.url + path, timeout=300, **options)

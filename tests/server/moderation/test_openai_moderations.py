@@ -6,9 +6,9 @@ import logging
 import socket
 
 import pytest
-from openai import OpenAI
 
 from server.moderation.moderator import ModerationConfigError, ModerationUnavailableError
+from tests.clients import openai_client
 from tests.server.moderation.address import inputs, result, scored
 from tests.server.moderation.conftest import started
 from tests.server.moderation.models import picture
@@ -46,7 +46,7 @@ def check_images(file, *images):
 
 def test_our_address_answers_as_the_official_client_expects(address):
     address.respond = scored(violence=0.9)
-    client = OpenAI(base_url=f"{address.url}/v1", api_key="unused")
+    client = openai_client(address.url)
     answer = client.moderations.create(input=["one", "two"])
     assert [found.category_scores.violence for found in answer.results] == [0.9, 0.9]
 
