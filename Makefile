@@ -88,7 +88,7 @@ bench: $(STAMP) $(DEMO)
 	  --title "krea2-srt against unmodified SGLang, on CPUs" --output benchmarks/results/report
 
 # Ratios of what the host does to plain work, against the last committed ones, and what the threads'
-# waiting costs; a minute and a half on cores that nobody else uses.
+# waiting costs; two minutes on cores that nobody else uses, and up to four attempts when they are busy.
 bench-check: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench micro --checkpoint $(DEMO) --check benchmarks/results/micro.json
 

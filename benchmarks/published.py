@@ -111,6 +111,10 @@ FIGURES = {
         "attention[tokens=Gaussian; format=bf16].error",
         ".1%",
     ),
+    # threads.json
+    "threads-beside-default": ("threads.json", "settings[name=default].slowest[*]", ".1f"),
+    "threads-beside-ours": ("threads.json", "settings[name=10000].slowest[*]", ".1f"),
+    "threads-throughput": ("threads.json", "settings[name=10000].throughput", ".2f"),
 }
 
 MIXES = {

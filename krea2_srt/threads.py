@@ -10,9 +10,9 @@ variables once, when it is loaded: they belong into the environment of a process
 import os
 from collections.abc import Mapping, MutableMapping
 
-SPIN_COUNT = 2000
-"""Turns of libgomp's loop, some ten microseconds, after which a thread sleeps. Longer than most
-waits between the small operations of a forward, shorter than anyone else would notice.
+SPIN_COUNT = 10_000
+"""Turns of libgomp's loop, after which a thread sleeps: longer than most waits between the small
+operations of a forward. benchmarks/results/threads.md compares counts.
 """
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")

@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def measure(checkpoint: Path, rounds: int) -> list[Timed]:
-    """All of them; about a minute and a half."""
+    """All of them; some two minutes."""
     from benchmarks.micro import http, runner, scheduling, threads
 
     with tempfile.TemporaryDirectory() as name:
