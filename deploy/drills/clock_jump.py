@@ -6,7 +6,7 @@ import httpx
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from krea2_srt.testing.load import DONE, Load
 
 
 def _run(model: Path, folder: Path) -> None:

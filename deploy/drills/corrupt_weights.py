@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, UNAVAILABLE, Load
+from krea2_srt.testing.load import DONE, UNAVAILABLE, Load
 
 
 def _run(model: Path, folder: Path) -> None:

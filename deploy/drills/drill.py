@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.drills.deployment import Deployment
-from deploy.drills.load import DONE, PHASES, VANISHED, Load, ended_by_server
+from krea2_srt.testing.load import DONE, PHASES, VANISHED, Load, ended_by_server
 
 
 class DrillFailedError(Exception):

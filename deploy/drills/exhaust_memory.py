@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from krea2_srt.testing.load import DONE, Load
 
 _ROOM = 150 * 2**20
 """Bytes beyond what the engine has: enough for small images, and not for one of 2048x2048."""

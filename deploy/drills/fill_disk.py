@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, Load
+from krea2_srt.testing.load import DONE, Load
 
 _SIZE = "4m"
 

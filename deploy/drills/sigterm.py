@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, print_counts
-from deploy.drills.load import DONE, NO_ANSWER, Load
+from krea2_srt.testing.load import DONE, NO_ANSWER, Load
 
 
 def _run(model: Path, folder: Path) -> None:

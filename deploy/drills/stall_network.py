@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploy.drills.deployment import Deployment
 from deploy.drills.drill import Drill, check, under_load
-from deploy.drills.load import DONE, UNAVAILABLE, Load
+from krea2_srt.testing.load import DONE, UNAVAILABLE, Load
 from krea2_srt.testing.processes import ChildProcess
 
 # Of RFC 5737, for documentation: nobody's. Both ends are in this machine.

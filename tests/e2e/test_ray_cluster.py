@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 
-from deploy.drills.load import DONE, Load, ended_by_server
+from krea2_srt.testing.load import DONE, Load, ended_by_server
 from tests.channel import wait_until
 from tests.e2e.conftest import Cluster
 
