@@ -11,7 +11,6 @@ from typing import Any
 
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
-from krea2_srt.threads import limit_spinning
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +89,12 @@ def _register_http_hooks() -> None:
     """For the process that clients talk to. A worker would import an HTTP server for them."""
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
-    from krea2_srt.sglang import disconnects, replicas, shutdown
+    from krea2_srt.sglang import disconnects, launch, replicas, shutdown
 
     def first(server_args: Any, *_: Any, **__: Any) -> Any:
         return server_args
 
     hooks: tuple[tuple[str, Hook, Callable[..., Any]], ...] = (
-        ("launch_server.launch_server", _limit_spinning, first),
         ("entrypoints.http_server.create_app", disconnects.add_to_app, first),
         ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm, first),
         (
@@ -110,16 +108,11 @@ def _register_http_hooks() -> None:
             lambda client, *_, **__: client.server_args,
         ),
     )
+    HookRegistry.register(f"{_RUNTIME}.launch_server.launch_server", launch.launch, HookType.AROUND)
     for target, hook, server_args_of in hooks:
         HookRegistry.register(
             f"{_RUNTIME}.{target}", _only_krea2(hook, server_args_of), HookType.AROUND
         )
-
-
-def _limit_spinning(launch: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """In the environment that SGLang's workers, which it is about to start, will inherit."""
-    limit_spinning()
-    return launch(*args, **kwargs)
 
 
 def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:
