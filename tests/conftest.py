@@ -33,6 +33,11 @@ pytest_plugins = ["tests.browser", "tests.clients"]
 TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
 """As they start: the longest first, so that no core waits in the end."""
 
+PROCESSES = {
+    f"tests/e2e/test_{name}.py" for name in ("bytecode", "drills", "ray_cluster", "restricted")
+}
+"""Files that import no SGLang and use no engine of the run: they only start processes."""
+
 PROFILES = {"dev": 40, "ci": 150, "nightly": 3000}
 """Examples of a property. HYPOTHESIS_PROFILE names one; CI runs more of them than a developer."""
 
@@ -47,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files are what is handed out; all that needs SGLang is one piece, for one import and engine.
+    """Files are what is handed out; all that needs SGLang is one piece, for one import and engine,
+    and what only starts processes, drills and Ray's, is another.
 
     Not by xdist_group: pytest-xdist 3.8 puts it where pytest 9.2 does not look.
     """
@@ -56,6 +62,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if file in PROCESSES:
+                return "processes"
             return "engine" if file.split("/")[1] in ("engine_real", "e2e") else file
 
     return ByFile(config, log)

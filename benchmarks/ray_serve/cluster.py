@@ -15,7 +15,7 @@ from krea2_srt.testing.processes import free_ports
 _CPUS = 8
 """That Ray may give away: as a count. The replicas share what cores there are."""
 
-_START_S = 300.0
+_START_S = 1200.0
 _POLL_S = 0.2
 
 
@@ -102,7 +102,7 @@ class LocalCluster:
     def queue(self) -> dict[str, Any]:
         """What ``/v1/queue`` says; of an application that does not answer, that nobody is ready."""
         try:
-            answer = httpx.get(f"{self.url}/v1/queue", timeout=10)
+            answer = httpx.get(f"{self.url}/v1/queue", timeout=60)
         except httpx.HTTPError:
             return {"replicas_ready": 0}
         found: dict[str, Any] = answer.json() if answer.is_success else {"replicas_ready": 0}

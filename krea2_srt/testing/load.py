@@ -68,7 +68,7 @@ class Load:
         clients: int = 4,
         sizes: Sequence[str] = ("64x64", "128x128", "256x256"),
         fields: dict[str, object] | None = None,
-        patience_s: float = 120,
+        patience_s: float = 600,
         pause_s: float = 0.2,
     ) -> None:
         self.phase = PHASES[0]
@@ -100,7 +100,7 @@ class Load:
         done = [it for it in self.ended if it.outcome == DONE and it.ended_at >= start]
         return len(done) / seconds
 
-    def wait_for(self, number: int, outcome: str = DONE, timeout_s: float = 120) -> None:
+    def wait_for(self, number: int, outcome: str = DONE, timeout_s: float = 600) -> None:
         """Until so many more requests of this phase have ended in a way.
 
         Raises:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command as the image does: another user, no rights, and nothing to write to but /srv.
+# Runs a command as the image does: another user, no rights, nothing to write to but /srv, and none
+# of the environment that it is called in.
 # In a mount namespace of its own (unshare --mount).
 #
 #   restricted.sh MODEL HOME_OF_PYTHON HIDDEN COMMAND...
@@ -25,4 +26,5 @@ mount -o remount,bind,ro /
 cd /srv/cache
 exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs \
   --bounding-set=-all --inh-caps=-all \
-  env HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp "$@"
+  env -i PATH="$PATH" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive \
+  HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp "$@"

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 
-START_S = 300
+START_S = 1200
 
 
 def test_the_official_client_draws_streams_and_cancels(cluster: Cluster):
