@@ -12,15 +12,15 @@ _ROOM = 150 * 2**20
 
 
 def _run(model: Path, folder: Path) -> None:
-    with Deployment(model, folder) as deployment:
+    # Behind small ones the large image may wait for minutes on a slow machine.
+    with Deployment(model, folder, ["--engine.policy=fcfs"]) as deployment:
         load = Load(deployment.url, clients=2, sizes=("64x64", "128x128"))
         with under_load(deployment, load):
             (engine,) = deployment.engines()
             limits = engine.rlimit(resource.RLIMIT_AS)
             load.phase = "during"
             engine.rlimit(resource.RLIMIT_AS, (engine.memory_info().vms + _ROOM, limits[1]))
-            # Ahead of the small ones: behind them it may wait for minutes on a slow machine.
-            answer = deployment.draw(size="2048x2048", num_inference_steps=1, priority=10)
+            answer = deployment.draw(size="2048x2048", num_inference_steps=1)
             print(f"  2048x2048 without memory: {answer.status_code} {answer.text[:80]}")
             check(answer.status_code == 503, "what does not fit gets a 503")
             check(answer.json()["error"]["code"] == "out_of_memory", "that says why")
@@ -28,7 +28,7 @@ def _run(model: Path, folder: Path) -> None:
             load.wait_for(5)
             engine.rlimit(resource.RLIMIT_AS, limits)
             load.phase = "after"
-            drawn = deployment.draw(size="512x512", priority=10)
+            drawn = deployment.draw(size="512x512")
             check(drawn.status_code == 200, "with memory it is drawn")
             load.wait_for(5)
             check(deployment.engines() == [engine], "the engine is the same one")
