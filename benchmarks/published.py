@@ -8,6 +8,8 @@ are Python's.
 from collections.abc import Callable
 from typing import Any
 
+from krea2_srt.threads import SPIN_COUNT
+
 FIGURES = {
     # cpu_baseline.json
     "denoise": ("cpu_baseline.json", "figures[quantity=denoise].ratio_median", ".2f"),
@@ -113,8 +115,8 @@ FIGURES = {
     ),
     # threads.json
     "threads-beside-default": ("threads.json", "settings[name=default].slowest[*]", ".1f"),
-    "threads-beside-ours": ("threads.json", "settings[name=10000].slowest[*]", ".1f"),
-    "threads-throughput": ("threads.json", "settings[name=10000].throughput", ".2f"),
+    "threads-beside-ours": ("threads.json", f"settings[name={SPIN_COUNT}].slowest[*]", ".1f"),
+    "threads-throughput": ("threads.json", f"settings[name={SPIN_COUNT}].throughput", ".2f"),
 }
 
 MIXES = {
