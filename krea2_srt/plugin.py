@@ -115,15 +115,18 @@ def _register_http_hooks() -> None:
         )
 
 
+def serves_krea2(server_args: Any) -> bool:
+    """Whether SGLang has read its arguments as those of a Krea 2 model."""
+    from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
+
+    return isinstance(getattr(server_args, "pipeline_config", None), Krea2PipelineConfig)
+
+
 def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:
     """A hook that leaves SGLang alone when it serves another model."""
 
     def hooked(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
-
-        server_args = server_args_of(*args, **kwargs)
-        config = getattr(server_args, "pipeline_config", None)
-        if not isinstance(config, Krea2PipelineConfig):
+        if not serves_krea2(server_args_of(*args, **kwargs)):
             return original(*args, **kwargs)
         return hook(original, *args, **kwargs)
 

@@ -1,11 +1,10 @@
 """What is done before SGLang starts its workers."""
 
-import contextlib
-import os
 from collections.abc import Callable
 from typing import Any
 
-from krea2_srt.plugin import is_krea2
+from krea2_srt.plugin import serves_krea2
+from krea2_srt.sglang import model_index
 from krea2_srt.threads import limit_spinning
 
 
@@ -16,14 +15,8 @@ def launch(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs:
     plugins, and where the hub refused a repo of Krea 2 then, it went on with another
     implementation: the hub is asked again, so that the process ends with the reason, in a line.
     """
-    from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
-    from sglang.multimodal_gen.runtime.utils import hf_diffusers_utils
-
-    path = server_args.model_path
-    if isinstance(getattr(server_args, "pipeline_config", None), Krea2PipelineConfig):
+    if serves_krea2(server_args):
         limit_spinning()
-    elif is_krea2(path) and not os.path.exists(path):
-        # Whatever is no refusal is told where SGLang meets it.
-        with contextlib.suppress(Exception):
-            hf_diffusers_utils.maybe_download_model_index(path)
+    else:
+        model_index.end_if_refused(server_args.model_path)
     return original(server_args, *args, **kwargs)

@@ -1,5 +1,6 @@
 """What SGLang asks the model hub before it knows which pipeline serves."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> 
     try:
         return original(name, *args, **kwargs)
     except Exception as error:
-        if not is_krea2(name) or os.path.exists(name):
+        if not _is_repo(name):
             raise
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -30,6 +31,20 @@ def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> 
             raise
         print(f"krea2-srt: error: {hub_failure(name, reasons[-1])}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
+
+
+def end_if_refused(name: str) -> None:
+    """Ask the hub for a repo of Krea 2; the process ends where it refuses. Not for other names."""
+    from sglang.multimodal_gen.runtime.utils import hf_diffusers_utils
+
+    if _is_repo(name):
+        # Whatever is no refusal is told where SGLang meets it.
+        with contextlib.suppress(Exception):
+            hf_diffusers_utils.maybe_download_model_index(name)
+
+
+def _is_repo(name: str) -> bool:
+    return is_krea2(name) and not os.path.exists(name)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
