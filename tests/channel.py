@@ -4,9 +4,10 @@ import pickle
 import re
 import time
 
+import psutil
 import zmq
 
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 """A wait this long is in vain, however busy the machine is."""
 
 
@@ -61,3 +62,9 @@ def wait_until(condition, timeout_s: float = PATIENCE_S):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
     return answer
+
+
+def listens(pid: int) -> set[int]:
+    """The ports at which a process accepts connections."""
+    connections = psutil.Process(pid).net_connections("tcp")
+    return {it.laddr.port for it in connections if it.status == psutil.CONN_LISTEN}

@@ -93,13 +93,6 @@ class Load:
         """Requests by how they ended, of a phase or of all."""
         return Counter(it.outcome for it in self.ended if phase in (None, it.phase))
 
-    def rate(self, seconds: float) -> float:
-        """Images a second, from now on, for so long."""
-        start = time.monotonic()
-        time.sleep(seconds)
-        done = [it for it in self.ended if it.outcome == DONE and it.ended_at >= start]
-        return len(done) / seconds
-
     def wait_for(self, number: int, outcome: str = DONE, timeout_s: float = 600) -> None:
         """Until so many more requests of this phase have ended in a way.
 

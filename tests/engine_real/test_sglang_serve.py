@@ -9,10 +9,14 @@ import torch
 
 from krea2_srt.runner.pixels import to_uint8
 from krea2_srt.threads import SPIN_COUNT
+from tests.channel import endpoints, listens, statistics
 from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
 
 SERVES = "krea2-srt: our runner serves"
+SGLANGS_MASTER_PORTS = set(range(30005, 32768, 37))
+"""Below those that the system gives out."""
+
 SMALL = {"size": "128x128", "num_inference_steps": 3}
 
 
@@ -40,6 +44,12 @@ def test_one_line_says_that_our_runner_serves(server):
 def test_the_workers_threads_do_not_spin_for_long(server):
     """By the plugin in SGLang's own process, before it starts the worker."""
     assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in server.log
+
+
+def test_servers_that_start_together_take_no_port_that_both_would_find_free(server):
+    """SGLang looks for one in steps of 37 long before it takes it."""
+    (endpoint,) = endpoints(server.log)
+    assert not listens(statistics(endpoint)["pid"]) & SGLANGS_MASTER_PORTS
 
 
 def test_a_picture_is_the_runners(server, runner):
