@@ -200,6 +200,8 @@ def test_the_ray_service_is_valid(ray_service):
             {"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES, strict=True
         )
         assert template["spec"]["securityContext"]["runAsNonRoot"]
+        (container,) = template["spec"]["containers"]
+        assert {"name": "RAY_worker_niceness", "value": "0"} in container["env"]
     import ray
 
     assert cluster["rayVersion"] == ray.__version__
