@@ -94,41 +94,41 @@ bench-check: $(STAMP) $(DEMO)
 
 # Puts the figures of benchmarks/results/ into the pages.
 docs: $(STAMP)
-	$(BIN)/python -m benchmarks.docs
+	$(BIN)/python -m krea2_bench.docs
 
 # Stages, decoders, memory and starts, in a table; about ten minutes on two cores.
 bench-baseline: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.cpu_baseline --model $(DEMO)
+	$(BIN)/python -m krea2_bench.cpu_baseline --model $(DEMO)
 
 # On a machine with a GPU; ten minutes by estimate, and the most valuable first: --budget-s 240 is
 # for one that is there for minutes. Writes the table in benchmarks/results/.
 bench-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python benchmarks/gpu.py
 
 # Errors of 8-bit matrices; less than a minute on two cores.
 bench-quantization: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.quantization --model $(DEMO)
+	$(BIN)/python -m krea2_bench.quantization --model $(DEMO)
 
 # Ways for the engine's threads to wait, alone and beside a process that computes; ten minutes on two
 # cores that nobody else uses.
 bench-threads: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.threads --model $(DEMO)
+	$(BIN)/python -m krea2_bench.threads --model $(DEMO)
 
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.http_overhead --model $(DEMO)
+	$(BIN)/python -m krea2_bench.http_overhead --model $(DEMO)
 
 # Replicas on Ray Serve: two against one, and routers; about 20 minutes on two cores.
 bench-ray: $(STAMP) $(DEMO)
-	$(BIN)/python -m benchmarks.ray_serve --model $(DEMO)
+	$(BIN)/python -m krea2_bench.ray_serve --model $(DEMO)
 
 # Breaks servers of its own and sees that deploy/README.md is right; about eight minutes.
 drills: $(STAMP) $(DEMO)
-	$(BIN)/python -m deploy.drills --model $(DEMO)
+	$(BIN)/python -m tests.e2e.drills --model $(DEMO)
 
 # Policies and SGLang's way on simulated H200s; needs no GPU, about ten minutes on one core.
 simulate: $(STAMP)
-	$(BIN)/python -m benchmarks.simulate
+	$(BIN)/python -m krea2_bench.simulate
 
 # Needs $(BIN)/uv. The lock names versions and hashes, never the index they came from.
 lock: $(STAMP)

@@ -20,14 +20,14 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
         argv: the command line.
         started: when the budget began, on the machine's own clock; now unless told.
     """
-    from benchmarks.on_gpu import command
+    from krea2_bench.gpu import command
 
     return command.main(__doc__, argv, started)
 
 
 if __name__ == "__main__":
-    if not __package__:  # python benchmarks/gpu.py
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    # Uninstalled, where the packages are.
+    sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
     # Before torch is loaded. A fork of a process with threads may wait for ever for one that it
     # has not got.
     for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -23,5 +23,7 @@ def before_the_first_line(folder: Path) -> set[Path]:
         folder: an empty one.
     """
     environment = {**os.environ, **NOT_SET, "PYTHONPYCACHEPREFIX": str(folder)}
-    subprocess.run([sys.executable, "-c", "import server.__main__"], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import krea2_server.__main__"], env=environment, check=True
+    )
     return kept(folder)

@@ -34,7 +34,7 @@ TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
 """As they start: the longest first, so that no core waits in the end."""
 
 PROCESSES = {
-    f"tests/e2e/test_{name}.py" for name in ("bytecode", "drills", "ray_cluster", "restricted")
+    f"tests/e2e/test_{name}.py" for name in ("bytecode", "drills", "ray_cluster", "restricted", "wheel")
 }
 """Files that import no SGLang and use no engine of the run: they only start processes."""
 

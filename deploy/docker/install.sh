@@ -44,4 +44,4 @@ case $target in
     ;;
 esac
 
-"$python" "$source/deploy/docker/compile.py"
+"$python" -m krea2_srt.cli.compile_bytecode

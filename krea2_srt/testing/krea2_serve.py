@@ -18,6 +18,7 @@ class Krea2Serve(ChildProcess):
         folder: for its log and, unless told otherwise, its images.
         flags: of krea2-serve.
         wrapper: a command that runs it.
+        program: krea2-serve itself; None is the one beside this Python.
         environment: variables that it gets too.
         draws: whether to wait until an engine is ready, not only until the server answers.
         start_s, end_s: that it may take to start, and to end.
@@ -34,6 +35,7 @@ class Krea2Serve(ChildProcess):
         flags: Sequence[str],
         *,
         wrapper: Sequence[str] = (),
+        program: Path | None = None,
         environment: Mapping[str, str] | None = None,
         draws: bool = True,
         start_s: float = START_S,
@@ -42,7 +44,8 @@ class Krea2Serve(ChildProcess):
         folder.mkdir(parents=True, exist_ok=True)
         self._up = _READY if draws else _LISTENING
         self._start_s = start_s
-        command = [*wrapper, installed("krea2-serve"), "--port", "0", *flags]
+        name = str(program or installed("krea2-serve"))
+        command = [*wrapper, name, "--port", "0", *flags]
         if not any(flag.split("=")[0] == "--storage" for flag in flags):
             command += ["--storage", str(folder / "images")]
         super().__init__(

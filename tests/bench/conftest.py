@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
-from benchmarks.cli import main
+from krea2_bench.cli import main
 from tests.bench.fake_server import Fake, fake_server
 from tests.bench.virtual_time import VirtualServer, VirtualServers
 

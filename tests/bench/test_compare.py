@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.compare import servers
-from benchmarks.compare.figures import compare_points, latency_of_a_request
-from benchmarks.compare.pictures import compare_pictures, psnr
-from benchmarks.compare.servers import PRESETS, ServerError, parse_server
-from benchmarks.compare.statistics import compare_differences, compare_ratios, mean
-from benchmarks.load.outcome import DONE, FAILED, Outcome
-from benchmarks.load.summary import Slo
+from krea2_bench.compare import servers
+from krea2_bench.compare.figures import compare_points, latency_of_a_request
+from krea2_bench.compare.pictures import compare_pictures, psnr
+from krea2_bench.compare.servers import PRESETS, ServerError, parse_server
+from krea2_bench.compare.statistics import compare_differences, compare_ratios, mean
+from krea2_bench.load.outcome import DONE, FAILED, Outcome
+from krea2_bench.load.summary import Slo
 from tests.bench.fake_server import Fake
 from tests.bench.virtual_time import VirtualServer
 from tests.channel import wait_until

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks import docs
-from benchmarks.docs import ROOT, FigureError, filled, looked_up
-from benchmarks.published import FIGURES, TABLES
+from krea2_bench import docs
+from krea2_bench.docs import ROOT, FigureError, filled, looked_up
+from krea2_bench.published import FIGURES, TABLES
 
 VALUES = {"a": {"b c": [{"k": "x", "v": 1}, {"k": "y z", "v": 2}]}, "n": [1, 2, 3]}
 

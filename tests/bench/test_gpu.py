@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, tune_kernels
-from benchmarks.on_gpu import correctness, kernel_bandwidth, record, report
-from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.kernel_cases import cases
-from benchmarks.on_gpu.models import RELEASED, quantized_copy, random_dit, random_vae
-from benchmarks.on_gpu.parts import PARTS
-from benchmarks.on_gpu.plain_dit import PlainDiT
-from benchmarks.on_gpu.plain_vae import Decoder3D
-from benchmarks.on_gpu.rows import FAILED, LEFT_OUT, Findings, Missing, Row
-from benchmarks.on_gpu.sequences import images, name_of
-from benchmarks.on_gpu.steps import measure
-from benchmarks.on_gpu.targets import NOT_MEASURED
+from krea2_bench import gpu, tune_kernels
+from krea2_bench.gpu import correctness, kernel_bandwidth, record, report
+from krea2_bench.gpu.context import Context
+from krea2_bench.gpu.kernel_cases import cases
+from krea2_bench.gpu.models import RELEASED, quantized_copy, random_dit, random_vae
+from krea2_bench.gpu.parts import PARTS
+from krea2_bench.gpu.plain_dit import PlainDiT
+from krea2_bench.gpu.plain_vae import Decoder3D
+from krea2_bench.gpu.rows import FAILED, LEFT_OUT, Findings, Missing, Row
+from krea2_bench.gpu.sequences import images, name_of
+from krea2_bench.gpu.steps import measure
+from krea2_bench.gpu.targets import NOT_MEASURED
 from krea2_srt.engine.cost import FLOPS_PER_SQUARED_TOKEN, FLOPS_PER_TOKEN, WEIGHT_BYTES
 from krea2_srt.kernels.launch import DEFAULTS, device_of, read_launches
 from krea2_srt.model.checkpoint import load_dit

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.on_gpu.parts import PARTS
-from benchmarks.on_gpu.rows import LEFT_OUT
+from krea2_bench import gpu
+from krea2_bench.gpu.parts import PARTS
+from krea2_bench.gpu.rows import LEFT_OUT
 
 ROOT = Path(gpu.__file__).parents[1]
 PACKAGES = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "safetensors", "numpy")
@@ -24,7 +24,7 @@ _PARENT = """
 import os, torch
 asked, original = [], torch._C._cuda_getDeviceCount
 torch._C._cuda_getDeviceCount = lambda: (asked.append(1), original())[1]
-from benchmarks.on_gpu import command
+from krea2_bench.gpu import command
 print(len(os.listdir("/proc/self/task")), len(asked))
 """
 

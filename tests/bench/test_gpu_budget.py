@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from benchmarks.on_gpu import parts
-from benchmarks.on_gpu.budget import RESERVE_S, PartPlan, Session
-from benchmarks.on_gpu.rows import FAILED, SKIPPED, Findings, Missing
+from krea2_bench.gpu import parts
+from krea2_bench.gpu.budget import RESERVE_S, PartPlan, Session
+from krea2_bench.gpu.rows import FAILED, SKIPPED, Findings, Missing
 
 FIRST_CALL = [
     "correctness",

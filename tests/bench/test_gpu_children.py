@@ -8,9 +8,9 @@ from contextlib import suppress
 
 import pytest
 
-from benchmarks.on_gpu import children
-from benchmarks.on_gpu.children import Child, ChildEnded
-from benchmarks.on_gpu.rows import Entry
+from krea2_bench.gpu import children
+from krea2_bench.gpu.children import Child, ChildEnded
+from krea2_bench.gpu.rows import Entry
 from tests.channel import wait_until
 
 HELLO = {"kind": "hello", "machine": {"device": "none"}}

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
-from benchmarks.on_gpu import record, run
-from benchmarks.on_gpu.clocks import Clocks, ClockSampler
-from benchmarks.on_gpu.parts import PARTS
-from benchmarks.on_gpu.record import Record
-from benchmarks.on_gpu.rows import FAILED, LEFT_OUT, Row
-from benchmarks.on_gpu.sources import sources
+from krea2_bench import gpu
+from krea2_bench.gpu import record, run
+from krea2_bench.gpu.clocks import Clocks, ClockSampler
+from krea2_bench.gpu.parts import PARTS
+from krea2_bench.gpu.record import Record
+from krea2_bench.gpu.rows import FAILED, LEFT_OUT, Row
+from krea2_bench.gpu.sources import sources
 from tests.channel import wait_until
 
 QUICK = ("ceilings", "gemm", "attention", "kernels")

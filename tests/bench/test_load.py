@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load.outcome import Outcome
-from benchmarks.percentiles import percentile
+from krea2_bench.load.outcome import Outcome
+from krea2_bench.percentiles import percentile
 from tests.bench.fake_server import MODEL, Fake, fake_server
 from tests.bench.virtual_time import VirtualServer
 from tests.channel import wait_until

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.micro import command
-from benchmarks.micro.history import KEPT, HistoryError, read_history, record, regressions
-from benchmarks.micro.runner import packing
-from benchmarks.micro.scheduling import scheduler_turn
-from benchmarks.micro.timing import Timed, best_of, plain_python
+from krea2_bench.micro import command
+from krea2_bench.micro.history import KEPT, HistoryError, read_history, record, regressions
+from krea2_bench.micro.runner import packing
+from krea2_bench.micro.scheduling import scheduler_turn
+from krea2_bench.micro.timing import Timed, best_of, plain_python
 
 Bench = Callable[..., int]
 COMMITTED = Path(command.__file__).parents[1] / "results" / "micro.json"

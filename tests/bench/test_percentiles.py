@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.percentiles import percentile
+from krea2_bench.percentiles import percentile
 
 
 @pytest.mark.parametrize(("q", "expected"), [(50, 50), (95, 95), (99, 99), (100, 100), (0.1, 1)])

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from benchmarks.arrivals import constant, gamma
-from benchmarks.load.mix import Kind, parse_mix, shares
-from benchmarks.load.plan import at_rate, draw_plan
-from benchmarks.load.prompts import bundled_prompts, draw_prompt, nearest_prompt
+from krea2_bench.arrivals import constant, gamma
+from krea2_bench.load.mix import Kind, parse_mix, shares
+from krea2_bench.load.plan import at_rate, draw_plan
+from krea2_bench.load.prompts import bundled_prompts, draw_prompt, nearest_prompt
 
 
 def test_there_are_hundreds_in_several_languages_of_all_lengths():

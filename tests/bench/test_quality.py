@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.quality.command import summarise
-from benchmarks.quality.metrics import ClipError, ClipScorer, psnr, ssim
-from benchmarks.quality.painters import DiffusersPainter, OurPainter, parse_painter
-from benchmarks.quality.sheet import contact_sheet
+from krea2_bench.quality.command import summarise
+from krea2_bench.quality.metrics import ClipError, ClipScorer, psnr, ssim
+from krea2_bench.quality.painters import DiffusersPainter, OurPainter, parse_painter
+from krea2_bench.quality.sheet import contact_sheet
 from tests.bench.fake_server import Fake
 
 Bench = Callable[..., int]

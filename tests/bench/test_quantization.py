@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import quantization
+from krea2_bench import quantization
 
 RESULTS = Path(quantization.__file__).parent / "results"
 

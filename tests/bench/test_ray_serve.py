@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ray_serve.__main__ import table
-from benchmarks.ray_serve.quota import limited
+from krea2_bench.ray_serve.__main__ import table
+from krea2_bench.ray_serve.quota import limited
 from tests.channel import wait_until
 
 ROOTS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))

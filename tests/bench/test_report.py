@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from benchmarks.cli import main
-from benchmarks.load.mix import Kind
-from benchmarks.load.outcome import DONE, REJECTED, Outcome
-from benchmarks.load.plan import Planned
-from benchmarks.load.points import Point
-from benchmarks.load.prompts import bundled_prompts
-from benchmarks.load.results import Results
-from benchmarks.load.summary import Slo, summarise
-from benchmarks.plotting import SERIES, WORK
-from benchmarks.report.data import ReportError, Turns, read_study
-from benchmarks.report.floor import Ceilings, shares
+from krea2_bench.cli import main
+from krea2_bench.load.mix import Kind
+from krea2_bench.load.outcome import DONE, REJECTED, Outcome
+from krea2_bench.load.plan import Planned
+from krea2_bench.load.points import Point
+from krea2_bench.load.prompts import bundled_prompts
+from krea2_bench.load.results import Results
+from krea2_bench.load.summary import Slo, summarise
+from krea2_bench.plotting import SERIES, WORK
+from krea2_bench.report.data import ReportError, Turns, read_study
+from krea2_bench.report.floor import Ceilings, shares
 from tests.browser import chromium
 
 BEGAN = 1000.0
@@ -93,7 +93,7 @@ def write_turns(path: Path) -> None:
 
 def write_comparison(folder: Path, name: str = "versus") -> Path:
     """Of two servers, as `krea2-bench compare` leaves it."""
-    from benchmarks.compare.figures import compare_points, latency_of_a_request
+    from krea2_bench.compare.figures import compare_points, latency_of_a_request
 
     slo = Slo({kind.work: 0.6 for kind in KINDS})
     sides = {"ours": [outcomes()] * 3, "<theirs>": [outcomes(2.0)] * 3}

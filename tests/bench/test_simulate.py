@@ -12,23 +12,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import arrivals
-from benchmarks import simulate as command
-from benchmarks.percentiles import percentile
-from benchmarks.simulation import traces
-from benchmarks.simulation.cluster import Cluster, Hardware, simulate
-from benchmarks.simulation.lab import GRID, Lab
-from benchmarks.simulation.plots import draw
-from benchmarks.simulation.replica import Replica, Taken
-from benchmarks.simulation.routers import ROUTERS, Offer
-from benchmarks.simulation.schedulers import (
+from krea2_bench import arrivals
+from krea2_bench import simulate as command
+from krea2_bench.percentiles import percentile
+from krea2_bench.simulation import traces
+from krea2_bench.simulation.cluster import Cluster, Hardware, simulate
+from krea2_bench.simulation.lab import GRID, Lab
+from krea2_bench.simulation.plots import draw
+from krea2_bench.simulation.replica import Replica, Taken
+from krea2_bench.simulation.routers import ROUTERS, Offer
+from krea2_bench.simulation.schedulers import (
     Scheduler,
     ours,
     request_at_a_time,
 )
-from benchmarks.simulation.study import BASELINES, DEFAULT, MAIN, OTHERS
-from benchmarks.simulation.summary import summarise
-from benchmarks.simulation.traces import DEFAULT_MIX, Arrival, Job, Share, draw_trace
+from krea2_bench.simulation.study import BASELINES, DEFAULT, MAIN, OTHERS
+from krea2_bench.simulation.summary import summarise
+from krea2_bench.simulation.traces import DEFAULT_MIX, Arrival, Job, Share, draw_trace
 from krea2_srt.engine import pack_draft, policy, step_scheduler
 
 HARDWARE = Hardware(replicas=2)
@@ -393,7 +393,7 @@ def test_a_quick_run_leaves_tables_and_plots(tmp_path: Path, monkeypatch: pytest
     command.main(["--quick", "--output", str(tmp_path)])
     study = json.loads((tmp_path / "simulate.json").read_text(encoding="utf-8"))
     assert study["run"]["seed"] == 0
-    assert study["run"]["command"].startswith("python -m benchmarks.simulate --quick")
+    assert study["run"]["command"].startswith("python -m krea2_bench.simulate --quick")
     assert set(study["table"]) == {scheduler.name for scheduler in ALL}
     page = (tmp_path / "simulate.md").read_text(encoding="utf-8")
     for name in study["table"]:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.micro import threads
-from benchmarks.threads import __main__ as command
-from benchmarks.threads import measure
-from benchmarks.threads.measure import BESIDE_SIDES, DEFAULT, OURS, Engines, Setting
+from krea2_bench.micro import threads
+from krea2_bench.threads import __main__ as command
+from krea2_bench.threads import measure
+from krea2_bench.threads.measure import BESIDE_SIDES, DEFAULT, OURS, Engines, Setting
 
 
 class Scripted:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ray_serve.cluster import LocalCluster
+from krea2_bench.ray_serve.cluster import LocalCluster
 from tests.server.serving import Api
 
 FLOAT32 = "--dit-precision fp32 --vae-precision fp32 --text-encoder-precisions fp32"

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from deploy.drills.__main__ import DRILLS, missing
+from tests.e2e.drills.__main__ import DRILLS, missing
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.drills.deployment import Deployment
+from tests.e2e.drills.deployment import Deployment
 from tests.programs import required
 
 SCRIPT = Path(__file__).parent / "restricted.sh"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cli import main
-from benchmarks.load.outcome import DONE, Outcome
-from benchmarks.report.data import read_study
+from krea2_bench.cli import main
+from krea2_bench.load.outcome import DONE, Outcome
+from krea2_bench.report.data import read_study
 
 
 def test_a_load_test_finds_all_its_work_in_the_turn_log(

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import server
-from server.keys import Keys
-from server.moderation.policy import load_policy
-from server.protocol import ImageGenerationRequest
-from server.quality import PRESETS
-from server.settings import EngineSettings, Settings, load_settings
+import krea2_server
+from krea2_server.keys import Keys
+from krea2_server.moderation.policy import load_policy
+from krea2_server.protocol import ImageGenerationRequest
+from krea2_server.quality import PRESETS
+from krea2_server.settings import EngineSettings, Settings, load_settings
 from tests.unit.server.test_drawing import RAW, drawing
 
-ROOT = Path(server.__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SERVER = (ROOT / "docs/server.md").read_text()
 MODERATION = (ROOT / "docs/moderation.md").read_text()
 
@@ -26,7 +26,7 @@ _MAKERS = {"ApiError": 2, "invalid": 2, "_unauthorized": 1}
 def codes_in_use() -> set[str]:
     """All codes that the server's source has."""
     found = {"invalid_value", "engine_unavailable"}  # defaults
-    for file in Path(server.__file__).parent.rglob("*.py"):
+    for file in Path(krea2_server.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 place = _MAKERS.get(node.func.id)

@@ -7,10 +7,10 @@ import threading
 import openai
 import pytest
 
+from krea2_server.errors import ApiError
+from krea2_server.keys import Client, Keys, check_rights
+from krea2_server.settings import load_settings
 from krea2_srt.errors import ConfigError
-from server.errors import ApiError
-from server.keys import Client, Keys, check_rights
-from server.settings import load_settings
 from tests.channel import wait_until
 from tests.server.serving import serve
 

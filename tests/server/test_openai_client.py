@@ -12,8 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
+from krea2_server.errors import MAX_RETRY_AFTER_S
 from krea2_srt.sglang.messages import EngineError
-from server.errors import MAX_RETRY_AFTER_S
 from tests.channel import wait_until
 from tests.server.serving import serve
 

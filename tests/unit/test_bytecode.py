@@ -43,7 +43,7 @@ def test_each_command_keeps_bytecode_and_so_do_those_that_it_starts(script):
 
 
 def test_so_do_rays_replicas_which_no_command_of_ours_starts():
-    assert last_line("import deploy.ray") == "False None"
+    assert last_line("import krea2_server.ray") == "False None"
 
 
 def test_krea2_serve_keeps_that_of_all_it_imports(tmp_path):

@@ -15,7 +15,6 @@ from tests.channel import wait_until
 
 ROOT = Path(__file__).parents[2]
 SERVING = [*(ROOT / "krea2_srt").rglob("*.py"), *(ROOT / "server").rglob("*.py")]
-SERVING += (ROOT / "deploy" / "ray").rglob("*.py")
 
 HEAVY = {"torch", "sglang", "fastapi"}
 

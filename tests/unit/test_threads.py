@@ -6,10 +6,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from krea2_server.moderation.model_process import ModelProcess
+from krea2_server.settings import Settings
+from krea2_server.supervisor import worker_environment
 from krea2_srt.threads import SPIN_COUNT, VARIABLES, limit_spinning, wait_variables
-from server.moderation.model_process import ModelProcess
-from server.settings import Settings
-from server.supervisor import worker_environment
 
 OURS = {"GOMP_SPINCOUNT": str(SPIN_COUNT)}
 USERS = [("OMP_WAIT_POLICY", "active"), ("GOMP_SPINCOUNT", "7"), ("KMP_BLOCKTIME", "0")]
@@ -55,7 +55,7 @@ def test_the_process_of_moderations_models_gets_it(unset):
         await process.start()
         try:
             children = psutil.Process().children()
-            (child,) = (c for c in children if "server.moderation.worker" in c.cmdline())
+            (child,) = (c for c in children if "krea2_server.moderation.worker" in c.cmdline())
             return child.environ()
         finally:
             await process.close()

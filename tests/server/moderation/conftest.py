@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from server.moderation.moderator import Moderator
+from krea2_server.moderation.moderator import Moderator
 from tests.server.moderation.address import Address, moderations_address
 from tests.server.moderation.models import write_image_model, write_text_model
 

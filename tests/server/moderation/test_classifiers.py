@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertForSequenceClassification
 
-from server.moderation.classifiers import (
+from krea2_server.moderation.classifiers import (
     OVERLAP,
     ImageClassifier,
     TextClassifier,

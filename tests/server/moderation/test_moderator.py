@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from server.moderation.moderator import (
+from krea2_server.moderation.moderator import (
     ModerationConfigError,
     ModerationUnavailableError,
     Moderator,

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from server.moderation.moderator import ModerationConfigError, ModerationUnavailableError
+from krea2_server.moderation.moderator import ModerationConfigError, ModerationUnavailableError
 from tests.clients import openai_client
 from tests.server.moderation.address import inputs, result, scored
 from tests.server.moderation.conftest import started

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from server.playground import playground_files
+from krea2_server.playground import playground_files
 from tests.server.playground.scenery import add_noise, draw_scene, to_base64
 
 CONTENT_SECURITY_POLICY = (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
-from server.storage.fsspec_store import FsspecStore
+from krea2_server.storage.fsspec_store import FsspecStore
 
 SECRET = "a-secret-that-nobody-may-read"
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 from moto.core import set_initial_no_auth_action_count
 
-from server.storage.fsspec_store import FsspecStore
-from server.storage.store import StorageError
+from krea2_server.storage.fsspec_store import FsspecStore
+from krea2_server.storage.store import StorageError
 from tests.server.storage.s3 import SECRET, fsspec_store, is_clean
 
 

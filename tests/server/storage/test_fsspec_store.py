@@ -11,8 +11,8 @@ import fsspec.asyn
 import httpx
 import pytest
 
-from server.storage.fsspec_store import FsspecStore
-from server.storage.store import StorageError
+from krea2_server.storage.fsspec_store import FsspecStore
+from krea2_server.storage.store import StorageError
 from tests.channel import wait_until
 from tests.server.storage.s3 import fsspec_store, is_clean, options, started
 from tests.unit.server.storage.stores import BASE_URL

@@ -9,7 +9,7 @@ import textwrap
 
 import pytest
 
-from server.storage.store import StorageError, StorageFullError
+from krea2_server.storage.store import StorageError, StorageFullError
 from tests.unit.server.storage.stores import BASE_URL, bytes_in, local_store, read
 
 
@@ -84,7 +84,7 @@ def test_a_file_larger_than_the_system_allows_is_told(tmp_path):
     program = """
         import asyncio, resource, sys
         from pathlib import Path
-        from server.storage.store import StorageFullError
+        from krea2_server.storage.store import StorageFullError
         from tests.unit.server.storage.stores import BASE_URL, bytes_in, local_store, read
 
         async def check(folder):

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.on_gpu.models import TINY, Words, random_dit
+from krea2_bench.gpu.models import TINY, Words, random_dit
 from krea2_srt.kernels.operations import default_operations
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT

@@ -9,10 +9,10 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from benchmarks import tune_kernels
-from benchmarks.on_gpu import kernel_cases
-from benchmarks.on_gpu.context import Context
-from benchmarks.on_gpu.models import TINY
+from krea2_bench import tune_kernels
+from krea2_bench.gpu import kernel_cases
+from krea2_bench.gpu.context import Context
+from krea2_bench.gpu.models import TINY
 from krea2_srt.kernels import launch
 from krea2_srt.kernels.launch import DEFAULTS, Launch, device_of, read_launches
 from krea2_srt.kernels.operations import TRITON

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import Settings
+from krea2_server.settings import Settings
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "compose"
 COMPOSE = yaml.safe_load((FOLDER / "compose.yaml").read_text())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.drills.__main__ import DRILLS
 from krea2_srt.engine.cost import roofline
+from tests.e2e.drills.__main__ import DRILLS
 
 GUIDE = (Path(__file__).parents[3] / "deploy" / "README.md").read_text()
 

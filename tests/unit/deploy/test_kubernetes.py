@@ -11,8 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.metrics import _ENGINE_GAUGES
-from server.settings import Settings, load_settings
+from krea2_server.metrics import _ENGINE_GAUGES
+from krea2_server.settings import Settings, load_settings
 from tests.programs import required
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -116,7 +116,7 @@ def test_its_settings_are_the_servers(rendered, overlay, monkeypatch, tmp_path):
     mounts = {mount["mountPath"] for mount in only["volumeMounts"]}
     assert str(settings.api_keys_file.parent) in mounts
     keys = yaml.safe_load((DEPLOY / "kubernetes/overlays/keys.example.yaml").read_text())
-    from server.keys import Keys
+    from krea2_server.keys import Keys
 
     file = tmp_path / settings.api_keys_file.name
     file.write_text(yaml.safe_dump(keys))
@@ -211,7 +211,7 @@ def test_the_ray_service_is_valid(ray_service):
 def test_ray_serve_takes_the_configuration(name, ray_service):
     from ray.serve.schema import ServeDeploySchema
 
-    from deploy.ray.arguments import Arguments
+    from krea2_server.ray.arguments import Arguments
 
     if name == "rayservice.yaml":
         config = yaml.safe_load(ray_service["spec"]["serveConfigV2"])

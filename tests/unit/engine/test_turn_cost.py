@@ -9,7 +9,7 @@ from types import FrameType
 
 import pytest
 
-from benchmarks.micro.scheduling import (
+from krea2_bench.micro.scheduling import (
     ACTIVE,
     PACKS_PAY,
     TURNS,

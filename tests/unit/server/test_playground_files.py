@@ -2,7 +2,7 @@
 
 import re
 
-from server.playground import playground_files
+from krea2_server.playground import playground_files
 
 
 def test_the_page_and_all_it_names_are_there():

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import ApiError
-from server.keys import Client
-from server.rate_limits import BURST_S, RateLimits
+from krea2_server.errors import ApiError
+from krea2_server.keys import Client
+from krea2_server.rate_limits import BURST_S, RateLimits
 
 
 class Clock:

@@ -5,11 +5,11 @@ import subprocess
 
 import pytest
 
+from krea2_server.settings import EngineSettings, RunnerSettings, Settings, load_settings
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.runner.config import RunnerConfig
-from server.settings import EngineSettings, RunnerSettings, Settings, load_settings
 from tests.server.serving import SERVE
 
 

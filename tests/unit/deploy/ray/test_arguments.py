@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from deploy.ray.arguments import Arguments
+from krea2_server.ray.arguments import Arguments
 
 OPEN = {"allow_anonymous": True}
 

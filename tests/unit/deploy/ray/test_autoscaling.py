@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deploy.ray.autoscaling import QueueSeconds
+from krea2_server.ray.autoscaling import QueueSeconds
 
 
 @pytest.mark.parametrize(

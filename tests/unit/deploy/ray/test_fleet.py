@@ -2,7 +2,7 @@
 
 import random
 
-from deploy.ray.fleet import SOURCE, Fleet
+from krea2_server.ray.fleet import SOURCE, Fleet
 
 LARGE, SMALL = 10_000, 50
 

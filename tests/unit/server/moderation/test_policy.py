@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.moderation.policy import ModerationConfigError, load_policy
+from krea2_server.moderation.policy import ModerationConfigError, load_policy
 
 EXAMPLE = """
 checkers:

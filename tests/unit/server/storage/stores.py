@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from server.storage.local import ExpiredFileError, LocalStore
+from krea2_server.storage.local import ExpiredFileError, LocalStore
 
 KEY = b"a key of thirty-two bytes, or so"
 BASE_URL = "http://images.example:8000"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
-from server.storage.signatures import new_name, sign, verify
+from krea2_server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
+from krea2_server.storage.signatures import new_name, sign, verify
 from tests.unit.server.storage.stores import BASE_URL, KEY, PATH, Clock, local_store, parts
 
 NAME, EXPIRES = "0123456789abcdef" * 2 + ".png", 1_700_000_100

@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from server.storage.image_folder import ImageFolder
-from server.storage.signatures import new_name
-from server.storage.store import StorageFullError
+from krea2_server.storage.image_folder import ImageFolder
+from krea2_server.storage.signatures import new_name
+from krea2_server.storage.store import StorageFullError
 
 LIMIT = 100
 

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from server.storage.local import ExpiredFileError
-from server.storage.store import StorageError, StorageFullError
+from krea2_server.storage.local import ExpiredFileError
+from krea2_server.storage.store import StorageError, StorageFullError
 from tests.channel import PATIENCE_S
 from tests.unit.server.storage.stores import (
     BASE_URL,

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from server.storage.local import LocalStore, UnknownFileError
-from server.storage.store import StorageError
+from krea2_server.storage.local import LocalStore, UnknownFileError
+from krea2_server.storage.store import StorageError
 from tests.unit.server.storage.stores import (
     BASE_URL,
     KEY,

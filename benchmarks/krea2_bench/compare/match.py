@@ -1,0 +1,237 @@
+"""The match: warm-up and times alone, then rounds in which every side gets the same requests."""
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from krea2_bench.compare.figures import Figure, compare_points, latency_of_a_request
+from krea2_bench.compare.pictures import compare_pictures
+from krea2_bench.compare.side import Interrupted, Played, Side, TurnsOf
+from krea2_bench.load.alone import measure_alone
+from krea2_bench.load.arguments import load_of
+from krea2_bench.load.endpoint import Endpoint
+from krea2_bench.load.outcome import Outcome
+from krea2_bench.load.plan import Planned
+from krea2_bench.load.points import Player, Point
+from krea2_bench.load.summary import Slo, summarise
+
+
+class Match:
+    """Plays and compares.
+
+    Args:
+        args: of the command, with one mix.
+        sides: the last one is the baseline.
+
+    Attributes:
+        mix: of its requests.
+        complete: whether it was played to its end.
+        rounds_played: whole ones.
+        has_turns: whether a side has told its units of work.
+    """
+
+    def __init__(self, args: argparse.Namespace, sides: Sequence[Side]) -> None:
+        self.args = args
+        self.mix, _, self._points = load_of(args)
+        self.complete = False
+        self.rounds_played = 0
+        self.has_turns = False
+        self._sides = sides
+        self._played = {side.server.name: Played() for side in sides}
+        self._player = Player()
+
+    async def play(self) -> None:
+        """All of it, until it is interrupted.
+
+        Raises:
+            EndpointError, ServerError: a server fails as a whole; the rounds before stay.
+        """
+        turns = [TurnsOf(side.turn_log) for side in self._sides]
+        try:
+            with self._player.heeding_interrupts(), suppress(Interrupted):
+                await self._play()
+        finally:
+            self._drop_rounds(self.rounds_played)
+            for side, told in zip(self._sides, turns, strict=True):
+                found = told.copy(self._path(f"{side.server.name}.turns.jsonl"))
+                self.has_turns = self.has_turns or found
+
+    async def _play(self) -> None:
+        for side in self._sides:
+            async with self._up(side) as url:
+                await self._measure_alone(side, url)
+        if self._player.interrupted:
+            return
+        if self.args.load is not None:
+            capacity = self._capacity()
+            arrivals, burstiness = self.args.arrivals, self.args.burstiness
+            self._points = [
+                Point(arrivals, load * capacity, burstiness=burstiness) for load in self.args.load
+            ]
+        with self._path("jsonl").open("wb") as lines:
+            for number in range(self.args.rounds):
+                await self._play_round(number, lines)
+                if self._player.interrupted:
+                    return
+                self.rounds_played += 1
+        self.complete = True
+
+    def _up(self, side: Side) -> AbstractAsyncContextManager[str]:
+        return side.up(lambda: self._player.interrupted)
+
+    def result(self) -> dict[str, Any]:
+        """Everything that came of it, for JSON."""
+        *others, baseline = self._played
+        slo = self._slo()
+        points = []
+        for number, point in enumerate(self._points):
+            found: dict[str, Any] = point.as_dict()
+            if self.args.load is not None:
+                found["load"] = self.args.load[number]
+            outcomes = {name: played.outcomes[number] for name, played in self._played.items()}
+            found["sides"] = {
+                name: summarise(_together(rounds), slo) for name, rounds in outcomes.items()
+            }
+            found["figures"] = {
+                name: [
+                    figure.as_dict()
+                    for figure in compare_points(outcomes[name], outcomes[baseline], slo)
+                ]
+                for name in others
+            }
+            points.append(found)
+        return {
+            "servers": {
+                side.server.name: {
+                    "command": side.server.typed,
+                    "alone_s": self._played[side.server.name].alone_s,
+                }
+                for side in self._sides
+            },
+            "baseline": baseline,
+            "rounds": self.rounds_played,
+            "slo_s": slo.by_work,
+            "overall": {name: self._overall(name, baseline).as_dict() for name in others},
+            "pictures": {
+                name: compare_pictures(
+                    self._played[name].pictures,
+                    self._played[baseline].pictures,
+                    self.args.min_psnr,
+                )
+                for name in others
+            },
+            "points": points,
+        }
+
+    async def _measure_alone(self, side: Side, url: str) -> None:
+        args = self.args
+        async with Endpoint(side.options(url)) as endpoint:
+            await endpoint.find_model()
+            self._played[side.server.name].alone_s = await measure_alone(
+                self._player, endpoint, self.mix, args.warm_up, max(1, args.alone), args.seed
+            )
+
+    async def _play_round(self, number: int, lines: BinaryIO) -> None:
+        """Every point to every side; who is first changes."""
+        plan = load_of(self.args, number)[1]
+        sides, places = deque(self._sides), range(len(self._points))
+        sides.rotate(number)
+        if self.args.one_at_a_time:
+            for side in sides:
+                async with self._up(side) as url:
+                    await self._warm_up(side, url)
+                    for place in places:
+                        await self._play_point(side, url, number, place, plan, lines)
+            return
+        for place in places:
+            for side in sides:
+                await self._play_point(side, side.url, number, place, plan, lines)
+            sides.rotate(1)
+
+    async def _warm_up(self, side: Side, url: str) -> None:
+        async with Endpoint(side.options(url)) as endpoint:
+            await endpoint.find_model()
+            warm_up = max(1, self.args.warm_up)
+            await measure_alone(self._player, endpoint, self.mix, warm_up, 0, self.args.seed)
+
+    async def _play_point(
+        self,
+        side: Side,
+        url: str,
+        number: int,
+        place: int,
+        plan: Sequence[Planned],
+        lines: BinaryIO,
+    ) -> None:
+        if self._player.interrupted:
+            return
+        point, name = self._points[place], side.server.name
+        played = self._played[name]
+
+        def keep(index: int, pictures: tuple[np.ndarray, ...]) -> None:
+            if index < self.args.pictures:
+                played.pictures[index] = pictures
+
+        def write(outcome: Outcome) -> None:
+            lines.write(outcome.line(place, side=name, round=number, began_at=began_at))
+            lines.flush()
+
+        first = number == 0 and place == 0
+        async with Endpoint(side.options(url), keep if first else None) as endpoint:
+            await endpoint.find_model()
+            began_at = time.time()
+            outcomes = await self._player.play(
+                endpoint,
+                point.timed(plan, self.args.seed),
+                f"round {number + 1}, {point.name}, {name}",
+                point.concurrency,
+                write,
+            )
+        played.outcomes[place].append(outcomes)
+
+    def _drop_rounds(self, number: int) -> None:
+        """Those from this one on: one was broken off, so the sides have had different requests."""
+        for played in self._played.values():
+            for outcomes in played.outcomes.values():
+                del outcomes[number:]
+
+    @property
+    def _baseline(self) -> Played:
+        return list(self._played.values())[-1]
+
+    def _capacity(self) -> float:
+        """Requests of the mix a second that the baseline does one after the other."""
+        alone_s = self._baseline.alone_s
+        weight = sum(kind.weight for kind in self.mix)
+        return weight / sum(kind.weight * alone_s[kind.work] for kind in self.mix)
+
+    def _slo(self) -> Slo:
+        """The same for all: multiples of what requests take alone on the baseline."""
+        if self.args.slo_s:
+            return Slo({kind.work: self.args.slo_s for kind in self.mix})
+        return Slo.scaled(self._baseline.alone_s, self.args.slo_scale)
+
+    def _overall(self, name: str, baseline: str) -> Figure:
+        ours, theirs = self._played[name].outcomes, self._played[baseline].outcomes
+        return latency_of_a_request(
+            [(ours[number], theirs[number]) for number in range(len(self._points))]
+        )
+
+    def _path(self, suffix: str) -> Path:
+        return Path(self.args.output.with_name(f"{self.args.output.name}.{suffix}"))
+
+
+def _together(rounds: Sequence[Sequence[Outcome]]) -> list[Outcome]:
+    """Outcomes of all rounds on one time line, one round behind the other."""
+    found: list[Outcome] = []
+    offset = 0.0
+    for outcomes in rounds:
+        found += [outcome.shifted(offset) for outcome in outcomes]
+        offset = max((o.done_s for o in found), default=0.0)
+    return found

@@ -1,0 +1,77 @@
+"""Whole pictures, from a prompt to pixels, and the memory that they took."""
+
+import torch
+
+from krea2_bench.gpu.context import Context
+from krea2_bench.gpu.graphs import how_it_runs, why_eager
+from krea2_bench.gpu.rows import LEFT_OUT, Missing, Row, timed
+from krea2_bench.gpu.sequences import images, name_of
+from krea2_bench.gpu.timing import timings
+from krea2_srt.errors import ConfigError, first_line
+from krea2_srt.runner.model_runner import Krea2Runner
+
+SIDES, LARGE_SIDES = (1024, 512, 256), (2048,)
+WHOLE_SIDE = 256
+"""Up to which a server runs all steps of a lone picture as one graph."""
+
+PROMPT = "a red fox sitting in fresh snow at golden hour, photorealistic, shallow depth of field"
+
+
+def run(context: Context) -> None:
+    """A new prompt each time, so that no cache of prompts helps."""
+    _draw_all(context, (32,) if context.smoke else SIDES)
+    if context.on_gpu:
+        peak = torch.cuda.max_memory_reserved(context.device) / 2**30
+        note = "all models of this benchmark, bf16 and fp8"
+        context.findings.add(Row("pictures", "memory reserved", peak, "GiB", note=note))
+
+
+def run_large(context: Context) -> None:
+    """The same of those that take seconds each."""
+    _draw_all(context, (64,) if context.smoke else LARGE_SIDES)
+
+
+def _draw_all(context: Context, sides: tuple[int, ...]) -> None:
+    runners = {"bf16": context.runner, "fp8": context.fp8_runner}
+    try:
+        fp8 = context.runner_of(context.fp8_runner.dit, context.fp8_attention())
+        runners["fp8, fp8 attention"] = fp8
+    except ConfigError as error:
+        reason = first_line(error)
+        context.findings.miss(
+            Missing("pictures", f"{name_of(sides[0])} with fp8 attention", LEFT_OUT, reason)
+        )
+    for runner in runners.values():
+        context.whole(runner)
+        context.use_graphs(runner)
+        runner.use_text_graphs(context.text_capture)
+    for side in sides:
+        works = [lambda r=runner, s=side: _draw(r, s) for runner in runners.values()]
+        with context.findings.attempt("pictures", name_of(side)):
+            hows = {name: _how(runner, side) for name, runner in runners.items()}
+            long = side >= 2048
+            warm_ups, least = 1 if long else 2, 1 if long or context.smoke else 3
+            found = timings(works, context.device, context.seconds, 10, warm_ups, least)
+            for name, timing in zip(runners, found, strict=True):
+                what = f"{name_of(side)} {name}"
+                context.findings.add(timed("pictures", what, timing, how=hows[name]))
+
+
+def _how(runner: Krea2Runner, side: int) -> str:
+    """How the steps of a picture run, and why if not on a graph."""
+    sequences = images(runner, ((side, side),))
+    reason = why_eager(runner, sequences)
+    how = how_it_runs(runner, sequences[0].num_tokens, graph=not reason)
+    return f"{how}: {reason}" if reason else how
+
+
+def _draw(runner: Krea2Runner, side: int) -> None:
+    runner.contexts.clear()
+    (prompt,) = runner.encode([PROMPT])
+    schedule = runner.schedule(runner.recipe.default_steps, side, side)
+    sequence = runner.start(prompt, side, side, 1, schedule)
+    if side <= WHOLE_SIDE:
+        runner.step([sequence], schedule.steps)
+    while not sequence.done:
+        runner.step([sequence])
+    runner.decode(sequence)

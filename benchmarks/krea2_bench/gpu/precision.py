@@ -1,0 +1,73 @@
+"""How far fp8 is from bf16 on this device: of the velocity in every step, and of the picture.
+
+The weights are random, so this says nothing of the released model's pictures; a broken kernel would
+show.
+"""
+
+import torch
+from torch import Tensor
+
+from krea2_bench.gpu.context import Context
+from krea2_bench.gpu.models import quantized_copy
+from krea2_bench.gpu.rows import Row
+from krea2_bench.gpu.sequences import images, relative
+from krea2_srt.model.quantization import SERVED, Quantization
+from krea2_srt.runner.model_runner import Krea2Runner
+
+SIDE = 512
+
+
+def run(context: Context) -> None:
+    """Every quantisation that a server offers."""
+    side = 32 if context.smoke else SIDE
+    theirs, reference = _draw(context.whole(context.runner), side)
+    for quantization in SERVED.values():
+        runner = _runner(context, quantization)
+        errors = [_velocity_error(runner, side, step, theirs) for step in (0, len(theirs) - 1)]
+        _, picture = _draw(runner, side)
+        psnr = -10 * torch.log10((picture - reference).double().square().mean()).item()
+        for what, error in zip(("first", "last"), errors, strict=True):
+            context.findings.add(
+                Row(
+                    "precision",
+                    f"{quantization.name} velocity, {what} step",
+                    error,
+                    "relative error",
+                )
+            )
+        context.findings.add(
+            Row(
+                "precision", f"{quantization.name} picture, PSNR to bf16", psnr, "dB", better="more"
+            )
+        )
+
+
+def _runner(context: Context, quantization: Quantization) -> Krea2Runner:
+    if context.fp8_runner.dit.quantization == quantization:
+        # An 80 GB GPU has room for one more of them, not for two.
+        return context.whole(context.fp8_runner)
+    return context.whole(context.runner_of(quantized_copy(context.dit, quantization)))
+
+
+def _draw(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """(tokens before, velocity) of every step, and the pixels."""
+    (sequence,) = images(runner, ((side, side),))
+    sequence.keep_velocity = True
+    found = []
+    while not sequence.done:
+        before = sequence.tokens
+        runner.step([sequence])
+        assert sequence.velocity is not None
+        found.append((before, sequence.velocity))
+    return found, runner.decode(sequence)
+
+
+def _velocity_error(
+    runner: Krea2Runner, side: int, step: int, theirs: list[tuple[Tensor, Tensor]]
+) -> float:
+    (sequence,) = images(runner, ((side, side),))
+    sequence.keep_velocity = True
+    sequence.tokens, sequence.step = theirs[step][0], step
+    runner.step([sequence])
+    assert sequence.velocity is not None
+    return relative(sequence.velocity, theirs[step][1])

@@ -1,0 +1,44 @@
+"""Sequences to step, and how far results are from each other."""
+
+import torch
+
+from krea2_bench.gpu.context import TEXT_TOKENS
+from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+
+
+def name_of(width: int, count: int = 1, height: int | None = None) -> str:
+    """As rows call a size."""
+    size = f"{width}x{height or width}"
+    return size if count == 1 else f"{count} of {size}"
+
+
+def images(
+    runner: Krea2Runner, sides: tuple[tuple[int, int], ...], text: int = TEXT_TOKENS
+) -> list[DenoisingSequence]:
+    """Sequences before their first step, of these widths and heights."""
+    hidden = runner.dit.config.hidden_size
+    generator = torch.Generator(runner.device).manual_seed(7)
+    found = []
+    for seed, (width, height) in enumerate(sides):
+        context = torch.randn(
+            text, hidden, generator=generator, device=runner.device, dtype=runner.dit.dtype
+        )
+        schedule = runner.schedule(runner.recipe.default_steps, width, height)
+        found.append(runner.start(context, width, height, seed, schedule))
+    return found
+
+
+def stepped(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> list[torch.Tensor]:
+    """Their tokens after one step; the sequences stay as they were."""
+    before = [sequence.tokens for sequence in sequences]
+    runner.step(sequences)
+    after = [sequence.tokens for sequence in sequences]
+    for sequence, tokens in zip(sequences, before, strict=True):
+        sequence.tokens, sequence.step = tokens, sequence.step - 1
+    return after
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """|got - expected| / |expected|."""
+    got, expected = got.double(), expected.double()
+    return ((got - expected).norm() / expected.norm()).item()

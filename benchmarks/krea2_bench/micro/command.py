@@ -1,0 +1,106 @@
+"""krea2-bench micro: what scheduling, packing, caches, HTTP and the start cost."""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from krea2_bench.arguments import count
+from krea2_bench.micro.history import read_history, record, regressions
+from krea2_bench.micro.timing import Timed
+from krea2_bench.provenance import provenance, typed
+from krea2_srt.errors import CheckpointError
+from krea2_srt.threads import limit_spinning
+
+_PACKAGES = ("krea2-srt", "torch", "fastapi", "uvicorn", "pydantic")
+ATTEMPTS = 4
+"""A regression must show in all of them: one busy moment is none."""
+
+
+def add_parser(commands: Any) -> None:
+    """The subcommand's options."""
+    parser = commands.add_parser(
+        "micro", help="small benchmarks", allow_abbrev=False, description=__doc__
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=Path("demo-model/krea-2-demo"), metavar="DIR")
+    add("--rounds", type=count, default=15, help="of each (default 15)")
+    add("--record", type=Path, metavar="FILE", help="append to a history, with times of the start")
+    add(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="fail if a ratio is worse than its bound, or than the last of a history by 15 %%",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The subcommand; returns its exit code."""
+    if not args.checkpoint.is_dir():
+        raise CheckpointError(f"checkpoint folder {args.checkpoint} does not exist")
+    limit_spinning()
+    if args.check:
+        return _check(args)
+    found = measure(args.checkpoint, args.rounds)
+    print(table(found))
+    if args.record:
+        from krea2_bench.micro.start_up import start_up
+
+        with tempfile.TemporaryDirectory() as folder:
+            stages = start_up(Path(folder), args.checkpoint.resolve())
+        print("start, s: " + ", ".join(f"{name} {s:.2f}" for name, s in stages.items()))
+        rounded = {name: round(seconds, 3) for name, seconds in stages.items()}
+        run = provenance(typed("krea2-bench"), _PACKAGES)
+        record(args.record, run, found, {"start_up_s": rounded})
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    committed = read_history(args.check)[-1]["ratios"]
+    best: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    for _ in range(ATTEMPTS):
+        for timed in measure(args.checkpoint, args.rounds):
+            best[timed.name] = min(timed.ratio, best.get(timed.name, timed.ratio))
+            if timed.bound is not None:
+                bounds[timed.name] = timed.bound
+        worse = regressions(committed, best, bounds)
+        if not worse:
+            break
+    for name, ratio in best.items():
+        limit = committed.get(name, float("nan"))
+        beside = f"at most {bounds[name]:.3g}" if name in bounds else f"committed {limit:.3g}"
+        print(f"{name}: {ratio:.3g}, {beside}")
+    for line in worse:
+        print(f"REGRESSION {line}")
+    return 1 if worse else 0
+
+
+def measure(checkpoint: Path, rounds: int) -> list[Timed]:
+    """All of them; some two minutes."""
+    from krea2_bench.micro import http, runner, scheduling, threads
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        return [
+            scheduling.scheduler_turn(max(3, rounds // 3)),
+            *runner.packing(20 * rounds),
+            runner.cached_prompt(checkpoint, rounds),
+            http.request(folder, rounds),
+            http.start(folder, max(2, rounds // 3)),
+            *threads.waiting(folder, checkpoint, max(1, rounds // 3)),
+        ]
+
+
+def table(found: list[Timed]) -> str:
+    """For a terminal."""
+    rows = [("what", "ms", "reference", "ms", "ratio")]
+    for timed in found:
+        times = (f"{timed.ms:.4g}", timed.reference, f"{timed.reference_ms:.4g}")
+        rows.append((timed.name, *times, f"{timed.ratio:.3g}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,39 @@
+"""How the engine's threads wait: beside another process that computes, and what it costs alone."""
+
+from pathlib import Path
+from statistics import median
+
+from krea2_bench.micro.timing import Timed
+from krea2_bench.threads.measure import DEFAULT, OURS, running_engines
+
+MAX_SLOWEST = 5.0
+MIN_THROUGHPUT = 0.96
+"""What the setting of `krea2_srt.threads` was chosen for."""
+
+
+def waiting(folder: Path, checkpoint: Path, rounds: int) -> list[Timed]:
+    """The slowest of eight pictures beside a process that computes, against one without it, and
+    the time of a mix against that with libgomp's own waiting.
+    """
+    with running_engines(folder, checkpoint, (OURS, DEFAULT)) as engines:
+        engines.draw_beside([OURS], 1)
+        engines.draw_mix(rounds)
+    ours, default = engines.times[OURS], engines.times[DEFAULT]
+    default_ms = median(default.mixed)
+    mixed_ms = median(ours.mixed_ratios(default)) * default_ms
+    return [
+        Timed(
+            "slowest picture beside a process that computes",
+            ours.slowest[0] * ours.alone_ms,
+            "a picture alone",
+            ours.alone_ms,
+            MAX_SLOWEST,
+        ),
+        Timed(
+            "mix of pictures",
+            mixed_ms,
+            "with libgomp's own waiting",
+            default_ms,
+            1 / MIN_THROUGHPUT,
+        ),
+    ]

@@ -1,1 +1,0 @@
-"""The Ray Serve application on this machine: ``python -m benchmarks.ray_serve``."""

@@ -1,1 +1,0 @@
-"""Running krea2-serve in production; see README.md beside this file."""

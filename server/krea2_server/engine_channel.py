@@ -1,0 +1,188 @@
+"""One scheduler process, as the HTTP process sees it: messages over SGLang's channel."""
+
+import asyncio
+import io
+import itertools
+import logging
+import pickle
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from krea2_server.engine import Update
+from krea2_srt.sglang.messages import (
+    Accepted,
+    Answer,
+    Ask,
+    Cancel,
+    Generate,
+    Generated,
+    GetModel,
+    GetStatistics,
+    ModelInfo,
+    ProgressUpdate,
+)
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("krea2_srt", "numpy", "builtins")
+"""Whose types are in messages to us. What else the scheduler may send belongs to SGLang, and would
+be imported for it, with torch, for a minute."""
+
+
+class EngineExitedError(Exception):
+    """The scheduler process has gone with the request."""
+
+
+class EngineChannel:
+    """All requests to one scheduler, over one DEALER socket.
+
+    Args:
+        context: of ZeroMQ.
+        endpoint: where the scheduler listens. It is trusted: what it sends is unpickled.
+
+    Raises:
+        EngineExitedError: that is no endpoint.
+    """
+
+    def __init__(self, context: zmq.asyncio.Context, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        # No limits: beyond one, ZeroMQ would drop messages without a word.
+        self._socket.set_hwm(0)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._close_sockets()
+            raise EngineExitedError(f"{endpoint} cannot be connected to: {error}") from None
+        self._queues: dict[str, asyncio.Queue[Any]] = {}
+        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._numbers = itertools.count()
+        self._reader = asyncio.create_task(self._read())
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Update, None]:
+        """Draw; the last message is `Generated`.
+
+        Whoever stops listening before it, or is cancelled, ends the request in the engine too.
+
+        Raises:
+            EngineExitedError: the scheduler has gone meanwhile.
+        """
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._queues[message.request_id] = queue
+        ended = False
+        try:
+            await self._send(message)
+            while not ended:
+                update = await queue.get()
+                if isinstance(update, EngineExitedError):
+                    ended = True
+                    raise update
+                ended = isinstance(update, Generated)
+                yield update
+        finally:
+            self._queues.pop(message.request_id, None)
+            if not ended:
+                self._send_nowait(Ask(self._question_id(), Cancel(message.request_id)))
+
+    async def model(self, timeout_s: float) -> ModelInfo:
+        """What is served there.
+
+        Raises:
+            TimeoutError: no answer.
+            EngineExitedError: the scheduler has gone meanwhile.
+        """
+        answer = await self._ask(GetModel(), timeout_s)
+        if not isinstance(answer, ModelInfo):
+            raise EngineExitedError(f"{self.endpoint} is not a scheduler of krea2-srt")
+        return answer
+
+    async def statistics(self, timeout_s: float) -> dict[str, Any]:
+        """What the engine says of itself; raises as `model` does."""
+        answer = await self._ask(GetStatistics(), timeout_s)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def disconnected(self) -> None:
+        """Return when the connection to the scheduler is lost."""
+        await recv_monitor_message(self._monitor)
+
+    def close(self, reason: str = "the engine has exited") -> None:
+        """End all that is under way; nothing comes or goes any more.
+
+        Args:
+            reason: what its clients are told.
+        """
+        if self._socket.closed:
+            return
+        self._reader.cancel()
+        self._close_sockets()
+        for queue in self._queues.values():
+            queue.put_nowait(EngineExitedError(reason))
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(EngineExitedError(reason))
+
+    def _close_sockets(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close()
+
+    async def _ask(self, question: GetModel | GetStatistics, timeout_s: float) -> Any:
+        question_id = self._question_id()
+        future = asyncio.get_running_loop().create_future()
+        self._answers[question_id] = future
+        try:
+            await self._send(Ask(question_id, question))
+            async with asyncio.timeout(timeout_s):
+                answer = await future
+        finally:
+            del self._answers[question_id]
+        if answer.error is not None:
+            raise EngineExitedError(answer.error)
+        return answer.output
+
+    def _question_id(self) -> str:
+        return f"question-{next(self._numbers)}"
+
+    async def _send(self, message: object) -> None:
+        if self._socket.closed:
+            raise EngineExitedError("the engine has exited")
+        await self._socket.send_multipart([b"", pickle.dumps(message)])
+
+    def _send_nowait(self, message: object) -> None:
+        """For clean-up, where nothing may be awaited: without a limit it is sent at once."""
+        if not self._socket.closed:
+            self._socket.send_multipart([b"", pickle.dumps(message)])
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            try:
+                self._deliver(_Unpickler(io.BytesIO(frames[-1].buffer)).load())
+            except Exception:
+                logger.exception("a message from %s cannot be read", self.endpoint)
+
+    def _deliver(self, message: object) -> None:
+        match message:
+            case Answer(question_id):
+                future = self._answers.get(question_id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case Accepted(request_id) | ProgressUpdate(request_id) | Generated(request_id):
+                if (queue := self._queues.get(request_id)) is not None:
+                    queue.put_nowait(message)
+            case _:
+                logger.warning("%s sent a %s", self.endpoint, type(message).__name__)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] not in _PACKAGES:
+            raise pickle.UnpicklingError(f"{module}.{name} is in no message to us")
+        return super().find_class(module, name)

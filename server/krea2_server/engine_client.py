@@ -1,0 +1,175 @@
+"""The engine as the HTTP process sees it: its live replicas, and which of them draws what."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import zmq.asyncio
+
+from krea2_server.engine import Ticket, Update
+from krea2_server.engine_channel import EngineChannel, EngineExitedError
+from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
+from krea2_srt.engine.backlog import image_ms
+from krea2_srt.sglang.messages import Generate, ModelInfo
+from krea2_srt.sglang.replicas import ReplicaExited, Replicas
+
+logger = logging.getLogger(__name__)
+
+MODEL_TIMEOUT_S = 120.0
+"""For a scheduler that has just said that it is ready."""
+
+POLL_S = 1.0
+"""Between two looks at a replica's statistics."""
+
+READY_SILENCE_S = 15.0
+"""A replica that has not answered for as long is not ready; units of work are shorter."""
+
+
+@dataclass
+class Replica:
+    """A replica's last known state.
+
+    Attributes:
+        channel: None while it is down.
+        statistics: what its engine last said of itself.
+        answered: clock time in seconds of that.
+    """
+
+    channel: EngineChannel | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+    answered: float = 0.0
+
+
+class EngineClient:
+    """An `Engine` of scheduler processes that this one speaks to.
+
+    Args:
+        count: of replicas, none of which is there yet.
+
+    Attributes:
+        model: what is served; None before the first replica is there.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.model: ModelInfo | None = None
+        self.replicas = [Replica() for _ in range(count)]
+        self.routing = Replicas(count)
+        self._context = zmq.asyncio.Context()
+        self._pollers: dict[int, asyncio.Task[None]] = {}
+        for index in range(count):
+            self.routing.mark_dead(index)
+
+    @property
+    def num_ready(self) -> int:
+        return sum(self.silent_s(index) < READY_SILENCE_S for index in self.routing.live)
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.replicas)
+
+    @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        return {str(index): self.replicas[index].statistics for index in self.routing.live}
+
+    async def attach(self, index: int, endpoint: str) -> None:
+        """A replica has started: ask what it serves, and send it requests.
+
+        Raises:
+            TimeoutError, EngineExitedError: it does not answer.
+        """
+        channel = EngineChannel(self._context, endpoint)
+        try:
+            self.model = await _model(channel)
+        except BaseException:
+            channel.close()
+            raise
+        self.replicas[index] = Replica(channel, answered=time.monotonic())
+        self.routing.mark_live(index)
+        self._pollers[index] = asyncio.create_task(self._poll(self.replicas[index]))
+
+    def detach(self, index: int, reason: str = "the engine has exited") -> None:
+        """A replica has gone; its requests fail.
+
+        Args:
+            reason: what their clients are told.
+        """
+        self.routing.mark_dead(index)
+        if (poller := self._pollers.pop(index, None)) is not None:
+            poller.cancel()
+        if (channel := self.replicas[index].channel) is not None:
+            channel.close(reason)
+        self.replicas[index] = Replica()
+
+    async def disconnected(self, index: int) -> None:
+        """Return when the connection to a replica is lost."""
+        channel = self.replicas[index].channel
+        assert channel is not None
+        await channel.disconnected()
+
+    def silent_s(self, index: int) -> float:
+        """Seconds since a replica last answered; 0 of one that is down."""
+        replica = self.replicas[index]
+        return time.monotonic() - replica.answered if replica.channel is not None else 0.0
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
+        """See `Engine`; it is drawn where it waits least."""
+        work = image_ms(message.image, message.image.num_images)
+        try:
+            with self.routing.place(work) as assignment:
+                channel = self.replicas[assignment.index].channel
+                assert channel is not None
+                yield Ticket(partial(self.routing.ahead, assignment))
+                async with aclosing(channel.generate(message)) as updates:
+                    async for update in updates:
+                        yield update
+        except ReplicaExited:
+            raise self.unavailable() from None
+        except EngineExitedError as error:
+            raise engine_unavailable(f"{error}; send the request again") from None
+
+    def unavailable(self) -> ApiError:
+        if self.routing.live:
+            text = "the engine does not answer"
+        else:
+            again = "" if self.model is None else " again"
+            text = f"the model is being loaded{again}"
+        return engine_unavailable(text, ENGINE_RETRY_S)
+
+    def detach_all(self, reason: str = "the server has shut down") -> None:
+        """End everything: all requests fail; see `detach`."""
+        for index in range(len(self.replicas)):
+            self.detach(index, reason)
+
+    def close(self) -> None:
+        self.detach_all()
+        self._context.term()
+
+    async def _poll(self, replica: Replica) -> None:
+        assert replica.channel is not None
+        while True:
+            try:
+                replica.statistics = await replica.channel.statistics(POLL_S * 10)
+                replica.answered = time.monotonic()
+            except (TimeoutError, EngineExitedError) as error:
+                logger.debug("%s has not answered: %s", replica.channel.endpoint, error)
+            await asyncio.sleep(POLL_S)
+
+
+async def _model(channel: EngineChannel) -> ModelInfo:
+    """What is served there; whoever dies with the question in hand answers no more."""
+    model = asyncio.create_task(channel.model(MODEL_TIMEOUT_S))
+    lost = asyncio.create_task(channel.disconnected())
+    try:
+        await asyncio.wait((model, lost), return_when=asyncio.FIRST_COMPLETED)
+        if not model.done():
+            raise EngineExitedError("the connection was lost")
+        return model.result()
+    finally:
+        model.cancel()
+        lost.cancel()
+        await asyncio.gather(model, lost, return_exceptions=True)

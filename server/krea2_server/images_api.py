@@ -1,0 +1,198 @@
+"""``POST /v1/images/generations``, and the files behind its URLs."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, BinaryIO
+
+import orjson
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import Response, StreamingResponse
+
+from krea2_server.answers import Answers
+from krea2_server.drawing import Drawing, resolve
+from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
+from krea2_server.event_schemas import event_stream_content
+from krea2_server.event_stream import EventStreamResponse, comment, event
+from krea2_server.image_service import Result, Update
+from krea2_server.keys import Client
+from krea2_server.pieces import PiecesResponse
+from krea2_server.protocol import (
+    ErrorResponse,
+    ImageGenerationRequest,
+    ImagesResponse,
+    LenientImageGenerationRequest,
+)
+from krea2_server.services import Services
+from krea2_server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
+
+logger = logging.getLogger(__name__)
+
+FILES_PATH = "/v1/images/files"
+
+_CHUNK_BYTES = 2**18
+
+_ERROR_STATUS = (400, 401, 403, 404, 408, 413, 429, 499, 500, 503, 504)
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in _ERROR_STATUS
+}
+
+
+def images_router(services: Services) -> APIRouter:
+    """Routes that draw and that serve what was drawn."""
+    router = APIRouter()
+    lenient = services.settings.allow_unknown_fields
+    body_model = LenientImageGenerationRequest if lenient else ImageGenerationRequest
+
+    @router.post(
+        "/v1/images/generations",
+        summary="Draw images",
+        response_class=Response,
+        responses={
+            200: {
+                "model": ImagesResponse,
+                "description": "Images, or with stream the events on their way.",
+                "content": {"text/event-stream": event_stream_content()},
+            },
+            **_ERRORS,
+        },
+    )
+    async def generate(
+        request: Request,
+        body: Annotated[body_model, Body()],  # type: ignore[valid-type]
+    ) -> Response:
+        drawing = _resolve(services, body)
+        client: Client = request.state.client
+        updates = services.images.draw(
+            drawing, client, request.state.request_id, _base_url(services, request)
+        )
+        answers = Answers(drawing, services.settings.model_name)
+        if not drawing.stream:
+            async with aclosing(updates):
+                async for update in updates:
+                    if isinstance(update, Result):
+                        set_outcome(request.scope, "done")
+                        return PiecesResponse(answers.response(update))
+            raise AssertionError("a drawing ends with its result or an error")
+        # The first words of the engine come before ours: a refusal is a refusal still.
+        beginning = [update async for update in _until_accepted(updates)]
+        events = _events(request, beginning, updates, answers, services.settings.keepalive_s)
+        return EventStreamResponse(events, updates)
+
+    if isinstance(services.store, LocalStore):
+        _add_files(router, services.store)
+    return router
+
+
+def _add_files(router: APIRouter, store: LocalStore) -> None:
+    @router.get(
+        FILES_PATH + "/{name:path}",
+        summary="An image behind a URL",
+        response_class=StreamingResponse,
+        responses={
+            200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}},
+            404: {"model": ErrorResponse},
+            410: {"model": ErrorResponse},
+        },
+    )
+    async def file(name: str, expires: str = "", signature: str = "") -> Response:
+        try:
+            found = await store.get(name, expires, signature)
+        except UnknownFileError:
+            raise ApiError(404, "there is no such image", "not_found") from None
+        except ExpiredFileError:
+            raise ApiError(410, "the image has expired", "expired") from None
+        # Not Starlette's FileResponse: it looks at the path again, and by then it may be gone.
+        return StreamingResponse(
+            _chunks(found.file),
+            media_type=found.media_type,
+            headers={
+                "content-length": str(found.size),
+                "cache-control": f"private, immutable, max-age={int(found.remaining_s)}",
+            },
+        )
+
+
+async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
+    with file:
+        while chunk := await asyncio.to_thread(file.read, _CHUNK_BYTES):
+            yield chunk
+
+
+def _resolve(services: Services, body: ImageGenerationRequest) -> Drawing:
+    settings, model = services.settings, services.engine.model
+    names = {settings.model_name, settings.model_path, *settings.model_aliases}
+    if body.model is not None and body.model not in names:
+        text = f"model: {body.model!r} is not served here; {settings.model_name} is"
+        raise ApiError(404, text, "model_not_found", "model")
+    if services.store is None and body.response_format == "url":
+        text = "response_format: must be b64_json; this server keeps no images"
+        raise invalid("response_format", text, "unsupported_value")
+    if model is None:
+        raise services.engine.unavailable()
+    return resolve(body, model, max_n=settings.max_n, max_prompt=settings.max_prompt)
+
+
+def _base_url(services: Services, request: Request) -> str:
+    return services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
+
+
+async def _until_accepted(updates: AsyncGenerator[Update, None]) -> AsyncGenerator[Update, None]:
+    """Updates up to the engine's first word."""
+    for _ in range(2):  # a `Ticket`, and then `Accepted` or, of a refused request, an error
+        yield await anext(updates)
+
+
+async def _events(
+    request: Request,
+    beginning: list[Update],
+    updates: AsyncGenerator[Update, None],
+    answers: Answers,
+    keepalive_s: float,
+) -> AsyncGenerator[bytes, None]:
+    """The stream of a request that was accepted; a failure is its last event."""
+    try:
+        for update in beginning:
+            for chunk in answers.events(update):
+                yield chunk
+        async with aclosing(_with_silences(updates, keepalive_s)) as all_updates:
+            async for known in all_updates:
+                if isinstance(known, Result):
+                    set_outcome(request.scope, "done")
+                for chunk in [answers.waiting()] if known is None else answers.events(known):
+                    yield chunk
+    except ApiError as error:
+        set_outcome(request.scope, error.code)
+        yield event("error", orjson.dumps(error.body()))
+    except Exception:
+        logger.exception("a stream failed")
+        set_outcome(request.scope, "internal_error")
+        body = internal_error(request.state.request_id).body()
+        yield event("error", orjson.dumps(body))
+    yield comment("end")
+
+
+async def _with_silences(
+    updates: AsyncGenerator[Update, None], silence_s: float
+) -> AsyncGenerator[Update | None, None]:
+    """The same updates, and None wherever none has come for a while."""
+    upcoming: asyncio.Task[Update] | None = None
+    try:
+        while True:
+            if upcoming is None:
+                upcoming = asyncio.create_task(anext(updates))
+            done, _ = await asyncio.wait((upcoming,), timeout=silence_s)
+            if not done:
+                yield None
+                continue
+            task, upcoming = upcoming, None
+            try:
+                yield task.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.gather(upcoming, return_exceptions=True)
+        await updates.aclose()

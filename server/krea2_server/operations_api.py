@@ -1,0 +1,99 @@
+"""What operators and machines ask: health, models, the queue, metrics."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from krea2_server.errors import ApiError
+from krea2_server.protocol import (
+    ErrorResponse,
+    Model,
+    ModelCapabilities,
+    ModelList,
+    QueueState,
+    Status,
+)
+from krea2_server.services import Services
+
+
+def operations_router(services: Services) -> APIRouter:
+    """Routes that draw nothing."""
+    router = APIRouter()
+    settings, engine = services.settings, services.engine
+
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", summary="Whether the server is alive")
+    async def health() -> Status:
+        return Status(status="ok")
+
+    @router.head("/ready", include_in_schema=False, response_model=None)
+    @router.get(
+        "/ready",
+        summary="Whether the model is loaded and the engine answers",
+        responses={200: {"model": Status}, 503: {"model": ErrorResponse}},
+        response_model=None,
+    )
+    async def ready() -> Any:
+        if services.images.draining:
+            raise ApiError(503, "the server is shutting down", "draining")
+        if not engine.num_ready:
+            raise engine.unavailable()
+        return Status(status="ready").model_dump()
+
+    @router.get("/v1/models", summary="What is served", response_model_exclude_none=True)
+    async def models() -> ModelList:
+        return ModelList(
+            data=[_model(name) for name in (settings.model_name, *settings.model_aliases)]
+        )
+
+    @router.get(
+        "/v1/models/{model:path}",
+        summary="One of the models",
+        responses={404: {"model": ErrorResponse}},
+        response_model_exclude_none=True,
+    )
+    async def model(model: Annotated[str, Path(max_length=256)]) -> Model:
+        if model not in (settings.model_name, settings.model_path, *settings.model_aliases):
+            text = f"model: {model!r} is not served here"
+            raise ApiError(404, text, "model_not_found", "model")
+        return _model(model)
+
+    @router.get("/v1/queue", summary="How much is waiting")
+    async def queue() -> QueueState:
+        live = engine.statistics.values()
+        waiting = sum(s.get("waiting", 0) for s in live)
+        return QueueState(
+            waiting=waiting,
+            running=sum(s.get("requests", 0) for s in live) - waiting,
+            estimated_wait_s=min((s.get("outstanding_s", 0.0) for s in live), default=None),
+            replicas_ready=engine.num_ready,
+            replicas=engine.num_replicas,
+        )
+
+    @router.get(
+        "/metrics",
+        summary="Metrics in Prometheus' text format",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(services.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    def _model(name: str) -> Model:
+        capabilities = None
+        if (info := engine.model) is not None:
+            capabilities = ModelCapabilities(
+                default_steps=info.default_steps,
+                default_guidance=info.default_guidance,
+                trained_side=info.trained_side,
+                max_n=min(settings.max_n, info.limits.max_images),
+                max_side=info.limits.max_side,
+                max_pixels=info.limits.max_pixels,
+                max_steps=info.limits.max_steps,
+                max_guidance=info.limits.max_guidance,
+            )
+        return Model(id=name, created=services.started, krea2=capabilities)
+
+    return router

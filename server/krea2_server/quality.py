@@ -1,0 +1,82 @@
+"""What a quality stands for: steps, and the size where a client leaves that to us."""
+
+from dataclasses import dataclass
+
+from krea2_server.errors import invalid
+from krea2_srt.engine.request import SIZE_MULTIPLE
+from krea2_srt.sglang.messages import ModelInfo
+
+MAX_ASPECT = 3
+"""Longest side over shortest, by OpenAI's contract."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Of a quality.
+
+    Attributes:
+        label: as responses name it.
+        steps: times the model's own number of steps.
+        side: pixels of the square that ``auto`` draws.
+    """
+
+    label: str
+    steps: float
+    side: int
+
+
+_LOW = Preset("low", 0.5, 512)
+_MEDIUM = Preset("medium", 1.0, 1024)
+_HIGH = Preset("high", 1.5, 1536)
+
+PRESETS = {
+    "low": _LOW,
+    "medium": _MEDIUM,
+    "high": _HIGH,
+    "xhigh": Preset("xhigh", 2.0, 2048),
+    "max": Preset("max", 3.0, 2048),
+    "auto": _MEDIUM,
+    # What OpenAI's older models called them.
+    "standard": _MEDIUM,
+    "hd": _HIGH,
+}
+
+
+def steps_of(preset: Preset, model: ModelInfo) -> int:
+    """Denoising steps, within the model's limits."""
+    return max(1, min(round(preset.steps * model.default_steps), model.limits.max_steps))
+
+
+def automatic_size(preset: Preset, model: ModelInfo) -> tuple[int, int]:
+    """Width and height of the preset's square, or of the largest that the model was trained on and
+    the limits allow.
+    """
+    limits = model.limits
+    side = min(preset.side, model.trained_side, limits.max_side, int(limits.max_pixels**0.5))
+    side -= side % SIZE_MULTIPLE
+    return side, side
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of ``WIDTHxHEIGHT``.
+
+    Raises:
+        ApiError: it is something else.
+    """
+    width, x, height = text.partition("x")
+    if not (x and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
+        raise invalid("size", f"size: must be WIDTHxHEIGHT or auto, got {text!r}")
+    return int(width), int(height)
+
+
+def check_aspect(width: int, height: int, param: str) -> None:
+    """Refuse what is longer than 3:1.
+
+    Raises:
+        ApiError: it is.
+    """
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise invalid(
+            param,
+            f"{param}: must be between 1:{MAX_ASPECT} and {MAX_ASPECT}:1, got {width}x{height}",
+        )

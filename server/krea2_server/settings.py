@@ -1,0 +1,418 @@
+"""All settings of the images server: one object, from a file, the environment and flags."""
+
+import argparse
+import ipaddress
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from krea2_server.yaml_files import YamlFileError, read_yaml
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.environment import PREFIX as ENGINE_PREFIX
+from krea2_srt.environment import read_environment
+from krea2_srt.errors import ConfigError
+from krea2_srt.runner.config import RunnerConfig
+
+COMMAND = "krea2-serve"
+PREFIX = "KREA2_SERVE_"
+"""Environment variables are this and the setting's name in capitals, KREA2_SERVE_MAX_N."""
+
+_NESTED = "__"
+_CONFIG = "config"
+
+
+_ENGINE_DEFAULTS = EngineConfig()
+_RUNNER_DEFAULTS = RunnerConfig()
+
+
+def _of_engine(text: str, name: str) -> Any:
+    """A setting whose default is the engine's own."""
+    return Field(None, description=f"{text}; default {getattr(_ENGINE_DEFAULTS, name)}")
+
+
+def _of_runner(text: str, name: str) -> Any:
+    """A setting whose default is the model runner's own."""
+    return Field(None, description=f"{text}; default {getattr(_RUNNER_DEFAULTS, name)}")
+
+
+class SchedulerSettings(BaseModel):
+    """What a scheduler process reads from its environment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def environment(self) -> dict[str, str]:
+        """As it reads them."""
+        return {
+            ENGINE_PREFIX + name.upper(): str(value)
+            for name, value in self.model_dump(exclude_none=True).items()
+        }
+
+
+class EngineSettings(SchedulerSettings):
+    """of the engine's step scheduler; see docs/scheduling.md"""
+
+    policy: str | None = _of_engine("order of the queue: edf, srpt or fcfs", "policy")
+    max_turn_ms: float | None = _of_engine("longest planned unit of work", "max_turn_ms")
+    max_pack_tokens: int | None = _of_engine("most tokens in one forward", "max_pack_tokens")
+    max_pack_sequences: int | None = _of_engine("most images in one forward", "max_pack_sequences")
+    max_active_sequences: int | None = _of_engine(
+        "most images begun and not ended", "max_active_sequences"
+    )
+    max_held_steps: int | None = _of_engine(
+        "most steps waiting between two slices", "max_held_steps"
+    )
+    max_queue_s: float | None = _of_engine(
+        "estimated seconds of work beyond which requests are refused with 429", "max_queue_s"
+    )
+    max_side: int | None = _of_engine("pixels of an image's longer side", "max_side")
+    max_pixels: int | None = _of_engine("width times height of an image", "max_pixels")
+    max_steps: int | None = _of_engine("denoising steps of an image", "max_steps")
+    max_images: int | None = _of_engine("images of one request, whoever asks", "max_images")
+    max_guidance: float | None = _of_engine("largest guidance scale", "max_guidance")
+    turn_log: str | None = Field(
+        None, description="file that gets a line for each unit of work, for krea2-bench report"
+    )
+
+
+class RunnerSettings(SchedulerSettings):
+    """of the model runner; see docs/gpu.md"""
+
+    attention: str | None = _of_runner("attention back end", "attention")
+    kernels: str | None = _of_runner("triton or torch between matrix multiplications", "kernels")
+    products: str | None = _of_runner(
+        "torch, sglang or triton, which multiply in 8 bits", "products"
+    )
+    fused_mlp: str | None = _of_runner("on or off: SwiGLU in the product before it", "fused_mlp")
+    cuda_graphs: str | None = _of_runner("on or off", "cuda_graphs")
+    max_graph_tokens: int | None = _of_runner(
+        "most tokens in a pack that is replayed, 0 for what memory allows", "max_graph_tokens"
+    )
+    warm_up_s: float | None = _of_runner(
+        "seconds of the start for capturing graphs and the like", "warm_up_s"
+    )
+    text_encoder: str | None = _of_runner(
+        "resident, or offload to host memory between uses", "text_encoder"
+    )
+    gpu_memory_gib: float | None = _of_runner(
+        "memory of the GPU to take, 0 for all that is free", "gpu_memory_gib"
+    )
+
+
+# Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
+Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]
+HttpUrl = Annotated[str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$")]
+Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
+
+NO_STORAGE = "none"
+
+
+class Settings(BaseSettings):
+    # The text that `--help` begins with; each description is what it says of a setting.
+    """Serve a Krea 2 checkpoint behind OpenAI's images API, with a playground at /. Every flag is
+    also a setting in the file of --config, max_n: 4, and a variable, KREA2_SERVE_MAX_N=4; flags
+    come first, then variables, then the file. Lists are given by repeating the flag, and as JSON in
+    a variable.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter=_NESTED, extra="forbid", hide_input_in_errors=True
+    )
+
+    config: Path | None = Field(None, description="YAML file with any of these settings")
+
+    # What is served, and where.
+    model_path: str = Field(
+        "krea/Krea-2-Turbo", description="folder or repo id of a Krea 2 checkpoint"
+    )
+    served_model_name: str = Field(
+        "", description="what clients call the model; by default the last part of its path"
+    )
+    model_aliases: list[str] = Field([], description="other names that clients may use for it")
+    replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
+    quantization: Literal["none", "fp8", "fp8_rotated"] = Field(
+        "none", description="of the transformer's matrices; see docs/gpu.md"
+    )
+    sglang_args: str = Field(
+        "", description="further options of SGLang for them, as on a command line"
+    )
+    engine_endpoints: list[Endpoint] = Field(
+        [], description="start no schedulers, but use those that listen at tcp://host:port"
+    )
+    engine: EngineSettings = EngineSettings()
+    runner: RunnerSettings = RunnerSettings()
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
+    public_url: HttpUrl = Field(
+        "",
+        description="what the URLs of images begin with; by default the address that a client "
+        "has asked",
+    )
+    playground: bool = Field(True, description="serve the playground at /")
+
+    # Who may ask, and how much.
+    api_keys_file: Path | None = Field(None, description="YAML file of keys; see docs/server.md")
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="keys with the default limits, separated by commas; better as a variable, "
+        "which other users of this machine cannot see",
+    )
+    allow_anonymous: bool = Field(
+        False, description="let anybody ask who can reach --host, which is not loopback"
+    )
+    requests_per_minute: float = Field(
+        0, ge=0, allow_inf_nan=False, description="of each key, or of all without one; 0: any"
+    )
+    max_concurrent: int = Field(
+        0, ge=0, description="requests at a time of each key, or of all without one; 0: any"
+    )
+    max_requests: int = Field(
+        4096, ge=1, description="requests at a time beyond which new ones are answered with 503"
+    )
+    max_n: int = Field(10, ge=1, le=10, description="images of one request")
+    max_prompt: int = Field(32_000, ge=1, le=32_000, description="characters of a prompt")
+    max_body_bytes: int = Field(2**20, ge=1024, description="size of a request's body")
+    max_header_bytes: int = Field(
+        32_768, ge=1024, description="size of a request's line and headers"
+    )
+    header_timeout_s: Seconds = Field(10, description="for a request's headers to arrive")
+    body_timeout_s: Seconds = Field(30, description="for a request's body to arrive")
+    send_timeout_s: Seconds = Field(
+        60, description="after which a client that takes nothing of its answer is hung up on"
+    )
+    allow_unknown_fields: bool = Field(
+        False, description="ignore fields of requests that are not known, instead of a 400"
+    )
+
+    # What is drawn.
+    moderation_policy: Path | None = Field(
+        None, description="YAML file of content checks; see docs/moderation.md"
+    )
+
+    # Where response_format=url puts images.
+    storage: str = Field(
+        "",
+        description=f"folder, s3://bucket/prefix, or {NO_STORAGE}: no URLs; by default a folder "
+        "in the user's cache",
+    )
+    storage_options: dict[str, Any] = Field({}, description="of the S3 file system, as JSON")
+    storage_key: SecretStr = Field(
+        SecretStr(""),
+        description="signs the URLs of a folder; by default a random one, kept beside it",
+    )
+    url_expiry_s: Seconds = Field(3600, description="seconds after which a URL ends")
+    max_storage_bytes: int = Field(
+        10 * 2**30, gt=0, description="size of a folder beyond which the oldest images go"
+    )
+
+    # Running it.
+    keepalive_s: Seconds = Field(10, description="between comments in a silent stream")
+    drain_timeout_s: Seconds = Field(120, description="for requests to end after SIGTERM")
+    start_timeout_s: Seconds = Field(1800, description="for a scheduler to load the model")
+    hang_timeout_s: Seconds = Field(
+        300, description="after which a scheduler that does not answer is started anew"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least important lines to log"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="of a line, one an event")
+    otlp_endpoint: HttpUrl = Field(
+        "", description="send OpenTelemetry traces there, http://collector:4318/v1/traces"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # What is passed to the constructor is the file's.
+        return env_settings, init_settings
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model_path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+    @property
+    def sglang_options(self) -> list[str]:
+        ours = [] if self.quantization == "none" else ["--quantization", self.quantization]
+        return [*ours, *shlex.split(self.sglang_args)]
+
+    @property
+    def storage_folder(self) -> Path:
+        """Of a local store."""
+        if self.storage:
+            return Path(self.storage).expanduser()
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return cache / "krea2-srt" / f"images-{self.port}"
+
+    @property
+    def plain_api_keys(self) -> list[str]:
+        """Those that are no file's."""
+        texts = self.api_keys.get_secret_value().split(",")
+        return [key for text in texts if (key := text.strip())]
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients need one."""
+        return self.api_keys_file is not None or bool(self.plain_api_keys)
+
+    @property
+    def scheduler_environment(self) -> dict[str, str]:
+        """What scheduler processes read from their environment."""
+        return {**self.engine.environment(), **self.runner.environment()}
+
+    @model_validator(mode="after")
+    def _check_access(self) -> "Settings":
+        if not self.has_keys and not self.allow_anonymous and not _is_loopback(self.host):
+            raise ValueError(
+                f"host: {self.host} can be reached from outside, and there are no API keys; give "
+                "--api-keys-file, or --allow-anonymous if that is meant"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> "Settings":
+        visible = visible_gpus()
+        if visible and self.replicas > len(visible):
+            raise ValueError(
+                f"replicas: {self.replicas} need as many GPUs, and CUDA_VISIBLE_DEVICES names "
+                f"{len(visible)}"
+            )
+        try:
+            self.sglang_options  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"sglang_args: {error}") from None
+        try:
+            read_environment({**os.environ, **self.scheduler_environment})
+        except ConfigError as error:
+            variable, _, problem = str(error).partition(":")
+            name = variable.removeprefix(ENGINE_PREFIX).lower()
+            for part in ("engine", "runner"):
+                if getattr(getattr(self, part), name, None) is not None:
+                    raise ValueError(f"{part}.{name}:{problem}") from None
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> "Settings":
+        """Refuse what would be ignored."""
+        if self.engine_endpoints:
+            self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
+            self._refuse_with("engine_endpoints", "quantization")
+            self._refuse_with("engine_endpoints", "start_timeout_s")
+        if "://" in self.storage or self.storage == NO_STORAGE:
+            self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")
+        if "://" not in self.storage:
+            self._refuse_with("a folder as storage", "storage_options")
+        return self
+
+    def _refuse_with(self, what: str, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: has no effect with {what}")
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names; empty where it names none or is not set."""
+    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+
+
+def load_settings(argv: Sequence[str]) -> Settings:
+    """Flags before the environment before the file before the defaults.
+
+    Raises:
+        ConfigError: naming the setting.
+        SystemExit: after ``--help``.
+    """
+    _refuse_unknown_variables(os.environ)
+    path = _config_path(argv)
+    values = _read_file(path) if path else {}
+    try:
+        flags: CliSettingsSource[Any] = CliSettingsSource(
+            Settings,
+            cli_prog_name=COMMAND,
+            cli_parse_args=list(argv),
+            cli_kebab_case=True,
+            cli_implicit_flags=True,
+            cli_avoid_json=True,
+            cli_hide_none_type=True,
+            cli_exit_on_error=False,
+            formatter_class=_HelpFormatter,
+        )
+        return Settings(_cli_settings_source=flags, **values)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error)) from None
+    except SettingsError as error:
+        raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Leaves away defaults that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return re.sub(r" \(default: (None|\[\]|\{\}|)\)$", "", action.help or "")
+
+
+def _config_path(argv: Sequence[str]) -> str | None:
+    # As of any flag that is there twice, the last one counts.
+    for index in reversed(range(len(argv))):
+        if argv[index] == "--config" and index + 1 < len(argv):
+            return argv[index + 1]
+        if argv[index].startswith("--config="):
+            return argv[index].removeprefix("--config=")
+    return os.environ.get(PREFIX + _CONFIG.upper())
+
+
+def _read_file(path: str) -> dict[str, Any]:
+    try:
+        values = read_yaml(Path(path)) or {}
+    except YamlFileError as error:
+        raise ConfigError(f"config: {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} must hold settings, name: value")
+    unknown = sorted(map(str, values.keys() - Settings.model_fields.keys() - {_CONFIG}))
+    if unknown:
+        raise ConfigError(f"config: {path}: {unknown[0]}: is not known")
+    return {name: value for name, value in values.items() if name != _CONFIG}
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    for variable in environment:
+        if not variable.startswith(PREFIX):
+            continue
+        name, *parts = variable.removeprefix(PREFIX).lower().split(_NESTED)
+        known = EngineSettings.model_fields if name == "engine" else {}
+        if name not in Settings.model_fields or any(part not in known for part in parts):
+            raise ConfigError(f"{variable}: is not known")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,97 @@
+"""OpenTelemetry traces: a span for each request, and one for each of its stages."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from krea2_server.drawing import Drawing
+from krea2_srt.sglang.messages import Generated
+
+
+class RequestSpan:
+    """A request's span.
+
+    Args:
+        tracer: OpenTelemetry's; None where nothing is traced.
+        span: its span of this request.
+
+    Attributes:
+        outcome: how it ends: ``done``, ``cancelled`` or an error's code.
+    """
+
+    def __init__(self, tracer: Any = None, span: Any = None) -> None:
+        self.outcome = "cancelled"
+        self._tracer = tracer
+        self._span = span
+
+    def add_stages(self, generated: Generated) -> None:
+        """The engine has just answered: its stages become spans, one behind the other."""
+        if self._span is None:
+            return
+        from opentelemetry import trace
+
+        # The engine's clock is another: its stages end now, but for the answer's way here.
+        at = time.time_ns() - int(sum(generated.stage_ms.values()) * 1e6)
+        context = trace.set_span_in_context(self._span)
+        for stage, ms in generated.stage_ms.items():
+            child = self._tracer.start_span(f"krea2.{stage}", context, start_time=at)
+            at += int(ms * 1e6)
+            child.end(at)
+
+    def end(self) -> None:
+        if self._span is None:
+            return
+        from opentelemetry import trace
+
+        self._span.set_attribute("krea2.outcome", self.outcome)
+        if self.outcome not in ("done", "cancelled"):
+            self._span.set_status(trace.StatusCode.ERROR, self.outcome)
+        self._span.end()
+
+
+class Tracing:
+    """Where traces go.
+
+    Args:
+        endpoint: of an OTLP collector's HTTP address; empty traces nothing.
+        service: this server's name in the traces.
+    """
+
+    def __init__(self, endpoint: str, service: str = "krea2-srt") -> None:
+        self._provider: Any = None
+        if not endpoint:
+            return
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+
+    @contextmanager
+    def request(self, request_id: str, drawing: Drawing) -> Iterator[RequestSpan]:
+        """The span of a request; never the prompt's text."""
+        if self._provider is None:
+            yield RequestSpan()
+            return
+        tracer = self._provider.get_tracer("krea2_srt.server")
+        image = drawing.image
+        attributes = {
+            "krea2.request_id": request_id,
+            "krea2.size": drawing.size,
+            "krea2.steps": image.steps,
+            "krea2.images": image.num_images,
+            "krea2.stream": drawing.stream,
+        }
+        span = RequestSpan(tracer, tracer.start_span("images.generations", attributes=attributes))
+        try:
+            yield span
+        finally:
+            span.end()
+
+    def close(self) -> None:
+        """Send what is left."""
+        if self._provider is not None:
+            self._provider.shutdown()
