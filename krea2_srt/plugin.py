@@ -89,7 +89,8 @@ def _register_http_hooks() -> None:
     """For the process that clients talk to. A worker would import an HTTP server for them."""
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
-    from krea2_srt.sglang import disconnects, launch, replicas, shutdown
+    from krea2_srt import disconnects
+    from krea2_srt.sglang import launch, replicas, shutdown
 
     def first(server_args: Any, *_: Any, **__: Any) -> Any:
         return server_args

@@ -49,7 +49,7 @@ class Channel:
 
 def statistics(endpoint: str, timeout_s: float = PATIENCE_S) -> dict:
     """What the engine says of itself."""
-    from krea2_srt.sglang.messages import GetStatistics
+    from krea2_srt.messages import GetStatistics
 
     with Channel(endpoint) as channel:
         return channel.ask(GetStatistics(), timeout_s).output

@@ -34,7 +34,8 @@ TIERS = ("e2e", "engine_real", "torch", "server", "bench", "unit")
 """As they start: the longest first, so that no core waits in the end."""
 
 PROCESSES = {
-    f"tests/e2e/test_{name}.py" for name in ("bytecode", "drills", "ray_cluster", "restricted", "wheel")
+    f"tests/e2e/test_{name}.py"
+    for name in ("bytecode", "drills", "ray_cluster", "restricted", "wheel")
 }
 """Files that import no SGLang and use no engine of the run: they only start processes."""
 
@@ -133,7 +134,7 @@ def model_hub(
 def runner(demo_model: Path) -> "Krea2Runner":
     import torch
 
-    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.model.checkpoint import Krea2Checkpoint
     from krea2_srt.runner.model_runner import Krea2Runner
 
     checkpoint = Krea2Checkpoint.from_folder(demo_model)

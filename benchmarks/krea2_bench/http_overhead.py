@@ -30,9 +30,9 @@ from krea2_bench.load.points import allow_many_connections
 from krea2_bench.percentiles import percentile
 from krea2_bench.provenance import provenance
 from krea2_srt.cli.errors import one_line_errors
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import CheckpointError
-from krea2_srt.sglang.messages import Generate, Generated
+from krea2_srt.messages import Generate, Generated
+from krea2_srt.request import ImageRequest
 from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.krea2_serve import Krea2Serve
 from krea2_srt.testing.processes import ChildProcess

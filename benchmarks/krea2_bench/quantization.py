@@ -17,10 +17,10 @@ from krea2_bench.arguments import benchmark_parser
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotation_block
 from krea2_srt.kernels.quantize_heads import quantize_qkv
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
 from krea2_srt.runner.attention_trial import HEAD_DIM, HEADS, KV_HEADS, exact_attention
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.fp8_attention import emulated_flash_attention_3, fp8_attention
 from krea2_srt.runner.model_runner import Krea2Runner
 

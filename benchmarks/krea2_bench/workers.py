@@ -82,7 +82,7 @@ def decode(model: Path, settings: Message) -> Iterator[Message]:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from krea2_srt.runner.vae import load_vae
+    from krea2_srt.model.vae import load_vae
 
     answer = {}
     for dtype_name, tolerance in MAX_PIXEL_DIFFERENCE.items():
@@ -113,7 +113,7 @@ def draw_ours(model: Path, settings: Message) -> Iterator[Message]:
     """Load our runner and draw a picture; yields {"peak"}, the peak memory of it all in MiB."""
     del settings
     runner = _load_runner(model)
-    from krea2_srt.runner.pixels import to_uint8
+    from krea2_srt.model.pixels import to_uint8
 
     (context,) = runner.encode([PROMPT])
     sequence = runner.start(context, SIDE, SIDE, 0, runner.schedule(STEPS, SIDE, SIDE))
@@ -157,7 +157,7 @@ def _load_runner(model: Path) -> "Krea2Runner":
     limit_spinning()
     import torch
 
-    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.model.checkpoint import Krea2Checkpoint
     from krea2_srt.runner.model_runner import Krea2Runner
 
     checkpoint = Krea2Checkpoint.from_folder(model)

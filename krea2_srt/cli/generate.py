@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, one_line_errors
-from krea2_srt.engine.request import (
+from krea2_srt.errors import RequestError
+from krea2_srt.request import (
     MU_RANGE,
     ImageRequest,
     RequestLimits,
     check_number,
     round_up_size,
 )
-from krea2_srt.errors import RequestError
 from krea2_srt.threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     limit_spinning()  # before anything imports torch
-    from krea2_srt.runner.sources import find_checkpoint
+    from krea2_srt.model.hub import find_checkpoint
 
     device = _device(args.device)
     distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
@@ -124,8 +124,8 @@ def _run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from krea2_srt.environment import read_environment
+    from krea2_srt.model.pixels import to_uint8
     from krea2_srt.model.quantization import SERVED
-    from krea2_srt.runner.pixels import to_uint8
     from krea2_srt.runner.setup import Setup
 
     environment, dtype = read_environment(), getattr(torch, args.dtype)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from krea2_srt.engine.cost import roofline
 from krea2_srt.engine.policy import STRETCH
-from krea2_srt.engine.request import ImageRequest
+from krea2_srt.request import ImageRequest
 
 _COST = roofline()
 

@@ -4,8 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from krea2_srt.engine.policy import POLICIES
-from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import ConfigError
+from krea2_srt.request import RequestLimits
 
 _CHECKED_APART = ("policy", "max_guidance", "turn_log")
 

@@ -15,7 +15,6 @@ from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.lifecycle import Sequence as ImageSequence
 from krea2_srt.engine.pace import Pace
 from krea2_srt.engine.policy import POLICIES
-from krea2_srt.engine.request import ImageRequest, check_number
 from krea2_srt.engine.statistics import Counters
 from krea2_srt.engine.step_scheduler import StepScheduler
 from krea2_srt.engine.turn_log import TurnLog
@@ -29,6 +28,7 @@ from krea2_srt.errors import (
     first_line,
     not_finite,
 )
+from krea2_srt.request import ImageRequest, check_number
 
 logger = logging.getLogger(__name__)
 

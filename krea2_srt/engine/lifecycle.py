@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from krea2_srt.engine.request import ImageRequest, estimated_text_tokens
 from krea2_srt.errors import Krea2Error
+from krea2_srt.request import ImageRequest, estimated_text_tokens
 
 
 class State(Enum):

@@ -1,189 +1,141 @@
-"""Loading the DiT from either released format.
+"""A Krea 2 checkpoint on disk: where its parts lie and which recipe it was made for."""
 
-(a) Diffusers layout: a folder with ``config.json`` and (sharded) safetensors.
-(b) The original single file (``oss_turbo`` / ``oss_raw``), whose tensors have other names.
-"""
-
-import dataclasses
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.model.quantization import Quantization
-from krea2_srt.model.weights import (
-    Target,
-    check_weights,
-    checkpoint_files,
-    load_weights,
-    parse_json,
-    tensor_shapes,
-)
+from krea2_srt.model.latents import PATCH
+from krea2_srt.model.schedule import TURBO_MU, ResolutionShift, Schedule, flow_schedule
+from krea2_srt.model.text_encoder import DEFAULT_TAPS
+from krea2_srt.model.weights import read_json
+from krea2_srt.request import MU_RANGE, SIZE_MULTIPLE
 
-_STEM = "diffusion_pytorch_model"
-
-# Fragments of tensor names, original | Diffusers. Each maps one name to one name both ways.
-_NAMES: tuple[tuple[str, str], ...] = (
-    ("first.", "img_in."),
-    ("blocks.", "transformer_blocks."),
-    ("txtfusion.", "text_fusion."),
-    ("tmlp.0.", "time_embed.linear_1."),
-    ("tmlp.2.", "time_embed.linear_2."),
-    ("tproj.1.", "time_mod_proj."),
-    ("txtmlp.0.", "txt_in.norm."),
-    ("txtmlp.1.", "txt_in.linear_1."),
-    ("txtmlp.3.", "txt_in.linear_2."),
-    ("last.modulation.lin", "final_layer.scale_shift_table"),
-    ("last.", "final_layer."),
-)
-_INNER_NAMES: tuple[tuple[str, str], ...] = (
-    (".mod.lin", ".scale_shift_table"),
-    (".prenorm.", ".norm1."),
-    (".postnorm.", ".norm2."),
-    (".attn.wq.", ".attn.to_q."),
-    (".attn.wk.", ".attn.to_k."),
-    (".attn.wv.", ".attn.to_v."),
-    (".attn.wo.", ".attn.to_out.0."),
-    (".attn.gate.", ".attn.to_gate."),
-    (".qknorm.qnorm.", ".norm_q."),
-    (".qknorm.knorm.", ".norm_k."),
-    (".mlp.", ".ff."),
-)
+CLASS_NAME = "Krea2Pipeline"
+TRAINED_SIDE = "_trained_side"
+"""In ``model_index.json``: our own, for checkpoints that are smaller than Krea 2. Diffusers and
+SGLang pass over names like this.
+"""
+_SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def diffusers_name(original: str) -> str:
-    """The Diffusers name of a tensor of the original single-file checkpoint."""
-    name = original
-    if name.endswith(".scale"):
-        name = name.removesuffix(".scale") + ".weight"
-    return _translate(name, _NAMES, _INNER_NAMES)
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint wants to be sampled.
 
-
-def original_name(diffusers: str) -> str:
-    """The original name of a tensor of a Diffusers-layout checkpoint."""
-    name = _translate(
-        diffusers,
-        tuple((theirs, ours) for ours, theirs in _NAMES),
-        tuple((theirs, ours) for ours, theirs in _INNER_NAMES),
-    )
-    # Norms call their weight "scale"; matrices do not.
-    owner = name.removesuffix(".weight")
-    if owner != name and (owner.endswith("norm") or owner == "txtmlp.0"):
-        return f"{owner}.scale"
-    return name
-
-
-def _translate(
-    name: str, prefixes: tuple[tuple[str, str], ...], inner: tuple[tuple[str, str], ...]
-) -> str:
-    for old, new in prefixes:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
-    for old, new in inner:
-        name = name.replace(old, new)
-    return name
-
-
-def load_dit(
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-) -> Krea2DiT:
-    """Load a DiT straight onto its device.
-
-    Args:
-        path: a ``transformer/`` folder in Diffusers layout, or an original ``.safetensors`` file.
-        device: where the weights go.
-        dtype: compute dtype; norms and modulation tables stay float32.
-        quantization: of the blocks' matrices, each quantised as it is read.
-
-    Raises:
-        CheckpointError: missing or damaged files, or tensors that do not fit the config.
-        ConfigError: the quantization does not fit the model.
+    Attributes:
+        distilled: Turbo (True) or Raw (False).
+        shift: Raw's timestep shift.
+        trained_side: pixels of the longest side that it was trained on.
     """
-    load = _load_original if path.is_file() else _load_folder
-    return load(path, device, dtype, quantization)
+
+    distilled: bool
+    shift: ResolutionShift = field(default_factory=ResolutionShift)
+    trained_side: int = 2048
+
+    @property
+    def default_steps(self) -> int:
+        return 8 if self.distilled else 52
+
+    @property
+    def default_guidance(self) -> float:
+        return 0.0 if self.distilled else 3.5
+
+    @property
+    def default_side(self) -> int:
+        return min(1024, self.trained_side)
+
+    def with_shift(self, min_mu: float | None, max_mu: float | None) -> "Recipe":
+        """The same with other end points of Raw's shift, where given."""
+        return replace(
+            self,
+            shift=replace(
+                self.shift,
+                min_mu=self.shift.min_mu if min_mu is None else min_mu,
+                max_mu=self.shift.max_mu if max_mu is None else max_mu,
+            ),
+        )
+
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+        """Sigmas for an image; ``mu`` overrides the recipe's own shift."""
+        if mu is None:
+            mu = TURBO_MU if self.distilled else self.shift.mu(image_tokens)
+        return flow_schedule(steps, mu)
 
 
-def dit_config(path: Path) -> Krea2Config:
-    """The config of what `load_dit` loads.
+@dataclass(frozen=True)
+class Krea2Checkpoint:
+    """Paths of all parts, with what ``model_index.json`` says of them.
 
-    Raises:
-        CheckpointError: see `load_dit`.
+    Attributes:
+        transformer: ``transformer/`` folder or original single file.
+        text_encoder, tokenizer, vae: folders.
+        taps: text encoder hidden states that the DiT reads.
+        recipe: Turbo's or Raw's.
     """
-    return _original_config(path)[0] if path.is_file() else read_config(path)
+
+    transformer: Path
+    text_encoder: Path
+    tokenizer: Path
+    vae: Path
+    recipe: Recipe
+    taps: tuple[int, ...] = DEFAULT_TAPS
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Krea2Checkpoint":
+        """Read the released (Diffusers) layout.
+
+        Raises:
+            CheckpointError: the folder, a part of it or the right class name is missing.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint folder {folder} does not exist")
+        index_file = folder / "model_index.json"
+        index: dict[str, Any] = read_json(index_file)
+        if index.get("_class_name") != CLASS_NAME:
+            raise CheckpointError(
+                f"{index_file}: _class_name is {index.get('_class_name')!r}, "
+                f"expected {CLASS_NAME!r}"
+            )
+        if index.get("patch_size", PATCH) != PATCH:
+            raise CheckpointError(f"{index_file}: patch_size must be {PATCH}")
+        taps = index.get("text_encoder_select_layers") or DEFAULT_TAPS
+        if not isinstance(taps, (list, tuple)) or not all(type(t) is int and t >= 0 for t in taps):
+            raise CheckpointError(
+                f"{index_file}: text_encoder_select_layers must be layer numbers, got {taps!r}"
+            )
+        side = index.get(TRAINED_SIDE, Recipe.trained_side)
+        if type(side) is not int or side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
+            raise CheckpointError(
+                f"{index_file}: {TRAINED_SIDE} must be a multiple of {SIZE_MULTIPLE}, got {side!r}"
+            )
+        parts = {}
+        for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+            if not (folder / part).is_dir():
+                raise CheckpointError(f"checkpoint folder {folder} has no {part}/")
+            parts[part] = folder / part
+        scheduler = read_json(parts.pop("scheduler") / "scheduler_config.json")
+        return cls(
+            **parts,
+            recipe=Recipe(bool(index.get("is_distilled", False)), _shift(scheduler), side),
+            taps=tuple(taps),
+        )
 
 
-def read_config(folder: Path) -> Krea2Config:
-    """Read ``transformer/config.json``."""
-    return parse_json(folder / "config.json", Krea2Config.from_dict)
-
-
-def _load_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
-) -> Krea2DiT:
-    config = read_config(folder)
-    files = checkpoint_files(folder, _STEM)
-    check_weights(_meta_targets(config, dtype), tensor_shapes(files), folder)
-    dit = _empty(config, device, dtype, quantization)
-    load_weights(files, dit.targets())
-    return dit
-
-
-def _load_original(
-    file: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
-) -> Krea2DiT:
-    config, shapes = _original_config(file)
-    check_weights(_meta_targets(config, dtype), shapes, file)
-    dit = _empty(config, device, dtype, quantization)
-    load_weights([file], dit.targets(), rename=diffusers_name)
-    return dit
-
-
-def _original_config(file: Path) -> tuple[Krea2Config, dict[str, tuple[int, ...]]]:
-    """The config that a single file's tensors speak of, and their shapes by Diffusers name."""
-    stored = tensor_shapes([file])
-    shapes = {diffusers_name(name): _table_shape(name, shape) for name, shape in stored.items()}
-    try:
-        return Krea2Config.from_shapes(shapes), shapes
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def _table_shape(original: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # Blocks store their table flat, [6 * hidden]; Diffusers as [6, hidden]. Same order.
-    if original.endswith(".mod.lin") and len(shape) == 1 and shape[0] % 6 == 0:
-        return (6, shape[0] // 6)
-    return shape
-
-
-def _meta_targets(config: Krea2Config, dtype: torch.dtype) -> dict[str, Target]:
-    """What a DiT of this config needs, found without taking memory for it."""
-    return _empty(config, torch.device("meta"), dtype).targets()
-
-
-def _empty(
-    config: Krea2Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None = None,
-) -> Krea2DiT:
-    with torch.device(device):
-        return Krea2DiT(config, dtype, quantization).eval()
-
-
-def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a Diffusers-layout checkpoint with this config."""
-    needed = _meta_targets(config, torch.bfloat16)
-    return {name: target.stored_shape for name, target in needed.items()}
-
-
-def config_dict(config: Krea2Config) -> dict[str, object]:
-    """The config as plain JSON values, with Diffusers' names."""
-    return {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
-    }
+def _shift(scheduler: dict[str, Any]) -> ResolutionShift:
+    for name, expected in (("use_dynamic_shifting", True), ("time_shift_type", "exponential")):
+        if scheduler.get(name, expected) != expected:
+            raise CheckpointError(
+                f"{_SCHEDULER}: {name} is {scheduler[name]!r}, Krea 2 needs {expected!r}"
+            )
+    default = ResolutionShift()
+    values = [
+        scheduler.get("base_image_seq_len", default.min_tokens),
+        scheduler.get("max_image_seq_len", default.max_tokens),
+        scheduler.get("base_shift", default.min_mu),
+        scheduler.get("max_shift", default.max_mu),
+    ]
+    numbers = all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
+    if not numbers or not 0 <= values[0] < values[1] or max(map(abs, values[2:])) > MU_RANGE[1]:
+        raise CheckpointError(f"{_SCHEDULER}: impossible timestep shift {values}")
+    return ResolutionShift(int(values[0]), int(values[1]), float(values[2]), float(values[3]))

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS
 from krea2_srt.errors import ConfigError
+from krea2_srt.request import MAX_TEXT_TOKENS
 
 GIB = 2**30
 

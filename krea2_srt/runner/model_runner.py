@@ -10,27 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError, not_finite
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.checkpoint import Krea2Checkpoint, Recipe
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.dit_files import load_dit
+from krea2_srt.model.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.schedule import Schedule
+from krea2_srt.model.text_encoder import TextEncoder, load_text_encoder
+from krea2_srt.model.vae import VAEDecoder, load_vae
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 from krea2_srt.runner.graph_record import Eager
 from krea2_srt.runner.graphs import Capture, StepGraphs
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.schedule import Schedule
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
 from krea2_srt.runner.side_stream import CudaSideStream
-from krea2_srt.runner.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.runner.text_graphs import TextGraphs
-from krea2_srt.runner.vae import VAEDecoder, load_vae
 
 STREAM_PRIORITY = -1
 """Of the steps' stream: the lower, the sooner. Decodes beside them have 0."""

@@ -7,25 +7,25 @@ import torch
 from torch import nn
 
 from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
-from krea2_srt.model.checkpoint import dit_config
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.dit_files import dit_config
 from krea2_srt.model.layers import Linear
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
 from krea2_srt.model.text_fusion import TOKENS_AT_ONCE
-from krea2_srt.model.weights import parse_json
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
-from krea2_srt.runner.graphs import MAX_SEGMENTS
-from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
-from krea2_srt.runner.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
-from krea2_srt.runner.text_graphs import MAX_KEPT, MAX_LENGTH, MAX_ROWS
-from krea2_srt.runner.vae import (
+from krea2_srt.model.vae import (
     BYTES_PER_SCORE,
     VAEConfig,
     VAEDecoder,
     default_tile,
     scores_per_slice,
 )
+from krea2_srt.model.weights import parse_json
+from krea2_srt.runner.graphs import MAX_SEGMENTS
+from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
+from krea2_srt.runner.text_graphs import MAX_KEPT, MAX_LENGTH, MAX_ROWS
 
 _WORKSPACE, _WORKSPACE_HOPPER = 8320 * 2**10, 32 * 2**20
 """Of cuBLAS on a stream, as torch allocates it: four times as much from Hopper on."""

@@ -7,8 +7,8 @@ one. A sequence holds none: what is in use is bounded by the cache and the rows 
 from collections.abc import Callable
 
 from krea2_srt.model.modulation import Modulation
+from krea2_srt.model.schedule import Schedule
 from krea2_srt.runner.byte_cache import ByteCache
-from krea2_srt.runner.schedule import Schedule
 
 ModulationRows = ByteCache[tuple[Schedule, int], Modulation]
 

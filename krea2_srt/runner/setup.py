@@ -10,11 +10,11 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.allocator import use_expandable_segments
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
 from krea2_srt.runner.graphs import CudaCapture

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from krea2_srt.model.host_copies import copy_to
 from krea2_srt.model.pack import Segments
+from krea2_srt.model.text_encoder import PREFIX_TOKENS, kept_tokens, padded
 from krea2_srt.runner.graph_record import Eager, GraphRecord
 from krea2_srt.runner.graphs import Capture, Replay
-from krea2_srt.runner.text_encoder import PREFIX_TOKENS, kept_tokens, padded
 
 MAX_ROWS = 4
 """Of a graph; more prompts keep the device busy for longer than they take to launch."""

@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS
 from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.model.latents import LATENT_CHANNELS, VAE_SCALE
+from krea2_srt.request import MAX_TEXT_TOKENS
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.graph_race import GraphRace, Timer
-from krea2_srt.runner.latents import LATENT_CHANNELS, VAE_SCALE
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from krea2_srt.engine.lifecycle import Request
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.errors import RequestError
-from krea2_srt.image_files import FORMATS, encode_image
-from krea2_srt.runner.text_encoder import TextEncoder
-from krea2_srt.sglang.messages import VERSION, Generate, Generated, Subscribe
+from krea2_srt.images import FORMATS, encode_image
+from krea2_srt.messages import VERSION, Generate, Generated, Subscribe
+from krea2_srt.model.text_encoder import TextEncoder
+from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.sglang.replies import engine_error, stage_ms
 
 

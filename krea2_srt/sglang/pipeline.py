@@ -23,13 +23,13 @@ from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import CheckpointError, ConfigError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.hub import FOLDER_PATTERNS, released_folder
+from krea2_srt.model.vae import default_tile
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.setup import Setup
-from krea2_srt.runner.sources import FOLDER_PATTERNS, released_folder
-from krea2_srt.runner.vae import default_tile
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage

@@ -14,13 +14,13 @@ from torch import Tensor
 from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, Sequence, State
 from krea2_srt.errors import first_line
-from krea2_srt.runner.executor import Preview, RunnerExecutor
-from krea2_srt.sglang.messages import (
+from krea2_srt.messages import (
     ProgressUpdate,
     RequestEnded,
     Subscribe,
     preview_steps,
 )
+from krea2_srt.runner.executor import Preview, RunnerExecutor
 from krea2_srt.sglang.replies import Item, engine_error
 
 logger = init_logger(__name__)

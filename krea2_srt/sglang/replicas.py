@@ -15,8 +15,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from krea2_srt.engine.backlog import Backlog, Place, image_ms
-from krea2_srt.engine.request import ImageRequest
-from krea2_srt.sglang.messages import Cancel, GetStatistics
+from krea2_srt.messages import Cancel, GetStatistics
+from krea2_srt.request import ImageRequest
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from krea2_srt.errors import (
     QueueFullError,
     RequestError,
 )
-from krea2_srt.sglang.messages import EngineError
+from krea2_srt.messages import EngineError
 
 logger = init_logger(__name__)
 

@@ -10,9 +10,9 @@ from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.utils.perf_logger import RequestMetrics
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.errors import RequestError
-from krea2_srt.sglang.messages import VERSION, RequestOptions
+from krea2_srt.messages import VERSION, RequestOptions
+from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.sglang.options import HONOURED_FIELDS
 
 # Where our field has another name than SGLang's.

@@ -32,12 +32,7 @@ from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.turn_log import TurnLog
 from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
-from krea2_srt.model.flops import step_flops, step_weight_bytes
-from krea2_srt.runner.calibration import cached_calibration
-from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.sglang.connections import WatchedRouter, events_in_order
-from krea2_srt.sglang.generations import Generation
-from krea2_srt.sglang.messages import (
+from krea2_srt.messages import (
     VERSION,
     Accepted,
     Answer,
@@ -49,6 +44,11 @@ from krea2_srt.sglang.messages import (
     ModelInfo,
     Subscribe,
 )
+from krea2_srt.model.flops import step_flops, step_weight_bytes
+from krea2_srt.runner.calibration import cached_calibration
+from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
+from krea2_srt.sglang.generations import Generation
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
 from krea2_srt.sglang.replies import (

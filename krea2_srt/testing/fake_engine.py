@@ -20,9 +20,8 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
-from krea2_srt.image_files import encode_image
-from krea2_srt.sglang.messages import (
+from krea2_srt.images import encode_image
+from krea2_srt.messages import (
     Accepted,
     Answer,
     Ask,
@@ -36,6 +35,7 @@ from krea2_srt.sglang.messages import (
     ProgressUpdate,
     preview_steps,
 )
+from krea2_srt.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
 
 MODULE = "krea2_srt.testing.fake_engine"
 MODEL = ModelInfo("fake/krea-2", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")

@@ -9,18 +9,18 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from krea2_server.bounded_body import BoundedBody
-from krea2_server.edits import NoEdits
+from krea2_server.api.event_schemas import event_components
+from krea2_server.api.images import FILES_PATH, images_router
+from krea2_server.api.operations import operations_router
+from krea2_server.api.schemas import UnknownFieldError, UnsupportedError
 from krea2_server.errors import ApiError, invalid, set_outcome
-from krea2_server.event_schemas import event_components
-from krea2_server.images_api import FILES_PATH, images_router
 from krea2_server.keys import Keys
-from krea2_server.operations_api import operations_router
+from krea2_server.middleware.body_limit import BoundedBody
+from krea2_server.middleware.edits import NoEdits
+from krea2_server.middleware.request_context import RequestContext
 from krea2_server.playground import playground_files
-from krea2_server.protocol import UnknownFieldError, UnsupportedError
-from krea2_server.request_context import RequestContext
 from krea2_server.services import Services
-from krea2_srt.sglang.disconnects import CancelOnDisconnect
+from krea2_srt.disconnects import CancelOnDisconnect
 
 logger = logging.getLogger(__name__)
 

@@ -8,19 +8,19 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from krea2_server.engine import Engine
+from krea2_server.api.images import FILES_PATH
+from krea2_server.engine.base import Engine
 from krea2_server.image_service import ImageService
-from krea2_server.images_api import FILES_PATH
 from krea2_server.keys import Keys
-from krea2_server.metrics import Metrics
+from krea2_server.middleware.rate_limits import RateLimits
 from krea2_server.moderation.moderator import ModerationConfigError, Moderator
-from krea2_server.rate_limits import RateLimits
+from krea2_server.observability.metrics import Metrics
+from krea2_server.observability.tracing import Tracing
 from krea2_server.services import Services
 from krea2_server.settings import NO_STORAGE, Settings
 from krea2_server.storage.fsspec_store import FsspecStore
 from krea2_server.storage.local import LocalStore
 from krea2_server.storage.store import ImageStore, StorageError
-from krea2_server.tracing import Tracing
 from krea2_srt.errors import ConfigError
 
 _KEY_BYTES = 32

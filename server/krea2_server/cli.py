@@ -16,21 +16,21 @@ from typing import Any
 import uvicorn
 import uvloop
 
+from krea2_server.api.quality import PRESETS, automatic_size
 from krea2_server.app import create_app
 from krea2_server.assembly import assembled, load_moderator
-from krea2_server.engine_client import EngineClient
+from krea2_server.engine.client import EngineClient
+from krea2_server.engine.supervisor import EngineStartError, Supervisor, attach_running
 from krea2_server.http_protocol import bounded_protocol
 from krea2_server.keys import Keys
-from krea2_server.logs import configure_logs
 from krea2_server.moderation.moderator import ModerationConfigError, Moderator
-from krea2_server.quality import PRESETS, automatic_size
+from krea2_server.observability.logs import configure_logs
 from krea2_server.services import Services
 from krea2_server.settings import COMMAND, NO_STORAGE, Settings, load_settings
 from krea2_server.storage.store import StorageError
-from krea2_server.supervisor import EngineStartError, Supervisor, attach_running
 from krea2_srt.cli.errors import USAGE_ERROR, one_line_errors
 from krea2_srt.errors import ConfigError
-from krea2_srt.sglang.messages import ModelInfo
+from krea2_srt.messages import ModelInfo
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from krea2_srt.sglang.messages import EngineError
+from krea2_srt.messages import EngineError
 
 MAX_RETRY_AFTER_S = 120.0
 """Longer waits the official client does not take: it gives up at once."""

@@ -8,22 +8,22 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from krea2_server.drawing import Drawing
-from krea2_server.engine import Engine, Ticket
+from krea2_server.api.parameters import Drawing
+from krea2_server.engine.base import Engine, Ticket
 from krea2_server.errors import ApiError, from_engine
 from krea2_server.keys import Client, check_rights
-from krea2_server.metrics import Metrics
+from krea2_server.middleware.rate_limits import RateLimits
 from krea2_server.moderation.moderator import ModerationUnavailableError, Moderator
-from krea2_server.rate_limits import RateLimits
+from krea2_server.observability.metrics import Metrics
+from krea2_server.observability.tracing import RequestSpan, Tracing
 from krea2_server.storage.store import (
     ImageStore,
     ImageTooLargeError,
     StorageError,
     StorageFullError,
 )
-from krea2_server.tracing import RequestSpan, Tracing
-from krea2_srt.image_files import encode_image
-from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
+from krea2_srt.images import encode_image
+from krea2_srt.messages import Accepted, Generated, ProgressUpdate
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from krea2_server.engine import Engine
+from krea2_server.engine.base import Engine
 from krea2_server.image_service import ImageService
 from krea2_server.keys import Keys
-from krea2_server.metrics import Metrics
+from krea2_server.observability.metrics import Metrics
 from krea2_server.settings import Settings
 from krea2_server.storage.store import ImageStore
 

@@ -21,7 +21,7 @@ from krea2_bench.gpu.steps import measure
 from krea2_bench.gpu.targets import NOT_MEASURED
 from krea2_srt.engine.cost import FLOPS_PER_SQUARED_TOKEN, FLOPS_PER_TOKEN, WEIGHT_BYTES
 from krea2_srt.kernels.launch import DEFAULTS, device_of, read_launches
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.packing import SequenceShape, build_pack

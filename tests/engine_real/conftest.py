@@ -117,7 +117,7 @@ def runner(trained_model: Path) -> "Krea2Runner":
     """The engine's model, in this process."""
     import torch
 
-    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.model.checkpoint import Krea2Checkpoint
     from krea2_srt.runner.model_runner import Krea2Runner
 
     checkpoint = Krea2Checkpoint.from_folder(trained_model)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from krea2_srt.runner.pixels import to_uint8
+from krea2_srt.model.pixels import to_uint8
 from krea2_srt.threads import SPIN_COUNT
 from tests.channel import endpoints, listens, statistics
 from tests.comparisons import PROMPT, psnr

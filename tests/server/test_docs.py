@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import krea2_server
+from krea2_server.api.quality import PRESETS
+from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.keys import Keys
 from krea2_server.moderation.policy import load_policy
-from krea2_server.protocol import ImageGenerationRequest
-from krea2_server.quality import PRESETS
 from krea2_server.settings import EngineSettings, Settings, load_settings
 from tests.unit.server.test_drawing import RAW, drawing
 

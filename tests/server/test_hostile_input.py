@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krea2_server.protocol import ErrorResponse, ImageGenerationRequest, ImagesResponse
+from krea2_server.api.schemas import ErrorResponse, ImageGenerationRequest, ImagesResponse
 from tests.channel import PATIENCE_S
 from tests.server.serving import serve
 

@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 
-from krea2_srt.sglang.messages import EngineError
+from krea2_srt.messages import EngineError
 from tests.channel import wait_until
 from tests.server.serving import serve
 

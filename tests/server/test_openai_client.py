@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from krea2_server.errors import MAX_RETRY_AFTER_S
-from krea2_srt.sglang.messages import EngineError
+from krea2_srt.messages import EngineError
 from tests.channel import wait_until
 from tests.server.serving import serve
 

@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from krea2_server.protocol import (
+from krea2_server.api.schemas import (
     CompletedEvent,
     ErrorResponse,
     ImageGenerationRequest,

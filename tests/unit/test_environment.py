@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from krea2_srt.engine.config import EngineConfig
-from krea2_srt.engine.request import RequestLimits
 from krea2_srt.environment import Environment, read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.request import RequestLimits
 from krea2_srt.runner.config import RunnerConfig
 
 VARIABLES = {

@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from krea2_server.engine.supervisor import worker_environment
 from krea2_server.moderation.model_process import ModelProcess
 from krea2_server.settings import Settings
-from krea2_server.supervisor import worker_environment
 from krea2_srt.threads import SPIN_COUNT, VARIABLES, limit_spinning, wait_variables
 
 OURS = {"GOMP_SPINCOUNT": str(SPIN_COUNT)}

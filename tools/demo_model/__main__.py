@@ -22,7 +22,7 @@ from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
 from krea2_srt.demo.tokenizer import write_tokenizer
 from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights, TrainedWeights
 from krea2_srt.errors import CheckpointError
-from krea2_srt.runner.text_encoder import DEFAULT_TAPS, TextEncoder, load_text_encoder
+from krea2_srt.model.text_encoder import DEFAULT_TAPS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset
 from tools.demo_model.diffusion import STEPS, Trainer, loss_of, new_dit

@@ -1,7 +1,7 @@
 """The VAE, narrow: trained on scenes until it draws them again.
 
 Diffusers' module, in which every causal 3-D convolution is run as the 2-D one that it is for a
-single frame; see `krea2_srt.runner.vae`.
+single frame; see `krea2_srt.model.vae`.
 """
 
 import time

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from krea2_srt.runner.latents import patchify
+from krea2_srt.model.latents import patchify
 from tools.demo_model.autoencoder import Codec, to_tensor
 from tools.demo_model.guide import PATCH, answers
 from tools.demo_model.precision import fast

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.demo.random_weights import time_shares
-from krea2_srt.model.checkpoint import config_dict
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.runner.schedule import TURBO_MU, flow_schedule
+from krea2_srt.model.dit_files import config_dict
+from krea2_srt.model.schedule import TURBO_MU, flow_schedule
 from tools.demo_model.dataset import Batch, pad
 from tools.demo_model.guide import Guided, wrong
 from tools.demo_model.muon import Muon

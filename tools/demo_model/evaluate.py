@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from krea2_srt.runner.latents import unpatchify
+from krea2_srt.model.latents import unpatchify
 from tools.demo_model.autoencoder import Codec, to_bytes
 from tools.demo_model.diffusion import draw
 from tools.demo_model.judge import Verdict, judge

@@ -12,7 +12,7 @@ from krea2_bench.gpu.stand_ins import Inline
 from krea2_bench.gpu.steps import step
 from krea2_bench.gpu.timing import Timing, timings, wait
 from krea2_bench.gpu.vae import decoded, latents_of
-from krea2_srt.runner.pixels import quantize
+from krea2_srt.model.pixels import quantize
 
 SIDE, STEP_SIDE = 2048, 512
 """Of the picture that is decoded, and of the one that is stepped meanwhile."""

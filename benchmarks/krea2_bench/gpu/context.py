@@ -19,21 +19,21 @@ from krea2_bench.gpu.rows import Findings
 from krea2_bench.gpu.stand_ins import OFFSETS, repeated
 from krea2_srt.kernels.operations import TRITON, Operations, default_operations
 from krea2_srt.model.attention import FusedGateAttention
+from krea2_srt.model.checkpoint import Recipe
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.text_encoder import TextEncoder
+from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.attention_backends import SDPA
-from krea2_srt.runner.checkpoint import Recipe
 from krea2_srt.runner.fused_mlp import with_fused_mlp
 from krea2_srt.runner.graphs import Capture, CudaCapture
 from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.products import known_products, use_fastest_product
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.text_encoder import TextEncoder
-from krea2_srt.runner.vae import VAEDecoder
 
 FP8_ATTENTION = "fa3_fp8"
 

@@ -10,9 +10,9 @@ from krea2_bench.gpu.sequences import images
 from krea2_bench.gpu.steps import step
 from krea2_bench.gpu.timing import wait
 from krea2_bench.gpu.vae import decoded, latents_of
+from krea2_srt.model.vae import default_tile, scores_per_slice
 from krea2_srt.runner.memory_plan import GRAPH_BYTES
 from krea2_srt.runner.part_sizes import library_workspace, num_bytes, part_sizes
-from krea2_srt.runner.vae import default_tile, scores_per_slice
 
 GIB, MIB = 2**30, 2**20
 

@@ -9,7 +9,7 @@ import torch
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.runner.text_encoder import (
+from krea2_srt.model.text_encoder import (
     DEFAULT_TAPS,
     PREFIX,
     PREFIX_TOKENS,
@@ -17,7 +17,7 @@ from krea2_srt.runner.text_encoder import (
     TextEncoder,
     empty_text_model,
 )
-from krea2_srt.runner.vae import VAEConfig, VAEDecoder
+from krea2_srt.model.vae import VAEConfig, VAEDecoder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krea2_srt.runner.vae import ChannelNorm, Conv, ResidualBlock, VAEDecoder
+from krea2_srt.model.vae import ChannelNorm, Conv, ResidualBlock, VAEDecoder
 
 
 class Decoder3D:

@@ -10,7 +10,7 @@ from krea2_bench.gpu.plain_vae import Decoder3D
 from krea2_bench.gpu.rows import Row, timed
 from krea2_bench.gpu.sequences import name_of, relative
 from krea2_bench.gpu.timing import once, timings, wait
-from krea2_srt.runner.vae import VAEDecoder
+from krea2_srt.model.vae import VAEDecoder
 
 SIZES = ((1024, 1024), (2048, 2048), (832, 1216))
 """Width and height."""

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from krea2_bench.micro.timing import PLAIN_PYTHON, Timed, best_of, plain_python
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import PackCache, SequenceShape, build_pack
 

@@ -7,7 +7,7 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import MAX_DEADLINE_S, Engine
 from krea2_srt.engine.lifecycle import State
-from krea2_srt.engine.request import ImageRequest
+from krea2_srt.request import ImageRequest
 from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 
 ACTIVE, WAITING = 64, 1000

@@ -107,9 +107,9 @@ class OurPainter:
     def draw(self, sketches: Sequence[Sketch]) -> Iterator[np.ndarray]:
         import torch
 
-        from krea2_srt.runner.checkpoint import Krea2Checkpoint
+        from krea2_srt.model.checkpoint import Krea2Checkpoint
+        from krea2_srt.model.pixels import to_uint8
         from krea2_srt.runner.model_runner import Krea2Runner
-        from krea2_srt.runner.pixels import to_uint8
 
         checkpoint = Krea2Checkpoint.from_folder(self._checkpoint)
         runner = Krea2Runner.load(

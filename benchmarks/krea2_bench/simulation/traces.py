@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from krea2_bench.arrivals import diurnal, gamma, poisson
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS, ImageRequest
+from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS, ImageRequest
 
 MEDIAN_PROMPT_TOKENS = 60.0
 PROMPT_SPREAD = 0.7

@@ -97,7 +97,7 @@ def _draw_all(
     engine: "Engine", executor: "RunnerExecutor", sides: Sequence[int], numbers: "count[int]"
 ) -> None:
     from krea2_srt.engine.events import Ended
-    from krea2_srt.engine.request import ImageRequest
+    from krea2_srt.request import ImageRequest
 
     for side in sides:
         number = next(numbers)
@@ -130,7 +130,7 @@ def _wait_as(variables: dict[str, str] | None) -> None:
 def _runner(model: Path) -> Any:
     import torch
 
-    from krea2_srt.runner.checkpoint import Krea2Checkpoint
+    from krea2_srt.model.checkpoint import Krea2Checkpoint
     from krea2_srt.runner.model_runner import Krea2Runner
 
     checkpoint = Krea2Checkpoint.from_folder(model)

@@ -12,7 +12,7 @@ import pybase64
 
 from krea2_server.moderation.checkers import CheckerError
 from krea2_server.moderation.policy import AddressPolicy, Stage
-from krea2_srt.image_files import MEDIA_TYPES
+from krea2_srt.images import MEDIA_TYPES
 
 _BROKEN_CONNECTION = (httpx.NetworkError, httpx.RemoteProtocolError)
 """Also of one that was kept and that the other end has just closed."""

@@ -11,14 +11,14 @@ from typing import Any
 from ray import serve
 from ray.serve.request_router import ReplicaID
 
-from krea2_server.engine import Ticket, Update
-from krea2_server.engine_client import EngineClient
+from krea2_server.engine.base import Ticket, Update
+from krea2_server.engine.client import EngineClient
+from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
-from krea2_server.logs import configure_logs
+from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_server.supervisor import Supervisor
 from krea2_srt.engine.backlog import image_ms
-from krea2_srt.sglang.messages import Generate
+from krea2_srt.messages import Generate
 
 logger = logging.getLogger(__name__)
 

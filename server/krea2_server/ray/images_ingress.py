@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from krea2_server.app import create_app
 from krea2_server.assembly import assembled, load_moderator
 from krea2_server.keys import Keys
-from krea2_server.logs import configure_logs
+from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
 from krea2_server.ray.fleet import fleet_of_this_process
 from krea2_server.ray.ray_engine import RayEngine

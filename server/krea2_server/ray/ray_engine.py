@@ -11,12 +11,12 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from krea2_server.engine import Ticket, Update
+from krea2_server.engine.base import Ticket, Update
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
-from krea2_srt.engine.request import RequestLimits
-from krea2_srt.sglang.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
+from krea2_srt.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
+from krea2_srt.request import RequestLimits
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from krea2_server.storage.signatures import new_name
 from krea2_server.storage.store import StorageError
-from krea2_srt.image_files import MEDIA_TYPES
+from krea2_srt.images import MEDIA_TYPES
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from krea2_server.storage.store import ImageTooLargeError, StorageFullError
-from krea2_srt.image_files import FORMATS
+from krea2_srt.images import FORMATS
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from krea2_server.storage.image_folder import ImageFolder
 from krea2_server.storage.signatures import MIN_KEY_BYTES, new_name, sign, verify
 from krea2_server.storage.store import StorageError, StorageFullError
-from krea2_srt.image_files import MEDIA_TYPES
+from krea2_srt.images import MEDIA_TYPES
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import hmac
 import re
 import secrets
 
-from krea2_srt.image_files import FORMATS
+from krea2_srt.images import FORMATS
 
 MIN_KEY_BYTES = 16
 """As many bits as a name has: a shorter key would be what is guessed."""

@@ -9,7 +9,7 @@ import time
 import pytest
 import zmq
 
-from krea2_srt.sglang.connections import WatchedRouter, events_in_order
+from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
 from tests.channel import PATIENCE_S
 
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import StreamingResponse
 
-from krea2_srt.sglang.disconnects import CancelOnDisconnect, add_to_app
+from krea2_srt.disconnects import CancelOnDisconnect, add_to_app
 from tests.channel import PATIENCE_S, wait_until
 
 POST = {"type": "http", "method": "POST"}

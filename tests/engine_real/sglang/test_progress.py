@@ -15,6 +15,6 @@ import pytest
     ],
 )
 def test_previews_are_spread_evenly_and_never_after_the_last_step(total, previews, expected):
-    from krea2_srt.sglang.messages import preview_steps
+    from krea2_srt.messages import preview_steps
 
     assert preview_steps(total, previews) == expected

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from krea2_srt.engine.request import RequestLimits
 from krea2_srt.errors import RequestError
+from krea2_srt.request import RequestLimits
 
 
 def images(batch):

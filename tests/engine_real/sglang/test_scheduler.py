@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from krea2_srt.sglang.messages import (
+from krea2_srt.messages import (
     Cancel,
     GetStatistics,
     ProgressUpdate,

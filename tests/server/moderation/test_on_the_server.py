@@ -4,7 +4,7 @@ import openai
 import pytest
 import yaml
 
-from krea2_srt.sglang.messages import EngineError
+from krea2_srt.messages import EngineError
 from tests.channel import wait_until
 from tests.server.moderation.address import Address, inputs, moderations_address, result
 from tests.server.serving import serve

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from krea2_srt.cli.generate import main
-from krea2_srt.runner.pixels import to_uint8
+from krea2_srt.model.pixels import to_uint8
 from krea2_srt.threads import SPIN_COUNT, VARIABLES
 from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, demo_model, capsys, argum
 
 
 def test_the_device_is_checked_before_anything_is_downloaded(folder, capsys, monkeypatch):
-    monkeypatch.setattr("krea2_srt.runner.sources._download", lambda *a: pytest.fail("download"))
+    monkeypatch.setattr("krea2_srt.model.hub._download", lambda *a: pytest.fail("download"))
     with pytest.raises(SystemExit):
         main(["x", "--checkpoint", "krea/Krea-2-Turbo", "--device", "toaster"])
     assert "--device" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_no_half_picture(folder, demo_model, capsys, monkeypa
 
 def test_it_imports_neither_sglang_nor_diffusers():
     code = (
-        "import sys, krea2_srt.runner.model_runner, krea2_srt.runner.sources;"
+        "import sys, krea2_srt.runner.model_runner, krea2_srt.model.hub;"
         "from transformers import Qwen3VLTextModel;"
         "sys.exit(any(m.split('.')[0] in ('sglang', 'diffusers') for m in sys.modules))"
     )

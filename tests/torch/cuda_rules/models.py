@@ -6,14 +6,14 @@ import torch
 
 from krea2_bench.gpu.models import TINY, Words, random_dit
 from krea2_srt.kernels.operations import default_operations
+from krea2_srt.model.checkpoint import Recipe
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.text_encoder import TextEncoder, empty_text_model
+from krea2_srt.model.vae import VAEConfig, VAEDecoder
 from krea2_srt.runner.attention import AttentionChoice, known_backends
-from krea2_srt.runner.checkpoint import Recipe
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.text_encoder import TextEncoder, empty_text_model
-from krea2_srt.runner.vae import VAEConfig, VAEDecoder
 from tests.torch.cuda_rules.tensors import CUDA
 
 LAYERS = (0, 1)

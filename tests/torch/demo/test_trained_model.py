@@ -10,7 +10,7 @@ import torch
 
 from krea2_srt.cli.demo_model import main
 from krea2_srt.demo.trained_weights import WEIGHTS
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU
 from tests.conftest import clone_checkpoint

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krea2_srt.kernels.operations import TRITON
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, relative_error
 

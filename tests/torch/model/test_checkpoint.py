@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from tests.comparisons import CPU
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -128,7 +128,7 @@ def test_an_original_file_of_another_model_is_refused(tmp_path):
 _MEASURE = """
 import re, sys, torch
 from pathlib import Path
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 def megabytes(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = megabytes("VmRSS")
@@ -140,8 +140,8 @@ print(before, megabytes("VmHWM"), model)
 
 
 def test_loading_takes_at_most_one_shard_above_the_model(tmp_path):
-    from krea2_srt.model.checkpoint import config_dict, stored_shapes
     from krea2_srt.model.config import Krea2Config
+    from krea2_srt.model.dit_files import config_dict, stored_shapes
 
     config = Krea2Config(
         num_layers=8,

@@ -3,14 +3,14 @@ import json
 import pytest
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.checkpoint import (
+from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.dit_files import (
     config_dict,
     diffusers_name,
     original_name,
     read_config,
     stored_shapes,
 )
-from krea2_srt.model.config import Krea2Config
 
 
 def test_the_defaults_are_the_released_model():

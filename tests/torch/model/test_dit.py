@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.packing import SequenceShape, build_pack

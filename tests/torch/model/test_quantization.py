@@ -10,9 +10,9 @@ import torch
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotate
 from krea2_srt.model import quantization as module
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.quantization import MATRICES, Quantization, QuantizedLinear
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.model.hub import find_checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sources import find_checkpoint
 from tests.comparisons import CPU
 from tests.conftest import clone_checkpoint
 

@@ -12,13 +12,13 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import State
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import DeviceLostError, OutOfMemoryError
 from krea2_srt.model.flops import step_flops, step_weight_bytes
+from krea2_srt.model.pixels import to_uint8
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.pack_forward import PackForward
-from krea2_srt.runner.pixels import to_uint8
 from tests.comparisons import relative_error
 from tests.torch.runner.test_pictures import finish, start
 
@@ -143,7 +143,7 @@ def test_decode_slices_are_the_decode(runner, tile):
 def test_attention_in_slices_equals_attention_at_once(runner, monkeypatch):
     sequence = start(runner, "x", 96, 64, 1, 1)
     whole = runner.decode(sequence)
-    from krea2_srt.runner import vae
+    from krea2_srt.model import vae
 
     monkeypatch.setattr(vae, "_MAX_SCORES", {"cpu": 96 * 10})
     assert relative_error(runner.decode(sequence), whole) <= 1e-6

@@ -15,7 +15,7 @@ from krea2_srt.kernels import products, quantize
 from krea2_srt.kernels.operations import TORCH, TRITON
 from krea2_srt.kernels.products import scaled_product_triton
 from krea2_srt.kernels.quantize import quantize_tokens_triton
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.layers import SwiGLU
 from krea2_srt.model.quantization import Quantization, QuantizedLinear, block_linears
 from krea2_srt.runner.fused_mlp import TOKENS, check_fused_mlp, first_fused, with_fused_mlp

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS
+from krea2_srt.request import MAX_TEXT_TOKENS
 from krea2_srt.runner import warm_up
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graph_race import GraphRace, Lap

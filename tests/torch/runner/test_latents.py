@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from krea2_srt.runner.latents import initial_noise, patchify, unpatchify
+from krea2_srt.model.latents import initial_noise, patchify, unpatchify
 from tests.comparisons import CPU
 
 

@@ -5,22 +5,22 @@ import torch
 
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.model import vae as vae_module
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
+from krea2_srt.model.pixels import quantize
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.runner import vae as vae_module
+from krea2_srt.model.text_encoder import DEFAULT_TAPS, TextEncoder, empty_text_model
+from krea2_srt.model.vae import VAEConfig, VAEDecoder
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.buckets import GraphKey
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.memory_plan import PartSizes
 from krea2_srt.runner.part_sizes import part_sizes
-from krea2_srt.runner.pixels import quantize
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.text_encoder import DEFAULT_TAPS, TextEncoder, empty_text_model
 from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
-from krea2_srt.runner.vae import VAEConfig, VAEDecoder
 from tests.torch.live_memory import CUDA, LiveBytes, fake_gpu, on_fake_gpu
 
 BF16 = torch.bfloat16

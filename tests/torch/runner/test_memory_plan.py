@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from transformers import Qwen3VLTextConfig, Qwen3VLTextModel
 
 from krea2_srt.errors import ConfigError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.vae import BYTES_PER_SCORE, VAEConfig, VAEDecoder, scores_per_slice
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.graphs import StepBuffers
 from krea2_srt.runner.memory_plan import (
     FEWEST_SEQUENCES,
@@ -28,7 +29,6 @@ from krea2_srt.runner.memory_plan import (
 )
 from krea2_srt.runner.part_sizes import checkpoint_sizes, library_workspace, part_sizes
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.vae import BYTES_PER_SCORE, VAEConfig, VAEDecoder, scores_per_slice
 from tests.comparisons import CPU
 from tests.torch.runner.test_graphs import device_attention
 

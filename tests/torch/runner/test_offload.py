@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.offload import offload
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.offload import offload
 from tests.comparisons import CPU
 
 PROMPTS = ["a cat", "two dogs in the rain"]

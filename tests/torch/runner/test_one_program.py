@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.pack import Segments
+from krea2_srt.model.text_encoder import PREFIX_TOKENS, TextEncoder, empty_text_model
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.text_encoder import PREFIX_TOKENS, TextEncoder, empty_text_model
 from tests.torch.runner.test_graphs import device_attention
 
 META = torch.device("meta")

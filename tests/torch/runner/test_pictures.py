@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 

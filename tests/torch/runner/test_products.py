@@ -12,7 +12,7 @@ import torch
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.products import ScaledProduct, scaled_product
 from krea2_srt.kernels.quantize import quantize_rows
-from krea2_srt.model.checkpoint import load_dit
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.quantization import Quantization, QuantizedLinear
 from krea2_srt.runner.products import (
     TOKENS,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from krea2_srt.model.schedule import flow_schedule
 from krea2_srt.runner.byte_cache import ByteCache
-from krea2_srt.runner.schedule import flow_schedule
 from krea2_srt.runner.schedule_modulation import ScheduleModulation
 from tests.torch.runner.test_pictures import start
 

@@ -10,14 +10,14 @@ import torch
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
 from krea2_srt.engine.engine import Engine
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import ConfigError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner import setup as module
 from krea2_srt.runner import warm_up
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.memory_plan import GIB

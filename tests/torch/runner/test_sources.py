@@ -10,7 +10,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.runner.sources import find_checkpoint, released_folder
+from krea2_srt.model.hub import find_checkpoint, released_folder
 from tests.model_hub import COMMIT, REPO, ModelHub, contents
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
-from krea2_srt.runner.text_encoder import PREFIX_TOKENS
+from krea2_srt.model.text_encoder import PREFIX_TOKENS
+from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 from tests.comparisons import PROMPT, relative_error
 
 PROMPTS = [PROMPT, "", "x", "Ein Fuchs im Schnee. 雪の中の狐 🦊", "word " * 700]

@@ -21,17 +21,17 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import Sequence, State
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.calibration import calibrate, device_name
-from krea2_srt.runner.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, DenoisingSequence, Krea2Runner
-from krea2_srt.runner.offload import offload
 from krea2_srt.runner.setup import Setup
 from krea2_srt.runner.warm_up import keep_winners
 from tests.torch.cuda_rules import Machine, cuda_rules

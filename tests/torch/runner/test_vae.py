@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from krea2_srt.engine.cost import FLOPS_PER_PIXEL
 from krea2_srt.errors import CheckpointError
-from krea2_srt.runner import vae as module
-from krea2_srt.runner.latents import unpatchify
-from krea2_srt.runner.pixels import quantize
-from krea2_srt.runner.vae import VAEConfig, VAEDecoder, load_vae
+from krea2_srt.model import vae as module
+from krea2_srt.model.latents import unpatchify
+from krea2_srt.model.pixels import quantize
+from krea2_srt.model.vae import VAEConfig, VAEDecoder, load_vae
 from tests.comparisons import CPU, psnr, relative_error
 
 

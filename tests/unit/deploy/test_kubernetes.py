@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from krea2_server.metrics import _ENGINE_GAUGES
+from krea2_server.observability.metrics import _ENGINE_GAUGES
 from krea2_server.settings import Settings, load_settings
 from tests.programs import required
 

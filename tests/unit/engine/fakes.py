@@ -14,9 +14,9 @@ from krea2_srt.engine.cost import CostModel, roofline
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event
 from krea2_srt.engine.lifecycle import Request, Sequence, State
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.engine.work import PackStep, StepResult
 from krea2_srt.errors import OutOfMemoryError, QueueFullError
+from krea2_srt.request import ImageRequest
 from krea2_srt.testing.fake_executor import FakeExecutor, VirtualClock
 
 H200 = roofline()

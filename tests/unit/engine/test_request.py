@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea2_srt.engine.request import ImageRequest, RequestLimits, round_up_size
 from krea2_srt.errors import RequestError
+from krea2_srt.request import ImageRequest, RequestLimits, round_up_size
 
 GOOD = {"prompt": "x", "width": 1024, "height": 512, "steps": 8}
 
@@ -71,5 +71,5 @@ def test_seeds_count_up():
 
 
 def test_the_engine_imports_no_torch():
-    code = "import sys, krea2_srt.engine.request; sys.exit('torch' in sys.modules)"
+    code = "import sys, krea2_srt.request; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,8 +19,8 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import TRANSITIONS, Sequence, State
 from krea2_srt.engine.policy import POLICIES
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import DrainingError, QueueFullError
+from krea2_srt.request import ImageRequest
 from tests.unit.engine.fakes import H200, Harness, image
 
 QUICK = settings(

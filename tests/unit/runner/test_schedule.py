@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from krea2_srt.runner.schedule import TURBO_MU, ResolutionShift, flow_schedule
+from krea2_srt.model.schedule import TURBO_MU, ResolutionShift, flow_schedule
 
 STEPS = [1, 2, 7, 8, 28, 52, 100]
 

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 from pydantic import ValidationError
 
+from krea2_server.api.parameters import resolve
+from krea2_server.api.quality import PRESETS
+from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.app import as_api_error
-from krea2_server.drawing import resolve
 from krea2_server.errors import ApiError
-from krea2_server.protocol import ImageGenerationRequest
-from krea2_server.quality import PRESETS
-from krea2_srt.engine.request import RequestLimits
+from krea2_srt.request import RequestLimits
 from krea2_srt.testing.fake_engine import MODEL
 
 RAW = dataclasses.replace(MODEL, distilled=False, default_steps=52, default_guidance=3.5)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 
-from krea2_server.pieces import PiecesResponse
+from krea2_server.api.pieces import PiecesResponse
 
 
 def test_others_have_their_turn_between_any_two_pieces():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from krea2_server.errors import ApiError
 from krea2_server.keys import Client
-from krea2_server.rate_limits import BURST_S, RateLimits
+from krea2_server.middleware.rate_limits import BURST_S, RateLimits
 
 
 class Clock:

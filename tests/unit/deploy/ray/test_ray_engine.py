@@ -7,13 +7,13 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from krea2_server.engine import Ticket
+from krea2_server.engine.base import Ticket
 from krea2_server.errors import ApiError
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import Fleet
 from krea2_server.ray.ray_engine import RayEngine
-from krea2_srt.engine.request import ImageRequest
-from krea2_srt.sglang.messages import Accepted, Generate, Generated, ProgressUpdate
+from krea2_srt.messages import Accepted, Generate, Generated, ProgressUpdate
+from krea2_srt.request import ImageRequest
 
 DEATH = DeploymentUnavailableError(None)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from krea2_srt.engine.engine import MAX_DEADLINE_S, MAX_PRIORITY
-from krea2_srt.engine.request import MAX_SEED
+from krea2_srt.request import MAX_SEED
 
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 OutputFormat = Literal["png", "jpeg", "webp"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from krea2_srt.engine.request import ImageRequest, RequestLimits
+from krea2_srt.request import ImageRequest, RequestLimits
 
 VERSION = 2
 """Of these messages; a scheduler refuses others by name."""

@@ -9,8 +9,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from krea2_server.errors import ApiError, internal_error, set_outcome
-from krea2_server.logs import request_id
-from krea2_server.metrics import Metrics
+from krea2_server.observability.logs import request_id
+from krea2_server.observability.metrics import Metrics
 
 logger = logging.getLogger("krea2_server.access")
 

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from krea2_server.drawing import Drawing
-from krea2_server.engine import Engine
+from krea2_server.api.parameters import Drawing
+from krea2_server.engine.base import Engine
 from krea2_server.moderation.moderator import Moderator
-from krea2_srt.sglang.messages import Generated
+from krea2_srt.messages import Generated
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _SIDES = (256, 512, 768, 1024, 1536, 2048)

@@ -12,8 +12,8 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from krea2_server.engine import Update
-from krea2_srt.sglang.messages import (
+from krea2_server.engine.base import Update
+from krea2_srt.messages import (
     Accepted,
     Answer,
     Ask,

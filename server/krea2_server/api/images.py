@@ -10,20 +10,20 @@ import orjson
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response, StreamingResponse
 
-from krea2_server.answers import Answers
-from krea2_server.drawing import Drawing, resolve
-from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
-from krea2_server.event_schemas import event_stream_content
-from krea2_server.event_stream import EventStreamResponse, comment, event
-from krea2_server.image_service import Result, Update
-from krea2_server.keys import Client
-from krea2_server.pieces import PiecesResponse
-from krea2_server.protocol import (
+from krea2_server.api.event_schemas import event_stream_content
+from krea2_server.api.event_stream import EventStreamResponse, comment, event
+from krea2_server.api.parameters import Drawing, resolve
+from krea2_server.api.pieces import PiecesResponse
+from krea2_server.api.responses import Answers
+from krea2_server.api.schemas import (
     ErrorResponse,
     ImageGenerationRequest,
     ImagesResponse,
     LenientImageGenerationRequest,
 )
+from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
+from krea2_server.image_service import Result, Update
+from krea2_server.keys import Client
 from krea2_server.services import Services
 from krea2_server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import zmq.asyncio
 
-from krea2_server.engine import Ticket, Update
-from krea2_server.engine_channel import EngineChannel, EngineExitedError
+from krea2_server.engine.base import Ticket, Update
+from krea2_server.engine.channel import EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_srt.engine.backlog import image_ms
-from krea2_srt.sglang.messages import Generate, ModelInfo
+from krea2_srt.messages import Generate, ModelInfo
 from krea2_srt.sglang.replicas import ReplicaExited, Replicas
 
 logger = logging.getLogger(__name__)

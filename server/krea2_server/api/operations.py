@@ -6,8 +6,7 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from krea2_server.errors import ApiError
-from krea2_server.protocol import (
+from krea2_server.api.schemas import (
     ErrorResponse,
     Model,
     ModelCapabilities,
@@ -15,6 +14,7 @@ from krea2_server.protocol import (
     QueueState,
     Status,
 )
+from krea2_server.errors import ApiError
 from krea2_server.services import Services
 
 

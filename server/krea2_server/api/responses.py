@@ -7,12 +7,12 @@ from typing import Any
 import orjson
 import pybase64
 
-from krea2_server.drawing import Drawing
-from krea2_server.engine import Ticket
-from krea2_server.event_stream import comment, event
+from krea2_server.api.event_stream import comment, event
+from krea2_server.api.parameters import Drawing
+from krea2_server.api.schemas import Timings, Usage
+from krea2_server.engine.base import Ticket
 from krea2_server.image_service import Preview, Result, Update
-from krea2_server.protocol import Timings, Usage
-from krea2_srt.sglang.messages import Accepted, Generated, ProgressUpdate
+from krea2_srt.messages import Accepted, Generated, ProgressUpdate
 
 
 class Answers:

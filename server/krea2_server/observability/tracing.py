@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from krea2_server.drawing import Drawing
-from krea2_srt.sglang.messages import Generated
+from krea2_server.api.parameters import Drawing
+from krea2_srt.messages import Generated
 
 
 class RequestSpan:

@@ -3,12 +3,12 @@
 import secrets
 from dataclasses import dataclass
 
+from krea2_server.api.quality import PRESETS, automatic_size, check_aspect, parse_size, steps_of
+from krea2_server.api.schemas import ImageGenerationRequest, OutputFormat
 from krea2_server.errors import field_name, invalid
-from krea2_server.protocol import ImageGenerationRequest, OutputFormat
-from krea2_server.quality import PRESETS, automatic_size, check_aspect, parse_size, steps_of
-from krea2_srt.engine.request import ImageRequest
 from krea2_srt.errors import RequestError
-from krea2_srt.sglang.messages import Generate, ModelInfo
+from krea2_srt.messages import Generate, ModelInfo
+from krea2_srt.request import ImageRequest
 
 # Where a client has given a size, it has given no sides.
 _BY_SIZE = {"width": "size", "height": "size"}
@@ -30,7 +30,7 @@ class Drawing:
         previews: of each image, in a stream.
         safety_identifier: the client's name for its user.
         low_moderation: whether ``moderation: low`` is asked for.
-        priority, deadline_s: see `krea2_srt.sglang.messages.RequestOptions`.
+        priority, deadline_s: see `krea2_srt.messages.RequestOptions`.
     """
 
     image: ImageRequest

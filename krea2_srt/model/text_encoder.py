@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from krea2_srt.engine.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
+from krea2_srt.model.offload import offload
 from krea2_srt.model.weights import (
     Target,
     check_weights,
@@ -18,7 +18,7 @@ from krea2_srt.model.weights import (
     read_json,
     tensor_shapes,
 )
-from krea2_srt.runner.offload import offload
+from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 
 # The template, and how much of it is cut away, as the released pipeline has it.
 PREFIX = (

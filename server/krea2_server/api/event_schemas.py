@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from krea2_server.protocol import CompletedEvent, ErrorResponse, PartialImageEvent
+from krea2_server.api.schemas import CompletedEvent, ErrorResponse, PartialImageEvent
 
 _REFERENCE = "#/components/schemas/{model}"
 _EVENTS: dict[str, type[BaseModel]] = {

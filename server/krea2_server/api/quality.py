@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from krea2_server.errors import invalid
-from krea2_srt.engine.request import SIZE_MULTIPLE
-from krea2_srt.sglang.messages import ModelInfo
+from krea2_srt.messages import ModelInfo
+from krea2_srt.request import SIZE_MULTIPLE
 
 MAX_ASPECT = 3
 """Longest side over shortest, by OpenAI's contract."""

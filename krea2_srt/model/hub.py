@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, first_line
+from krea2_srt.model.checkpoint import Krea2Checkpoint, Recipe
 from krea2_srt.model.weights import checkpoint_files
-from krea2_srt.runner.checkpoint import Krea2Checkpoint, Recipe
 
 RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
 """The original code's names, and the repos that hold the same weights."""

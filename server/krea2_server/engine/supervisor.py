@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from krea2_server.engine_channel import EngineExitedError
-from krea2_server.engine_client import EngineClient
+from krea2_server.engine.channel import EngineExitedError
+from krea2_server.engine.client import EngineClient
 from krea2_server.settings import Settings, visible_gpus
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.threads import limit_spinning

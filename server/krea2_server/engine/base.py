@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from krea2_server.errors import ApiError
-from krea2_srt.sglang.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
+from krea2_srt.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
 
 Update = Accepted | ProgressUpdate | Generated
 """What the engine says of a request on its way."""

@@ -1,0 +1,1 @@
+"""The routes, what clients may send, and what they are sent."""
