@@ -6,146 +6,18 @@ one dead replica ends them all.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from krea2_srt.engine.backlog import Backlog, Place, image_ms
 from krea2_srt.messages import Cancel, GetStatistics
 from krea2_srt.request import ImageRequest
+from krea2_srt.routing import NONE_LEFT, ReplicaExited, Replicas, image_ms
 
 logger = logging.getLogger(__name__)
-
-_NONE_LEFT = "all replicas have exited; restart the server"
-
-
-class ReplicaExited(RuntimeError):
-    """The replica that a request was on, or had to go to, is no longer there."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """A request's replica, and its place there.
-
-    Attributes:
-        index: of the replica.
-    """
-
-    index: int
-    place: Place
-
-
-class Replicas:
-    """The replicas of one client: which live, and what each has still to do.
-
-    Attributes:
-        backlogs: of each replica.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.backlogs = [Backlog() for _ in range(count)]
-        self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
-        self._dead: set[int] = set()
-        self._turn = 0
-
-    def __len__(self) -> int:
-        return len(self.backlogs)
-
-    @property
-    def outstanding(self) -> list[int]:
-        """Estimated milliseconds on each replica."""
-        return [backlog.outstanding for backlog in self.backlogs]
-
-    @property
-    def live(self) -> list[int]:
-        return [index for index in range(len(self)) if index not in self._dead]
-
-    def choose(self, work: int = 0) -> int:
-        """The live replica where a request of ``work`` ms adds least to what all wait.
-
-        See `Backlog.added_wait`. Then counts all outstanding work; equal replicas take turns.
-
-        Raises:
-            ReplicaExited: none is left.
-        """
-        if not self.live:
-            raise ReplicaExited(_NONE_LEFT)
-
-        def wait(index: int) -> tuple[int, int, int]:
-            backlog = self.backlogs[index]
-            turn = (index - self._turn) % len(self)
-            return backlog.added_wait(work), backlog.outstanding, turn
-
-        index = min(self.live, key=wait)
-        self._turn = index + 1
-        return index
-
-    @contextmanager
-    def place(self, work: int, index: int | None = None) -> Iterator[Assignment]:
-        """Count a request as outstanding on a replica for as long as it lasts.
-
-        Args:
-            work: estimated milliseconds.
-            index: the replica that must do it; by default the best one.
-
-        Raises:
-            ReplicaExited: the replica is dead.
-        """
-        index = self.choose(work) if index is None else index
-        if index in self._dead:
-            raise ReplicaExited(_exited(index))
-        place = self.backlogs[index].add(work)
-        try:
-            yield Assignment(index, place)
-        finally:
-            self.backlogs[index].remove(place)
-
-    def ahead(self, assignment: Assignment) -> int:
-        """How many requests the engine's default policy would finish before this one."""
-        return self.backlogs[assignment.index].ahead(assignment.place)
-
-    @contextmanager
-    def forward(self, work: int, index: int | None = None) -> Iterator[int]:
-        """As `place`, for a request that the current task waits for.
-
-        Raises:
-            ReplicaExited: the replica is dead, or dies meanwhile.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        cancels = task.cancelling()
-        with self.place(work, index) as assignment:
-            index = assignment.index
-            self._forwards[index].add(task)
-            try:
-                yield index
-            except asyncio.CancelledError:
-                # Dead now, alive above: mark_dead has cancelled us. If others have too, theirs
-                # wins.
-                if index in self._dead and task.uncancel() <= cancels:
-                    raise ReplicaExited(_exited(index)) from None
-                raise
-            finally:
-                self._forwards[index].discard(task)
-
-    def mark_live(self, index: int) -> None:
-        """Send requests to this replica again."""
-        self._dead.discard(index)
-
-    def mark_dead(self, index: int) -> None:
-        """Fail what is on this replica at once, and send it nothing more."""
-        if index not in self._dead:
-            self._dead.add(index)
-            for task in self._forwards[index]:
-                task.cancel()
-
-
-def _exited(index: int) -> str:
-    return f"replica {index} has exited; send the request again"
 
 
 def estimated_ms(batch: Any) -> int:
@@ -208,7 +80,7 @@ async def forward(
             with suppress(ReplicaExited):
                 results.append(await forward_one(1, index))
         if not results:
-            raise ReplicaExited(_NONE_LEFT)
+            raise ReplicaExited(NONE_LEFT)
         return merge(results)
 
     client.request_logger.log_received_request(batch)

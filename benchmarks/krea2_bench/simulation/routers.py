@@ -55,7 +55,7 @@ def total_ahead(replicas: Sequence[Replica], offer: Offer) -> Replica:
 
 
 def added_wait(replicas: Sequence[Replica], offer: Offer) -> Replica:
-    """Ours: the least that it waits and makes others wait; see `krea2_srt.engine.backlog`."""
+    """Ours: the least that it waits and makes others wait; see `krea2_srt.routing`."""
 
     def added(replica: Replica) -> tuple[float, float]:
         taken = replica.taken.values()

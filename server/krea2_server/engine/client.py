@@ -14,9 +14,8 @@ import zmq.asyncio
 from krea2_server.engine.base import Ticket, Update
 from krea2_server.engine.channel import EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
-from krea2_srt.engine.backlog import image_ms
 from krea2_srt.messages import Generate, ModelInfo
-from krea2_srt.sglang.replicas import ReplicaExited, Replicas
+from krea2_srt.routing import ReplicaExited, Replicas, image_ms
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_srt.engine.backlog import image_ms
 from krea2_srt.messages import Generate
+from krea2_srt.routing import image_ms
 
 logger = logging.getLogger(__name__)
 

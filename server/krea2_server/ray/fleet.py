@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from krea2_srt.engine.backlog import Backlog, Place
+from krea2_srt.routing import Backlog, Place
 
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""

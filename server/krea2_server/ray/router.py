@@ -7,8 +7,8 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from krea2_server.ray.fleet import fleet_of_this_process
-from krea2_srt.engine.backlog import image_ms
 from krea2_srt.messages import Generate
+from krea2_srt.routing import image_ms
 
 
 class WorkRouter(RequestRouter):

@@ -17,14 +17,8 @@ import psutil
 import pytest
 import zmq
 
-from krea2_srt.sglang.replicas import (
-    ReplicaExited,
-    Replicas,
-    backend_failure,
-    estimated_ms,
-    forward,
-    replicas_of,
-)
+from krea2_srt.routing import ReplicaExited, Replicas
+from krea2_srt.sglang.replicas import backend_failure, estimated_ms, forward, replicas_of
 from tests.channel import PATIENCE_S
 
 BIG = {"width": 2048, "height": 2048, "num_inference_steps": 52, "guidance_scale": 4.5}
