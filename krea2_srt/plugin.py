@@ -11,36 +11,14 @@ from typing import Any
 
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled, is_krea2, serves_krea2
 
 logger = logging.getLogger(__name__)
-
-SWITCH = "KREA2_SRT"
-"""Environment variable; ``off`` leaves SGLang's own Krea 2 in place."""
 
 Hook = Callable[..., Any]
 """An AROUND hook: called with the original function and its arguments."""
 
 _RUNTIME = "sglang.multimodal_gen.runtime"
-WORKER_NAME = "sglang-diffusionWorker"
-"""How SGLang's scheduler processes are called."""
-
-
-def enabled() -> bool:
-    return os.environ.get(SWITCH, "on").strip().lower() not in ("off", "0", "false", "no")
-
-
-def is_krea2(name: str) -> bool:
-    """Whether a model path or a pipeline's class name, as SGLang probes both, is Krea 2's.
-
-    Of a path only the last part counts, or the hub cache's: a folder above may be called anything
-    ("krea2-srt/models/my-flux"). A checkpoint in a folder of any name is known by its class name.
-    """
-    name = name.lower().rstrip("/")
-    return (
-        name == "krea2pipeline"
-        or "krea-2" in name.rsplit("/", 1)[-1]
-        or "models--krea--krea-2" in name
-    )
 
 
 def register() -> None:
@@ -114,13 +92,6 @@ def _register_http_hooks() -> None:
         HookRegistry.register(
             f"{_RUNTIME}.{target}", _only_krea2(hook, server_args_of), HookType.AROUND
         )
-
-
-def serves_krea2(server_args: Any) -> bool:
-    """Whether SGLang has read its arguments as those of a Krea 2 model."""
-    from sglang.multimodal_gen.configs.pipeline_configs.krea2 import Krea2PipelineConfig
-
-    return isinstance(getattr(server_args, "pipeline_config", None), Krea2PipelineConfig)
 
 
 def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from krea2_bench.workers import Message
-from krea2_srt.plugin import SWITCH
+from krea2_srt.sglang.served import SWITCH
 from krea2_srt.testing.processes import ChildProcess
 
 LIMIT_S = 600.0

@@ -20,7 +20,8 @@ import torch
 from krea2_srt.engine.cost import CostModel, Sample, fit, fit_line, roofline
 from krea2_srt.engine.pace import TOLERANCE
 from krea2_srt.errors import first_line
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 
 logger = logging.getLogger(__name__)
 

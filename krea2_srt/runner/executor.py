@@ -15,8 +15,9 @@ from krea2_srt.errors import OutOfMemoryError, not_finite
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.pixels import quantize, to_uint8
 from krea2_srt.runner.device_errors import device_errors
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.pack_forward import PackForward
+from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.side_stream import SideJob, SideStream
 from krea2_srt.runner.steps_in_flight import StepsInFlight
 

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 
 LEAST_GAIN = 0.01
 """Of a step's time, that a graph must save: about what captures and padding cost."""

@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack
 from krea2_srt.runner.packing import SequenceShape
-
-if TYPE_CHECKING:
-    from krea2_srt.runner.model_runner import DenoisingSequence
+from krea2_srt.runner.sequence import DenoisingSequence
 
 
 @dataclass(frozen=True)
@@ -26,14 +23,14 @@ class Lanes:
         first: the first lane of each sequence.
     """
 
-    sequences: "Sequence[DenoisingSequence]"
+    sequences: Sequence[DenoisingSequence]
     shapes: tuple[SequenceShape, ...]
     contexts: tuple[Tensor, ...]
     owners: "tuple[DenoisingSequence, ...]"
     first: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequences: "Sequence[DenoisingSequence]") -> "Lanes":
+    def of(cls, sequences: Sequence[DenoisingSequence]) -> "Lanes":
         """The lanes of these sequences, in order; a negative prompt's follows its own."""
         shapes: list[SequenceShape] = []
         contexts: list[Tensor] = []

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,13 +21,15 @@ from krea2_srt.model.vae import VAEDecoder, load_vae
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
+from krea2_srt.runner.capture import Capture
 from krea2_srt.runner.graph_record import Eager
-from krea2_srt.runner.graphs import Capture, StepGraphs
+from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
+from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.runner.text_graphs import TextGraphs
 
@@ -37,52 +38,6 @@ STREAM_PRIORITY = -1
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview's latents; its pixels are 8 times as many."""
-
-
-@dataclass
-class DenoisingSequence:
-    """One image on its way from noise to latents.
-
-    Attributes:
-        context: [text tokens, hidden], the fused prompt.
-        negative_context: the same of the negative prompt; None without guidance.
-        guidance: v = cond + guidance * (cond - uncond).
-        rows, columns: image tokens.
-        schedule: its sigmas.
-        modulation: the DiT's, a row per step of the schedule; it is not held here.
-        tokens: float32 [rows * columns, 64], the noisy patches at the current step.
-        step: steps already done.
-        keep_velocity: whether `velocity` is kept, for previews.
-        velocity: of the last step, like tokens.
-    """
-
-    context: Tensor
-    negative_context: Tensor | None
-    guidance: float
-    rows: int
-    columns: int
-    schedule: Schedule
-    modulation: ScheduleModulation
-    tokens: Tensor
-    step: int = 0
-    keep_velocity: bool = False
-    velocity: Tensor | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.schedule.steps
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that its next forward takes, both lanes under guidance."""
-        return sum(len(context) + self.rows * self.columns for context in self.lanes)
-
-    @property
-    def lanes(self) -> list[Tensor]:
-        """Contexts of its forwards: one, or two under guidance."""
-        if self.negative_context is None:
-            return [self.context]
-        return [self.context, self.negative_context]
 
 
 class Krea2Runner:

@@ -1,7 +1,6 @@
 """One step of a pack, run in slices of transformer blocks."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +11,7 @@ from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.packing import PackCache
-
-if TYPE_CHECKING:
-    from krea2_srt.runner.model_runner import DenoisingSequence
+from krea2_srt.runner.sequence import DenoisingSequence
 
 
 class PackForward:
@@ -35,7 +32,7 @@ class PackForward:
         dit: Krea2DiT,
         attention: VarlenAttention,
         packs: PackCache,
-        sequences: "Sequence[DenoisingSequence]",
+        sequences: Sequence[DenoisingSequence],
     ) -> None:
         self._dit = dit
         self._attention = attention

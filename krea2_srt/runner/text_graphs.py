@@ -10,8 +10,8 @@ from torch import Tensor
 from krea2_srt.model.host_copies import copy_to
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.text_encoder import PREFIX_TOKENS, kept_tokens, padded
+from krea2_srt.runner.capture import Capture, Replay
 from krea2_srt.runner.graph_record import Eager, GraphRecord
-from krea2_srt.runner.graphs import Capture, Replay
 
 MAX_ROWS = 4
 """Of a graph; more prompts keep the device busy for longer than they take to launch."""

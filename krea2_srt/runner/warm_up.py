@@ -12,7 +12,8 @@ from krea2_srt.model.latents import LATENT_CHANNELS, VAE_SCALE
 from krea2_srt.request import MAX_TEXT_TOKENS
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.graph_race import GraphRace, Timer
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 
 logger = logging.getLogger(__name__)

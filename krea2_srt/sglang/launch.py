@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from krea2_srt.plugin import serves_krea2
 from krea2_srt.sglang import model_index
+from krea2_srt.sglang.served import serves_krea2
 from krea2_srt.threads import limit_spinning
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from krea2_srt.cli.errors import USAGE_ERROR
-from krea2_srt.plugin import is_krea2
+from krea2_srt.sglang.served import is_krea2
 
 
 def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:

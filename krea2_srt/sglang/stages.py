@@ -14,8 +14,9 @@ from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
 from krea2_srt.model.pixels import to_uint8
 from krea2_srt.request import RequestLimits
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
+from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.sglang.requests import image_requests
 
 logger = init_logger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import ConfigError, first_line
-from krea2_srt.plugin import SWITCH, WORKER_NAME, enabled
+from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled
 
 
 class ReadyPipe:

@@ -12,7 +12,7 @@ from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.steps import SMOKE_SIDES, Way, ways
 from krea2_bench.gpu.timing import timings
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.model_runner import DenoisingSequence
+from krea2_srt.runner.sequence import DenoisingSequence
 
 SIDES = (1024, 256, 512, 2048)
 COMPILED_SIDES = (256, 1024, 512)

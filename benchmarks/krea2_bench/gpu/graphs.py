@@ -3,7 +3,8 @@
 from krea2_srt.model.pack import Pack
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 
 
 def captured(graphs: StepGraphs, lanes: Lanes, pack: Pack, steps: int = 1) -> str:

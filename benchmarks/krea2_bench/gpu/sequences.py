@@ -3,7 +3,8 @@
 import torch
 
 from krea2_bench.gpu.context import TEXT_TOKENS
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 
 
 def name_of(width: int, count: int = 1, height: int | None = None) -> str:

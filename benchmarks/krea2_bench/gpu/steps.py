@@ -14,7 +14,8 @@ from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.timing import timings, wait
 from krea2_srt.errors import ConfigError, first_line
 from krea2_srt.runner.lanes import Lanes
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 
 SIDES = (1024, 512, 2048, 256)
 FP8_ATTENTION_SIDES = (2048, 1024)

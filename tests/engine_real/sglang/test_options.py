@@ -223,7 +223,7 @@ def test_the_switch(monkeypatch, value):
     ],
 )
 def test_which_models_are_krea2(name, ours):
-    from krea2_srt.plugin import is_krea2
+    from krea2_srt.sglang.served import is_krea2
 
     assert is_krea2(name) is ours
 

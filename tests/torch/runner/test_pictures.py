@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from krea2_srt.model.checkpoint import Krea2Checkpoint
-from krea2_srt.runner.model_runner import DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 
 

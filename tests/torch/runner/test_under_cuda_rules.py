@@ -27,11 +27,12 @@ from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.calibration import calibrate, device_name
+from krea2_srt.runner.capture import CudaCapture
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.runner.graphs import CudaCapture
-from krea2_srt.runner.model_runner import STREAM_PRIORITY, DenoisingSequence, Krea2Runner
+from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
+from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.setup import Setup
 from krea2_srt.runner.warm_up import keep_winners
 from tests.torch.cuda_rules import Machine, cuda_rules
