@@ -68,38 +68,23 @@ def _register_http_hooks() -> None:
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     from krea2_srt import disconnects
-    from krea2_srt.sglang import launch, replicas, shutdown
+    from krea2_srt.sglang import launch, shutdown
 
-    def first(server_args: Any, *_: Any, **__: Any) -> Any:
-        return server_args
-
-    hooks: tuple[tuple[str, Hook, Callable[..., Any]], ...] = (
-        ("entrypoints.http_server.create_app", disconnects.add_to_app, first),
-        ("launch_server.launch_http_server_only", shutdown.exit_on_sigterm, first),
-        (
-            "entrypoints.http_server._backend_failure",
-            replicas.backend_failure,
-            lambda app: app.state.server_args,
-        ),
-        (
-            "scheduler_client.AsyncSchedulerClient.forward",
-            replicas.forward,
-            lambda client, *_, **__: client.server_args,
-        ),
-    )
-    HookRegistry.register(f"{_RUNTIME}.launch_server.launch_server", launch.launch, HookType.AROUND)
-    for target, hook, server_args_of in hooks:
-        HookRegistry.register(
-            f"{_RUNTIME}.{target}", _only_krea2(hook, server_args_of), HookType.AROUND
-        )
+    hooks: dict[str, Hook] = {
+        "entrypoints.http_server.create_app": _only_krea2(disconnects.add_to_app),
+        "launch_server.launch_http_server_only": _only_krea2(shutdown.exit_on_sigterm),
+        "launch_server.launch_server": launch.launch,
+    }
+    for target, hook in hooks.items():
+        HookRegistry.register(f"{_RUNTIME}.{target}", hook, HookType.AROUND)
 
 
-def _only_krea2(hook: Hook, server_args_of: Callable[..., Any]) -> Hook:
-    """A hook that leaves SGLang alone when it serves another model."""
+def _only_krea2(hook: Hook) -> Hook:
+    """A hook of a function of SGLang's arguments; it leaves another model alone."""
 
-    def hooked(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not serves_krea2(server_args_of(*args, **kwargs)):
-            return original(*args, **kwargs)
-        return hook(original, *args, **kwargs)
+    def hooked(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any) -> Any:
+        if not serves_krea2(server_args):
+            return original(server_args, *args, **kwargs)
+        return hook(original, server_args, *args, **kwargs)
 
     return hooked

@@ -3,19 +3,16 @@
 Taking them in turn lets small requests queue behind a big one while another replica idles.
 """
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from krea2_srt.engine.cost import roofline
 from krea2_srt.engine.policy import STRETCH
 from krea2_srt.request import ImageRequest
 
 _COST = roofline()
-NONE_LEFT = "all replicas have exited; restart the server"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +83,7 @@ def image_ms(request: ImageRequest, images: int) -> int:
 
 
 class ReplicaExited(RuntimeError):
-    """The replica that a request was on, or had to go to, is no longer there."""
+    """No replica is left that a request could go to."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,6 @@ class Replicas:
 
     def __init__(self, count: int) -> None:
         self.backlogs = [Backlog() for _ in range(count)]
-        self._forwards: list[set[asyncio.Task[Any]]] = [set() for _ in range(count)]
         self._dead: set[int] = set()
         self._turn = 0
 
@@ -135,7 +131,7 @@ class Replicas:
             ReplicaExited: none is left.
         """
         if not self.live:
-            raise ReplicaExited(NONE_LEFT)
+            raise ReplicaExited("all replicas have exited")
 
         def wait(index: int) -> tuple[int, int, int]:
             backlog = self.backlogs[index]
@@ -147,19 +143,16 @@ class Replicas:
         return index
 
     @contextmanager
-    def place(self, work: int, index: int | None = None) -> Iterator[Assignment]:
-        """Count a request as outstanding on a replica for as long as it lasts.
+    def place(self, work: int) -> Iterator[Assignment]:
+        """Count a request as outstanding on the best replica for as long as it lasts.
 
         Args:
             work: estimated milliseconds.
-            index: the replica that must do it; by default the best one.
 
         Raises:
-            ReplicaExited: the replica is dead.
+            ReplicaExited: none is left.
         """
-        index = self.choose(work) if index is None else index
-        if index in self._dead:
-            raise ReplicaExited(_exited(index))
+        index = self.choose(work)
         place = self.backlogs[index].add(work)
         try:
             yield Assignment(index, place)
@@ -170,41 +163,10 @@ class Replicas:
         """How many requests the engine's default policy would finish before this one."""
         return self.backlogs[assignment.index].ahead(assignment.place)
 
-    @contextmanager
-    def forward(self, work: int, index: int | None = None) -> Iterator[int]:
-        """As `place`, for a request that the current task waits for.
-
-        Raises:
-            ReplicaExited: the replica is dead, or dies meanwhile.
-        """
-        task = asyncio.current_task()
-        assert task is not None
-        cancels = task.cancelling()
-        with self.place(work, index) as assignment:
-            index = assignment.index
-            self._forwards[index].add(task)
-            try:
-                yield index
-            except asyncio.CancelledError:
-                # Dead now, alive above: mark_dead has cancelled us. If others have too, theirs
-                # wins.
-                if index in self._dead and task.uncancel() <= cancels:
-                    raise ReplicaExited(_exited(index)) from None
-                raise
-            finally:
-                self._forwards[index].discard(task)
-
     def mark_live(self, index: int) -> None:
         """Send requests to this replica again."""
         self._dead.discard(index)
 
     def mark_dead(self, index: int) -> None:
-        """Fail what is on this replica at once, and send it nothing more."""
-        if index not in self._dead:
-            self._dead.add(index)
-            for task in self._forwards[index]:
-                task.cancel()
-
-
-def _exited(index: int) -> str:
-    return f"replica {index} has exited; send the request again"
+        """Send requests to it no more; what is on it fails with its connection."""
+        self._dead.add(index)

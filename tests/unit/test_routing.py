@@ -1,0 +1,101 @@
+"""Routing among replicas, without any."""
+
+from contextlib import ExitStack, suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea2_srt.request import ImageRequest
+from krea2_srt.routing import ReplicaExited, Replicas, image_ms
+
+SMALL = image_ms(ImageRequest(prompt="x", width=256, height=256, steps=8), 1)
+BIG = image_ms(ImageRequest(prompt="x", width=2048, height=2048, steps=52, guidance=3.5), 1)
+
+
+def drawn_by(replicas: Replicas, work: int = SMALL) -> int:
+    """The replica of a request that ends at once."""
+    with replicas.place(work) as assignment:
+        return assignment.index
+
+
+def test_small_requests_go_around_a_big_one():
+    replicas = Replicas(2)
+    with replicas.place(BIG) as big:
+        assert {drawn_by(replicas) for _ in range(10)} == {1 - big.index}
+
+
+def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too():
+    """They overtake the big one there, which counts as one more of them; all on the other replica,
+    they would wait for each other."""
+    replicas = Replicas(2)
+    with ExitStack() as stack:
+        big = stack.enter_context(replicas.place(BIG))
+        for _ in range(10):
+            stack.enter_context(replicas.place(SMALL))
+        assert len(replicas.backlogs[big.index]) == 5
+    assert replicas.outstanding == [0, 0]
+
+
+def test_one_after_the_other_they_take_turns():
+    replicas = Replicas(3)
+    assert [drawn_by(replicas) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_replica_that_is_stuck_gets_less():
+    replicas = Replicas(2)
+    with ExitStack() as stack:
+        stuck = [stack.enter_context(replicas.place(SMALL)) for _ in range(2)]
+        assert {one.index for one in stuck} == {0, 1}
+        stack.enter_context(replicas.place(SMALL))
+        assert sorted(len(backlog) for backlog in replicas.backlogs) == [1, 2]
+
+
+def test_a_dead_replica_gets_nothing_until_it_lives_again():
+    replicas = Replicas(2)
+    replicas.mark_dead(0)
+    assert [drawn_by(replicas) for _ in range(3)] == [1, 1, 1]
+    replicas.mark_dead(1)
+    with pytest.raises(ReplicaExited, match="all replicas have exited"):
+        drawn_by(replicas)
+    replicas.mark_live(0)
+    assert drawn_by(replicas) == 0
+
+
+def test_how_many_are_ahead_goes_by_the_engines_order():
+    replicas = Replicas(1)
+    with replicas.place(BIG) as big, replicas.place(SMALL) as small:
+        assert (replicas.ahead(big), replicas.ahead(small)) == (1, 0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(0, 30)), max_size=40), st.data())
+def test_whatever_begins_and_ends_in_whatever_order_nothing_remains(steps, data):
+    """Also where a replica dies with requests on it."""
+    replicas = Replicas(3)
+    with ExitStack() as stack:
+        open_ones = []
+        for work, number in steps:
+            if number == 0:
+                replicas.mark_dead(data.draw(st.integers(0, 2)))
+            elif number < 12 and open_ones:
+                open_ones.pop(number % len(open_ones)).close()
+            else:
+                with suppress(ReplicaExited):
+                    one = stack.enter_context(ExitStack())
+                    one.enter_context(replicas.place(work))
+                    open_ones.append(one)
+    assert replicas.outstanding == [0, 0, 0]
+    assert [len(backlog) for backlog in replicas.backlogs] == [0, 0, 0]
+
+
+def test_the_estimate_grows_with_the_work():
+    def estimate(images: int = 1, **fields: object) -> int:
+        values = {"prompt": "x", "width": 256, "height": 256, "steps": 8} | fields
+        return image_ms(ImageRequest(**values), images)
+
+    base = estimate()
+    assert estimate(4) == pytest.approx(4 * base, rel=0.05)
+    assert estimate(steps=16) == pytest.approx(2 * base, rel=0.05)
+    assert estimate(guidance=3.5) == pytest.approx(2 * base, rel=0.05)
+    # 742 ms a step and branch is the roofline's figure for 2048x2048.
+    assert pytest.approx(2 * 52 * 742, rel=0.05) == BIG
