@@ -1,15 +1,10 @@
 """What crosses the scheduler's channel beside SGLang's own requests.
 
-All are pickled, as SGLang's are. There are two kinds of clients:
-
-- One that imports SGLang adds `RequestOptions` to SGLang's requests, and may send `Cancel`,
-  `GetStatistics` (answered by an ``OutputBatch`` with the answer in ``output``) and `Subscribe`.
-  A subscriber, whose socket must be a DEALER, gets any number of `ProgressUpdate` and a last
-  `RequestEnded`; if it sends a request and then a subscription over one socket, it misses nothing.
-- One that does not, as our images server, sends `Generate` over a DEALER socket, any number at a
-  time, and gets for each, if it asked for progress, an `Accepted` and any number of
-  `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`, answered
-  by `Answer`.
+All are pickled, as SGLang's are. A client, as our images server, sends `Generate` over a DEALER
+socket, any number at a time, and gets for each, if it asked for progress, an `Accepted` and any
+number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`,
+answered by `Answer`. One that imports SGLang may also send `Cancel` and `GetStatistics` as they
+are, answered by an ``OutputBatch`` with the answer in ``output``.
 """
 
 from dataclasses import dataclass, field
@@ -19,22 +14,8 @@ import numpy as np
 
 from krea2_srt.request import ImageRequest, RequestLimits
 
-VERSION = 2
+VERSION = 3
 """Of these messages; a scheduler refuses others by name."""
-
-
-@dataclass(frozen=True)
-class RequestOptions:
-    """What SGLang's request has no field for; travels in ``Req.extra["krea2"]``.
-
-    Attributes:
-        priority: see `krea2_srt.engine.policy`.
-        deadline_s: seconds from now after which nobody waits any more.
-    """
-
-    priority: int = 0
-    deadline_s: float | None = None
-    version: int = VERSION
 
 
 @dataclass(frozen=True)
@@ -42,20 +23,6 @@ class Cancel:
     """End the requests of an id before their next step. Answer: {"cancelled": how many}."""
 
     request_id: str
-    version: int = VERSION
-
-
-@dataclass(frozen=True)
-class Subscribe:
-    """Be told of every step of a request.
-
-    Attributes:
-        request_id: which.
-        previews: how many pictures on the way to send of each of its images, evenly spread.
-    """
-
-    request_id: str
-    previews: int = 0
     version: int = VERSION
 
 
@@ -69,9 +36,7 @@ def preview_steps(total: int, previews: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class GetStatistics:
-    """Answer: the engine's statistics, a dict; of several replicas, through SGLang's client, a list
-    of them.
-    """
+    """Answer: the engine's statistics, a dict."""
 
     version: int = VERSION
 
@@ -85,9 +50,10 @@ class Generate:
         image: with the number of images.
         output_format: ``png``, ``jpeg`` or ``webp``.
         quality: of JPEG and WebP, 0 to 100.
-        priority, deadline_s: see `RequestOptions`.
+        priority: see `krea2_srt.engine.policy`.
+        deadline_s: seconds from now after which nobody waits any more.
         progress: whether to send `Accepted` and `ProgressUpdate`.
-        previews: see `Subscribe`.
+        previews: how many pictures on the way to send of each image, evenly spread.
     """
 
     request_id: str
@@ -212,23 +178,8 @@ class ProgressUpdate:
 
 
 @dataclass(frozen=True)
-class RequestEnded:
-    """The last message of a subscription.
-
-    Attributes:
-        state: ``done``, ``failed``, ``cancelled``, or ``unknown`` where no such request is here.
-        error: of a failed one.
-    """
-
-    request_id: str
-    state: str
-    error: "EngineError | None" = None
-    version: int = VERSION
-
-
-@dataclass(frozen=True)
 class EngineError:
-    """Why a request was refused or failed; the attribute ``engine_error`` of its ``OutputBatch``.
+    """Why a request was refused or failed.
 
     Attributes:
         code: ``invalid_request``, ``queue_full``, ``draining``, ``deadline``, ``out_of_memory``,

@@ -9,7 +9,7 @@ import numpy as np
 from krea2_srt.engine.lifecycle import Request
 from krea2_srt.errors import RequestError
 from krea2_srt.images import FORMATS, encode_image
-from krea2_srt.messages import VERSION, Generate, Generated, Subscribe
+from krea2_srt.messages import VERSION, Generate, Generated
 from krea2_srt.model.text_encoder import TextEncoder
 from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.sglang.replies import engine_error, stage_ms
@@ -32,13 +32,6 @@ class Generation:
     @property
     def request_id(self) -> str:
         return self.message.request_id
-
-    @property
-    def subscription(self) -> Subscribe | None:
-        """What of its progress the client wants to know."""
-        if not self.message.progress:
-            return None
-        return Subscribe(self.request_id, self.message.previews)
 
     def check(self) -> None:
         """Check what the engine does not look at.

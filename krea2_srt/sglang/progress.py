@@ -12,16 +12,11 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from torch import Tensor
 
 from krea2_srt.engine.events import Progress
-from krea2_srt.engine.lifecycle import Request, Sequence, State
+from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.errors import first_line
-from krea2_srt.messages import (
-    ProgressUpdate,
-    RequestEnded,
-    Subscribe,
-    preview_steps,
-)
+from krea2_srt.messages import Generate, ProgressUpdate, preview_steps
 from krea2_srt.runner.executor import Preview, RunnerExecutor
-from krea2_srt.sglang.replies import Item, engine_error
+from krea2_srt.sglang.replies import Item
 
 logger = init_logger(__name__)
 
@@ -44,22 +39,21 @@ def report_to_sglang(item: Item, request: Request) -> None:
 class _Subscriber:
     identity: bytes
     request_id: str
-    previews: int
-    tell_end: bool
     after_steps: dict[int, frozenset[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Preview:
-    """Latents to draw, and whom to send the picture with which update."""
+    """Latents to draw, and whom to send the picture, with which update."""
 
     sequence: Sequence
     latents: Tensor | None
-    updates: list[tuple[_Subscriber, ProgressUpdate]]
+    identity: bytes
+    update: ProgressUpdate
 
 
 class Subscriptions:
-    """Who wants to know of which request.
+    """Which client wants to know how far its request is.
 
     Args:
         executor: draws the previews.
@@ -69,42 +63,32 @@ class Subscriptions:
     def __init__(self, executor: RunnerExecutor, send: Callable[[bytes, bytes], None]) -> None:
         self._executor = executor
         self._send = send
-        self._subscribers: dict[Request, list[_Subscriber]] = {}
+        self._subscribers: dict[Request, _Subscriber] = {}
         self._due: deque[_Preview] = deque()
         self._drawing: deque[tuple[_Preview, Preview]] = deque()
 
-    def add(
-        self, identity: bytes, wish: Subscribe, requests: list[Request], tell_end: bool = True
-    ) -> None:
-        """Subscribe a client to the requests of an id.
-
-        Args:
-            tell_end: with a `RequestEnded`, for who has no other way of knowing.
-        """
-        if not requests:
-            self._send(identity, pickle.dumps(RequestEnded(wish.request_id, "unknown")))
-        for request in requests:
-            subscriber = _Subscriber(identity, wish.request_id, wish.previews, tell_end)
-            for sequence in request.sequences:
-                if wish.previews and not sequence.state.ended:
-                    steps = preview_steps(sequence.image.steps, wish.previews)
-                    subscriber.after_steps[sequence.index] = steps
-                    self._executor.watch(sequence)
-            self._subscribers.setdefault(request, []).append(subscriber)
+    def add(self, identity: bytes, message: Generate, request: Request) -> None:
+        """Tell a client of each step of its request, and send the previews that it asked for."""
+        subscriber = _Subscriber(identity, message.request_id)
+        for sequence in request.sequences:
+            if message.previews and not sequence.state.ended:
+                steps = preview_steps(sequence.image.steps, message.previews)
+                subscriber.after_steps[sequence.index] = steps
+                self._executor.watch(sequence)
+        self._subscribers[request] = subscriber
 
     def step(self, progress: Progress) -> None:
         """A sequence has done a step."""
         sequence = progress.sequence
-        due = []
-        for subscriber in self._subscribers.get(sequence.request, ()):
-            update = ProgressUpdate(
-                subscriber.request_id, sequence.index, progress.step, progress.total
-            )
-            self._send(subscriber.identity, pickle.dumps(update))
-            if progress.step in subscriber.after_steps.get(sequence.index, ()):
-                due.append((subscriber, update))
-        if due:
-            self._due.append(_Preview(sequence, self._executor.predict(sequence), due))
+        subscriber = self._subscribers.get(sequence.request)
+        if subscriber is None:
+            return
+        identity, request_id = subscriber.identity, subscriber.request_id
+        update = ProgressUpdate(request_id, sequence.index, progress.step, progress.total)
+        self._send(identity, pickle.dumps(update))
+        if progress.step in subscriber.after_steps.get(sequence.index, ()):
+            latents = self._executor.predict(sequence)
+            self._due.append(_Preview(sequence, latents, identity, update))
 
     @property
     def drawing(self) -> bool:
@@ -130,23 +114,15 @@ class Subscriptions:
         self._send_drawn()
         return drawn
 
-    def end(self, request: Request, request_id: str) -> None:
-        """A request has ended: the last message."""
-        for subscriber in self._subscribers.pop(request, ()):
-            if not subscriber.tell_end:
-                continue
-            error = engine_error(request) if request.state is State.FAILED else None
-            message = RequestEnded(request_id, request.state.value, error)
-            self._send(subscriber.identity, pickle.dumps(message))
+    def end(self, request: Request) -> None:
+        """A request has ended, and its client is told by the answer."""
+        self._subscribers.pop(request, None)
 
     def drop(self, identities: Iterable[bytes]) -> None:
         """Forget clients that are gone."""
         gone = set(identities)
-        for request, subscribers in list(self._subscribers.items()):
-            left = [s for s in subscribers if s.identity not in gone]
-            if left:
-                self._subscribers[request] = left
-            else:
+        for request, subscriber in list(self._subscribers.items()):
+            if subscriber.identity in gone:
                 del self._subscribers[request]
 
     def _send_drawn(self) -> None:
@@ -159,8 +135,8 @@ class Subscriptions:
                     return
             self._drawing.popleft()
             if pixels is not None and not preview.sequence.request.ended:
-                for subscriber, update in preview.updates:
-                    self._send(subscriber.identity, pickle.dumps(replace(update, preview=pixels)))
+                message = replace(preview.update, preview=pixels)
+                self._send(preview.identity, pickle.dumps(message))
 
 
 @contextmanager

@@ -106,12 +106,9 @@ def finished(item: Item, request: Request, pixels: Sequence[np.ndarray | None]) 
 
 def failed(item: Item, reason: Request | Exception) -> OutputBatch:
     """The output of a request that was refused, failed or cancelled."""
-    error = engine_error(reason)
-    output = OutputBatch(error=error.message)
+    output = OutputBatch(error=engine_error(reason).message)
     if item.reqs:
         output.metrics = item.reqs[0].metrics
-    # Not a field of SGLang's; it is pickled all the same, and SGLang's own clients ignore it.
-    output.engine_error = error
     return output
 
 

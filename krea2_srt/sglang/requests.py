@@ -11,7 +11,6 @@ from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
 from sglang.multimodal_gen.runtime.utils.perf_logger import RequestMetrics
 
 from krea2_srt.errors import RequestError
-from krea2_srt.messages import VERSION, RequestOptions
 from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
 from krea2_srt.sglang.options import HONOURED_FIELDS
 
@@ -105,20 +104,6 @@ def check_envelope(req: Req) -> None:
     if req.metrics is not None and not isinstance(req.metrics, RequestMetrics):
         req.metrics = None
         raise RequestError("metrics", "must be SGLang's")
-
-
-def request_options(req: Req) -> RequestOptions:
-    """What a request carries for our scheduler.
-
-    Raises:
-        RequestError: it is not a `RequestOptions` of our version.
-    """
-    options = req.extra.get("krea2", RequestOptions())
-    if not isinstance(options, RequestOptions):
-        raise RequestError("krea2", f"must be RequestOptions, got {type(options).__name__}")
-    if options.version != VERSION:
-        raise RequestError("krea2", f"version must be {VERSION}, got {options.version}")
-    return options
 
 
 def _prompts_and_seeds(batch: Req) -> Iterator[tuple[str, Callable[[], list[int]]]]:

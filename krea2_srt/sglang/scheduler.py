@@ -42,7 +42,6 @@ from krea2_srt.messages import (
     GetModel,
     GetStatistics,
     ModelInfo,
-    Subscribe,
 )
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
@@ -59,7 +58,7 @@ from krea2_srt.sglang.replies import (
     finished,
     summary,
 )
-from krea2_srt.sglang.requests import check_envelope, image_requests, request_options
+from krea2_srt.sglang.requests import check_envelope, image_requests
 
 logger = init_logger(__name__)
 
@@ -238,8 +237,6 @@ class Krea2Scheduler(Scheduler):
                 self._answer(identity, payload)
             case _ if (error := _wrong_version(payload)) is not None:
                 self._reply(Item(identity, payload), OutputBatch(error=error))
-            case Subscribe():
-                self._subscriptions.add(identity, payload, self._requests_of(payload.request_id))
             case _:
                 if isinstance(payload, ReleaseMemoryOccupationReqInput):
                     # Before SGLang moves the weights and empties the allocator's cache.
@@ -257,7 +254,6 @@ class Krea2Scheduler(Scheduler):
         try:
             for req in item.reqs:
                 check_envelope(req)
-            options = request_options(item.reqs[0])
             images = [image_requests(req, self._limits) for req in item.reqs]
             if any(req.profile for req in item.reqs):
                 self._run_profiled(item)
@@ -266,8 +262,6 @@ class Krea2Scheduler(Scheduler):
             request = self._engine.submit(
                 f"{item.request_id}#{next(self._numbers)}",
                 [image for some in images for image in some],
-                options.priority,
-                options.deadline_s,
             )
         except (Krea2Error, ValueError) as error:
             logger.warning("krea2-srt: request %s refused: %s", item.request_id, error)
@@ -295,9 +289,9 @@ class Krea2Scheduler(Scheduler):
             self._send(generation.identity, pickle.dumps(generation.failed(error)))
             return
         self._items[request] = generation
-        if (wish := generation.subscription) is not None:
+        if message.progress:
             self._send(generation.identity, pickle.dumps(Accepted(generation.request_id)))
-            self._subscriptions.add(generation.identity, wish, [request], tell_end=False)
+            self._subscriptions.add(generation.identity, message, request)
 
     def _run_profiled(self, item: Item) -> None:
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
@@ -334,7 +328,7 @@ class Krea2Scheduler(Scheduler):
                 self._end(request, self._items.pop(request))
 
     def _end(self, request: Request, item: Item | Generation) -> None:
-        self._subscriptions.end(request, item.request_id)
+        self._subscriptions.end(request)
         pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
         if request.state is not State.DONE:
             level = logging.INFO if request.state is State.CANCELLED else logging.WARNING

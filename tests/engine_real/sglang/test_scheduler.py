@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import json
 import pickle
 import random
@@ -13,15 +14,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from krea2_srt.messages import (
+    Accepted,
     Cancel,
+    Generate,
+    Generated,
     GetStatistics,
     ProgressUpdate,
-    RequestEnded,
-    RequestOptions,
-    Subscribe,
 )
+from krea2_srt.request import ImageRequest
 from tests.channel import Channel, endpoints, statistics, wait_until
 from tests.engine_real.test_sglang_serve import alone, assert_same
 
@@ -55,13 +58,11 @@ def nothing_is_left(endpoint):
 def req(make_req):
     """A request whose pixels come back as they are."""
 
-    def make(request_id: str, options: RequestOptions | None = None, **fields):
+    def make(request_id: str, **fields):
         made = make_req(
             **{"prompt": "x", "seed": 3, "save_output": False, "request_id": request_id, **fields}
         )
         made.return_file_paths_only = False
-        if options is not None:
-            made.extra["krea2"] = options
         return made
 
     return make
@@ -141,7 +142,6 @@ def test_a_cancelled_request_ends_within_a_step(channel, endpoint, req):
         at_cancel = other.ask(GetStatistics()).output
     output = channel.receive()
     assert output.error == "the request was cancelled"
-    assert output.engine_error.code == "cancelled"
     after = statistics(endpoint)
     assert not after["requests"]
     assert after["steps"] == at_cancel["steps"]
@@ -185,36 +185,33 @@ def test_a_hung_up_http_client_frees_its_work(server, endpoint):
     assert after["cancelled"] == before["cancelled"] + 1
 
 
-def test_progress_and_previews(channel, req, runner):
-    fields = {"width": 512, "height": 384, "num_inference_steps": 6}
-    channel.send([req("watched", num_outputs_per_prompt=2, **fields)])
-    channel.send(Subscribe("watched", previews=2))
-    updates, output, ended = [], None, None
-    while output is None or ended is None:
+def generate(request_id: str, width=64, height=64, steps=2, n=1, **fields) -> Generate:
+    """As our images server asks."""
+    image = ImageRequest("x", width=width, height=height, steps=steps, seed=3, num_images=n)
+    return Generate(request_id, image, **fields)
+
+
+def test_progress_and_previews(channel, runner):
+    channel.send(generate("watched", 512, 384, 6, n=2, progress=True, previews=2))
+    updates, answer = [], None
+    assert channel.receive() == Accepted("watched")
+    while answer is None:
         match channel.receive():
             case ProgressUpdate() as update:
                 updates.append(update)
-            case RequestEnded() as ended:
-                pass
-            case output:
-                pass
-    assert ended.state == "done"
+            case Generated() as answer:
+                assert answer.error is None
     for index in range(2):
         mine = [update for update in updates if update.sequence == index]
         steps = [(u.step, u.total) for u in mine if u.preview is None]
-        # A subscription that comes after the first step learns of the others.
-        assert steps == [(step, 6) for step in range(1, 7)][-len(steps) :]
-        assert len(steps) >= 5
+        assert steps == [(step, 6) for step in range(1, 7)]
         previews = {u.step: u.preview for u in mine if u.preview is not None}
         assert set(previews) == {2, 4}
         for preview in previews.values():
             assert preview.shape == (192, 256, 3)
             assert preview.dtype == np.uint8
-        assert_same(output.output[index], alone(runner, "x", 3 + index, 512, 384, 6))
-
-
-def test_a_subscription_to_nothing_ends_at_once(channel):
-    assert channel.ask(Subscribe("never sent")) == RequestEnded("never sent", "unknown")
+        pixels = np.asarray(Image.open(io.BytesIO(answer.images[index])))
+        assert_same(pixels, alone(runner, "x", 3 + index, 512, 384, 6))
 
 
 def test_control_requests_are_answered_between_steps(channel, endpoint, req, server):
@@ -251,29 +248,30 @@ def test_a_full_queue_refuses_with_an_estimate(channel, endpoint, req):
         fields = {**LARGE, "num_inference_steps": 200, "num_outputs_per_prompt": 64}
         large.send([req("huge", **fields)])
         wait_until(lambda: statistics(endpoint)["requests"])
-        output = channel.ask([req("refused", **SMALL)])
-        assert "retry after" in output.error
-        assert output.engine_error.code == "queue_full"
-        assert output.engine_error.retry_after_s > 0
+        assert "retry after" in channel.ask([req("refused", **SMALL)]).error
+        error = channel.ask(generate("refused")).error
+        assert error.code == "queue_full"
+        assert error.retry_after_s > 0
 
 
-def test_a_deadline_ends_a_request(channel, req):
-    output = channel.ask([req("late", RequestOptions(deadline_s=0.5), **LARGE)])
-    assert output.engine_error.code == "deadline"
-    assert "deadline" in output.error
+def test_a_deadline_ends_a_request(channel):
+    error = channel.ask(generate("late", 1024, 1024, 30, deadline_s=0.5)).error
+    assert error.code == "deadline"
+    assert "deadline" in error.message
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("fields", "named"),
     [
-        (RequestOptions(priority=99), "priority: must be between -10 and 10"),
-        (RequestOptions(deadline_s=-1), "deadline_s"),
-        (RequestOptions(version=99), "version"),
-        ("urgent", "krea2"),
+        ({"priority": 99}, "priority: must be between -10 and 10"),
+        ({"deadline_s": -1}, "deadline_s"),
+        ({"version": 99}, "version"),
+        ({"previews": -1}, "previews"),
+        ({"output_format": "bmp"}, "output_format"),
     ],
 )
-def test_bad_options_are_named(channel, req, options, named):
-    assert named in channel.ask([req("bad", options, **SMALL)]).error
+def test_bad_fields_of_our_own_messages_are_named(channel, fields, named):
+    assert named in channel.ask(generate("bad", **fields)).error.message
 
 
 def test_messages_of_another_version_are_refused(channel):
