@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Two tests at a time on two cores: threads that spin take the core from what they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if tests_at_a_time := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Each has a core or more to itself: with more threads than that an engine waits, at every
+    # operation, for the one of its threads whose core another test has.
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // tests_at_a_time)))
 # Every process would compile SGLang's and torch's thousands of modules anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -77,6 +77,7 @@ def test_a_clip_model_that_is_none_is_named(tmp_path: Path):
         ClipScorer(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_configurations_draw_the_same_picture(bench: Bench, demo_model: Path, clip_model: Path):
     """float32: packed and alone are equal; Diffusers' differs by rounding."""
     flags = ["--checkpoint", str(demo_model), "--count=3", "--size=64x96", "--steps=2"]
@@ -97,6 +98,7 @@ def test_configurations_draw_the_same_picture(bench: Bench, demo_model: Path, cl
         assert sheet.height > 3 * 256
 
 
+@pytest.mark.slow
 def test_quantization_shows(bench: Bench, demo_model: Path, capsys):
     flags = ["--checkpoint", str(demo_model), "--count=1", "--size=64x64", "--steps=2"]
     assert bench("quality", "ours:quantization=fp8", "ours", *flags) == 0

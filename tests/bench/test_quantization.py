@@ -23,6 +23,7 @@ def written(demo_model, tmp_path_factory):
     return json.loads((folder / "quantization.json").read_text()), folder / "quantization.md"
 
 
+@pytest.mark.slow
 def test_all_formats_are_compared_on_all_distributions(written):
     found, page = written
     assert len(found["products"]) == 3 * 4
@@ -32,6 +33,7 @@ def test_all_formats_are_compared_on_all_distributions(written):
     assert "not measured" in page.read_text()
 
 
+@pytest.mark.slow
 def test_attention_in_fp8_is_compared_with_that_in_bf16(written):
     found, page = written
     errors = {(row["tokens"], row["format"]): row["error"] for row in found["attention"]}

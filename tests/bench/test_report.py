@@ -247,6 +247,7 @@ def test_the_page_stands_alone(report: Path):
     assert str(report) not in text
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_page(report: Path, tmp_path: Path):
     prefixes = [str(report.parent / name) for name in ("load", "versus")]
     with pytest.raises(SystemExit):

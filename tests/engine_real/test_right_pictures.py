@@ -76,7 +76,7 @@ def test_held_out_prompts_get_what_they_ask_for(real_server):
     assert score.reaches(Score(colour=0.95, shape=0.85, background=0.95)), score
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(64, marks=pytest.mark.slow)])
 def test_nobody_gets_anothers_picture(real_server, count):
     """All at once, sizes and steps mixed, every fourth hangs up: each gets its own prompt's."""
     wishes = plain_wishes(count)
@@ -143,14 +143,14 @@ def test_who_asks_for_no_size_gets_one_that_is_drawn_well(real_server):
 )
 def test_the_text_wins_over_the_seed(real_server, wish):
     client, prompt = real_server.client(), caption(wish, Random(1))
-    pictures = [draw(client, prompt, 192, 192, seed) for seed in range(8)]
+    pictures = [draw(client, prompt, 192, 192, seed) for seed in range(4)]
     for picture in pictures:
         assert judge(picture, wish) == RIGHT
     for one, other in combinations(pictures, 2):
         assert (one != other).any()
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(40, marks=pytest.mark.slow)])
 def test_previews_at_half_the_steps_have_the_right_colours(real_server, count):
     """The background, which is most of the picture, and the shape's."""
     client, wishes = real_server.client(), plain_wishes(count)

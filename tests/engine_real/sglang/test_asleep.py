@@ -32,6 +32,7 @@ def scheduler(harness):
     return Asleep()
 
 
+@pytest.mark.slow
 def test_what_is_in_the_engine_waits_until_it_is_woken(scheduler, harness):
     request = harness.submit(256)
     assert scheduler._turn() is None

@@ -113,6 +113,7 @@ def test_one_checker_that_refuses_is_enough_whatever_the_others_do(
     asyncio.run(check())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -130,6 +131,7 @@ def test_a_policy_that_cannot_be_followed_ends_the_start(text_model, write_polic
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_models_process_that_dies_is_started_again(text_model, write_policy, caplog):
     caplog.set_level(logging.INFO)
     secret = "forbidden words that nobody may read"

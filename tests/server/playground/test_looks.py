@@ -79,7 +79,9 @@ def overflow(page: Page) -> int:
     "context_options",
     [
         pytest.param({"viewport": DESKTOP, "color_scheme": "light"}, id="light"),
-        pytest.param({"viewport": DESKTOP, "color_scheme": "dark"}, id="dark"),
+        pytest.param(
+            {"viewport": DESKTOP, "color_scheme": "dark"}, id="dark", marks=pytest.mark.slow
+        ),
         pytest.param({"viewport": PHONE, "color_scheme": "dark", "has_touch": True}, id="phone"),
     ],
 )

@@ -21,6 +21,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(demo_model, tmp_path, capsys):
     main([str(tmp_path / "again"), "--random"])
     assert capsys.readouterr().out == f"{tmp_path / 'again'}\n"

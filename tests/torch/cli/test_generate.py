@@ -53,6 +53,7 @@ def test_torch_is_loaded_after_it_is_decided_how_threads_wait(folder):
     assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_size_is_the_checkpoints_where_none_is_given(folder, trained_model, capsys):
     flags = ["--checkpoint", str(trained_model), "--steps=1", "--dtype=float32"]
     main(["a red heart", *flags])
@@ -190,6 +191,7 @@ def test_a_wrong_flag_answers_at_once():
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_quantised_weights_draw_nearly_the_same(folder, demo_model):
     common = ["x", "--checkpoint", str(demo_model), "--width", "64", "--height", "64"]
     main([*common, "--output", "bf16"])

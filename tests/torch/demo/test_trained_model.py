@@ -46,6 +46,7 @@ def test_the_package_says_which_recipe_made_it():
         assert about[told].keys() == {"colour", "shape", "background"}
 
 
+@pytest.mark.slow
 def test_the_vae_draws_scenes_again(trained_model):
     """Through Diffusers, as a stranger would: 28 dB, and latents as its config says."""
     from diffusers import AutoencoderKLQwenImage

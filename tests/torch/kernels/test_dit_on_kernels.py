@@ -27,7 +27,13 @@ def stepped(runner: Krea2Runner, steps: int) -> list[torch.Tensor]:
     return [s.tokens for s in sequences]
 
 
-@pytest.mark.parametrize(("operations", "steps"), [(TRITON, 2), (FUSED, 1)], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    ("operations", "steps"),
+    [
+        pytest.param(TRITON, 2, id="apart", marks=pytest.mark.slow),
+        pytest.param(FUSED, 1, id="fused"),
+    ],
+)
 def test_steps_on_the_kernels_are_the_steps_on_torch(runner, demo_model, operations, steps):
     dit = load_dit(demo_model / "transformer", CPU, torch.float32)
     dit.operations = operations

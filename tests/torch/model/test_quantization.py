@@ -195,7 +195,7 @@ def pictures(demo_model: Path):
 # Ten seconds of bfloat16 each on a CPU without its instructions.
 @pytest.mark.parametrize(
     "quantization",
-    [pytest.param(q, marks=pytest.mark.slow if q.rotation else ()) for q in ALL],
+    [pytest.param(q, marks=() if q.name == "fp8" else pytest.mark.slow) for q in ALL],
     ids=lambda q: q.name,
 )
 def test_a_quantised_demo_still_draws(pictures, quantization):

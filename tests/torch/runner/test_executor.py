@@ -87,10 +87,11 @@ def alone(runner, image):
     return sequence.tokens, pixels
 
 
-def test_40_requests_with_cancellations_equal_each_alone(engine, executor, runner):
+@pytest.mark.parametrize("count", [16, pytest.param(40, marks=pytest.mark.slow)])
+def test_requests_with_cancellations_equal_each_alone(engine, executor, runner, count):
     random_ = random.Random(3)
     requests = {}
-    for i in range(40):
+    for i in range(count):
         requests[f"request {i}"] = image(
             random_.choice(["x", "a blue house", "a red fox in the snow " * 9]),
             16 * random_.randint(1, 14),
@@ -115,7 +116,7 @@ def test_40_requests_with_cancellations_equal_each_alone(engine, executor, runne
                 ended[event.request.id] = event.request
     assert set(ended) == set(requests)
     done = [request for request in ended.values() if request.state is State.DONE]
-    assert 20 < len(done) < 40, "too few were left, or none was cancelled"
+    assert count // 2 < len(done) < count, "too few were left, or none was cancelled"
     for request in done:
         for sequence in request.sequences:
             tokens, pixels = alone(runner, sequence.image)
