@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
     for name in SUBCOMMANDS:
-        import_module(f"benchmarks.{name}.command").add_parser(commands)
+        import_module(f"krea2_bench.{name}.command").add_parser(commands)
     args = parser.parse_args(argv)
     # As Ctrl-C: contexts are left, so children end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from krea2_bench import gpu, tune_kernels
+from benchmarks import gpu
+from krea2_bench import tune_kernels
 from krea2_bench.gpu import correctness, kernel_bandwidth, record, report
 from krea2_bench.gpu.context import Context
 from krea2_bench.gpu.kernel_cases import cases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from krea2_bench import gpu
+from benchmarks import gpu
 from krea2_bench.gpu.parts import PARTS
 from krea2_bench.gpu.rows import LEFT_OUT
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from krea2_bench import gpu
+from benchmarks import gpu
 from krea2_bench.gpu import record, run
 from krea2_bench.gpu.clocks import Clocks, ClockSampler
 from krea2_bench.gpu.parts import PARTS

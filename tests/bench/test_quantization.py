@@ -7,7 +7,7 @@ import pytest
 
 from krea2_bench import quantization
 
-RESULTS = Path(quantization.__file__).parent / "results"
+RESULTS = Path(quantization.__file__).parents[1] / "results"
 
 
 @pytest.fixture(scope="module")

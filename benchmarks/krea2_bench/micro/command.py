@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from krea2_bench.arguments import count
-from krea2_bench.micro.history import read_history, record, regressions
+from krea2_bench.micro.history import HistoryError, read_history, record, regressions
 from krea2_bench.micro.timing import Timed
 from krea2_bench.provenance import provenance, typed
 from krea2_srt.errors import CheckpointError
@@ -57,11 +57,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    committed = read_history(args.check)[-1]["ratios"]
+    last = read_history(args.check)[-1]
+    committed, references = last["ratios"], last["references"]
     best: dict[str, float] = {}
     bounds: dict[str, float] = {}
     for _ in range(ATTEMPTS):
         for timed in measure(args.checkpoint, args.rounds):
+            if references.get(timed.name, timed.reference) != timed.reference:
+                raise HistoryError(
+                    f"{args.check}: {timed.name} is a ratio to {references[timed.name]} there, and "
+                    f"to {timed.reference} now; record it again"
+                )
             best[timed.name] = min(timed.ratio, best.get(timed.name, timed.ratio))
             if timed.bound is not None:
                 bounds[timed.name] = timed.bound
