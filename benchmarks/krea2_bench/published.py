@@ -6,6 +6,7 @@ are Python's.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from krea2_srt.threads import SPIN_COUNT
@@ -126,7 +127,16 @@ MIXES = {
 }
 
 
-def _cpu(results: Callable[[str], Any]) -> str:
+IN_SHORT = {
+    ("cpu.uniform-256.json", 2),
+    ("cpu.uniform-512.json", 2),
+    ("cpu.mixed.json", 0.9),
+    ("cpu.mixed.json", 2),
+}
+"""The rows of the README's table: file and load."""
+
+
+def _cpu(results: Callable[[str], Any], short: bool = False) -> str:
     """Ours against SGLang, a row for each mix and load."""
     lines = [
         "| sizes | load | a request takes, times as long | p95, s | in time | images/s |",
@@ -134,6 +144,8 @@ def _cpu(results: Callable[[str], Any]) -> str:
     ]
     for file, sizes in MIXES.items():
         for point in results(file)["points"]:
+            if short and (file, point["load"]) not in IN_SHORT:
+                continue
             (figure,) = (
                 f for f in point["figures"]["ours"] if f["figure"] == "latency of a request"
             )
@@ -151,5 +163,8 @@ def _cpu(results: Callable[[str], Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {"cpu": _cpu}
+TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
+    "cpu": _cpu,
+    "cpu-short": partial(_cpu, short=True),
+}
 """Tables, given what reads a file of results."""
