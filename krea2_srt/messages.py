@@ -15,7 +15,7 @@ import numpy as np
 from krea2_srt.request import ImageRequest, RequestLimits
 
 VERSION = 3
-"""Of these messages; a scheduler refuses others by name."""
+"""Version of these messages; a scheduler refuses others by name."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture
 def context_options() -> dict:
-    """Of the browser's context; a test module or a parametrization changes them."""
+    """Options of the browser's context; a test module or a parametrization changes them."""
     return {}
 
 

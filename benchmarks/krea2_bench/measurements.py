@@ -21,7 +21,7 @@ _DECODE = {"on": "decode", "off": "DecodingStage"}
 
 @dataclass(frozen=True)
 class Samples:
-    """Of one quantity, ours and theirs taken in turn.
+    """Samples of one quantity, ours and theirs taken in turn.
 
     Attributes:
         quantity, detail: what was measured.

@@ -18,12 +18,12 @@ SERIES: tuple[dict[str, Any], ...] = (
     {"color": "#009e73", "linestyle": "-.", "marker": "^"},
     {"color": "#cc79a7", "linestyle": ":", "marker": "D"},
 )
-"""Of Okabe and Ito's colours, which colour-blind people tell apart, those that stand out from
+"""Those of Okabe and Ito's colours, which colour-blind people tell apart, those that stand out from
 white and from black; dashes and markers serve where there is no colour.
 """
 
 WORK = {"queue": "#8c8c8c", "encode": "#cc79a7", "step": "#0072b2", "decode": "#d55e00"}
-"""Of the stages of a request, and of the engine's units of work."""
+"""Colours of a request's stages, and of the engine's units of work."""
 
 _DPI = 130
 _RC: Any = {

@@ -34,7 +34,7 @@ PRODUCTS = {"6144 wide": 6144, "16384 wide": 16384}
 ROWS, TOKENS = 512, 64
 
 ATTENTION_TOKENS = 1088
-"""Of one image of 512 x 512 with its prompt."""
+"""Tokens of one image of 512 x 512 with its prompt."""
 
 ATTENTION: dict[str, VarlenAttention] = {
     "bf16": sdpa_attention,
@@ -81,7 +81,7 @@ the model's are.
 
 
 def product_errors() -> Iterator[dict[str, Any]]:
-    """Of one matrix multiplication, by width, distribution of the tokens, and format."""
+    """Errors of one matrix multiplication, by width, distribution of the tokens, and format."""
     generator = torch.Generator().manual_seed(0)
     for name, width in PRODUCTS.items():
         weight = torch.randn(ROWS, width, generator=generator) * width**-0.5
@@ -104,7 +104,7 @@ def product_errors() -> Iterator[dict[str, Any]]:
 
 
 def attention_errors() -> Iterator[dict[str, Any]]:
-    """Of attention, by distribution of the projection's outputs, and format."""
+    """Errors of attention, by distribution of the projection's outputs, and format."""
     generator = torch.Generator().manual_seed(0)
     heads = [HEADS, KV_HEADS, KV_HEADS]
     segments = Segments.of([ATTENTION_TOKENS], CPU)
@@ -130,7 +130,7 @@ def _tokens(width: int, generator: torch.Generator, count: int) -> Iterator[tupl
 
 
 def picture_errors(model: Path) -> Iterator[dict[str, Any]]:
-    """Of every step and of the picture, by format and by what is kept."""
+    """Errors of every step and of the picture, by format and by what is kept."""
     checkpoint = Krea2Checkpoint.from_folder(model)
     reference = Krea2Runner.load(checkpoint, CPU, torch.bfloat16)
     last = reference.num_blocks - 1
@@ -164,7 +164,7 @@ def _draw(runner: Krea2Runner) -> Tensor:
 
 
 def _step_errors(runner: Krea2Runner, reference: Krea2Runner) -> list[float]:
-    """Of the velocity in every step, from the tokens that the reference has come to."""
+    """Errors of the velocity in every step, from the tokens that the reference has come to."""
     theirs, ours, errors = _start(reference), _start(runner), []
     while not theirs.done:
         ours.tokens, ours.step = theirs.tokens, theirs.step

@@ -19,18 +19,18 @@ HEAD_DIM = 64
 ROPE_THETA = 5_000_000
 
 CONSTANT = 8.0
-"""Of channel 0 of the residual stream; others start with a deviation of 1."""
+"""Value of channel 0 of the residual stream; others start with a deviation of 1."""
 
 DISTANCES = (1, 2)
 """To the token that each head looks at."""
 
 _PAIRS = 6
-"""Of a head that carry the distance: the fastest."""
+"""Pairs of a head's channels that carry the distance: the fastest."""
 
 _SHARPNESS = 2.0
 _QUERY_GAIN = 4.0
 _BRANCH_GAIN = 0.3
-"""Of what a layer adds: the token itself remains to the last tap."""
+"""Gain of what a layer adds: the token itself remains to the last tap."""
 
 Normal = Callable[[str, tuple[int, ...], float], Tensor]
 """Random numbers of a deviation, by the tensor's name."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 FLOPS_PER_TOKEN = 24.3e9
 FLOPS_PER_SQUARED_TOKEN = 0.688e6
 WEIGHT_BYTES = 24.3e9
-"""Of the released DiT: per step, and of its weights in bf16."""
+"""FLOPs per token and squared token of the released DiT's step, and bytes of its bf16 weights."""
 
 FLOPS_PER_PIXEL = 4.5e6
-"""Of the released VAE's decoder at 1024 x 1024, its margins of tiles and its attention included."""
+"""FLOPs per pixel of the released VAE's decoder at 1024 x 1024, margins and attention included."""
 
 
 @dataclass(frozen=True)

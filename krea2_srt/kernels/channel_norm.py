@@ -13,7 +13,7 @@ from torch import Tensor
 from krea2_srt.kernels.launch import device_of
 
 _ELEMENTS = 4096
-"""Of a program."""
+"""Elements of a program."""
 
 
 def channel_norm(x: Tensor, gamma: Tensor, silu: bool) -> Tensor:

@@ -17,7 +17,7 @@ from krea2_srt.kernels.norm import norm_scale_shift
 from krea2_srt.kernels.token_rows import TokenRows
 
 _COLUMNS = 128
-"""Of x at a time."""
+"""Columns of x that a program reads at a time."""
 
 
 def final_layer(

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Launch:
-    """Of one kernel on one device.
+    """How one kernel is launched on one device.
 
     Attributes:
         num_warps: of a program. Sums over a token are split over them, so that another number
@@ -69,7 +69,7 @@ class Device:
 
 
 def config_file(name: str) -> Path:
-    """Of a device's name."""
+    """The file of a device's launches."""
     return FOLDER / f"{name.replace(' ', '_').replace('/', '_')}.json"
 
 

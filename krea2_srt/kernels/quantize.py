@@ -20,7 +20,7 @@ from torch import Tensor
 from krea2_srt.kernels.launch import device_of
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
-"""Of the formats, the largest value that is used."""
+"""The largest value of each format that is used."""
 
 SMALLEST = 1e-12
 """Largest magnitude of a token that counts as zero."""

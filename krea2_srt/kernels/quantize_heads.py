@@ -19,7 +19,8 @@ from krea2_srt.kernels.quantize import LARGEST, SMALLEST
 E4M3 = torch.float8_e4m3fn
 
 TOKENS, WARPS = 16, 4
-"""Of a program. Nothing is summed, so that another number gives the same values."""
+"""Tokens and warps of a program. Nothing is summed, so that another number gives the same values.
+"""
 
 
 @dataclass(frozen=True)

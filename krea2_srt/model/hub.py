@@ -22,7 +22,9 @@ FOLDER_PATTERNS = [
     "transformer/*",
     "vae/*",
 ]
-"""Of a repo: beside them lie pictures, and the same weights again as one file."""
+"""Files of a repo that are needed: beside them lie pictures, and the same weights again as one
+file.
+"""
 
 _WEIGHTS = {
     "transformer": "diffusion_pytorch_model",

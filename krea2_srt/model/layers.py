@@ -68,7 +68,7 @@ LinearFactory = Callable[[str, int, dict[str, int]], Linear]
 
 
 def plain_linears(dtype: torch.dtype) -> LinearFactory:
-    """Of those that are not quantised."""
+    """A factory of linear layers that are not quantised."""
     return lambda name, in_features, parts: Linear(in_features, parts, dtype=dtype)
 
 

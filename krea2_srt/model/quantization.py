@@ -29,10 +29,10 @@ from krea2_srt.model.weights import Target
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 MATRICES = ("attn.qkvg", "attn.out", "ff.gate_up", "ff.down")
-"""Of a block. A name is the block's number and one of these, as in ``27.ff.down``."""
+"""Matrices of a block. A name is the block's number and one of these, as in ``27.ff.down``."""
 
 _ROWS_AT_ONCE = 2048
-"""Of a weight that is being quantised, which takes float32 copies of them."""
+"""Rows of a weight that are quantised at a time, which takes float32 copies of them."""
 
 _MIN_INT8_ROWS = 32
 """torch's int8 multiplication on CUDA takes no fewer than 17 tokens."""

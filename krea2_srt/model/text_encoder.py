@@ -30,7 +30,7 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_TOKENS = 34
 
 MAX_ENCODED_TOKENS = PREFIX_TOKENS + MAX_TEXT_TOKENS
-"""Of a prompt with its template."""
+"""Tokens of a prompt with its template, at most."""
 
 DEFAULT_TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 

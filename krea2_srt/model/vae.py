@@ -36,7 +36,8 @@ BYTES_PER_SCORE = 8
 """On a GPU: of the scores and their softmax, both in float32."""
 
 _SCORES_SHARE = 1 / 32
-"""Of a GPU's memory that scores may take: what a 2048 x 2048 decode takes anyway."""
+"""Share of a GPU's memory that attention scores may take: what a 2048 x 2048 decode takes anyway.
+"""
 
 
 def scores_per_slice(device: torch.device) -> int:

@@ -48,7 +48,7 @@ class AttentionChoice:
 
     @property
     def max_graph_tokens(self) -> float:
-        """Of a pack from which on the eager back end gains more than a graph would."""
+        """Tokens of a pack from which on the eager back end gains more than a graph would."""
         return float("inf") if self.graph is self.eager else CROSSOVER_TOKENS
 
     @property

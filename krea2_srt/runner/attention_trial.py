@@ -14,14 +14,14 @@ from krea2_srt.runner.attention_backends import AttentionBackend
 from krea2_srt.runner.capture import Capture, CudaCapture
 
 HEADS, KV_HEADS, HEAD_DIM = 48, 12, 128
-"""Of the released model, on which back ends are tried and timed."""
+"""Shape of the released model's attention, on which back ends are tried and timed."""
 
 PROJECTION = HEADS + 2 * KV_HEADS + HEADS
 """Heads of its fused projection: of queries, keys, values and the gate."""
 
 LENGTHS = (6, 128, 333, 77)
-"""Of a trial's segments, as packs can have them: none is shorter than a prompt's frame of 5 tokens
-and one image token. An empty one follows.
+"""Lengths of a trial's segments, as packs can have them: none is shorter than a prompt's frame of 5
+tokens and one image token. An empty one follows.
 """
 
 OTHER_LENGTHS = (211, 333, 0, 0)

@@ -4,7 +4,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 MAX_PADDING = 0.03
-"""Of the time of a step. From `FEW_TOKENS` on it grows with the tokens, so of the tokens too."""
+"""Share of a step's time that padding may add. From `FEW_TOKENS` on it grows with the tokens, so of
+the tokens too.
+"""
 
 FEW_TOKENS = 160
 """Below this, a step takes as long as reading the weights, however many tokens there are: on an

@@ -37,7 +37,7 @@ ENOUGH_MS = 300.0
 """Larger packs are not timed once one has taken this long."""
 
 FORMAT = 2
-"""Of the files; those of format 1 had prompts cost the same at any length."""
+"""Format of the files; those of format 1 had prompts cost the same at any length."""
 
 
 def calibrate(runner: Krea2Runner) -> CostModel:
@@ -148,7 +148,7 @@ def default_folder() -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or the number of threads on a CPU."""
+    """Name of the GPU, or the number of threads on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} with {torch.get_num_threads()} threads of {os.cpu_count()}"

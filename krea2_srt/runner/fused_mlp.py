@@ -19,7 +19,7 @@ from krea2_srt.runner.race import TOLERANCE, Race
 logger = logging.getLogger(__name__)
 
 TOKENS = (320, 1088, 4160)
-"""Of the packs that are timed: one image of 256x256, 512x512 and 1024x1024."""
+"""Tokens of the packs that are timed: one image of 256x256, 512x512 and 1024x1024."""
 
 _TRIAL_TOKENS = 1037
 """An odd number of nine tiles, so that there are full ones, a last one, and more than one group."""

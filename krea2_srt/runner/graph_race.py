@@ -12,7 +12,7 @@ from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
 
 LEAST_GAIN = 0.01
-"""Of a step's time, that a graph must save: about what captures and padding cost."""
+"""Share of a step's time that a graph must save: about what captures and padding cost."""
 
 _STEPS, _REPEATS = 3, 3
 

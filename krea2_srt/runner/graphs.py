@@ -31,7 +31,9 @@ from krea2_srt.runner.sequence import DenoisingSequence
 logger = logging.getLogger(__name__)
 
 MAX_SEGMENTS = 64
-"""Of a graph, its padding's own included; every one has a row of modulation in the buffers."""
+"""Most segments of a graph, its padding's included; every one has a row of modulation in the
+buffers.
+"""
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,7 @@ class StepGraphs:
             self.record.eager[why] += 1
 
     def _steps(self) -> int:
-        """Of all graphs: one of a whole schedule takes the memory of as many as it has steps."""
+        """Steps in all graphs: one of a whole schedule takes the memory of that many."""
         return sum(key.steps for key in self._graphs)
 
     def _add(self, key: GraphKey) -> Replay | None:

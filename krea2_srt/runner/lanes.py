@@ -47,12 +47,12 @@ class Lanes:
 
     @property
     def dt(self) -> list[float]:
-        """Of each lane's Euler step."""
+        """The Euler step of each lane: the difference of its sigmas."""
         return [s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step] for s in self.owners]
 
     @property
     def guidance(self) -> list[float]:
-        """Of each lane; a negative prompt's own velocity is left as it is."""
+        """Guidance of each lane; 0 for a negative prompt's own, whose velocity is left as it is."""
         pairs = zip(self.owners, self.shapes, strict=True)
         return [s.guidance if shape.guided else 0.0 for s, shape in pairs]
 

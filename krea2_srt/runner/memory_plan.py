@@ -17,10 +17,10 @@ from krea2_srt.request import MAX_TEXT_TOKENS
 GIB = 2**30
 
 MARGIN_SHARE, MARGIN_BYTES = 0.05, GIB // 4
-"""Of the GPU's memory, left to the allocator's fragments, and to what CUDA's libraries load."""
+"""Share and bytes of the GPU's memory left to the allocator's fragments and CUDA's libraries."""
 
 GRAPH_BYTES = 6 * 2**20
-"""Of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
+"""Bytes of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
 
 IMAGE_TOKENS = tuple((side // 16) ** 2 for side in (2048, 1536, 1024, 768, 512))
 MAX_GRAPH_TOKENS = IMAGE_TOKENS[0] + MAX_TEXT_TOKENS
@@ -57,7 +57,7 @@ class DecodeSizes:
     tile: int
 
     def of(self, pixels: int) -> int:
-        """Of a picture of so many pixels, at its fullest moment."""
+        """Bytes for decoding a picture of so many pixels, at the fullest moment."""
         scores = 8 * (pixels // self.score_pixels) ** 2
         attention = self.attention_per_pixel * pixels + min(self.score_bytes, scores)
         tile = min(pixels, self.tile**2) if self.tile else pixels
@@ -106,12 +106,12 @@ class PartSizes:
     quantized: bool = False
 
     def decode(self, image_tokens: int) -> int:
-        """Of one image's decode."""
+        """Bytes of one image's decode."""
         return self.decoder.of(image_tokens * 256)
 
     def graphs(self, tokens: int, count: int, encoder: bool) -> int:
-        """Of graphs of up to so many tokens, with their buffers and the pool that they share; with
-        or without those of the text encoder, which have a pool of their own.
+        """Bytes of graphs of up to so many tokens, with their buffers and the pool that they share;
+        with or without those of the text encoder, which have a pool of their own.
         """
         if not tokens:
             return 0
@@ -119,7 +119,7 @@ class PartSizes:
         return self.graph_buffers + self.graph_per_token * tokens + pools + count * GRAPH_BYTES
 
     def sequences(self, count: int, image_tokens: int) -> int:
-        """Of sequences that have begun: the largest, with the longest prompts."""
+        """Bytes of sequences that have begun: the largest, with the longest prompts."""
         return count * (image_tokens * self.patch + MAX_TEXT_TOKENS * self.context)
 
 

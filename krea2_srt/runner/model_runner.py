@@ -34,7 +34,7 @@ from krea2_srt.runner.side_stream import CudaSideStream
 from krea2_srt.runner.text_graphs import TextGraphs
 
 STREAM_PRIORITY = -1
-"""Of the steps' stream: the lower, the sooner. Decodes beside them have 0."""
+"""Priority of the steps' stream: the lower, the sooner. Decodes beside them have 0."""
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview's latents; its pixels are 8 times as many."""

@@ -28,7 +28,9 @@ from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
 from krea2_srt.runner.text_graphs import MAX_KEPT, MAX_LENGTH, MAX_ROWS
 
 _WORKSPACE, _WORKSPACE_HOPPER = 8320 * 2**10, 32 * 2**20
-"""Of cuBLAS on a stream, as torch allocates it: four times as much from Hopper on."""
+"""Bytes of cuBLAS's workspace on a stream, as torch allocates it: four times as much from Hopper
+on.
+"""
 
 _STREAMS = 4
 """That multiply matrices: of steps, of decodes, and those on which each kind of graph is captured.
@@ -47,7 +49,7 @@ def checkpoint_sizes(
     quantization: Quantization | None,
     device: torch.device,
 ) -> PartSizes:
-    """Of a checkpoint, of which only configs are read.
+    """Sizes of a checkpoint's parts; only its configs are read.
 
     Args:
         checkpoint: where they lie.
@@ -81,7 +83,7 @@ def part_sizes(
     scores: int = 0,
     libraries: int = 0,
 ) -> PartSizes:
-    """Of modules, which may be on the meta device.
+    """Sizes of modules, which may be on the meta device.
 
     Args:
         dit, text, vae: the parts.
@@ -120,7 +122,7 @@ def part_sizes(
 
 
 def _block_per_token(block: Any, config: Krea2Config, element: int) -> int:
-    """Of a step in one block, at its fullest moment."""
+    """Bytes per token of a step in one block, at its fullest moment."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads + config.num_key_value_heads
 
@@ -141,7 +143,7 @@ def _block_per_token(block: Any, config: Krea2Config, element: int) -> int:
 
 
 def _encode(dit: Krea2DiT, text: nn.Module, tokens: int) -> int:
-    """Of so many tokens of prompts with their templates, from ids to contexts."""
+    """Bytes for encoding so many tokens of prompts and templates, from ids to contexts."""
     config, sizes = dit.config, cast(Any, text.config)
     width, element = sizes.hidden_size, next(text.parameters()).dtype.itemsize
     # All states that transformers keeps, and in the last layer the norm, gate, its SiLU and up.
@@ -158,7 +160,7 @@ def _encode(dit: Krea2DiT, text: nn.Module, tokens: int) -> int:
 
 
 def decode_sizes(vae: VAEDecoder, tile: int, scores: int) -> DecodeSizes:
-    """Of a VAE's decode; see `VAEDecoder.decode_slices`."""
+    """Sizes of a VAE's decode; see `VAEDecoder.decode_slices`."""
     element = vae.dtype.itemsize
     stages = [[_block_channels(block) for block in resnets] for resnets in vae.up_resnets]
     full = len(stages) - 1
@@ -190,7 +192,7 @@ def _channels(module: Any) -> int:
 
 
 def _block_channels(block: Any) -> int:
-    """Of all tensors of a residual block's size, at its fullest moment."""
+    """Channels of all tensors of a residual block's size, at its fullest moment."""
     outputs, inputs = block.conv1.weight.shape[:2]
     if block.conv_shortcut is None:
         return int(inputs + max(inputs + outputs, 2 * outputs))
@@ -198,5 +200,5 @@ def _block_channels(block: Any) -> int:
 
 
 def num_bytes(modules: Iterable[nn.Module]) -> int:
-    """Of all parameters."""
+    """Bytes of all parameters."""
     return sum(p.nbytes for module in modules for p in module.parameters())

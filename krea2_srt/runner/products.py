@@ -24,15 +24,15 @@ from krea2_srt.runner.race import Race
 logger = logging.getLogger(__name__)
 
 TOKENS = (320, 4160)
-"""Of the packs that the choice is for, as much for one as for the other: one image of 256x256 and
-one of 1024x1024.
+"""Tokens of the packs that the choice is for, as much for one as for the other: one image of
+256x256 and one of 1024x1024.
 """
 
 _TRIAL_TOKENS = 1037
 """An odd number of nine tiles, so that there are full ones, a last one, and more than one group."""
 
 _TRIAL_COLUMNS = 256
-"""Of a product that are compared with the reference, spread over all."""
+"""Columns of a product that are compared with the reference, spread over all."""
 
 
 def sglang_product(

@@ -10,7 +10,7 @@ from krea2_srt.errors import first_line
 from krea2_srt.runner.attention import Timer
 
 TOLERANCE = 3e-2
-"""Of the root mean square of a difference, relative: roundings of bf16, and sums in Hopper's 14
+"""Largest relative root mean square of a difference: roundings of bf16, and sums in Hopper's 14
 bits. What is wrong differs by far more.
 """
 

@@ -14,7 +14,7 @@ ModulationRows = ByteCache[tuple[Schedule, int], Modulation]
 
 
 class ScheduleModulation:
-    """Of one schedule.
+    """The modulation of one schedule, a row per step.
 
     Args:
         schedule: which.
@@ -30,7 +30,7 @@ class ScheduleModulation:
         self._make = make
 
     def row(self, step: int) -> Modulation:
-        """Of one step: remembered, or computed with all others."""
+        """The modulation of one step: remembered, or computed with all others."""
         found = self._rows.get((self._schedule, step))
         return self._computed(step) if found is None else found
 

@@ -27,7 +27,7 @@ from krea2_srt.runner.warm_up import warm_up
 logger = logging.getLogger(__name__)
 
 FP8_CAPABILITY = (8, 9)
-"""Of the first GPUs that multiply e4m3."""
+"""Compute capability of the first GPUs that multiply e4m3."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from krea2_srt.runner.capture import Capture, Replay
 from krea2_srt.runner.graph_record import Eager, GraphRecord
 
 MAX_ROWS = 4
-"""Of a graph; more prompts keep the device busy for longer than they take to launch."""
+"""Most prompts of a graph; more keep the device busy for longer than they take to launch."""
 
 MAX_LENGTH = 576
-"""Of a graph; the template and the longest prompt are 551 tokens."""
+"""Most tokens of a prompt in a graph; the template and the longest prompt are 551."""
 
 LENGTH_STEP = 32
 

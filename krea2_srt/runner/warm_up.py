@@ -22,13 +22,13 @@ SIDES = (1024, 512, 256, 768)
 """Pixels. The likeliest first."""
 
 WHOLE_SIDES = (256,)
-"""Of which all steps are one graph too; those of larger images exceed a turn of the engine."""
+"""Sides of images whose whole schedule is captured as one graph too; larger ones exceed a turn."""
 
 TEXT_TOKENS = (24, 48, 12, 80, 128, 192, 272)
 """From a few words to a long paragraph; each stands for the lengths of its bucket."""
 
 PROMPT_LENGTHS = (64, 96, 128, 160, 224, 320)
-"""Of the text encoder's input, which has a template before the prompt."""
+"""Lengths of the text encoder's input that have graphs: a template, then the prompt."""
 
 
 def warm_up(

@@ -70,7 +70,7 @@ class Item:
 
 
 def summary(request: Request) -> str:
-    """Of a request that is done, for the log."""
+    """One line about a request that is done, for the log."""
     image = request.images[0]
     stages = ", ".join(f"{name} {ms:.0f}" for name, ms in stage_ms(request).items())
     total = (request.reached[State.DONE] - request.arrival) * 1e3

@@ -128,7 +128,7 @@ def bounded_protocol(
                     return
 
         def _head_without_upgrade(self) -> bytes:
-            """Of the request that was just read, as if it had offered nothing."""
+            """Head of the request that was just read, as if it had offered no upgrade."""
             lines = [name + b": " + value for name, value in _without_upgrade(self.headers)]
             version = self.parser.get_http_version().encode()
             first = self.parser.get_method() + b" " + self.url + b" HTTP/" + version

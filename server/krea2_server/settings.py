@@ -255,7 +255,7 @@ class Settings(BaseSettings):
 
     @property
     def storage_folder(self) -> Path:
-        """Of a local store."""
+        """Folder of a local store."""
         if self.storage:
             return Path(self.storage).expanduser()
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

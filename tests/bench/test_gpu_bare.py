@@ -16,7 +16,7 @@ from krea2_bench.gpu.rows import LEFT_OUT
 
 ROOT = Path(gpu.__file__).parents[1]
 PACKAGES = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0", "safetensors", "numpy")
-"""Of a bare machine with a GPU."""
+"""Packages of a bare machine with a GPU."""
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of an environment with those packages alone: a download of three gigabytes."""
+    """The Python of an environment with those packages alone: a download of three gigabytes."""
     folder = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     found = folder / "bin" / "python"

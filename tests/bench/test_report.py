@@ -92,7 +92,7 @@ def write_turns(path: Path) -> None:
 
 
 def write_comparison(folder: Path, name: str = "versus") -> Path:
-    """Of two servers, as `krea2-bench compare` leaves it."""
+    """A comparison of two servers, as `krea2-bench compare` leaves it."""
     from krea2_bench.compare.figures import compare_points, latency_of_a_request
 
     slo = Slo({kind.work: 0.6 for kind in KINDS})

@@ -246,7 +246,7 @@ class HeldWork:
     """What routers see of a replica."""
 
     work: list[tuple[float, float, float]]
-    """Of each request: key, total and remaining ms."""
+    """Work of each request: key, total and remaining ms."""
 
     @property
     def taken(self) -> dict[int, Taken]:

@@ -53,5 +53,5 @@ def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(rea
 
 
 def engine_pid(server) -> int:
-    """Of the scheduler process that the server has started last."""
+    """Id of the scheduler process that the server has started last."""
     return int(re.findall(r"engine 0: starting, process (\d+)", server.log)[-1])

@@ -34,7 +34,7 @@ ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
 REQUESTS = "krea2_requests_total"
 
 _SUFFIX = re.compile(r"_(bucket|sum|count)$")
-"""Of a histogram's parts."""
+"""Endings of a histogram's parts."""
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Served(Api):
 
     @property
     def folder(self) -> Path:
-        """Of its log and its files."""
+        """Folder of its log and its files."""
         return self.process.log_file.parent
 
     @property

@@ -26,7 +26,7 @@ def called(script: str) -> str:
 
 
 def last_line(code: str, *arguments: str) -> str:
-    """Of a process in whose environment the variable is set."""
+    """The last line of a process in whose environment the variable is set."""
     command = [sys.executable, "-c", AT_THE_END + code, *arguments]
     environment = {**os.environ, **SET}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

@@ -34,7 +34,7 @@ RECIPE = 4
 """Goes up with whatever makes the weights others."""
 
 VAE_DB = 29.0
-"""Of encoder and decoder together; then the decoder learns alone what edges look like."""
+"""PSNR of encoder and decoder together; then the decoder learns alone what edges look like."""
 DECODER_DB = 36.5
 WANTED = Score(colour=0.95, shape=0.93, background=0.97)
 """On captions of training's kind. Of shapes more than the tests ask of held-out captions (0.85),
@@ -61,7 +61,7 @@ _AT_ONCE = 64
 """Captions that are encoded together."""
 
 _PIXELS = 70_000_000
-"""Of the different scenes of a size, about."""
+"""Pixels of the different scenes of a size, about."""
 
 _GUIDED = 0.1
 """Weight of what image tokens say of themselves, beside the velocity; see `guide`."""

@@ -21,7 +21,9 @@ from tools.demo_model.precision import fast
 from tools.demo_model.wish import draw_wish
 
 _SIDE = 96
-"""Of the pictures that are trained on, in pixels: convolutions do not mind, and one is compiled."""
+"""Side of the pictures that are trained on, in pixels: convolutions do not mind, and one is
+compiled.
+"""
 
 _COUNT = 12
 """Pictures in a batch."""
@@ -30,7 +32,8 @@ _LOOK_EVERY = 200
 _LR = 2e-3
 _MUON_LR = 0.02
 _NOISE = 0.3
-"""Of latents at most, as part of their deviation: the decoder must bear what the DiT gets wrong."""
+"""Most noise of latents, as part of their deviation: the decoder must bear what the DiT gets wrong.
+"""
 
 _LITTLE_NOISE = 0.15
 """The same, for the decoder alone."""
@@ -224,7 +227,7 @@ def _fast(function: Callable[..., Any], compiled: bool) -> Callable[..., Any]:
 
 
 def _noise(count: int, side: int, most: float) -> Tensor:
-    """Of latents, in their deviations: up to so much, more on some pictures than on others."""
+    """Noise of latents, in their deviations: up to so much, more on some pictures."""
     amount = most * torch.rand(count, 1, 1, 1)
     return amount * torch.randn(count, VAE_CONFIG["z_dim"], side // 8, side // 8)
 

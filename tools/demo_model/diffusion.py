@@ -20,7 +20,7 @@ from tools.demo_model.muon import Muon
 from tools.demo_model.precision import fast
 
 STEPS = 8
-"""Of Turbo."""
+"""Steps of Turbo."""
 
 _ON_SCHEDULE = 0.5
 """Part of the noise levels that are Turbo's; the others are anywhere, for other schedules."""
@@ -31,7 +31,7 @@ _NO_PROMPT = 0.08
 _EMA = 0.998
 
 _TIME_ERROR = 2.0**-9
-"""Of a noise level as it is told, at most: some engines round it to bfloat16."""
+"""Largest error of a noise level as the DiT gets it: some engines round it to bfloat16."""
 
 
 def new_dit(config: Krea2Config) -> nn.Module:

@@ -67,7 +67,7 @@ class Painter:
         sizes: Sequence[tuple[int, int]],
         seed: int = 0,
     ) -> Score:
-        """Of one picture of each wish for which any size has room, sizes in turn."""
+        """The score of one picture of each wish for which any size has room, sizes in turn."""
         by_size: dict[tuple[int, int], list[tuple[Wish, str]]] = {size: [] for size in sizes}
         for number, (wish, text) in enumerate(wishes):
             turn = number % len(sizes)

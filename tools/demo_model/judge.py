@@ -23,7 +23,7 @@ _DIFFERENT = 60.0
 """From the background, as distance in RGB."""
 
 _LEAST_AREA = 0.0025
-"""Of a thing, as part of the picture."""
+"""Least area of a shape, as part of the picture."""
 
 _GRID = 48
 """Pixels a side of the square in which shapes are compared."""

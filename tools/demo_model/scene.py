@@ -107,7 +107,7 @@ def _draw(thing: Thing, picture: NDArray[np.float32]) -> None:
 
 
 def _second(colour: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of stripes and dots: lighter, or darker where the colour is light itself."""
+    """Colour of stripes and dots: lighter, or darker where the colour is light itself."""
     light = colour.mean() > 150
     return colour * 0.68 if light else colour + (255 - colour) * 0.38
 

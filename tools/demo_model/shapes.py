@@ -10,7 +10,7 @@ Field = NDArray[np.floating[Any]]
 Distance = Callable[[Field, Field], Field]
 
 _INNER_RADIUS = 0.44
-"""Of a ring. An outlined circle's is far larger; see `OUTLINE`."""
+"""Inner radius of a ring. An outlined circle's is far larger; see `OUTLINE`."""
 
 OUTLINE = 0.2
 """Thickness of the line of an outlined shape."""

@@ -26,7 +26,7 @@ PLACES = {
 
 RELATIONS = ("and", "left of", "right of", "above", "below")
 _BACKWARDS = ("right of", "below")
-"""Of these, those that name first what stands last."""
+"""Those places that name first what stands last."""
 
 _HELD_OUT = 10
 """One in so many combinations of colour, shape and background is never trained on."""
@@ -46,7 +46,7 @@ _BORDER = 3
 """Pixels of background at least around all."""
 
 REACH = 1.15
-"""Of a shape from its middle, in radii."""
+"""How far a shape reaches from its middle, in radii."""
 
 _SHARES = {"small": (0.5, 0.6), "": (0.75, 0.85), "large": (0.95, 1.0)}
 """Radius of one of several, as part of the room that it has."""
@@ -131,7 +131,7 @@ class Wish:
         return self.asked[::-1] if self.relation in _BACKWARDS else self.asked
 
     def _room(self, width: int, height: int) -> float:
-        """Of each of several: the largest radius."""
+        """The largest radius that each of several shapes may have."""
         sides = (height, width) if self.upright else (width, height)
         cell = sides[0] / sum(it.count for it in self.asked)
         return (min(cell, 0.7 * sides[1]) - _GAP) / 2 / REACH

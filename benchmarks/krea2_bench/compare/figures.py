@@ -111,7 +111,7 @@ def latency_of_a_request(points: Sequence[tuple[Rounds, Rounds]]) -> Figure:
 
 
 def _latencies(side: Rounds, baseline: Rounds, size: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of requests of a size that both have done, in pairs."""
+    """Latencies of requests of a size that both have done, in pairs."""
     found = []
     for ours, theirs in zip(side, baseline, strict=True):
         by_index = {o.index: o.latency_s for o in theirs if o.outcome == DONE}
@@ -128,7 +128,7 @@ def _latencies(side: Rounds, baseline: Rounds, size: str) -> list[tuple[np.ndarr
 def _values(
     side: Rounds, baseline: Rounds, value: Callable[[Outcome], float]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of all requests that say something of both servers."""
+    """Pairs of all requests that say something of both servers."""
     found = []
     for ours, theirs in zip(side, baseline, strict=True):
         by_index = {o.index: o for o in theirs if o.judged}

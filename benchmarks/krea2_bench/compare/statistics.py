@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 CONFIDENCE = 0.99
-"""Of each interval: twenty comparisons of equal servers should not find one difference."""
+"""Confidence of each interval: twenty comparisons of equal servers should not find one difference.
+"""
 
 RESAMPLES = 2000
 MIN_ROUNDS = 3

@@ -11,8 +11,8 @@ from krea2_bench.gpu.targets import TOKENS
 HEAD = ("step", "part", "estimate", "measured alone")
 
 _KERNELS = {"gated norm": 8.0, "qk norm rope": 2.5, "sigmoid gate": 3.0, "silu mul": 8.0}
-"""Of a block, with the widths of the token stream that each reads and writes; the norm runs twice
-in a block.
+"""Kernels of a block, with the widths of the token stream that each reads and writes; the norm runs
+twice in a block.
 """
 
 

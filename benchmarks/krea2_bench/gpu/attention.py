@@ -78,7 +78,9 @@ def _out(context: Context, backend: AttentionBackend) -> str:
 
 
 def _tolerance(context: Context, backend: AttentionBackend) -> float:
-    """Of 8 bits more is forgiven: what it costs is a matter of taste, not of correctness."""
+    """The tolerance; that of 8 bits is larger: what it costs is a matter of taste, not of
+    correctness.
+    """
     return 0.1 if "fp8" in backend.name else TOLERANCE
 
 

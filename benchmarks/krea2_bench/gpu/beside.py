@@ -15,7 +15,7 @@ from krea2_bench.gpu.vae import decoded, latents_of
 from krea2_srt.model.pixels import quantize
 
 SIDE, STEP_SIDE = 2048, 512
-"""Of the picture that is decoded, and of the one that is stepped meanwhile."""
+"""Sides of the picture that is decoded, and of the one that is stepped meanwhile."""
 
 
 def run(context: Context) -> None:

@@ -75,7 +75,7 @@ class ClockSampler:
                 self.close()  # it has ended
 
     def between(self, span: tuple[float, float] | None) -> Clocks | None:
-        """Of some time; the last ones before its end where none fell into it."""
+        """The clocks of some time; the last before its end where none fell into it."""
         self.read()
         start, end = span or (self._clock(), self._clock())
         inside = [clocks for at, clocks in self._samples if start <= at <= end]

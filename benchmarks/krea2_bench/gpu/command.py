@@ -16,7 +16,7 @@ from krea2_bench.gpu.run import NoGPU, Run
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     found = benchmark_parser("krea2_bench.gpu", doc)
     for action in found._actions:
         if action.dest == "output":

@@ -38,7 +38,7 @@ from krea2_srt.runner.prompt_encoder import PromptEncoder
 FP8_ATTENTION = "fa3_fp8"
 
 TEXT_TOKENS = 64
-"""Of all prompts: an image of 1024 x 1024 is then a sequence of 4160 tokens."""
+"""Tokens of all prompts: an image of 1024 x 1024 is then a sequence of 4160 tokens."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Context:
 
     @property
     def l2_bytes(self) -> int:
-        """Of the device's cache; what is to come from memory must be larger than this."""
+        """Bytes of the device's cache; what is to come from memory must be larger than this."""
         if not self.on_gpu:
             return 0
         return int(torch.cuda.get_device_properties(self.device).L2_cache_size)

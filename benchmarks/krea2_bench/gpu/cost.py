@@ -35,18 +35,18 @@ LAUNCH_MS = 0.005
 """From one short kernel of a graph to the next."""
 
 _WIDTHS, _WIDTHS_FP8 = 21.5, 18.7
-"""Of the token stream that a block's kernels read and write, see docs/gpu.md; with 8-bit outputs
-the norms, the gate and the product are half as wide.
+"""Widths of the token stream that a block's kernels read and write, see docs/gpu.md; with 8-bit
+outputs the norms, the gate and the product are half as wide.
 """
 
 _PIXEL_MFLOP, _PIXEL_NORM_BYTES = 4.5, 15_000
-"""Of a decode: its convolutions by count, and what its norms read and write."""
+"""Work per pixel of a decode: its convolutions by count, and what its norms read and write."""
 
 _VAE_WIDTH = 384
 _TEXT_LAYERS, _TEXT_KERNELS = 35, 30
 _FUSION_KERNELS = 80
 _LOOP_MS = 5.0
-"""Of a picture, between its stages."""
+"""Milliseconds of a picture between its stages."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ PACKS = {"1024x1024": [4160], "4 of 512x512": [1088] * 4, "2048x2048": [16448]}
 
 FP8 = torch.float8_e4m3fn
 CHECKED_ROWS = 32
-"""Of a product, at its start and at its end, that are computed exactly."""
+"""Rows of a product, at its start and at its end, that are computed exactly."""
 
 Works = dict[str, Callable[[], object]]
 
@@ -127,7 +127,7 @@ def _gated(context: Context, name: str, lengths: list[int]) -> None:
 
 
 def _ends(context: Context, tokens: int) -> Tensor:
-    """Of the first and of the last tile of tokens, which is not a full one."""
+    """Rows of the first and of the last tile of tokens, which is not a full one."""
     count = min(tokens, CHECKED_ROWS)
     rows = [torch.arange(count), torch.arange(tokens - count, tokens)]
     return torch.cat(rows).to(context.device)

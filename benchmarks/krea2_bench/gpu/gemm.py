@@ -15,10 +15,10 @@ from krea2_bench.gpu.timing import Timing, queued, wait
 from krea2_srt.model.config import Krea2Config
 
 TOKENS = (320, 1088, 4160, 16448)
-"""Of one image of 256, 512, 1024 and 2048 pixels a side."""
+"""Tokens of one image of 256, 512, 1024 and 2048 pixels a side."""
 
 SECONDS, SUSTAINED_S = 0.08, 2.0
-"""Of each product; and of the one that shows what is left when the GPU is hot."""
+"""Seconds of each product; and of the one that shows what is left when the GPU is hot."""
 
 Product = Callable[[Tensor, Tensor], Tensor]
 """x [M, K], weight [N, K] -> [M, N]."""

@@ -6,10 +6,10 @@ from krea2_bench.gpu.rows import rate
 from krea2_bench.gpu.timing import queued
 
 TOKENS = 16448
-"""Of an image of 2048 x 2048: a stream of 202 MB, more than three times an H200's cache."""
+"""Tokens of an image of 2048 x 2048: a stream of 202 MB, more than three times an H200's cache."""
 
 SECONDS = 0.15
-"""Of each kernel."""
+"""Seconds of each kernel."""
 
 
 def run(context: Context) -> None:

@@ -28,10 +28,12 @@ from krea2_bench.gpu.budget import PartPlan
 from krea2_bench.gpu.context import Context
 
 IMPORTS_S = 12.0
-"""Of the parent: torch and Triton from a disk that has never read them."""
+"""Seconds of the parent's imports: torch and Triton from a disk that has never read them."""
 
 CONTEXT_S = 4.0
-"""Of every child: a fork, a CUDA context (3 to 5 s), and handles of cuBLAS and cuDNN."""
+"""Seconds of every child's start: a fork, a CUDA context (3 to 5 s), and handles of cuBLAS and
+cuDNN.
+"""
 
 TRANSFORMERS_S = 8.0
 """To import transformers, in a child, since it asks CUDA for its devices."""

@@ -52,7 +52,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Of what the hardware allows; 1 is all."""
+        """Share of what the hardware allows; 1 is all."""
         if not self.floor or not self.value:
             return None
         return self.floor / self.value if self.better == "less" else self.value / self.floor

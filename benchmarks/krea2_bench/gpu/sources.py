@@ -1,4 +1,4 @@
-"""Of which sources a figure is: the commit, and a hash of what the benchmark runs."""
+"""The sources of a figure: the commit, and a hash of what the benchmark runs."""
 
 import hashlib
 import subprocess

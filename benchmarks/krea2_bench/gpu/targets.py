@@ -10,7 +10,7 @@ from krea2_bench.gpu.rows import Findings, Row
 NOT_MEASURED = "not measured"
 
 TOKENS = {"256x256": 320, "512x512": 1088, "1024x1024": 4160, "2048x2048": 16448}
-"""Of a step of one image."""
+"""Tokens of a step of one image."""
 
 _MATMUL, _MATMUL_FP8, _COPY = 790.0, 1300.0, 4.3
 """TFLOP/s and TB/s at which floors are taken where there is no GPU to measure them."""

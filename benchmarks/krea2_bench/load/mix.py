@@ -45,7 +45,7 @@ class Kind:
 
     @property
     def megapixels(self) -> float:
-        """Of all images of a request."""
+        """Megapixels of all images of a request."""
         return self.n * self.width * self.height / 1e6
 
     @property

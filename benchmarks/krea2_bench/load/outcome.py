@@ -58,7 +58,7 @@ class Outcome:
 
     @classmethod
     def begun(cls, planned: Planned, due_s: float, sent_s: float) -> "Outcome":
-        """Of a request that is about to be sent."""
+        """The outcome of a request that is about to be sent."""
         kind = planned.kind
         return cls(
             planned.index,
@@ -96,7 +96,7 @@ class Outcome:
         )
 
     def line(self, point: int, **where: Any) -> bytes:
-        """Of JSON, with the number of its point, and where else it belongs."""
+        """A line of JSON, with the number of its point, and where else it belongs."""
         return orjson.dumps({"point": point, **where, **asdict(self)}) + b"\n"
 
     @classmethod

@@ -44,7 +44,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def point_name(point: dict[str, Any]) -> str:
-    """Of a point of a summary; see `Point.name`."""
+    """Name of a point of a summary; see `Point.name`."""
     rate = None if point["rate"] is None else float(point["rate"])
     return Point(point["arrivals"], rate, point["concurrency"]).name
 

@@ -9,7 +9,7 @@ from krea2_bench.micro.timing import Timed
 from krea2_srt.errors import Krea2Error
 
 TOLERANCE = 1.15
-"""Of a ratio to the committed one. Times are never compared: machines differ."""
+"""Largest ratio of a ratio to the committed one. Times are never compared: machines differ."""
 
 KEPT = 20
 """Entries of the history."""

@@ -14,7 +14,7 @@ ACTIVE, WAITING = 64, 1000
 TURNS = 60
 
 PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=1e-5)
-"""Of a machine where sharing a forward pays, so that packs are full."""
+"""Costs of a machine where sharing a forward pays, so that packs are full."""
 
 
 def busy_engine(cost: CostModel, images_each: int) -> Engine:

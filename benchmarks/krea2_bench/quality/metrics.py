@@ -42,7 +42,7 @@ class ClipScorer:
             raise ClipError(f"--clip: {path}: {first_line(error)}") from None
 
     def scores(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> list[float]:
-        """Of each picture with its prompt, of which CLIP reads the beginning."""
+        """CLIP's score of each picture with its prompt, of which CLIP reads the beginning."""
         import torch
 
         inputs = self._processor(

@@ -30,7 +30,7 @@ _REPLICAS = 3
 
 @dataclass(frozen=True)
 class Latencies:
-    """Of the requests of one round to one router, in seconds, by size; infinite if it failed."""
+    """Seconds of one round's requests to one router, by size; infinite if it failed."""
 
     router: str
     by_size: dict[str, list[float]]

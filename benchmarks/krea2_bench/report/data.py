@@ -71,7 +71,7 @@ class Study:
 
     @property
     def sizes(self) -> list[str]:
-        """Of all requests that were done, smallest first."""
+        """Sizes of all requests that were done, smallest first."""
         found: dict[str, None] = {}
         for point in self.points:
             for side in self.sides:

@@ -31,7 +31,7 @@ class Chart:
 
 @dataclass
 class Section:
-    """Of a study: its tables and charts."""
+    """A study on the page: its tables and charts."""
 
     study: Study
     verdicts: list[str]

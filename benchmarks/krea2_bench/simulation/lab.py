@@ -71,7 +71,7 @@ class Lab:
         return self._summaries[wanted]
 
     def loads(self, scheduler: Scheduler, seed: int) -> list[float]:
-        """Of all simulations so far, in order."""
+        """Loads of all simulations so far, in order."""
         wanted = scheduler, seed, self.process
         return sorted(load for s, load, *rest in self._summaries if (s, *rest) == wanted)
 

@@ -46,7 +46,7 @@ def draw(study: Study, folder: Path) -> list[str]:
 
 
 def _attainment(study: Study) -> Any:
-    """Of the worst size class against load, by scheduler."""
+    """Attainment of the worst size class against load, by scheduler."""
     figure, (axes,) = new_figure(1, 1, (7.5, 5.0))
     for style, (name, points) in zip(_STYLES, study["curves"].items(), strict=False):
         loads = [point["load"] for point in points]

@@ -29,7 +29,7 @@ MAIN = (
     ours("edf", "added-wait"),
     ours("srpt", "total-ahead"),
 )
-"""Of these the highest loads are looked for on all traces, of the others on the first only."""
+"""Those whose highest loads are looked for on all traces, of the others on the first only."""
 
 OTHERS = (
     ours("fcfs", "least-work"),
@@ -44,7 +44,7 @@ OVERLOAD = 1.05
 """Loads at and beyond the limit, beside the study's own."""
 
 MAX_LOSS = 0.1
-"""Of throughput, against the best, that a default policy may cost."""
+"""Share of the best throughput that a default policy may cost."""
 
 MIN_CAPACITY_RATIO = 1.8
 MAX_MISS_RATIO = 0.25

@@ -69,7 +69,7 @@ class Times:
 
     @property
     def alone_ms(self) -> float:
-        """Of a picture, at the median."""
+        """Milliseconds of a picture alone, at the median."""
         return median(ms for found in self.alone for ms in found)
 
     @property

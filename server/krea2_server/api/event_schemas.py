@@ -16,7 +16,7 @@ _EVENTS: dict[str, type[BaseModel]] = {
 
 
 def event_stream_content() -> dict[str, Any]:
-    """Of the media type: every event has a name, and data that is JSON of the name's model."""
+    """Content of the media type: every event has a name, and data that is its model's JSON."""
     events = [
         {
             "type": "object",

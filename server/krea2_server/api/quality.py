@@ -12,7 +12,7 @@ MAX_ASPECT = 3
 
 @dataclass(frozen=True)
 class Preset:
-    """Of a quality.
+    """What a quality stands for.
 
     Attributes:
         label: as responses name it.

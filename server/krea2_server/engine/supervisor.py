@@ -270,8 +270,8 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
 
 
 def worker_environment(settings: Settings, index: int) -> dict[str, str]:
-    """Of replica ``index``: the engine's settings, how its threads wait, and one GPU of those that
-    we may use.
+    """Environment of replica ``index``: the engine's settings, how its threads wait, and one GPU of
+    those that we may use.
     """
     environment = {**os.environ, **settings.scheduler_environment}
     limit_spinning(environment)

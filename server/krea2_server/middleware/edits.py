@@ -9,7 +9,9 @@ from krea2_server.errors import invalid
 _PATHS = frozenset({"/v1/images/edits", "/v1/images/variations"})
 
 _MAX_BYTES = 2**26
-"""Of a body that is read and thrown away: clients send all of it before they look for an answer."""
+"""Bytes of a body that are read and thrown away: clients send all of it before they look for an
+answer.
+"""
 
 
 class NoEdits:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 MAX_WINDOW_TOKENS = 512
-"""Of a text that is read at once, with the tokenizer's own; longer texts are read in windows."""
+"""Tokens of a text that are read at once, special ones included; longer texts have windows."""
 
 OVERLAP = 0.25
-"""Of two windows: what lies across the end of one, up to this part of it, is whole in the next."""
+"""Share that two windows have in common: what lies across the end of one, up to this part of it, is
+whole in the next.
+"""
 
 
 class UnusableModelError(Exception):

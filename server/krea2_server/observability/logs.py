@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from pythonjsonlogger.json import JsonFormatter
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-"""Of the request that the current task works for."""
+"""Id of the request that the current task works for."""
 
 
 class _AddRequestId(logging.Filter):

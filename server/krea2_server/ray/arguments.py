@@ -33,7 +33,7 @@ class RaySettings(Settings):
 
 
 class Arguments(BaseModel):
-    """Of `krea2_server.ray.app:build`. Unknown ones are errors.
+    """Arguments of `krea2_server.ray.app:build`. Unknown ones are errors.
 
     Attributes:
         settings: of krea2-serve, as in its YAML file.
@@ -81,7 +81,7 @@ class Arguments(BaseModel):
         return self
 
     def values(self) -> dict[str, Any]:
-        """Of `RaySettings`. Without a storage there are no URLs: replicas move."""
+        """Values of `RaySettings`. Without a storage there are no URLs: replicas move."""
         return {"storage": NO_STORAGE, **self.settings}
 
     def server_settings(self) -> Settings:

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _S3 = ("s3", "s3a")
 _S3_MAX_EXPIRY_S = 7 * 24 * 3600
-"""Of AWS: beyond it every URL is refused, and only when it is used."""
+"""AWS's longest validity of a URL, in seconds; a longer one is refused when it is used."""
 
 _WRITE_TEST = "krea2-srt-write-test"
 

@@ -83,7 +83,7 @@ class LocalStore:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return self._folder.num_bytes
 
     async def start(self) -> None:

@@ -1,4 +1,4 @@
-"""Of a repo, SGLang's commands download what the runner reads, and no more."""
+"""From a repo SGLang's commands download what the runner reads, and no more."""
 
 import subprocess
 from pathlib import Path

@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 class _Mode(TorchDispatchMode):
-    """Of one thread."""
+    """The mode of one thread."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ _SHAPES = Shapes()
 
 
 class _Local(threading.local):
-    """Of a thread."""
+    """The state of a thread."""
 
     stream: Stream | None = None
     capture: Graph | None = None
@@ -153,7 +153,7 @@ class Machine:
             self.ran_dry.append(what)
 
     def synchronize(self, device: Any = None) -> None:
-        """Of the whole device: it spoils the captures of all threads."""
+        """Waits for the whole device: it spoils the captures of all threads."""
         with self.lock:
             self.no_capture("synchronize of the device")
             for graph in self.captures:
@@ -226,7 +226,7 @@ class Machine:
     # Operations.
 
     def launch(self, kernel: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """Of a Triton kernel."""
+        """A launch of a Triton kernel."""
         names = kernel.arg_names
         given = dict(zip(names, args, strict=False)) | kwargs
         written = written_arguments(kernel)
@@ -245,7 +245,7 @@ class Machine:
             self._run(kernel.__name__, (kernel.__name__, *form), uses)
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Of torch's dispatcher."""
+        """An operation of torch's dispatcher."""
         tensors = tensors_of(args, kwargs)
         devices = [tensor for tensor in tensors if isinstance(tensor, DeviceTensor)]
         what = operation(func)

@@ -17,7 +17,7 @@ from krea2_srt.runner.model_runner import Krea2Runner
 from tests.torch.cuda_rules.tensors import CUDA
 
 LAYERS = (0, 1)
-"""Of the text encoder, whose hidden states are read."""
+"""Layers of the text encoder whose hidden states are read."""
 
 SMALL = Krea2Config(
     num_layers=2,

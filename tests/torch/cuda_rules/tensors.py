@@ -40,7 +40,7 @@ class DeviceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Of a thread that was there before the rules were."""
+        """An operation of a thread that was there before the rules were."""
         for tensor in tensors_of(args, kwargs or {}):
             if isinstance(tensor, DeviceTensor):
                 return tensor.machine.dispatch(func, args, kwargs or {})
@@ -117,7 +117,7 @@ class Shapes:
     def outputs(
         self, func: Any, args: Any, kwargs: dict[str, Any]
     ) -> tuple[list[Output | None], bool]:
-        """Of an operation, and whether they are a list or a tuple of their own."""
+        """Outputs of an operation, and whether they are a list or a tuple of their own."""
         key = (func, *map(_form, args), *((k, _form(v)) for k, v in kwargs.items()))
         found = self._known.get(key)
         if found is None:

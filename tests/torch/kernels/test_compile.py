@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 Resources = dict[str, dict[str, Any]]
-"""Of each kernel on each target, by "kernel on sm_90"."""
+"""Resources of each kernel on each target, by "kernel on sm_90"."""
 
 
 @pytest.fixture(

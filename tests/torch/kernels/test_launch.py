@@ -33,7 +33,7 @@ def gpu() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture
 def context(gpu) -> Context:
-    """Of a benchmark on a GPU that runs nothing, with the sizes of a trial."""
+    """Context of a benchmark on a GPU that runs nothing, with the sizes of a trial."""
     generator = SimpleNamespace(manual_seed=lambda seed: None)
     gpu.setattr(torch, "Generator", lambda device: generator)
     context = Context(GPU, smoke=True)

@@ -211,7 +211,7 @@ def heavy_tailed(tokens: int, width: int) -> torch.Tensor:
 
 
 def error(format: TokenFormat, x: torch.Tensor) -> float:
-    """Of a product with a random matrix of 512 rows, relative."""
+    """Relative error of a product with a random matrix of 512 rows."""
     made, _ = linear(format)
     weight = torch.randn(512, x.shape[1], generator=torch.Generator().manual_seed(5))
     made = QuantizedLinear(x.shape[1], {"a": 512}, torch.float32, format)

@@ -65,7 +65,7 @@ def packs(runner) -> PackCache:
 
 
 def sequences(runner, *images, steps=4):
-    """Of (prompt, width, height, guidance), the later ones some steps ahead."""
+    """Sequences of (prompt, width, height, guidance), the later ones some steps ahead."""
     found = []
     for number, (prompt, width, height, guidance) in enumerate(images):
         context, negative = runner.encode([prompt, "blurry"])

@@ -13,7 +13,7 @@ from tests.torch.cuda_rules import cuda_rules
 
 CUDA = torch.device("cuda", 0)
 KERNELS = 100
-"""Of a step."""
+"""Kernels of a step."""
 
 
 class Sequence:

@@ -127,7 +127,7 @@ def same_memory(a, b):
 
 @pytest.fixture
 def released_vae_on_a_gpu(monkeypatch):
-    """Of the released width, in fake tensors: decodes and quantises under a dispatch mode."""
+    """A VAE of the released width, in fake tensors: decodes and quantises under a dispatch mode."""
 
     def decode(memory_gib, side, mode):
         properties = SimpleNamespace(total_memory=int(memory_gib * 2**30))

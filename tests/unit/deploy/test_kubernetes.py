@@ -25,7 +25,7 @@ OVERLAYS = ("gpu", "cpu-demo")
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """Of each overlay, its objects by kind; there is one of each."""
+    """For each overlay its objects by kind; there is one of each."""
     kubectl = required("kubectl")
     folder = tmp_path_factory.mktemp("kustomize") / "kubernetes"
     shutil.copytree(DEPLOY / "kubernetes", folder)

@@ -42,7 +42,7 @@ def parts(url: str) -> tuple[str, str, str]:
 
 
 def bytes_in(folder: Path) -> int:
-    """Of all files, finished or not."""
+    """Bytes of all files, finished or not."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
