@@ -36,7 +36,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         name = variable.removeprefix(PREFIX).lower()
         if name not in owners:
             known = ", ".join(sorted(PREFIX + f.upper() for f in owners))
-            raise ConfigError(f"{variable}: is not known; known are {known}")
+            raise ConfigError(f"unknown setting {variable}; known are {known}")
         part = owners[name]
         kind = type(getattr(configs[part](), name))
         try:

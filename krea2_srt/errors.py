@@ -21,7 +21,7 @@ class ModelError(Krea2Error):
 
 def not_finite(what: str) -> ModelError:
     """The error for NaNs and infinities in something that the model computed."""
-    return ModelError(f"{what} holds values that are not finite; damaged weights?")
+    return ModelError(f"non-finite values in {what}; are the weights corrupt?")
 
 
 class RequestError(Krea2Error):

@@ -129,7 +129,7 @@ def fit(samples: Sequence[Sample], prior: CostModel) -> CostModel:
         ValueError: there is no sample, or one took no time.
     """
     if not samples or any(not sample.ms > 0 for sample in samples):
-        raise ValueError("samples must have taken time")
+        raise ValueError("sample times must be positive")
     if len({s.lanes for s in samples}) < 3:
         return prior.scaled(sum(s.ms for s in samples) / sum(prior.step(s.lanes) for s in samples))
     rows = [

@@ -253,7 +253,7 @@ class Engine:
         events: list[Event] = []
         for sequence in (sequence for result in results for sequence in result.non_finite):
             if not sequence.request.ended:
-                reason = not_finite("the picture on its way")
+                reason = not_finite("the latents")
                 events.append(self._end(sequence.request, State.FAILED, reason))
         return events
 
@@ -463,7 +463,7 @@ def _check_urgency(priority: int, deadline_s: float | None) -> None:
 def _late(request: Request) -> DeadlineError:
     assert request.deadline is not None
     allowed_s = request.deadline - request.arrival
-    return DeadlineError(f"its deadline, {allowed_s:.3g} s after its arrival, passed")
+    return DeadlineError(f"deadline of {allowed_s:.3g} s exceeded")
 
 
 def _as_ours(error: Exception) -> Krea2Error:

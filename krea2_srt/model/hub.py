@@ -62,7 +62,9 @@ def find_checkpoint(
         return _single_file(path, alias, distilled, text_encoder, vae)
     for option, value in (("text encoder", text_encoder), ("VAE", vae)):
         if value is not None:
-            raise CheckpointError(f"a {option} of its own goes with a single file, not with {name}")
+            raise CheckpointError(
+                f"a separate {option} is only valid with a single-file checkpoint, not with {name}"
+            )
     folder = path if path.is_dir() else _download(name, FOLDER_PATTERNS)
     checkpoint = Krea2Checkpoint.from_folder(folder)
     if distilled is not None:

@@ -160,7 +160,7 @@ class Ending:
             assert self._task is not None
             self._task.cancel()
         elif self._server.should_exit:
-            logger.warning("told twice: ending at once")
+            logger.warning("second signal: exiting now")
             self._server.force_exit = True
             self._server.give_up()
             self._supervisor.kill()

@@ -91,7 +91,7 @@ def invalid(param: str | None, message: str, code: str = "invalid_value") -> Api
 
 def internal_error(request_id: str | None) -> ApiError:
     """Something that should not have happened; what, is in the log."""
-    text = f"an error of the server's; it is logged under {request_id}"
+    text = f"internal server error (request id {request_id})"
     return ApiError(500, text, "internal_error")
 
 

@@ -115,7 +115,7 @@ def bounded_protocol(
                     return
                 except httptools.HttpParserUpgrade as upgrade:
                     if self.parser.get_method() == b"CONNECT":
-                        self.send_400_response("CONNECT is not for this server")
+                        self.send_400_response("CONNECT is not supported")
                         return
                     # The parser has stopped after the headers, for the other protocol to take
                     # over. A server may pass over such an offer.
@@ -124,7 +124,7 @@ def bounded_protocol(
                     self.parser = httptools.HttpRequestParser(self)
                     self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 except httptools.HttpParserError:
-                    self.send_400_response("this is no HTTP request")
+                    self.send_400_response("malformed HTTP request")
                     return
 
         def _head_without_upgrade(self) -> bytes:
@@ -220,7 +220,7 @@ def bounded_protocol(
             if size < left:
                 self._watch_sending()
                 return
-            logger.info("a client does not take its answer; hanging up")
+            logger.info("send timeout: a client does not read its response; closing the connection")
             self.transport.abort()
 
         def _stop_send_timer(self) -> None:

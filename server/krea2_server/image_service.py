@@ -156,8 +156,9 @@ class ImageService:
     async def _result(self, drawing: Drawing, generated: Generated, base_url: str) -> Result:
         if generated.error is not None:
             raise from_engine(generated.error)
-        if len(generated.images) != drawing.image.num_images:
-            raise AssertionError("the engine has drawn another number of images")
+        count, expected = len(generated.images), drawing.image.num_images
+        if count != expected:
+            raise AssertionError(f"the engine returned {count} images, expected {expected}")
         await self._check_images(drawing, list(generated.images))
         store = self._store
         if not drawing.as_url or store is None:

@@ -388,7 +388,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"config: {path} must hold settings, name: value")
     unknown = sorted(map(str, values.keys() - Settings.model_fields.keys() - {_CONFIG}))
     if unknown:
-        raise ConfigError(f"config: {path}: {unknown[0]}: is not known")
+        raise ConfigError(f"config: {path}: unknown setting {unknown[0]}")
     return {name: value for name, value in values.items() if name != _CONFIG}
 
 
@@ -397,9 +397,16 @@ def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
         if not variable.startswith(PREFIX):
             continue
         name, *parts = variable.removeprefix(PREFIX).lower().split(_NESTED)
-        known = EngineSettings.model_fields if name == "engine" else {}
-        if name not in Settings.model_fields or any(part not in known for part in parts):
-            raise ConfigError(f"{variable}: is not known")
+        field = Settings.model_fields.get(name)
+        if field is None or len(parts) > 1 or set(parts) - _nested(field.annotation).keys():
+            raise ConfigError(f"unknown setting {variable}")
+
+
+def _nested(annotation: Any) -> Mapping[str, Any]:
+    """The fields of a setting that has settings of its own, such as ``engine`` and ``runner``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation.model_fields
+    return {}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -106,7 +106,7 @@ def test_an_unknown_choice_names_the_known_ones(name):
 def test_an_unknown_variable_is_named_with_those_that_exist():
     with pytest.raises(ConfigError) as error:
         read_environment({"KREA2_SRT_MAX_TURNS_MS": "5"})
-    assert str(error.value).startswith("KREA2_SRT_MAX_TURNS_MS: is not known")
+    assert str(error.value).startswith("unknown setting KREA2_SRT_MAX_TURNS_MS")
     assert all(variable in str(error.value) for variable in VARIABLES)
 
 

@@ -86,13 +86,13 @@ class OpenAIModerations:
         except httpx.HTTPError as error:
             raise CheckerError(type(error).__name__) from None
         if response.status_code != httpx.codes.OK:
-            raise CheckerError(f"it has answered with status {response.status_code}")
+            raise CheckerError(f"response status {response.status_code}")
         try:
             results = orjson.loads(response.content)["results"]
         except (ValueError, KeyError, TypeError):
-            raise CheckerError("its answer is none of /v1/moderations") from None
+            raise CheckerError("unexpected response from /v1/moderations") from None
         if not isinstance(results, list) or len(results) < count:
-            raise CheckerError("its answer has too few results")
+            raise CheckerError("too few results in the response")
         return results
 
     async def _post(self, body: bytes) -> httpx.Response:
@@ -115,7 +115,7 @@ def _score(result: Any, category: str) -> float:
     flag = _value(result, "categories", category)
     if isinstance(flag, bool):
         return float(flag)
-    raise CheckerError(f"its answer says nothing of {category}")
+    raise CheckerError(f"no score for category {category} in the response")
 
 
 def _value(result: Any, group: str, category: str) -> Any:

@@ -66,13 +66,36 @@ def test_a_bad_value_names_itself(flags, named):
 
 def test_an_unknown_name_in_the_environment_or_the_file_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("prot: 4\n")
-    with pytest.raises(ConfigError, match="prot: is not known"):
+    with pytest.raises(ConfigError, match="unknown setting prot"):
         load_settings(["--config", str(tmp_path / "config.yaml")])
-    for variable in ("KREA2_SERVE_PROT", "KREA2_SERVE_PORT__X", "KREA2_SERVE_ENGINE__POLITIK"):
+    for variable in (
+        "KREA2_SERVE_PROT",
+        "KREA2_SERVE_PORT__X",
+        "KREA2_SERVE_ENGINE__POLITIK",
+        "KREA2_SERVE_RUNNER__ATENTION",
+        "KREA2_SERVE_RUNNER__KERNELS__X",
+    ):
         monkeypatch.setenv(variable, "4")
-        with pytest.raises(ConfigError, match=f"{variable}: is not known"):
+        with pytest.raises(ConfigError, match=f"unknown setting {variable}"):
             load_settings([])
         monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("engine.policy", "srpt"),
+        ("engine.max_turn_ms", "150"),
+        ("runner.attention", "sdpa"),
+        ("runner.gpu_memory_gib", "40"),
+        ("runner.kernels", "torch"),
+    ],
+)
+def test_a_nested_setting_has_a_variable(name, value, monkeypatch):
+    """In a container variables are the only way."""
+    by_flag = load_settings([f"--{name.replace('_', '-')}", value])
+    monkeypatch.setenv("KREA2_SERVE_" + name.replace(".", "__").upper(), value)
+    assert load_settings([]) == by_flag
 
 
 def test_nested_settings_and_lists_have_variables_too(monkeypatch):
