@@ -59,7 +59,8 @@ def run(python: Path, folder: Path, *arguments: str | Path, **variables: str) ->
 
 
 def test_the_parent_has_one_thread_and_asks_cuda_nothing(python, tmp_path):
-    told = run(python, tmp_path, "-c", _PARENT, **ONE_THREAD)
+    packages = str(ROOT / "benchmarks")
+    told = run(python, tmp_path, "-c", _PARENT, PYTHONPATH=packages, **ONE_THREAD)
     assert told.split() == ["1", "0"]
 
 
