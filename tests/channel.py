@@ -64,7 +64,12 @@ def wait_until(condition, timeout_s: float = PATIENCE_S):
     return answer
 
 
-def listens(pid: int) -> set[int]:
-    """The ports at which a process accepts connections."""
+SGLANGS_MASTER_PORTS = set(range(30005, 32768, 37))
+"""Where SGLang looks for a free one, below those that the system gives out."""
+
+
+def listens_where_sglang_looks(pid: int) -> bool:
+    """Whether a process has a port that another one, started with it, would have chosen too."""
     connections = psutil.Process(pid).net_connections("tcp")
-    return {it.laddr.port for it in connections if it.status == psutil.CONN_LISTEN}
+    ports = {it.laddr.port for it in connections if it.status == psutil.CONN_LISTEN}
+    return bool(ports & SGLANGS_MASTER_PORTS)

@@ -17,11 +17,6 @@ def launch(original: Callable[..., Any], server_args: Any, *args: Any, **kwargs:
     """
     if serves_krea2(server_args):
         limit_spinning()
-        if server_args.num_gpus == 1:
-            # Any, chosen as it is taken: in a process group of one, none else must know it. SGLang
-            # looks for a free one from 30005 on and takes it when all is imported: two servers
-            # that start within those seconds choose the same one, and the second ends.
-            server_args.master_port = 0
     else:
         model_index.end_if_refused(server_args.model_path)
     return original(server_args, *args, **kwargs)

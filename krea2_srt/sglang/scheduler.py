@@ -59,6 +59,7 @@ from krea2_srt.sglang.replies import (
     summary,
 )
 from krea2_srt.sglang.requests import check_envelope, image_requests
+from krea2_srt.sglang.served import serves_krea2
 
 logger = init_logger(__name__)
 
@@ -85,8 +86,14 @@ class Krea2Scheduler(Scheduler):
     receiver: Any
     _inflight_finalizes: "deque[Future[None]]"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, server_args: Any, *args: Any, port_args: Any, **kwargs: Any) -> None:
+        alone = server_args.num_gpus == 1 and serves_krea2(server_args)
+        if alone and not server_args.is_arg_explicitly_set("master_port"):
+            # Any, chosen as it is taken: in a process group of one, none else must know it. SGLang
+            # looks for a free one from 30005 on and takes it when all is imported: two servers
+            # that start within those seconds choose the same one, and the second ends.
+            port_args = replace(port_args, master_port=0)
+        super().__init__(server_args, *args, port_args=port_args, **kwargs)
         pipeline = self.worker.pipeline
         self._ours = isinstance(pipeline, Krea2RunnerPipeline) and self.receiver is not None
         if not self._ours:

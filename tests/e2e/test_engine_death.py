@@ -10,9 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.channel import PATIENCE_S, listens, wait_until
+from tests.channel import PATIENCE_S, listens_where_sglang_looks, wait_until
 from tests.engine_real.test_krea2_serve import in_engine, long_stream
-from tests.engine_real.test_sglang_serve import SGLANGS_MASTER_PORTS
 from tests.server.serving import Served, serve
 
 
@@ -25,7 +24,7 @@ def real_server(trained_model, tmp_path) -> Iterator[Served]:
 
 @pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_and_its_requests_get_an_answer(real_server):
-    assert not listens(engine_pid(real_server)) & SGLANGS_MASTER_PORTS
+    assert not listens_where_sglang_looks(engine_pid(real_server))
     stream = long_stream(real_server)
     answers: list[httpx.Response] = []
     fields = {"prompt": "x", "size": "512x512", "num_inference_steps": 100}

@@ -9,14 +9,11 @@ import torch
 
 from krea2_srt.model.pixels import to_uint8
 from krea2_srt.threads import SPIN_COUNT
-from tests.channel import endpoints, listens, statistics
+from tests.channel import endpoints, listens_where_sglang_looks, statistics
 from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
 
 SERVES = "krea2-srt: our runner serves"
-SGLANGS_MASTER_PORTS = set(range(30005, 32768, 37))
-"""Below those that the system gives out."""
-
 SMALL = {"size": "128x128", "num_inference_steps": 3}
 
 
@@ -49,7 +46,7 @@ def test_the_workers_threads_do_not_spin_for_long(server):
 def test_servers_that_start_together_take_no_port_that_both_would_find_free(server):
     """SGLang looks for one in steps of 37 long before it takes it."""
     (endpoint,) = endpoints(server.log)
-    assert not listens(statistics(endpoint)["pid"]) & SGLANGS_MASTER_PORTS
+    assert not listens_where_sglang_looks(statistics(endpoint)["pid"])
 
 
 def test_a_picture_is_the_runners(server, runner):

@@ -261,10 +261,9 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
         *(sys.executable, "-m", "krea2_srt.sglang.worker", "--ready-fd", str(ready_fd)),
         *("--parent-pid", str(os.getpid())),
         *("--model-path", settings.model_path, "--host", "127.0.0.1"),
-        # Left alone, schedulers that start together choose the same ports: SGLang looks for free
-        # ones seconds before it takes them. The second is one that a scheduler does not use; 0 is
-        # any, chosen as it is taken, for a process group of one, whose port none else must know.
-        *("--scheduler-port", str(_free_port()), "--port", str(_free_port()), "--master-port", "0"),
+        # Left alone, schedulers that start together may choose the same port; the other is one that
+        # SGLang looks for and a scheduler does not use.
+        *("--scheduler-port", str(_free_port()), "--port", str(_free_port())),
         *settings.sglang_options,
     ]
 
