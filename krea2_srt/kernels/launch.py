@@ -1,6 +1,6 @@
 """How kernels are launched: warps and tokens per program, by kernel and device.
 
-``benchmarks/tune_kernels.py`` searches them on a GPU and stores them in ``configs/``, by the GPU's
+``krea2_bench.tune_kernels`` searches them on a GPU and stores them in ``configs/``, by the GPU's
 name; a GPU without a file has the defaults. Nothing is searched when serving.
 """
 

@@ -119,6 +119,12 @@ def test_the_library_knows_neither_server_nor_benchmarks():
             assert packages <= {"krea2_srt", "krea2_server"}, name
 
 
+def test_nothing_that_serves_imports_what_is_for_tests():
+    for module, imported in graph().items():
+        if not module.startswith(("krea2_bench", "krea2_srt.testing")):
+            assert "krea2_srt.testing" not in set(map(room, imported)), module
+
+
 def test_only_the_adapters_import_sglang():
     importing = {
         room(module)

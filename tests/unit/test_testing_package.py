@@ -1,6 +1,5 @@
-"""krea2_srt.testing: processes end as promised, and nothing that serves imports it."""
+"""krea2_srt.testing: processes end as promised, and it is light."""
 
-import ast
 import os
 import re
 import signal
@@ -12,9 +11,6 @@ import pytest
 
 from krea2_srt.testing.processes import ChildProcess, ProcessError
 from tests.channel import wait_until
-
-ROOT = Path(__file__).parents[2]
-SERVING = [*(ROOT / "krea2_srt").rglob("*.py"), *(ROOT / "server").rglob("*.py")]
 
 HEAVY = {"torch", "sglang", "fastapi"}
 
@@ -38,17 +34,6 @@ PARENT = (
 
 def python(code: str, log: Path, **options) -> ChildProcess:
     return ChildProcess([sys.executable, "-u", "-c", code], log / "child.log", **options)
-
-
-def test_nothing_that_serves_imports_it():
-    for file in SERVING:
-        if file.is_relative_to(ROOT / "krea2_srt" / "testing"):
-            continue
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            assert not any(name.startswith("krea2_srt.testing") for name in names), file
 
 
 @pytest.mark.parametrize("module", ["processes", "krea2_serve", "fake_engine", "fake_executor"])

@@ -30,7 +30,7 @@ class Drawing:
         previews: of each image, in a stream.
         safety_identifier: the client's name for its user.
         low_moderation: whether ``moderation: low`` is asked for.
-        priority, deadline_s: see `krea2_srt.messages.RequestOptions`.
+        priority, deadline_s: see `krea2_srt.messages.Generate`.
     """
 
     image: ImageRequest
