@@ -69,7 +69,7 @@ class ImageRequest:
 
     @property
     def estimated_tokens(self) -> tuple[int, ...]:
-        """Tokens of each of its lanes, before the prompts are tokenized."""
+        """Tokens of each of its branches, before the prompts are tokenized."""
         prompts = [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
         return tuple(estimated_text_tokens(prompt) + self.image_tokens for prompt in prompts)
 

@@ -91,9 +91,9 @@ def product_errors() -> Iterator[dict[str, Any]]:
                 rotation = rotation_block(width) if quantization.rotation else 0
                 format = TokenFormat(DTYPES[quantization.format], rotation)
                 linear = QuantizedLinear(width, {"w": ROWS}, torch.float32, format)
-                (target,) = (target for _, target in linear.targets(""))
-                assert target.store is not None
-                target.store(weight)
+                (slot,) = (slot for _, slot in linear.weight_map(""))
+                assert slot.store is not None
+                slot.store(weight)
                 got = linear(quantize_tokens(tokens, format))
                 yield {
                     "matrix": name,

@@ -114,9 +114,11 @@ def _run(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(
         args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
     )
-    _refuse_shift_without_effect(args, checkpoint.recipe.distilled)
-    recipe = checkpoint.recipe.with_shift(min_mu=args.y1, max_mu=args.y2)
-    request = _request(args, recipe.default_steps, recipe.default_guidance, recipe.default_side)
+    _refuse_shift_without_effect(args, checkpoint.sampling.distilled)
+    sampling = checkpoint.sampling.with_shift(min_mu=args.y1, max_mu=args.y2)
+    request = _request(
+        args, sampling.default_steps, sampling.default_guidance, sampling.default_side
+    )
     request.check(RequestLimits())
 
     import torch
@@ -126,10 +128,10 @@ def _run(args: argparse.Namespace) -> None:
     from krea2_srt.environment import read_environment
     from krea2_srt.model.pixels import to_uint8
     from krea2_srt.model.quantization import SERVED
-    from krea2_srt.runner.setup import Setup
+    from krea2_srt.runner.builder import RunnerBuilder
 
     environment, dtype = read_environment(), getattr(torch, args.dtype)
-    setup = Setup(
+    builder = RunnerBuilder(
         checkpoint,
         device,
         dtype,
@@ -140,12 +142,12 @@ def _run(args: argparse.Namespace) -> None:
         replace(environment.runner, warm_up_s=0.0),
         engine=environment.engine,
     )
-    runner = setup.load(setup.plan())
+    runner = builder.load(builder.plan())
     if runner.text_encoder.tokenize(request.prompt)[1]:
         print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
     (context,) = runner.encode([request.prompt])
     negative = runner.encode([request.negative_prompt])[0] if request.guidance else None
-    schedule = recipe.schedule(request.steps, request.image_tokens, request.mu)
+    schedule = sampling.schedule(request.steps, request.image_tokens, request.mu)
     with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
         for i, seed in enumerate(request.seeds):
             sequence = runner.start(

@@ -18,7 +18,7 @@ from krea2_srt.model.checkpoint import TRAINED_SIDE
 from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import config_dict, original_name, stored_shapes
-from krea2_srt.model.text_encoder import DEFAULT_TAPS
+from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 
 DIT_CONFIG = Krea2Config(
     num_layers=4,
@@ -159,7 +159,7 @@ def _write_index(folder: Path, distilled: bool, trained_side: int) -> None:
             "patch_size": 2,
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3VLModel"],
-            "text_encoder_select_layers": list(DEFAULT_TAPS),
+            "text_encoder_select_layers": list(DEFAULT_SELECT_LAYERS),
             "tokenizer": ["transformers", "Qwen2TokenizerFast"],
             "transformer": ["diffusers", DIT_CLASS],
             "vae": ["diffusers", "AutoencoderKLQwenImage"],

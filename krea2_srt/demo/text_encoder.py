@@ -30,7 +30,7 @@ _PAIRS = 6
 _SHARPNESS = 2.0
 _QUERY_GAIN = 4.0
 _BRANCH_GAIN = 0.3
-"""Gain of what a layer adds: the token itself remains to the last tap."""
+"""Gain of what a layer adds: the token itself remains to the last selected layer."""
 
 Normal = Callable[[str, tuple[int, ...], float], Tensor]
 """Random numbers of a deviation, by the tensor's name."""

@@ -22,7 +22,7 @@ class EngineConfig:
         max_pack_sequences: most sequences in one forward.
         max_active_sequences: sequences begun and not ended, whose latents are on the device, beyond
             which no further request is begun.
-        max_held_steps: most packs that may wait between two slices of a step; each holds its
+        max_paused_steps: most packs that may wait between two slices of a step; each holds its
             hidden states, 0.2 GB for a 2048 x 2048 image.
         max_queue_s: estimated seconds of work in the engine beyond which requests are refused.
         max_side, max_pixels, max_steps, max_images, max_guidance: of a request; see
@@ -36,7 +36,7 @@ class EngineConfig:
     max_pack_tokens: int = 2 * (2048 // 16) ** 2 + 2 * 512
     max_pack_sequences: int = 64
     max_active_sequences: int = 256
-    max_held_steps: int = 2
+    max_paused_steps: int = 2
     max_queue_s: float = 120.0
     max_side: int = RequestLimits.max_side
     max_pixels: int = RequestLimits.max_pixels

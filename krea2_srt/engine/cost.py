@@ -2,7 +2,7 @@
 
     step = max(floor, launch + per_token * sum(t) + per_square * sum(t^2))
 
-over the lanes t of a pack: linear layers cost by tokens, attention by their squares, and a small
+over the branches t of a pack: linear layers cost by tokens, attention by their squares, and a small
 pack takes as long as reading the weights. The prior is the roofline of the released model on an
 H200 (790 TFLOP/s, 4.3 TB/s); a machine's own figures come from timing a few packs.
 """
@@ -28,7 +28,7 @@ class CostModel:
         floor: the least time of one forward.
         launch: added to every forward.
         per_token: of a forward.
-        per_square: per squared token of a lane.
+        per_square: per squared token of a branch.
         blocks: transformer blocks that a forward can be cut into.
         encode_launch, encode_per_token: of encoding prompts.
         decode_launch, decode_per_pixel: of one image's VAE decode.
@@ -44,12 +44,12 @@ class CostModel:
     decode_launch: float = 0.0
     decode_per_pixel: float = 0.0
 
-    def step(self, lanes: Iterable[int]) -> float:
-        """One step of a pack whose lanes have these many tokens."""
+    def step(self, branches: Iterable[int]) -> float:
+        """One step of a pack whose branches have these many tokens."""
         tokens = squares = 0
-        for lane in lanes:
-            tokens += lane
-            squares += lane * lane
+        for branch in branches:
+            tokens += branch
+            squares += branch * branch
         return self.forward(tokens, squares)
 
     def forward(self, tokens: int, squares: int) -> float:
@@ -113,9 +113,9 @@ def roofline(
 
 @dataclass(frozen=True)
 class Sample:
-    """A timed forward: the tokens of its lanes, and milliseconds."""
+    """A timed forward: the tokens of its branches, and milliseconds."""
 
-    lanes: tuple[int, ...]
+    branches: tuple[int, ...]
     ms: float
 
 
@@ -130,13 +130,15 @@ def fit(samples: Sequence[Sample], prior: CostModel) -> CostModel:
     """
     if not samples or any(not sample.ms > 0 for sample in samples):
         raise ValueError("sample times must be positive")
-    if len({s.lanes for s in samples}) < 3:
-        return prior.scaled(sum(s.ms for s in samples) / sum(prior.step(s.lanes) for s in samples))
+    if len({s.branches for s in samples}) < 3:
+        return prior.scaled(
+            sum(s.ms for s in samples) / sum(prior.step(s.branches) for s in samples)
+        )
     rows = [
         [
             1 / s.ms,
-            sum(s.lanes) / s.ms,
-            sum(lane * lane for lane in s.lanes) / s.ms,
+            sum(s.branches) / s.ms,
+            sum(branch * branch for branch in s.branches) / s.ms,
         ]
         for s in samples
     ]

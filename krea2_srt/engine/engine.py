@@ -10,11 +10,11 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.deadlines import Deadlines
 from krea2_srt.engine.events import Ended, Event, Progress, Started
-from krea2_srt.engine.ledger import Ledger
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.lifecycle import Sequence as ImageSequence
-from krea2_srt.engine.pace import Pace
+from krea2_srt.engine.online_calibration import OnlineCalibration
 from krea2_srt.engine.policy import POLICIES
+from krea2_srt.engine.request_table import RequestTable
 from krea2_srt.engine.statistics import Counters
 from krea2_srt.engine.step_scheduler import StepScheduler
 from krea2_srt.engine.turn_log import TurnLog
@@ -63,12 +63,12 @@ class Engine:
         self._executor = executor
         self._clock = clock
         self._turn_log = turn_log
-        self._ledger = Ledger(cost, POLICIES[self.config.policy])
+        self._table = RequestTable(cost, POLICIES[self.config.policy])
         self._admission = Admission(self.config.max_queue_s)
         self._scheduler = StepScheduler(
-            self.config, cost, executor.decodes_aside, executor.whole_schedules
+            self.config, cost, executor.overlaps_decodes, executor.full_schedule_graphs
         )
-        self._pace = Pace()
+        self._calibration = OnlineCalibration()
         self._decoding: dict[ImageSequence, None] = {}
         self._deadlines = Deadlines()
 
@@ -114,12 +114,12 @@ class Engine:
     @property
     def requests(self) -> dict[str, Request]:
         """Those in the engine, by id."""
-        return self._ledger.requests
+        return self._table.requests
 
     @property
     def outstanding_ms(self) -> float:
         """Estimated work of all of them."""
-        return self._ledger.outstanding_ms
+        return self._table.outstanding_ms
 
     @property
     def draining(self) -> bool:
@@ -131,7 +131,7 @@ class Engine:
         return not self.requests
 
     @property
-    def decoding_aside(self) -> bool:
+    def has_overlapped_decodes(self) -> bool:
         """Whether decodes run that the next turn should look after."""
         return bool(self._decoding)
 
@@ -145,7 +145,7 @@ class Engine:
             "requests": len(self.requests),
             "waiting": scheduler.num_waiting,
             "active_sequences": scheduler.num_active_sequences,
-            "held_steps": len(scheduler.held),
+            "paused_steps": len(scheduler.paused),
             "pack_tokens_budget": scheduler.budget.tokens,
             "outstanding_s": self.outstanding_ms / 1e3,
         }
@@ -203,13 +203,13 @@ class Engine:
             return events
         for request in work.requests:
             self._move(request, State.DENOISING)
-            self._ledger.update(request)
+            self._table.update(request)
         self._scheduler.budget.succeeded()
         return events
 
     def _step(self, step: PackStep) -> list[Event]:
         blocks = step.next_blocks
-        held = self._scheduler.held
+        paused = self._scheduler.paused
         self._scheduler.begin(step.sequences)
         start = self._clock()
         try:
@@ -219,11 +219,11 @@ class Engine:
         self._keep_pace(results, (self._clock() - start) * 1e3)
         step.blocks_done = blocks.stop
         if not step.done:
-            if step not in held:
-                held.append(step)
+            if step not in paused:
+                paused.append(step)
             return self._fail_non_finite(results)
-        if step in held:
-            held.remove(step)
+        if step in paused:
+            paused.remove(step)
         self._scheduler.budget.succeeded()
         self.counters.packs += 1
         self.counters.tokens += step.tokens * step.steps
@@ -236,10 +236,10 @@ class Engine:
             if sequence.step == sequence.image.steps:
                 sequence.move(State.DECODING)
                 sequence.request.reached[State.DECODING] = self._clock()
-                if self._executor.decodes_aside:
+                if self._executor.overlaps_decodes:
                     self._decoding[sequence] = None
         for request in dict.fromkeys(sequence.request for sequence in step.sequences):
-            self._ledger.update(request)
+            self._table.update(request)
         return events + self._fail_non_finite(results)
 
     def _settle(self, sequence: ImageSequence | None = None) -> list[Event]:
@@ -267,7 +267,7 @@ class Engine:
         if len(step.sequences) > 1:
             self.counters.retried += len(step.sequences)
             if not isinstance(error, OutOfMemoryError):  # for which the budget is smaller now
-                self._scheduler.set_apart(step.sequences)
+                self._scheduler.isolate(step.sequences)
             return []
         return [self._end(step.sequences[0].request, State.FAILED, _as_ours(error))]
 
@@ -292,7 +292,7 @@ class Engine:
         self._release(sequence)
         self.counters.sequences_done += 1
         request = sequence.request
-        self._ledger.update(request)
+        self._table.update(request)
         if all(s.state is State.DONE for s in request.sequences):
             events.append(self._end(request, State.DONE))
         return events
@@ -332,9 +332,9 @@ class Engine:
             now,
             None if deadline_s is None else now + deadline_s,
         )
-        self._ledger.estimate(request)
+        self._table.estimate(request)
         self._admission.check(request, self.outstanding_ms)
-        self._ledger.add(request)
+        self._table.add(request)
         self._scheduler.add(request)
         self._deadlines.add(request, len(self.requests))
         self.counters.accepted += 1
@@ -359,7 +359,7 @@ class Engine:
                 sequence.move(State.FAILED if state is State.FAILED else State.CANCELLED)
                 self._decoding.pop(sequence, None)
                 self._release(sequence)
-        self._ledger.remove(request)
+        self._table.remove(request)
         match state:
             case State.DONE:
                 self.counters.done += 1
@@ -378,10 +378,10 @@ class Engine:
         """
         for result in results:
             step, blocks = result.step, result.blocks
-            lanes = [lane for sequence in step.sequences for lane in sequence.tokens]
-            estimated_ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
+            branches = [branch for sequence in step.sequences for branch in sequence.tokens]
+            estimated_ms = self.cost.step(branches) * step.steps * len(blocks) / step.total_blocks
             measured_ms = call_ms if result.ms is None else result.ms
-            corrected = self._pace.observe(lanes, measured_ms, estimated_ms, self.cost)
+            corrected = self._calibration.observe(branches, measured_ms, estimated_ms, self.cost)
             if corrected is not None:
                 self._correct(corrected)
 
@@ -393,13 +393,13 @@ class Engine:
             *(model.step([tokens]) for tokens in (300, 4160) for model in (corrected, self.cost)),
         )
         self.cost = corrected
-        self._ledger.reprice(self.cost)
+        self._table.reprice(self.cost)
         self._scheduler.reorder(self.cost)
 
     def _drop(self, step: PackStep) -> None:
         """Begin a step anew: what its slices have done is forgotten."""
-        if step in self._scheduler.held:
-            self._scheduler.held.remove(step)
+        if step in self._scheduler.paused:
+            self._scheduler.paused.remove(step)
         self._forget(self._executor.drop_step, step)
 
     def _release(self, sequence: ImageSequence) -> None:
@@ -420,10 +420,10 @@ class Engine:
             Whether there were any, or decodes are under way beside the steps: then what ran out
             of memory is worth another try.
         """
-        held = list(self._scheduler.held)
-        for step in held:
+        paused = list(self._scheduler.paused)
+        for step in paused:
             self._drop(step)
-        return bool(held) or any(sequence.decode_begun for sequence in self._decoding)
+        return bool(paused) or any(sequence.decode_begun for sequence in self._decoding)
 
     def _move(self, request: Request, state: State) -> None:
         """Move a request and all its sequences."""

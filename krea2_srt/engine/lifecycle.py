@@ -52,14 +52,14 @@ class Sequence:
         request: which it belongs to.
         index: its place in the request.
         image: what to draw; a request for exactly one image.
-        tokens: of each of its lanes (one, or two under guidance). An estimate until its prompt is
-            encoded.
+        tokens: of each of its branches (one, or two under guidance). An estimate until its prompt
+            is encoded.
         state: where it is.
         step: steps done.
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.
-        watched: whether somebody wants to see each of its steps.
+        wants_previews: whether somebody wants to see each of its steps.
     """
 
     request: "Request"
@@ -71,7 +71,7 @@ class Sequence:
     begun: bool = False
     decode_begun: bool = False
     decode_retried: bool = False
-    watched: bool = False
+    wants_previews: bool = False
 
     def move(self, state: State) -> None:
         """Change the state.

@@ -9,7 +9,7 @@ from krea2_srt.engine.budget import TokenBudget
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import Request, Sequence, State
-from krea2_srt.engine.pack_draft import PackDraft
+from krea2_srt.engine.pack_builder import PackBuilder
 from krea2_srt.engine.work import Decode, Encode, PackStep, Work
 
 MAX_ENCODED_TOGETHER = 8
@@ -22,30 +22,30 @@ class StepScheduler:
     """Orders requests by their key and turns the most urgent one into work.
 
     Requests wait in a heap until their turn comes for the first time (their prompts are then
-    encoded), and are active from there on. A step that would exceed the time of a turn is held
+    encoded), and are active from there on. A step that would exceed the time of a turn is paused
     between its slices, and any other work may run in between.
 
     Args:
         config: limits.
         cost: estimates of time.
-        decodes_aside: decodes run beside the steps, so they are no work of their own.
-        whole_schedules: a lone sequence does all its steps in one turn, where they fit into it.
+        overlaps_decodes: decodes run beside the steps, so they are no work of their own.
+        full_schedule_graphs: a lone sequence does all its steps in one turn, where they fit.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         cost: CostModel,
-        decodes_aside: bool = False,
-        whole_schedules: bool = False,
+        overlaps_decodes: bool = False,
+        full_schedule_graphs: bool = False,
     ) -> None:
         self.config = config
         self.cost = cost
-        self.decodes_aside = decodes_aside
-        self.whole_schedules = whole_schedules
+        self.overlaps_decodes = overlaps_decodes
+        self.full_schedule_graphs = full_schedule_graphs
         self.budget = TokenBudget(config.max_pack_tokens)
         self.active: dict[Request, None] = {}
-        self.held: list[PackStep] = []
+        self.paused: list[PackStep] = []
         self.set_apart_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = count()
@@ -86,7 +86,7 @@ class StepScheduler:
         """Forget a request that has ended.
 
         Returns:
-            Held steps that it took part in, which are thereby void.
+            Paused steps that it took part in, which are thereby void.
         """
         if request in self.active:
             del self.active[request]
@@ -96,11 +96,11 @@ class StepScheduler:
             if len(self._waiting) > 2 * self.num_waiting + 64:
                 self._waiting = [entry for entry in self._waiting if not entry[2].ended]
                 heapq.heapify(self._waiting)
-        void = [s for s in self.held if any(q.request is request for q in s.sequences)]
-        self.held = [s for s in self.held if s not in void]
+        void = [s for s in self.paused if any(q.request is request for q in s.sequences)]
+        self.paused = [s for s in self.paused if s not in void]
         return void
 
-    def set_apart(self, sequences: Iterable[Sequence]) -> None:
+    def isolate(self, sequences: Iterable[Sequence]) -> None:
         """A pack of these has failed: each runs its next step alone, before anything else."""
         self.set_apart_sequences |= dict.fromkeys(sequences)
 
@@ -127,27 +127,27 @@ class StepScheduler:
             # A batch of prompts has failed; one by one now.
             return Encode((urgent,))
         for sequence in urgent.sequences:
-            if sequence.state is State.DECODING and not self.decodes_aside:
+            if sequence.state is State.DECODING and not self.overlaps_decodes:
                 return Decode(sequence)
         lead = next(s for s in urgent.sequences if s.state is State.DENOISING)
         step = self._step(lead)
-        if step in self.held or step.blocks_per_slice < step.total_blocks:
+        if step in self.paused or step.blocks_per_slice < step.total_blocks:
             return step
-        draft = PackDraft(lead, self.cost, self.config, self.budget.tokens)
+        builder = PackBuilder(lead, self.cost, self.config, self.budget.tokens)
         for sequence in self._company(lead, order):
-            draft.admit(sequence)
-        if self._let_join and waiting is not None and draft.admit(waiting.sequences[0]):
+            builder.admit(sequence)
+        if self._let_join and waiting is not None and builder.admit(waiting.sequences[0]):
             # It gains by joining, and first needs its prompt encoded. Once before a step: where
             # prompts prove longer than estimated, the pack would wait for all of them.
             self._let_join = False
-            return self._encode(urgent, draft)
+            return self._encode(urgent, builder)
         self._let_join = True
         alone = len(order) == len(urgent.sequences) == 1 and not self.num_waiting
         steps = lead.image.steps if alone and self._may_run_whole(lead) else 1
-        return PackStep(tuple(draft.sequences), self.cost.blocks, self.cost.blocks, steps=steps)
+        return PackStep(tuple(builder.sequences), self.cost.blocks, self.cost.blocks, steps=steps)
 
     def _runnable(self, request: Request) -> bool:
-        return not self.decodes_aside or any(
+        return not self.overlaps_decodes or any(
             sequence.state is not State.DECODING and not sequence.state.ended
             for sequence in request.sequences
         )
@@ -157,12 +157,12 @@ class StepScheduler:
             heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None
 
-    def _encode(self, urgent: Request | None, draft: PackDraft | None = None) -> Encode:
+    def _encode(self, urgent: Request | None, builder: PackBuilder | None = None) -> Encode:
         """The first of those that wait, and those behind it that would be next anyway.
 
         Args:
             urgent: the most urgent of those that do not wait.
-            draft: a pack that takes the first of them in; others may join it too.
+            builder: a pack that takes the first of them in; others may join it too.
         """
         chosen: list[Request] = []
         tokens = 0
@@ -174,7 +174,7 @@ class StepScheduler:
                 or not (
                     urgent is None
                     or request.key < urgent.key
-                    or (draft is not None and draft.admit(request.sequences[0]))
+                    or (builder is not None and builder.admit(request.sequences[0]))
                 )
             ):
                 break
@@ -183,33 +183,33 @@ class StepScheduler:
         return Encode(tuple(chosen))
 
     def _step(self, lead: Sequence) -> PackStep:
-        """The step of a sequence without company: held, in slices, or whole."""
-        held = next((step for step in self.held if lead in step.sequences), None)
-        if held is not None:
-            return held
+        """The step of a sequence without company: paused, in slices, or whole."""
+        paused = next((step for step in self.paused if lead in step.sequences), None)
+        if paused is not None:
+            return paused
         step_ms = self.cost.step(lead.tokens)
         blocks = self.cost.blocks_per_slice(step_ms, self.config.max_turn_ms)
-        if blocks < self.cost.blocks and len(self.held) >= self.config.max_held_steps:
-            return min(self.held, key=lambda step: step.sequences[0].request.key)
+        if blocks < self.cost.blocks and len(self.paused) >= self.config.max_paused_steps:
+            return min(self.paused, key=lambda step: step.sequences[0].request.key)
         return PackStep((lead,), self.cost.blocks, blocks)
 
     def _may_run_whole(self, lead: Sequence) -> bool:
         """Whether nothing is lost where a sequence that is alone does all its steps in one turn."""
         return (
-            self.whole_schedules
+            self.full_schedule_graphs
             and lead.step == 0
-            and not lead.watched
+            and not lead.wants_previews
             and not lead.image.guidance
             and self.cost.step(lead.tokens) * lead.image.steps <= self.config.max_turn_ms
         )
 
     def _company(self, lead: Sequence, order: list[Request]) -> Iterator[Sequence]:
-        held = {id(sequence) for step in self.held for sequence in step.sequences}
+        paused = {id(sequence) for step in self.paused for sequence in step.sequences}
         for request in order:
             for sequence in request.sequences:
                 if (
                     sequence.state is State.DENOISING
                     and sequence is not lead
-                    and id(sequence) not in held
+                    and id(sequence) not in paused
                 ):
                     yield sequence

@@ -79,5 +79,5 @@ class TurnLog:
 
 
 def _place(sequence: Sequence) -> list[Any]:
-    """Request, image, steps done before, and the tokens of its lanes."""
+    """Request, image, steps done before, and the tokens of its branches."""
     return [sequence.request.id, sequence.index, sequence.step, list(sequence.tokens)]

@@ -82,11 +82,11 @@ class Executor(Protocol):
     """
 
     @property
-    def decodes_aside(self) -> bool:
+    def overlaps_decodes(self) -> bool:
         """Whether `decode` only starts and polls work that runs beside the steps."""
 
     @property
-    def whole_schedules(self) -> bool:
+    def full_schedule_graphs(self) -> bool:
         """Whether all steps of a lone sequence are best run at once, where they fit into a turn."""
 
     def encode(self, requests: Collection[Request]) -> None:

@@ -1,9 +1,9 @@
 """One Euler step of every sequence of a pack at once, guidance included.
 
-    v = velocity + guidance[row] * (velocity - velocity[partner])
+    v = velocity + guidance[row] * (velocity - velocity[uncond_index])
     tokens <- tokens + dt[row] * v
 
-The partner of a token is the same token in the forward with the negative prompt.
+``uncond_index`` of a token is the same token in the forward with the negative prompt.
 """
 
 import torch
@@ -18,11 +18,11 @@ def euler_step(
     tokens: Tensor,
     velocity: Tensor,
     row: Tensor,
-    partner: Tensor,
+    uncond_index: Tensor,
     dt: Tensor,
     guidance: Tensor,
     guided: Tensor,
-    broken: Tensor,
+    non_finite: Tensor,
 ) -> None:
     """Step in place.
 
@@ -30,19 +30,19 @@ def euler_step(
         tokens: float32 [T, channels], the noisy patches; stepped.
         velocity: [T, channels] in the compute dtype.
         row: int32 [T], the row of dt and guidance that each token reads.
-        partner: int32 [T]; itself without guidance, -1 for a token that is no patch and stays.
+        uncond_index: int32 [T]; itself without guidance, -1 for a token that is no patch and stays.
         dt: float32 [rows], sigma after the step minus sigma before it.
         guidance: float32 [rows], 0 without guidance.
         guided: float32 [T, channels]; overwritten with v, for previews.
-        broken: int32 [rows]; overwritten with 1 where a token that steps is not finite, else 0.
+        non_finite: int32 [rows]; overwritten with 1 where a token that steps is not finite, else 0.
     """
     v = velocity.float()
-    v = v + guidance[row][:, None] * (v - v[partner.clamp(min=0)])
-    live = (partner >= 0)[:, None]
+    v = v + guidance[row][:, None] * (v - v[uncond_index.clamp(min=0)])
+    live = (uncond_index >= 0)[:, None]
     guided.copy_(torch.where(live, v, 0))
     tokens.copy_(torch.where(live, tokens + dt[row][:, None] * v, tokens))
     odd = live[:, 0] & ~torch.isfinite(tokens).all(1)
-    broken.zero_().index_add_(0, row, odd.to(broken.dtype)).clamp_(max=1)
+    non_finite.zero_().index_add_(0, row, odd.to(non_finite.dtype)).clamp_(max=1)
 
 
 # dt and guidance are rows of one small matrix: how they are aligned must not compile another kernel
@@ -54,11 +54,11 @@ def _euler_kernel(
     tokens_ptr,
     velocity_ptr,
     row_ptr,
-    partner_ptr,
+    uncond_index_ptr,
     dt_ptr,
     guidance_ptr,
     guided_ptr,
-    broken_ptr,
+    non_finite_ptr,
     num_tokens,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -66,11 +66,11 @@ def _euler_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     row = tl.load(row_ptr + token, live, 0)
-    partner = tl.load(partner_ptr + token, live, -1)
-    moves = live & (partner >= 0)
+    uncond_index = tl.load(uncond_index_ptr + token, live, -1)
+    moves = live & (uncond_index >= 0)
     channel = tl.arange(0, CHANNELS)
     at = token[:, None] * CHANNELS + channel[None, :]
-    other = partner[:, None] * CHANNELS + channel[None, :]
+    other = uncond_index[:, None] * CHANNELS + channel[None, :]
     v = tl.load(velocity_ptr + at, moves[:, None], 0.0).to(tl.float32)
     negative = tl.load(velocity_ptr + other, moves[:, None], 0.0).to(tl.float32)
     v += tl.load(guidance_ptr + row, live, 0.0)[:, None] * (v - negative)
@@ -80,33 +80,33 @@ def _euler_kernel(
     tl.store(tokens_ptr + at, x, moves[:, None])
     # False of NaN too. All programs that write here write 1.
     odd = 1 - tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1)
-    tl.store(broken_ptr + row, odd, moves & (odd > 0))
+    tl.store(non_finite_ptr + row, odd, moves & (odd > 0))
 
 
 def euler_step_triton(
     tokens: Tensor,
     velocity: Tensor,
     row: Tensor,
-    partner: Tensor,
+    uncond_index: Tensor,
     dt: Tensor,
     guidance: Tensor,
     guided: Tensor,
-    broken: Tensor,
+    non_finite: Tensor,
 ) -> None:
     """See `euler_step`; channels must be a power of two."""
     num_tokens, channels = tokens.shape
     assert all(t.is_contiguous() for t in (tokens, velocity, guided))
     launch, _ = device_of(tokens.device).launch("euler", num_tokens)
-    broken.zero_()
+    non_finite.zero_()
     _euler_kernel[(triton.cdiv(num_tokens, launch.tokens),)](
         tokens,
         velocity,
         row,
-        partner,
+        uncond_index,
         dt,
         guidance,
         guided,
-        broken,
+        non_finite,
         num_tokens,
         CHANNELS=channels,
         TOKENS=launch.tokens,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from krea2_srt.kernels.launch import device_of
 from krea2_srt.kernels.norm import norm_scale_shift
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 
 _COLUMNS = 128
 """Columns of x that a program reads at a time."""
@@ -24,7 +24,7 @@ def final_layer(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     weight: Tensor,
     bias: Tensor,
@@ -102,7 +102,7 @@ def final_layer_triton(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     weight: Tensor,
     bias: Tensor,

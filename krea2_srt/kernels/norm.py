@@ -1,6 +1,6 @@
 """Gated residual, RMSNorm, scale and shift: what lies between two matrix multiplications.
 
-    x <- x + gate[row] * branch                         in place, in x's dtype
+    x <- x + gate[row] * update                         in place, in x's dtype
     h  = x / sqrt(mean(x^2) + eps) * scale[row] + shift[row]       in float32
 
 `norm_scale_shift` is the second line, `add_gated` the first, and `add_gated_norm` both, with x
@@ -22,14 +22,14 @@ from krea2_srt.kernels.quantize import (
     output_tokens,
     store_token,
 )
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 
 
 def norm_scale_shift(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     format: TokenFormat | None = None,
 ) -> Tokens:
@@ -58,33 +58,33 @@ def norm_scale_shift(
     return finish_tokens(out, x.dtype, format)
 
 
-def add_gated(x: Tensor, gate: Tensor, branch: Tensor, rows: TokenRows) -> Tensor:
-    """``x + gate * branch`` in place.
+def add_gated(x: Tensor, gate: Tensor, update: Tensor, rows: SegmentIndex) -> Tensor:
+    """``x + gate * update`` in place.
 
     Args:
-        x, branch: [T, width].
+        x, update: [T, width].
         gate: [rows, width] in x's dtype.
         rows: which row each token reads.
     """
     if rows.spans is None:
-        return x.addcmul_(rows.of_tokens(gate), branch)
+        return x.addcmul_(rows.of_tokens(gate), update)
     for start, end, row in rows.spans:
-        x[start:end].addcmul_(gate[row], branch[start:end])
+        x[start:end].addcmul_(gate[row], update[start:end])
     return x
 
 
 def add_gated_norm(
     x: Tensor,
     gate: Tensor,
-    branch: Tensor,
+    update: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     format: TokenFormat | None = None,
 ) -> Tokens:
     """`add_gated` on x, in place, then `norm_scale_shift` of it, which is returned."""
-    return norm_scale_shift(add_gated(x, gate, branch, rows), scale, shift, rows, eps, format)
+    return norm_scale_shift(add_gated(x, gate, update, rows), scale, shift, rows, eps, format)
 
 
 # Not specialised: a new number of tokens must not compile a new kernel while requests wait.
@@ -92,7 +92,7 @@ def add_gated_norm(
 def _norm_kernel(
     x_ptr,
     gate_ptr,
-    branch_ptr,
+    update_ptr,
     scale_ptr,
     shift_ptr,
     row_ptr,
@@ -136,7 +136,7 @@ def _norm_kernel(
             at = token.to(tl.int64) * WIDTH + columns
             x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
             if GATED:
-                x += gate * tl.load(branch_ptr + at, mask, 0.0).to(tl.float32)
+                x += gate * tl.load(update_ptr + at, mask, 0.0).to(tl.float32)
                 # Rounded before the norm too: a step in slices reads it from memory there.
                 stored = x.to(x_ptr.dtype.element_ty)
                 tl.store(x_ptr + at, stored, mask)
@@ -162,20 +162,20 @@ def _launch(
     x: Tensor,
     gated: tuple[Tensor, Tensor] | None,
     norm: tuple[Tensor, Tensor, float] | None,
-    rows: TokenRows,
+    rows: SegmentIndex,
     format: TokenFormat | None,
 ) -> Tokens:
     num_tokens, width = x.shape
     assert x.is_contiguous()
     launch, tokens = device_of(x.device).launch("norm_fp8" if format else "norm", num_tokens)
-    gate, branch = gated or (x, x)
-    assert branch.is_contiguous()
+    gate, update = gated or (x, x)
+    assert update.is_contiguous()
     scale, shift, eps = norm or (x, x, 0.0)
     out, out_scale, matrix = output_tokens(x, width, format)
     _norm_kernel[(triton.cdiv(num_tokens, tokens),)](
         x,
         gate,
-        branch,
+        update,
         scale,
         shift,
         rows.index,
@@ -203,7 +203,7 @@ def norm_scale_shift_triton(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     format: TokenFormat | None = None,
 ) -> Tokens:
@@ -211,21 +211,21 @@ def norm_scale_shift_triton(
     return _launch(x, None, (scale, shift, eps), rows, format)
 
 
-def add_gated_triton(x: Tensor, gate: Tensor, branch: Tensor, rows: TokenRows) -> Tensor:
+def add_gated_triton(x: Tensor, gate: Tensor, update: Tensor, rows: SegmentIndex) -> Tensor:
     """See `add_gated`."""
-    _launch(x, (gate, branch), None, rows, None)
+    _launch(x, (gate, update), None, rows, None)
     return x
 
 
 def add_gated_norm_triton(
     x: Tensor,
     gate: Tensor,
-    branch: Tensor,
+    update: Tensor,
     scale: Tensor,
     shift: Tensor,
-    rows: TokenRows,
+    rows: SegmentIndex,
     eps: float,
     format: TokenFormat | None = None,
 ) -> Tokens:
     """See `add_gated_norm`."""
-    return _launch(x, (gate, branch), (scale, shift, eps), rows, format)
+    return _launch(x, (gate, update), (scale, shift, eps), rows, format)

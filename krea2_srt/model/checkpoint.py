@@ -1,4 +1,4 @@
-"""A Krea 2 checkpoint on disk: where its parts lie and which recipe it was made for."""
+"""A Krea 2 checkpoint on disk: where its parts lie and which sampling it was trained for."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.latents import PATCH
 from krea2_srt.model.schedule import TURBO_MU, ResolutionShift, Schedule, flow_schedule
-from krea2_srt.model.text_encoder import DEFAULT_TAPS
+from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 from krea2_srt.model.weights import read_json
 from krea2_srt.request import MU_RANGE, SIZE_MULTIPLE
 
@@ -20,7 +20,7 @@ _SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SamplingDefaults:
     """How a checkpoint wants to be sampled.
 
     Attributes:
@@ -45,7 +45,7 @@ class Recipe:
     def default_side(self) -> int:
         return min(1024, self.trained_side)
 
-    def with_shift(self, min_mu: float | None, max_mu: float | None) -> "Recipe":
+    def with_shift(self, min_mu: float | None, max_mu: float | None) -> "SamplingDefaults":
         """The same with other end points of Raw's shift, where given."""
         return replace(
             self,
@@ -57,7 +57,7 @@ class Recipe:
         )
 
     def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
-        """Sigmas for an image; ``mu`` overrides the recipe's own shift."""
+        """Sigmas for an image; ``mu`` overrides the checkpoint's own shift."""
         if mu is None:
             mu = TURBO_MU if self.distilled else self.shift.mu(image_tokens)
         return flow_schedule(steps, mu)
@@ -70,16 +70,16 @@ class Krea2Checkpoint:
     Attributes:
         transformer: ``transformer/`` folder or original single file.
         text_encoder, tokenizer, vae: folders.
-        taps: text encoder hidden states that the DiT reads.
-        recipe: Turbo's or Raw's.
+        select_layers: text encoder hidden states that the DiT reads.
+        sampling: Turbo's or Raw's.
     """
 
     transformer: Path
     text_encoder: Path
     tokenizer: Path
     vae: Path
-    recipe: Recipe
-    taps: tuple[int, ...] = DEFAULT_TAPS
+    sampling: SamplingDefaults
+    select_layers: tuple[int, ...] = DEFAULT_SELECT_LAYERS
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Krea2Checkpoint":
@@ -99,12 +99,15 @@ class Krea2Checkpoint:
             )
         if index.get("patch_size", PATCH) != PATCH:
             raise CheckpointError(f"{index_file}: patch_size must be {PATCH}")
-        taps = index.get("text_encoder_select_layers") or DEFAULT_TAPS
-        if not isinstance(taps, (list, tuple)) or not all(type(t) is int and t >= 0 for t in taps):
+        select_layers = index.get("text_encoder_select_layers") or DEFAULT_SELECT_LAYERS
+        if not isinstance(select_layers, (list, tuple)) or not all(
+            type(t) is int and t >= 0 for t in select_layers
+        ):
             raise CheckpointError(
-                f"{index_file}: text_encoder_select_layers must be layer numbers, got {taps!r}"
+                f"{index_file}: text_encoder_select_layers must be layer numbers, "
+                f"got {select_layers!r}"
             )
-        side = index.get(TRAINED_SIDE, Recipe.trained_side)
+        side = index.get(TRAINED_SIDE, SamplingDefaults.trained_side)
         if type(side) is not int or side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
             raise CheckpointError(
                 f"{index_file}: {TRAINED_SIDE} must be a multiple of {SIZE_MULTIPLE}, got {side!r}"
@@ -117,8 +120,10 @@ class Krea2Checkpoint:
         scheduler = read_json(parts.pop("scheduler") / "scheduler_config.json")
         return cls(
             **parts,
-            recipe=Recipe(bool(index.get("is_distilled", False)), _shift(scheduler), side),
-            taps=tuple(taps),
+            sampling=SamplingDefaults(
+                bool(index.get("is_distilled", False)), _shift(scheduler), side
+            ),
+            select_layers=tuple(select_layers),
         )
 
 

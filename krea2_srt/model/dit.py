@@ -22,7 +22,7 @@ from krea2_srt.model.modulation import Modulation, timestep_embedding
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.quantization import Quantization, block_linears
 from krea2_srt.model.text_fusion import TextFusion
-from krea2_srt.model.weights import Target
+from krea2_srt.model.weights import WeightSlot
 
 
 class DiTBlock(nn.Module):
@@ -44,12 +44,12 @@ class DiTBlock(nn.Module):
         )
         self.ff = SwiGLU(size, config.intermediate_size, linears)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield f"{prefix}scale_shift_table", Target(self.scale_shift_table)
-        yield from self.norm1.targets(f"{prefix}norm1.")
-        yield from self.norm2.targets(f"{prefix}norm2.")
-        yield from self.attn.targets(f"{prefix}attn.")
-        yield from self.ff.targets(f"{prefix}ff.")
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield f"{prefix}scale_shift_table", WeightSlot(self.scale_shift_table)
+        yield from self.norm1.weight_map(f"{prefix}norm1.")
+        yield from self.norm2.weight_map(f"{prefix}norm2.")
+        yield from self.attn.weight_map(f"{prefix}attn.")
+        yield from self.ff.weight_map(f"{prefix}ff.")
 
 
 class Krea2DiT(nn.Module):
@@ -128,12 +128,12 @@ class Krea2DiT(nn.Module):
 
     def fuse_text(
         self,
-        taps: Tensor,
+        hidden_states: Tensor,
         prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
     ) -> Tensor:
         """Context tokens of one or several prompts; see `TextFusion.forward`."""
-        return self.text_fusion(taps.to(self.dtype), prompts, attention)
+        return self.text_fusion(hidden_states.to(self.dtype), prompts, attention)
 
     def embed(self, tokens: Tensor, context: Tensor, pack: Pack) -> Tensor:
         """The token stream before the first block.
@@ -229,16 +229,16 @@ class Krea2DiT(nn.Module):
         x = self.run_blocks(x, pack, modulation, range(len(self.blocks)), attention)
         return self.finish(x, pack, modulation)
 
-    def targets(self) -> dict[str, Target]:
+    def weight_map(self) -> dict[str, WeightSlot]:
         """Where each tensor of a Diffusers-layout checkpoint goes."""
-        found = dict(self.img_in.targets(""))
-        found |= dict(self.time_linear_1.targets("time_embed."))
-        found |= dict(self.time_linear_2.targets("time_embed."))
-        found |= dict(self.time_mod_proj.targets(""))
-        found |= dict(self.text_fusion.targets())
+        found = dict(self.img_in.weight_map(""))
+        found |= dict(self.time_linear_1.weight_map("time_embed."))
+        found |= dict(self.time_linear_2.weight_map("time_embed."))
+        found |= dict(self.time_mod_proj.weight_map(""))
+        found |= dict(self.text_fusion.weight_map())
         for i, block in enumerate(self.blocks):
-            found |= dict(block.targets(f"transformer_blocks.{i}."))
-        found["final_layer.scale_shift_table"] = Target(self.final_table)
-        found |= dict(self.final_norm.targets("final_layer.norm."))
-        found |= dict(self.final_linear.targets("final_layer."))
+            found |= dict(block.weight_map(f"transformer_blocks.{i}."))
+        found["final_layer.scale_shift_table"] = WeightSlot(self.final_table)
+        found |= dict(self.final_norm.weight_map("final_layer.norm."))
+        found |= dict(self.final_linear.weight_map("final_layer."))
         return found

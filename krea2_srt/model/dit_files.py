@@ -14,7 +14,7 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.weights import (
-    Target,
+    WeightSlot,
     check_weights,
     checkpoint_files,
     load_weights,
@@ -128,9 +128,9 @@ def _load_folder(
 ) -> Krea2DiT:
     config = read_config(folder)
     files = checkpoint_files(folder, _STEM)
-    check_weights(_meta_targets(config, dtype), tensor_shapes(files), folder)
+    check_weights(_meta_weight_map(config, dtype), tensor_shapes(files), folder)
     dit = _empty(config, device, dtype, quantization)
-    load_weights(files, dit.targets())
+    load_weights(files, dit.weight_map())
     return dit
 
 
@@ -138,9 +138,9 @@ def _load_original(
     file: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
 ) -> Krea2DiT:
     config, shapes = _original_config(file)
-    check_weights(_meta_targets(config, dtype), shapes, file)
+    check_weights(_meta_weight_map(config, dtype), shapes, file)
     dit = _empty(config, device, dtype, quantization)
-    load_weights([file], dit.targets(), rename=diffusers_name)
+    load_weights([file], dit.weight_map(), rename=diffusers_name)
     return dit
 
 
@@ -161,9 +161,9 @@ def _table_shape(original: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _meta_targets(config: Krea2Config, dtype: torch.dtype) -> dict[str, Target]:
+def _meta_weight_map(config: Krea2Config, dtype: torch.dtype) -> dict[str, WeightSlot]:
     """What a DiT of this config needs, found without taking memory for it."""
-    return _empty(config, torch.device("meta"), dtype).targets()
+    return _empty(config, torch.device("meta"), dtype).weight_map()
 
 
 def _empty(
@@ -178,8 +178,8 @@ def _empty(
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a Diffusers-layout checkpoint with this config."""
-    needed = _meta_targets(config, torch.bfloat16)
-    return {name: target.stored_shape for name, target in needed.items()}
+    needed = _meta_weight_map(config, torch.bfloat16)
+    return {name: slot.stored_shape for name, slot in needed.items()}
 
 
 def config_dict(config: Krea2Config) -> dict[str, object]:

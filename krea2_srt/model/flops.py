@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from krea2_srt.model.config import Krea2Config
 
 
-def step_flops(config: Krea2Config, lanes: Sequence[int]) -> tuple[float, float]:
+def step_flops(config: Krea2Config, branches: Sequence[int]) -> tuple[float, float]:
     """Floating-point operations of a step of a pack: of its matrices, and of its attention."""
-    tokens, squares = sum(lanes), sum(lane * lane for lane in lanes)
+    tokens, squares = sum(branches), sum(branch * branch for branch in branches)
     width = config.num_attention_heads * config.attention_head_dim
     attention = 4 * config.num_layers * width * squares
     return 2 * step_weight_bytes(config) * tokens, attention

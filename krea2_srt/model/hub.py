@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, first_line
-from krea2_srt.model.checkpoint import Krea2Checkpoint, Recipe
+from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.weights import checkpoint_files
 
 RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
@@ -68,7 +68,7 @@ def find_checkpoint(
     folder = path if path.is_dir() else _download(name, FOLDER_PATTERNS)
     checkpoint = Krea2Checkpoint.from_folder(folder)
     if distilled is not None:
-        checkpoint = replace(checkpoint, recipe=replace(checkpoint.recipe, distilled=distilled))
+        checkpoint = replace(checkpoint, sampling=replace(checkpoint.sampling, distilled=distilled))
     return checkpoint
 
 
@@ -95,7 +95,7 @@ def _single_file(
         text_encoder=encoder,
         tokenizer=tokenizer,
         vae=decoder / "vae" if (decoder / "vae").is_dir() else decoder,
-        recipe=Recipe(distilled),
+        sampling=SamplingDefaults(distilled),
     )
 
 

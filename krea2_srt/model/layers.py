@@ -14,7 +14,7 @@ from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.kernels.quantize import TokenFormat, Tokens
 from krea2_srt.model.attention import VarlenAttention, attend_and_gate
 from krea2_srt.model.pack import Segments
-from krea2_srt.model.weights import Target
+from krea2_srt.model.weights import WeightSlot
 
 
 def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -53,13 +53,13 @@ class Linear(nn.Module):
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         """Checkpoint names under ``prefix`` and where their tensors go."""
         start = 0
         for name, rows in self.parts.items():
-            yield f"{prefix}{name}.weight", Target(self.weight[start : start + rows])
+            yield f"{prefix}{name}.weight", WeightSlot(self.weight[start : start + rows])
             if self.bias is not None:
-                yield f"{prefix}{name}.bias", Target(self.bias[start : start + rows])
+                yield f"{prefix}{name}.bias", WeightSlot(self.bias[start : start + rows])
             start += rows
 
 
@@ -84,8 +84,11 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension; returns float32."""
         return F.rms_norm(x.float(), self.scale.shape, self.scale, self.eps)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield f"{prefix}weight", Target(self.scale, transform=lambda stored: stored.float() + 1.0)
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield (
+            f"{prefix}weight",
+            WeightSlot(self.scale, transform=lambda stored: stored.float() + 1.0),
+        )
 
 
 class GatedAttention(nn.Module):
@@ -148,11 +151,11 @@ class GatedAttention(nn.Module):
             attend_and_gate(attention, q, k, v, gate, segments, operations, self.out.format)
         )
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield from self.qkvg.targets(prefix)
-        yield from self.norm_q.targets(f"{prefix}norm_q.")
-        yield from self.norm_k.targets(f"{prefix}norm_k.")
-        yield from self.out.targets(prefix)
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield from self.qkvg.weight_map(prefix)
+        yield from self.norm_q.weight_map(f"{prefix}norm_q.")
+        yield from self.norm_k.weight_map(f"{prefix}norm_k.")
+        yield from self.out.weight_map(prefix)
 
 
 class SwiGLU(nn.Module):
@@ -171,6 +174,6 @@ class SwiGLU(nn.Module):
         weight, scale = gate_up.weight, gate_up.scale
         return self.down(operations.swiglu_product(x, weight, scale, gate_up.dtype, format))
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield from self.gate_up.targets(prefix)
-        yield from self.down.targets(prefix)
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield from self.gate_up.weight_map(prefix)
+        yield from self.down.weight_map(prefix)

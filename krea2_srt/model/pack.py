@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.model.host_copies import to_device
 
 Span = tuple[int, int]
@@ -53,16 +53,16 @@ class Pack:
         rope: complex64 [T, head_dim / 2], the rotation of each token's query and key pairs.
         rows: the sequence of each token.
         is_text: bool [T, 1].
-        partner: int32 [T], see `krea2_srt.kernels.euler`.
+        uncond_index: int32 [T], see `krea2_srt.kernels.euler`.
     """
 
     segments: Segments
     text_spans: tuple[Span, ...]
     image_spans: tuple[Span, ...]
     rope: Tensor
-    rows: TokenRows
+    rows: SegmentIndex
     is_text: Tensor
-    partner: Tensor
+    uncond_index: Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -72,7 +72,13 @@ class Pack:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        tensors = (self.segments.cu_seqlens, self.rope, self.rows.index, self.is_text, self.partner)
+        tensors = (
+            self.segments.cu_seqlens,
+            self.rope,
+            self.rows.index,
+            self.is_text,
+            self.uncond_index,
+        )
         return sum(tensor.nbytes for tensor in tensors)
 
     def place(self, spans: Iterable[Span], pieces: Iterable[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from krea2_srt.kernels.quantize import (
     rotation_block,
 )
 from krea2_srt.model.layers import Linear, LinearFactory, parameter, plain_linears
-from krea2_srt.model.weights import Target
+from krea2_srt.model.weights import WeightSlot
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -132,11 +132,11 @@ class QuantizedLinear(Linear):
             values = torch.cat([values, padding])
         return torch._int_mm(values, self.weight.t())[:tokens].float()
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0
         for name, rows in self.parts.items():
             view = self.weight[start : start + rows]
-            yield f"{prefix}{name}.weight", Target(view, store=partial(self._store, start))
+            yield f"{prefix}{name}.weight", WeightSlot(view, store=partial(self._store, start))
             start += rows
 
     def _store(self, start: int, stored: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Prompt to tapped hidden states: Qwen3-VL, text only, cut after the last layer that is tapped."""
+"""Prompt to selected hidden states: Qwen3-VL, text only, cut after the last selected layer."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.offload import offload
 from krea2_srt.model.weights import (
-    Target,
+    WeightSlot,
     check_weights,
     checkpoint_files,
     load_weights,
@@ -32,16 +32,16 @@ PREFIX_TOKENS = 34
 MAX_ENCODED_TOKENS = PREFIX_TOKENS + MAX_TEXT_TOKENS
 """Tokens of a prompt with its template, at most."""
 
-DEFAULT_TAPS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+DEFAULT_SELECT_LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 
 
 class TextEncoder:
-    """Tapped hidden states of prompts.
+    """Selected hidden states of prompts.
 
     Args:
-        model: a ``Qwen3VLTextModel`` with just the layers the taps need and no final norm.
+        model: a ``Qwen3VLTextModel`` with just the layers that are needed and no final norm.
         tokenizer: the checkpoint's tokenizer.
-        taps: indices into the encoder's hidden states; 0 is the embedding output.
+        select_layers: indices into the encoder's hidden states; 0 is the embedding output.
         device: where it runs.
         resident: whether its weights are there all the time.
     """
@@ -50,13 +50,13 @@ class TextEncoder:
         self,
         model: nn.Module,
         tokenizer: Any,
-        taps: Sequence[int],
+        select_layers: Sequence[int],
         device: torch.device,
         resident: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.taps = tuple(taps)
+        self.select_layers = tuple(select_layers)
         self.device = device
         self.resident = resident
         self._suffix_ids = self._ids(SUFFIX)
@@ -75,10 +75,10 @@ class TextEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Tapped hidden states of each prompt, suffix included, template prefix dropped.
+        """Selected hidden states of each prompt, suffix included, template prefix dropped.
 
         Returns:
-            One [tokens, taps, hidden] per prompt. A prompt's states do not depend on the others:
+            One [tokens, layers, hidden] per prompt. A prompt's states do not depend on the others:
             prompts are padded on the right, which causal attention never looks at, and
             positions count real tokens only.
         """
@@ -87,18 +87,18 @@ class TextEncoder:
         return [states[row, PREFIX_TOKENS : len(x)] for row, x in enumerate(ids)]
 
     def states(self, ids: Tensor) -> Tensor:
-        """Token ids [rows, length] -> tapped hidden states [rows, length, taps, hidden]."""
+        """Token ids [rows, length] -> selected hidden states [rows, length, layers, hidden]."""
         states = self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-        return torch.stack([states[i] for i in self.taps], dim=2)
+        return torch.stack([states[i] for i in self.select_layers], dim=2)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text)["input_ids"])
 
 
 def text_model(
-    folder: Path, taps: Sequence[int], dtype: torch.dtype
+    folder: Path, select_layers: Sequence[int], dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
-    """The part of a checkpoint's text model that the taps need, without memory for its weights.
+    """The part of a checkpoint's text model that is needed, without memory for its weights.
 
     Returns:
         The model on the meta device, and its rotary embedding on the host.
@@ -115,10 +115,12 @@ def text_model(
     text_config = config.get("text_config")
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{folder / 'config.json'}: no text_config in it")
-    layers, needed = text_config.get("num_hidden_layers"), max(taps)
+    layers, needed = text_config.get("num_hidden_layers"), max(select_layers)
     # The state after the last layer is normed, unlike all before it; no Krea 2 reads it.
     if not isinstance(layers, int) or layers <= needed:
-        raise CheckpointError(f"{folder}: has {layers} layers, tap {needed} needs more")
+        raise CheckpointError(
+            f"{folder}: has {layers} layers, text_encoder_select_layers needs more than {needed}"
+        )
     try:
         return empty_text_model(text_config, needed, dtype)
     except ImportError:  # no fault of the checkpoint
@@ -176,7 +178,7 @@ def empty_text_model(
 
     Args:
         text_config: as transformers names its sizes.
-        layers: to the last tap. States beyond it are never read, so theirs are never loaded.
+        layers: to the last selected one. Those beyond it are never read, so never loaded.
         dtype: of the weights.
 
     Returns:
@@ -193,7 +195,7 @@ def empty_text_model(
     with torch.device("meta"):
         model = Qwen3VLTextModel(config).to(dtype)
     rotary = type(model.rotary_emb)(config=config)
-    # The last tap is the plain output of its layer.
+    # The last selected state is the plain output of its layer.
     model.norm = nn.Identity()
     return model, rotary
 
@@ -201,17 +203,17 @@ def empty_text_model(
 def load_text_encoder(
     folder: Path,
     tokenizer_folder: Path,
-    taps: Sequence[int],
+    select_layers: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
     resident: bool = True,
 ) -> TextEncoder:
-    """Load the part of a Qwen3-VL checkpoint that the taps need.
+    """Load the part of a Qwen3-VL checkpoint that these layers need.
 
     Args:
         folder: a Qwen3-VL checkpoint: its ``config.json`` and ``model*.safetensors``.
         tokenizer_folder: the tokenizer's files.
-        taps: hidden states to return.
+        select_layers: hidden states to return.
         device: where it runs.
         dtype: of the weights.
         resident: whether the weights stay on the device; otherwise those of each layer come there
@@ -222,22 +224,22 @@ def load_text_encoder(
     """
     from transformers import AutoTokenizer
 
-    model, rotary = text_model(folder, taps, dtype)
+    model, rotary = text_model(folder, select_layers, dtype)
     files = checkpoint_files(folder, "model")
     shapes = tensor_shapes(files)
     root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
-    check_weights(_targets(model, root), shapes, folder, ignore=lambda name: True)
+    check_weights(_weight_map(model, root), shapes, folder, ignore=lambda name: True)
     model = model.to_empty(device=device if resident else "cpu")
     # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
     model.rotary_emb = rotary.to(device)
-    load_weights(files, _targets(model, root))
+    load_weights(files, _weight_map(model, root))
     model.requires_grad_(False).eval()
     if not resident:
         offload(text_model_units(model), device)
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        return TextEncoder(model, tokenizer, taps, device, resident)
+        return TextEncoder(model, tokenizer, select_layers, device, resident)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of strange files
@@ -255,5 +257,5 @@ def text_model_units(model: nn.Module) -> list[nn.Module]:
 _ROOTS = ("language_model.", "model.language_model.")
 
 
-def _targets(model: nn.Module, root: str) -> dict[str, Target]:
-    return {f"{root}{name}": Target(p.data) for name, p in model.named_parameters()}
+def _weight_map(model: nn.Module, root: str) -> dict[str, WeightSlot]:
+    return {f"{root}{name}": WeightSlot(p.data) for name, p in model.named_parameters()}

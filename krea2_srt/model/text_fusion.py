@@ -1,4 +1,4 @@
-"""Text fusion: from the encoder's tapped hidden states to context tokens of the DiT.
+"""Text fusion: from the encoder's selected hidden states to context tokens of the DiT.
 
 Independent of the timestep, so it runs once per prompt, not once per step.
 """
@@ -13,11 +13,11 @@ from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, plain_linears
 from krea2_srt.model.pack import Segments
-from krea2_srt.model.weights import Target
+from krea2_srt.model.weights import WeightSlot
 
 TOKENS_AT_ONCE = 576
-"""Whose taps are fused together. The taps of a token are many rows, and for several long prompts at
-a time they would take gigabytes; no prompt has more tokens than this."""
+"""Whose hidden states are fused together. Those of a token are many rows, and for several long
+prompts at a time they would take gigabytes; no prompt has more tokens than this."""
 
 
 class TextFusionBlock(nn.Module):
@@ -38,8 +38,8 @@ class TextFusionBlock(nn.Module):
         )
         self.ff = SwiGLU(size, config.text_intermediate_size, plain_linears(dtype))
 
-    def across_taps(self, x: Tensor) -> Tensor:
-        """Attend across the taps of each token on its own: [tokens, taps, size], same out."""
+    def across_layers(self, x: Tensor) -> Tensor:
+        """Attend across the layers of each token on its own: [tokens, layers, size], same out."""
         q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype).flatten(0, 1))
         groups = self.attn.heads // self.attn.kv_heads
         if groups > 1:
@@ -60,15 +60,15 @@ class TextFusionBlock(nn.Module):
         x = x + self.attn(self.norm1(x).to(x.dtype), attention, prompts)
         return x + self.ff(self.norm2(x).to(x.dtype))
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield from self.norm1.targets(f"{prefix}norm1.")
-        yield from self.norm2.targets(f"{prefix}norm2.")
-        yield from self.attn.targets(f"{prefix}attn.")
-        yield from self.ff.targets(f"{prefix}ff.")
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield from self.norm1.weight_map(f"{prefix}norm1.")
+        yield from self.norm2.weight_map(f"{prefix}norm2.")
+        yield from self.attn.weight_map(f"{prefix}attn.")
+        yield from self.ff.weight_map(f"{prefix}ff.")
 
 
 class TextFusion(nn.Module):
-    """Fuse the taps of each text token, refine across tokens, project to the DiT's width."""
+    """Fuse each text token's hidden states, refine across tokens, project to the DiT's width."""
 
     def __init__(self, config: Krea2Config, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,38 +86,38 @@ class TextFusion(nn.Module):
 
     def forward(
         self,
-        taps: Tensor,
+        hidden_states: Tensor,
         prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
     ) -> Tensor:
         """Fuse one or several prompts.
 
         Args:
-            taps: [tokens, num_text_layers, text_hidden_dim], prompts one after another.
+            hidden_states: [tokens, num_text_layers, text_hidden_dim], prompts one after another.
             prompts: which tokens are one prompt's.
             attention: how to attend across the tokens of a prompt.
 
         Returns:
             [tokens, hidden_size], the text tokens of the DiT.
         """
-        some = [self._fuse_taps(part) for part in taps.split(TOKENS_AT_ONCE)]
+        some = [self._fuse_layers(part) for part in hidden_states.split(TOKENS_AT_ONCE)]
         x = some[0] if len(some) == 1 else torch.cat(some)
         for block in self.refiner_blocks:
             x = block.across_tokens(x, attention, prompts)
         x = self.linear_1(self.norm(x).to(x.dtype))
         return self.linear_2(F.gelu(x, approximate="tanh"))
 
-    def _fuse_taps(self, x: Tensor) -> Tensor:
+    def _fuse_layers(self, x: Tensor) -> Tensor:
         """[tokens, num_text_layers, text_hidden_dim] -> [tokens, text_hidden_dim]."""
         for block in self.layerwise_blocks:
-            x = block.across_taps(x)
+            x = block.across_layers(x)
         return self.projector(x.transpose(1, 2)).squeeze(-1)
 
-    def targets(self) -> Iterator[tuple[str, Target]]:
+    def weight_map(self) -> Iterator[tuple[str, WeightSlot]]:
         for kind in ("layerwise_blocks", "refiner_blocks"):
             for i, block in enumerate(getattr(self, kind)):
-                yield from block.targets(f"text_fusion.{kind}.{i}.")
-        yield from self.projector.targets("text_fusion.")
-        yield from self.norm.targets("txt_in.norm.")
-        yield from self.linear_1.targets("txt_in.")
-        yield from self.linear_2.targets("txt_in.")
+                yield from block.weight_map(f"text_fusion.{kind}.{i}.")
+        yield from self.projector.weight_map("text_fusion.")
+        yield from self.norm.weight_map("txt_in.norm.")
+        yield from self.linear_1.weight_map("txt_in.")
+        yield from self.linear_2.weight_map("txt_in.")

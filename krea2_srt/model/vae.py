@@ -20,7 +20,7 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
 from krea2_srt.model.layers import parameter
 from krea2_srt.model.weights import (
-    Target,
+    WeightSlot,
     check_weights,
     checkpoint_files,
     load_weights,
@@ -131,15 +131,15 @@ class Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.padding)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         weight = self.weight
         if self.causal_3d:
             outputs, inputs, height, width = weight.shape
             stored = (outputs, inputs, height, height, width)
-            yield f"{prefix}weight", Target(weight, stored, lambda w: w[:, :, -1].contiguous())
+            yield f"{prefix}weight", WeightSlot(weight, stored, lambda w: w[:, :, -1].contiguous())
         else:
-            yield f"{prefix}weight", Target(weight)
-        yield f"{prefix}bias", Target(self.bias)
+            yield f"{prefix}weight", WeightSlot(weight)
+        yield f"{prefix}bias", WeightSlot(self.bias)
 
 
 class ChannelNorm(nn.Module):
@@ -160,8 +160,8 @@ class ChannelNorm(nn.Module):
         norm = channel_norm_triton if self.fused else channel_norm
         return norm(x, self.gamma, silu)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield f"{prefix}gamma", Target(self.gamma, self.stored_shape)
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield f"{prefix}gamma", WeightSlot(self.gamma, self.stored_shape)
 
 
 class ResidualBlock(nn.Module):
@@ -182,11 +182,11 @@ class ResidualBlock(nn.Module):
         x = self.norm2(x, silu=True)
         return self.conv2(x).add_(shortcut)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         for name in ("norm1", "conv1", "norm2", "conv2", "conv_shortcut"):
             module = getattr(self, name)
             if module is not None:
-                yield from module.targets(f"{prefix}{name}.")
+                yield from module.weight_map(f"{prefix}{name}.")
 
 
 class AttentionBlock(nn.Module):
@@ -214,9 +214,9 @@ class AttentionBlock(nn.Module):
         out = torch.cat(pieces, dim=2).squeeze(1).transpose(1, 2).reshape(x.shape)
         yield x + self.proj(out)
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         for name in ("norm", "to_qkv", "proj"):
-            yield from getattr(self, name).targets(f"{prefix}{name}.")
+            yield from getattr(self, name).weight_map(f"{prefix}{name}.")
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, rows: int) -> Iterator[Tensor]:
@@ -245,8 +245,8 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
 
-    def targets(self, prefix: str) -> Iterator[tuple[str, Target]]:
-        yield from self.conv.targets(f"{prefix}resample.1.")
+    def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
+        yield from self.conv.weight_map(f"{prefix}resample.1.")
 
 
 class VAEDecoder(nn.Module):
@@ -364,20 +364,20 @@ class VAEDecoder(nn.Module):
             x = resnet(x)
         return self.conv_out(self.norm_out(x, silu=True))
 
-    def targets(self) -> dict[str, Target]:
+    def weight_map(self) -> dict[str, WeightSlot]:
         """Where each tensor of a released checkpoint goes; encoder and time convs have no place."""
-        found = dict(self.post_quant_conv.targets("post_quant_conv."))
-        found |= dict(self.conv_in.targets("decoder.conv_in."))
+        found = dict(self.post_quant_conv.weight_map("post_quant_conv."))
+        found |= dict(self.conv_in.weight_map("decoder.conv_in."))
         for i, resnet in enumerate(self.mid_resnets):
-            found |= dict(resnet.targets(f"decoder.mid_block.resnets.{i}."))
-        found |= dict(self.mid_attention.targets("decoder.mid_block.attentions.0."))
+            found |= dict(resnet.weight_map(f"decoder.mid_block.resnets.{i}."))
+        found |= dict(self.mid_attention.weight_map("decoder.mid_block.attentions.0."))
         for i, resnets in enumerate(self.up_resnets):
             for j, resnet in enumerate(resnets):
-                found |= dict(resnet.targets(f"decoder.up_blocks.{i}.resnets.{j}."))
+                found |= dict(resnet.weight_map(f"decoder.up_blocks.{i}.resnets.{j}."))
             if i < len(self.upsamplers):
-                found |= dict(self.upsamplers[i].targets(f"decoder.up_blocks.{i}.upsamplers.0."))
-        found |= dict(self.norm_out.targets("decoder.norm_out."))
-        found |= dict(self.conv_out.targets("decoder.conv_out."))
+                found |= dict(self.upsamplers[i].weight_map(f"decoder.up_blocks.{i}.upsamplers.0."))
+        found |= dict(self.norm_out.weight_map("decoder.norm_out."))
+        found |= dict(self.conv_out.weight_map("decoder.conv_out."))
         return found
 
 
@@ -416,11 +416,11 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecod
     config = parse_json(folder / "config.json", VAEConfig.from_dict)
     files = checkpoint_files(folder, "diffusion_pytorch_model")
     with torch.device("meta"):
-        needed = VAEDecoder(config, dtype).targets()
+        needed = VAEDecoder(config, dtype).weight_map()
     check_weights(needed, tensor_shapes(files), folder, ignore=_not_needed)
     with torch.device(device):
         vae = VAEDecoder(config, dtype).eval()
-    load_weights(files, vae.targets())
+    load_weights(files, vae.weight_map())
     # Convolutions run faster on both kinds of device with channels innermost.
     return vae.to(memory_format=torch.channels_last)
 

@@ -19,7 +19,7 @@ _DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
-class Target:
+class WeightSlot:
     """Where one checkpoint tensor goes.
 
     Attributes:
@@ -122,7 +122,7 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(
-    targets: Mapping[str, Target],
+    weight_map: Mapping[str, WeightSlot],
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
     ignore: Callable[[str], bool] = lambda name: False,
@@ -130,7 +130,7 @@ def check_weights(
     """Check names and shapes before a byte of weights is read.
 
     Args:
-        targets: what the model needs, by checkpoint name.
+        weight_map: what the model needs, by checkpoint name.
         shapes: what the checkpoint has.
         where: for the message.
         ignore: names that may be there without being needed.
@@ -143,43 +143,43 @@ def check_weights(
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return ", ".join(names[:3]) + more
 
-    if missing := sorted(targets.keys() - shapes.keys()):
+    if missing := sorted(weight_map.keys() - shapes.keys()):
         raise CheckpointError(f"{where}: tensors are missing: {some(missing)}")
-    if extra := sorted(n for n in shapes.keys() - targets.keys() if not ignore(n)):
+    if extra := sorted(n for n in shapes.keys() - weight_map.keys() if not ignore(n)):
         raise CheckpointError(f"{where}: unexpected tensors: {some(extra)}")
-    for name, target in targets.items():
-        if shapes[name] != target.stored_shape:
+    for name, slot in weight_map.items():
+        if shapes[name] != slot.stored_shape:
             raise CheckpointError(
                 f"{where}: {name} has shape {list(shapes[name])}, "
-                f"expected {list(target.stored_shape)}"
+                f"expected {list(slot.stored_shape)}"
             )
 
 
 def load_weights(
     files: Iterable[Path],
-    targets: Mapping[str, Target],
+    weight_map: Mapping[str, WeightSlot],
     rename: Callable[[str], str] = lambda name: name,
 ) -> None:
-    """Copy tensors from ``files`` into ``targets``; call `check_weights` first.
+    """Copy tensors from ``files`` into ``weight_map``; call `check_weights` first.
 
     Files are opened one after another and tensors copied one after another straight into their
-    place on the device, so host memory peaks at one file above what the targets themselves take.
+    place on the device, so host memory peaks at one file above what the weight_map themselves take.
 
     Args:
         files: safetensors files.
-        targets: where each tensor goes; tensors without a target are not read.
-        rename: from the name in the file to the name in ``targets``.
+        weight_map: where each tensor goes; tensors without a slot are not read.
+        rename: from the name in the file to the name in ``weight_map``.
     """
     for file in files:
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
-                target = targets.get(rename(stored_name))
-                if target is None:
+                slot = weight_map.get(rename(stored_name))
+                if slot is None:
                     continue
                 tensor = tensors.get_tensor(stored_name)
-                if target.store is not None:
-                    target.store(tensor)
+                if slot.store is not None:
+                    slot.store(tensor)
                     continue
-                if target.transform is not None:
-                    tensor = target.transform(tensor)
-                target.view.copy_(tensor.view(target.view.shape))
+                if slot.transform is not None:
+                    tensor = slot.transform(tensor)
+                slot.view.copy_(tensor.view(slot.view.shape))

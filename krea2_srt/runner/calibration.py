@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from krea2_srt.engine.cost import CostModel, Sample, fit, fit_line, roofline
-from krea2_srt.engine.pace import TOLERANCE
+from krea2_srt.engine.online_calibration import TOLERANCE
 from krea2_srt.errors import first_line
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
@@ -49,7 +49,7 @@ def calibrate(runner: Krea2Runner) -> CostModel:
     best, least = None, math.inf
     for _ in range(ATTEMPTS):
         cost, samples = _calibrate_once(runner)
-        disturbance = max(max(a, 1 / a) for a in (s.ms / cost.step(s.lanes) for s in samples))
+        disturbance = max(max(a, 1 / a) for a in (s.ms / cost.step(s.branches) for s in samples))
         if disturbance < least:
             best, least = cost, disturbance
         if least <= TOLERANCE:

@@ -29,7 +29,7 @@ class RunnerExecutor:
         runner: runs the model.
         tile: see `VAEDecoder.decode`.
         side_stream: where decodes run beside the steps; None runs them in slices between them.
-        max_decodes_aside: at a time; a 2048 x 2048 one takes gigabytes of activations.
+        max_overlapped_decodes: at a time; a 2048 x 2048 one takes gigabytes of activations.
     """
 
     def __init__(
@@ -37,33 +37,33 @@ class RunnerExecutor:
         runner: Krea2Runner,
         tile: int | None = None,
         side_stream: SideStream | None = None,
-        max_decodes_aside: int = 2,
+        max_overlapped_decodes: int = 2,
     ) -> None:
         self._runner = runner
         self._tile = tile
         self._side_stream = side_stream
-        self._max_decodes_aside = max_decodes_aside
+        self._max_overlapped_decodes = max_overlapped_decodes
         self._contexts: dict[Sequence, list[Tensor]] = {}
         self._sequences: dict[Sequence, DenoisingSequence] = {}
         self._steps: dict[PackStep, PackForward] = {}
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
-        self._aside: dict[Sequence, SideJob] = {}
+        self._overlapped: dict[Sequence, SideJob] = {}
         self._pixels: dict[Sequence, np.ndarray] = {}
         self._in_flight = StepsInFlight(runner.device)
         self._flops = self._weight_bytes = 0.0
 
     @property
-    def decodes_aside(self) -> bool:
+    def overlaps_decodes(self) -> bool:
         return self._side_stream is not None
 
     @property
-    def whole_schedules(self) -> bool:
+    def full_schedule_graphs(self) -> bool:
         return self._runner.graphs is not None
 
     @property
     def empty(self) -> bool:
         """Whether it holds no tensors of any sequence."""
-        held = (self._contexts, self._sequences, self._steps, self._decodes, self._aside)
+        held = (self._contexts, self._sequences, self._steps, self._decodes, self._overlapped)
         return not any(held) and not self._pixels
 
     @torch.inference_mode()
@@ -74,8 +74,8 @@ class RunnerExecutor:
         for request in requests:
             for sequence in request.sequences:
                 image = sequence.image
-                lanes = [image.prompt, image.negative_prompt][: 2 if image.guidance else 1]
-                self._contexts[sequence] = [contexts[prompt] for prompt in lanes]
+                branches = [image.prompt, image.negative_prompt][: 2 if image.guidance else 1]
+                self._contexts[sequence] = [contexts[prompt] for prompt in branches]
                 sequence.tokens = tuple(
                     len(context) + image.image_tokens for context in self._contexts[sequence]
                 )
@@ -96,7 +96,7 @@ class RunnerExecutor:
 
     def decode(self, sequence: Sequence) -> bool:
         if self._side_stream is not None:
-            return self._decode_aside(sequence, self._side_stream)
+            return self._decode_overlapped(sequence, self._side_stream)
         try:
             with self._working():
                 return self._decode_slice(sequence)
@@ -105,21 +105,21 @@ class RunnerExecutor:
             raise
 
     def release(self, sequence: Sequence) -> None:
-        for held in (self._contexts, self._sequences, self._decodes, self._aside):
+        for held in (self._contexts, self._sequences, self._decodes, self._overlapped):
             held.pop(sequence, None)
 
     def take_pixels(self, sequence: Sequence) -> np.ndarray | None:
         """uint8 [height, width, 3] of a decoded sequence, forgotten here; None of any other."""
         return self._pixels.pop(sequence, None)
 
-    def watch(self, sequence: Sequence) -> None:
+    def enable_previews(self, sequence: Sequence) -> None:
         """Keep, from its next step on, what `preview` needs."""
-        sequence.watched = True
+        sequence.wants_previews = True
         if (denoising := self._sequences.get(sequence)) is not None:
             denoising.keep_velocity = True
 
     def predict(self, sequence: Sequence) -> Tensor | None:
-        """Small latents of the picture as its last step predicts it; None before a watched step."""
+        """Small latents of the picture as its last step predicts it; None before its first step."""
         denoising = self._sequences.get(sequence)
         if denoising is None or denoising.velocity is None:
             return None
@@ -189,8 +189,9 @@ class RunnerExecutor:
             raise
 
     def _launch(self, step: PackStep, blocks: range) -> Tensor | None:
-        """Flags of the lanes that are no longer finite; None before the last block. A function of
-        its own: its frame goes with the tensors of a step that fails.
+        """Flags of the branches that are no longer finite; None before the last block.
+
+        A function of its own: its frame goes with the tensors of a step that fails.
         """
         if len(blocks) == step.total_blocks:
             return self._runner.launch([self._begun(s) for s in step.sequences], step.steps)
@@ -208,25 +209,25 @@ class RunnerExecutor:
     def _count_step(self, step: PackStep, share: float) -> None:
         """Count what a share of a step takes at least: operations, and weights read once."""
         dit, share = self._runner.dit, share * step.steps
-        lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
-        self._flops += share * sum(step_flops(dit.config, lanes))
+        branches = [tokens for sequence in step.sequences for tokens in sequence.tokens]
+        self._flops += share * sum(step_flops(dit.config, branches))
         self._weight_bytes += share * step_weight_bytes(dit.config) * dit.dtype.itemsize
 
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
         """Its tensors; drawn before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)
         if denoising is None:
-            image, lanes = sequence.image, self._contexts[sequence]
+            image, branches = sequence.image, self._contexts[sequence]
             denoising = self._runner.start(
-                lanes[0],
+                branches[0],
                 image.width,
                 image.height,
                 image.seed,
                 self._runner.schedule(image.steps, image.width, image.height, image.mu),
                 image.guidance,
-                lanes[1] if image.guidance else None,
+                branches[1] if image.guidance else None,
             )
-            denoising.keep_velocity = sequence.watched
+            denoising.keep_velocity = sequence.wants_previews
             self._sequences[sequence] = denoising
         return denoising
 
@@ -243,13 +244,13 @@ class RunnerExecutor:
         self._pixels[sequence] = to_uint8(pixels)
         return True
 
-    def _decode_aside(self, sequence: Sequence, stream: SideStream) -> bool:
-        job = self._aside.get(sequence)
+    def _decode_overlapped(self, sequence: Sequence, stream: SideStream) -> bool:
+        job = self._overlapped.get(sequence)
         if job is None:
-            if len(self._aside) < self._max_decodes_aside:
+            if len(self._overlapped) < self._max_overlapped_decodes:
                 denoising = self._sequences[sequence]
                 with self._working():
-                    self._aside[sequence] = stream.start(
+                    self._overlapped[sequence] = stream.start(
                         lambda: self._decode_at_once(denoising), (denoising.tokens,)
                     )
             return False
@@ -257,11 +258,11 @@ class RunnerExecutor:
             with self._working():
                 found = job.result()
         except Exception:
-            del self._aside[sequence]  # the next try begins anew
+            del self._overlapped[sequence]  # the next try begins anew
             raise
         if found is None:
             return False
-        del self._aside[sequence]
+        del self._overlapped[sequence]
         pixels, finite = found
         if not finite:
             raise not_finite("the picture")

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
 
@@ -85,9 +85,9 @@ class GraphRace:
     def _replay(self, sequence: DenoisingSequence) -> None:
         graphs = self._runner.graphs
         assert graphs is not None
-        lanes = Lanes.of([sequence])
+        batch = ForwardBatch.of([sequence])
         for _ in range(_STEPS):
-            graphs.step(lanes, self._runner.packs.get(lanes.shapes))
+            graphs.step(batch, self._runner.packs.get(batch.shapes))
             sequence.step = 0
 
 

@@ -15,7 +15,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
@@ -24,8 +24,8 @@ from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.runner.buckets import Buckets, GraphKey
 from krea2_srt.runner.capture import Capture, Replay
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.graph_record import Eager, GraphRecord
-from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.sequence import DenoisingSequence
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,11 @@ class StepBuffers:
     Attributes:
         tokens, velocity: float32 [T, channels], see `krea2_srt.kernels.euler`.
         context: [T, hidden] in the compute dtype.
-        rope, row, is_text, partner: see `Pack`.
+        rope, row, is_text, uncond_index: see `Pack`.
         cu_seqlens: int32 [segments + 1].
         scalars: float32 [2, rows], dt and guidance.
-        modulation: of ``rows`` rows: one per lane of a pack, or one per step of a lone sequence.
-        broken: int32 [rows].
+        modulation: of ``rows`` rows: one per branch of a pack, or one per step of a lone sequence.
+        non_finite: int32 [rows].
     """
 
     tokens: Tensor
@@ -56,11 +56,11 @@ class StepBuffers:
     rope: Tensor
     row: Tensor
     is_text: Tensor
-    partner: Tensor
+    uncond_index: Tensor
     cu_seqlens: Tensor
     scalars: Tensor
     modulation: Modulation
-    broken: Tensor
+    non_finite: Tensor
 
     @classmethod
     def empty(
@@ -84,7 +84,7 @@ class StepBuffers:
             rope=zeros(max_tokens, config.attention_head_dim // 2, dtype=torch.complex64),
             row=zeros(max_tokens, dtype=torch.int32),
             is_text=zeros(max_tokens, 1, dtype=torch.bool),
-            partner=zeros(max_tokens, dtype=torch.int32),
+            uncond_index=zeros(max_tokens, dtype=torch.int32),
             cu_seqlens=zeros(max_rows + 1, dtype=torch.int32),
             scalars=zeros(2, max_rows),
             modulation=Modulation(
@@ -94,7 +94,7 @@ class StepBuffers:
                 zeros(max_rows, hidden),
                 zeros(max_rows, hidden),
             ),
-            broken=zeros(max_rows, dtype=torch.int32),
+            non_finite=zeros(max_rows, dtype=torch.int32),
         )
 
     def pack(self, key: GraphKey) -> Pack:
@@ -105,34 +105,34 @@ class StepBuffers:
             (),
             (),
             self.rope[:n],
-            TokenRows(self.row[:n], None),
+            SegmentIndex(self.row[:n], None),
             self.is_text[:n],
-            self.partner[:n],
+            self.uncond_index[:n],
         )
 
-    def load(self, key: GraphKey, lanes: Lanes, pack: Pack) -> None:
+    def load(self, key: GraphKey, batch: ForwardBatch, pack: Pack) -> None:
         """Copy a pack in, padded to the key's tokens."""
         n = pack.num_tokens
         self._load_layout(key, pack)
         places = [self.tokens[start:end] for start, end in pack.image_spans]
-        torch._foreach_copy_(places, lanes.tokens)
+        torch._foreach_copy_(places, batch.tokens)
         places = [self.context[start:end] for start, end in pack.text_spans]
-        torch._foreach_copy_(places, list(lanes.contexts))
+        torch._foreach_copy_(places, list(batch.contexts))
         self.context[n : key.tokens].zero_()
         if key.steps > 1:
-            (sequence,) = lanes.sequences
+            (sequence,) = batch.sequences
             rows = [sequence.modulation.row(step) for step in range(key.steps)]
             sigmas = sequence.schedule.sigmas
             scalars = [[b - a for a, b in pairwise(sigmas)]]
             scalars.append([0.0] * key.steps)
         else:
-            rows, scalars = lanes.modulations, [lanes.dt, lanes.guidance]
-        targets: list[Tensor] = []
+            rows, scalars = batch.modulations, [batch.dt, batch.guidance]
+        weight_map: list[Tensor] = []
         sources: list[Tensor] = []
         for at, row in enumerate(rows):
-            targets += self.modulation.row(at).tensors
+            weight_map += self.modulation.row(at).tensors
             sources += row.tensors
-        torch._foreach_copy_(targets, sources)
+        torch._foreach_copy_(weight_map, sources)
         unused = [0.0] * (self.scalars.shape[1] - len(rows))
         copy_to(self.scalars, torch.tensor([some + unused for some in scalars]))
 
@@ -141,13 +141,13 @@ class StepBuffers:
         self.rope[:n].copy_(pack.rope)
         self.row[:n].copy_(pack.rows.index)
         self.is_text[:n].copy_(pack.is_text)
-        self.partner[:n].copy_(pack.partner)
+        self.uncond_index[:n].copy_(pack.uncond_index)
         self.cu_seqlens[: count + 1].copy_(pack.segments.cu_seqlens)
         # The padding is text of the first row in a segment of its own, and takes no step. Segments
         # after it are empty.
         self.row[n : key.tokens].zero_()
         self.is_text[n : key.tokens].fill_(True)
-        self.partner[n : key.tokens].fill_(-1)
+        self.uncond_index[n : key.tokens].fill_(-1)
         self.cu_seqlens[count + 1 : key.segments + 1].fill_(key.tokens)
 
 
@@ -215,41 +215,41 @@ class StepGraphs:
         """Packs that were to be captured and could not, in words, and why."""
         return self.record.failures
 
-    def step(self, lanes: Lanes, pack: Pack, steps: int = 1) -> Tensor | None:
+    def step(self, batch: ForwardBatch, pack: Pack, steps: int = 1) -> Tensor | None:
         """Step a pack, if there is a graph for it or it is time to capture one. Waits for nothing.
 
         Args:
-            lanes: the pack.
+            batch: the pack.
             pack: its layout.
             steps: 1, or all the steps of a lone sequence that has done none.
 
         Returns:
-            int32 [lanes], not 0 where tokens are no longer finite; the next step overwrites it.
+            int32 [branches], not 0 where tokens are no longer finite; the next step overwrites it.
             None if no graph serves: the sequences are then as they were.
         """
-        found = self.launch(lanes, pack, steps)
+        found = self.launch(batch, pack, steps)
         if found is None:
             return None
-        tokens, velocity, broken = found
-        lanes.advance(pack, tokens, velocity, steps)
-        return broken
+        tokens, velocity, non_finite = found
+        batch.advance(pack, tokens, velocity, steps)
+        return non_finite
 
     def launch(
-        self, lanes: Lanes, pack: Pack, steps: int = 1
+        self, batch: ForwardBatch, pack: Pack, steps: int = 1
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Queue what `step` does, with the sequences as they were.
 
         Returns:
-            Tokens and velocities [T, channels] after it, and a flag per lane; None if no graph
+            Tokens and velocities [T, channels] after it, and a flag per branch; None if no graph
             serves.
         """
-        key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
-        why = self._why_eager(key, lanes)
+        key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
+        why = self._why_eager(key, batch)
         if key is None or why is not None:
             self._count_eager(why, steps)
             return None
         buffers = self._buffers
-        buffers.load(key, lanes, pack)
+        buffers.load(key, batch, pack)
         replay = self._graphs.get(key) or self._add(key)
         if replay is None:
             self._count_eager(Eager.FAILED, steps)
@@ -259,21 +259,21 @@ class StepGraphs:
         self.record.replayed += 1
         n = pack.num_tokens
         tokens = buffers.tokens[:n].clone()
-        keep = any(s.keep_velocity for s in lanes.sequences)
+        keep = any(s.keep_velocity for s in batch.sequences)
         velocity = buffers.velocity[:n].clone() if keep else tokens
-        return tokens, velocity, buffers.broken[: len(lanes.shapes)]
+        return tokens, velocity, buffers.non_finite[: len(batch.shapes)]
 
-    def prepare(self, lanes: Lanes, pack: Pack, steps: int = 1) -> bool:
+    def prepare(self, batch: ForwardBatch, pack: Pack, steps: int = 1) -> bool:
         """Capture the graph for packs like this one now, if there is none; the pack stays as it is.
 
         Returns:
             Whether there is one.
         """
-        key = self._buckets.key([shape.tokens for shape in lanes.shapes], steps)
+        key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
         if key is None or str(key) in self.failures:
             return False
         if key not in self._graphs:
-            self._buffers.load(key, lanes, pack)
+            self._buffers.load(key, batch, pack)
             self._add(key)
         return key in self._graphs
 
@@ -304,7 +304,7 @@ class StepGraphs:
         """What a graph does, on what lies in the buffers."""
         buffers, pack = self._buffers, self._buffers.pack(key)
         for number in range(key.steps):
-            # One step reads a row for each of its lanes; of several, each reads its own one row.
+            # One step reads a row for each of its batch; of several, each reads its own one row.
             rows = slice(number, number + 1) if key.steps > 1 else slice(0, key.segments)
             modulation = buffers.modulation.rows(rows.start, rows.stop)
             tokens = buffers.tokens[: key.tokens]
@@ -312,14 +312,14 @@ class StepGraphs:
                 tokens,
                 self._dit(tokens, buffers.context[: key.tokens], pack, modulation, self._attention),
                 pack.rows.index,
-                pack.partner,
+                pack.uncond_index,
                 buffers.scalars[0, rows],
                 buffers.scalars[1, rows],
                 buffers.velocity[: key.tokens],
-                buffers.broken[: 1 if key.steps > 1 else key.segments],
+                buffers.non_finite[: 1 if key.steps > 1 else key.segments],
             )
 
-    def _why_eager(self, key: GraphKey | None, lanes: Lanes) -> Eager | None:
+    def _why_eager(self, key: GraphKey | None, batch: ForwardBatch) -> Eager | None:
         """Why not to replay or capture; notes who has come."""
         if key is None:
             return Eager.TOO_LARGE
@@ -327,8 +327,8 @@ class StepGraphs:
             return None
         if str(key) in self.failures:
             return Eager.FAILED
-        first = self._first.setdefault(key, [ref(sequence) for sequence in lanes.sequences])
-        now = {id(sequence) for sequence in lanes.sequences}
+        first = self._first.setdefault(key, [ref(sequence) for sequence in batch.sequences])
+        now = {id(sequence) for sequence in batch.sequences}
         return Eager.FIRST_USE if any(id(sequence()) in now for sequence in first) else None
 
     def _count_eager(self, why: Eager | None, steps: int) -> None:

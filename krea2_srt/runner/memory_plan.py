@@ -74,7 +74,7 @@ class PartSizes:
         quantized: whether those of the DiT are in 8 bits already.
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
         step_per_token: at the fullest moment of a step.
-        held_per_token: of a step that waits between two slices.
+        paused_per_token: of a step that waits between two slices.
         modulation_row: of one step of one branch.
         schedule_row: of one step of a schedule while it is built.
         patch: of an image token of a sequence.
@@ -92,7 +92,7 @@ class PartSizes:
     vae: int
     text_encoder_unit: int
     step_per_token: int
-    held_per_token: int
+    paused_per_token: int
     modulation_row: int
     schedule_row: int
     patch: int
@@ -124,13 +124,13 @@ class PartSizes:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class MemoryRequest:
     """What is asked for.
 
     Attributes:
         max_pack_tokens: of a pack.
         max_image_tokens: of the largest image.
-        max_held_steps: that wait between two slices at a time.
+        max_paused_steps: that wait between two slices at a time.
         max_sequences: that have begun, at a time.
         max_branches: of a pack.
         schedule_steps: of most schedules; a longer one is built rarely.
@@ -142,7 +142,7 @@ class Wishes:
 
     max_pack_tokens: int
     max_image_tokens: int = IMAGE_TOKENS[0]
-    max_held_steps: int = 2
+    max_paused_steps: int = 2
     max_sequences: int = 256
     max_branches: int = 64
     schedule_steps: int = 8
@@ -161,7 +161,7 @@ class MemoryPlan:
         text_encoder_resident: or in host memory between uses.
         max_pack_tokens, max_image_tokens: of a pack, and of an image.
         max_sequences: that have begun, at a time.
-        decodes_aside: images decoded at a time.
+        overlapped_decodes: images decoded at a time.
         max_graph_tokens, max_graphs: 0 where there are none.
         cache_share: of the wished caches.
         rows: (what, bytes, note) of everything that takes memory.
@@ -173,7 +173,7 @@ class MemoryPlan:
     max_pack_tokens: int
     max_image_tokens: int
     max_sequences: int
-    decodes_aside: int
+    overlapped_decodes: int
     max_graph_tokens: int
     max_graphs: int
     cache_share: float
@@ -191,7 +191,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _Candidate:
     """One way to use the memory; without the whole budget that was wished for, what is left."""
 
     image_tokens: int
@@ -203,7 +203,7 @@ class _Draft:
     sequences: int
 
 
-def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> MemoryPlan:
+def plan_memory(free: int, total: int, sizes: PartSizes, request: MemoryRequest) -> MemoryPlan:
     """Decide what to do with a GPU's memory.
 
     What does not fit is given up in this order: the number of sequences that have begun, graphs of
@@ -213,102 +213,110 @@ def plan_memory(free: int, total: int, sizes: PartSizes, wishes: Wishes) -> Memo
     Args:
         free, total: bytes of the GPU.
         sizes: of the model.
-        wishes: what is asked for.
+        request: what is asked for.
 
     Raises:
         ConfigError: the model does not fit, and what would help.
     """
     margin = int(total * MARGIN_SHARE) + MARGIN_BYTES
     # On a small GPU the caches leave the most to work.
-    cache = min(wishes.cache_bytes, max(0, free) // 20)
+    cache = min(request.cache_bytes, max(0, free) // 20)
     room = free - margin - sizes.dit - sizes.vae - cache - sizes.libraries
-    for draft in _drafts(wishes):
-        encoder = sizes.text_encoder if draft.resident else 0
-        beside = encoder + draft.decodes * sizes.decode(draft.image_tokens)
-        beside += _held(draft, sizes, wishes) + _sequences(draft, sizes, wishes)
-        left = room - beside - sizes.graphs(draft.graph_tokens, draft.graphs, draft.resident)
-        encode = sizes.encode + (0 if draft.resident else sizes.text_encoder_unit)
-        budget = min(wishes.max_pack_tokens, left // sizes.step_per_token)
-        least = wishes.max_pack_tokens if draft.whole_budget else 0
-        least = max(least, draft.image_tokens + MAX_TEXT_TOKENS)
-        if left >= encode and budget >= min(least, wishes.max_pack_tokens):
+    for candidate in _candidates(request):
+        encoder = sizes.text_encoder if candidate.resident else 0
+        beside = encoder + candidate.decodes * sizes.decode(candidate.image_tokens)
+        beside += _paused(candidate, sizes, request) + _sequences(candidate, sizes, request)
+        left = (
+            room
+            - beside
+            - sizes.graphs(candidate.graph_tokens, candidate.graphs, candidate.resident)
+        )
+        encode = sizes.encode + (0 if candidate.resident else sizes.text_encoder_unit)
+        budget = min(request.max_pack_tokens, left // sizes.step_per_token)
+        least = request.max_pack_tokens if candidate.whole_budget else 0
+        least = max(least, candidate.image_tokens + MAX_TEXT_TOKENS)
+        if left >= encode and budget >= min(least, request.max_pack_tokens):
             work = max(encode, budget * sizes.step_per_token)
-            return _plan(free, total, sizes, draft, budget, work, cache, margin, wishes)
-    raise _too_small(free, sizes, cache + margin, wishes)
+            return _plan(free, total, sizes, candidate, budget, work, cache, margin, request)
+    raise _too_small(free, sizes, cache + margin, request)
 
 
-def _drafts(wishes: Wishes) -> Iterator[_Draft]:
+def _candidates(request: MemoryRequest) -> Iterator[_Candidate]:
     """From the best to the least."""
-    sizes = [wishes.max_image_tokens]
-    sizes += [tokens for tokens in IMAGE_TOKENS if tokens < wishes.max_image_tokens]
+    sizes = [request.max_image_tokens]
+    sizes += [tokens for tokens in IMAGE_TOKENS if tokens < request.max_image_tokens]
     resident = {"auto": (True, False), "resident": (True,), "offload": (False,)}
-    graphs: tuple[tuple[int, int], ...] = _GRAPHS if wishes.graphs else _GRAPHS[-1:]
-    if wishes.graphs and wishes.max_graph_tokens:
-        count = next((n for most, n in reversed(_GRAPHS) if most >= wishes.max_graph_tokens), 192)
-        smaller = [g for g in _GRAPHS if g[0] < wishes.max_graph_tokens]
-        graphs = ((wishes.max_graph_tokens, count), *smaller)
-    counts = [wishes.max_sequences]
+    graphs: tuple[tuple[int, int], ...] = _GRAPHS if request.graphs else _GRAPHS[-1:]
+    if request.graphs and request.max_graph_tokens:
+        count = next((n for most, n in reversed(_GRAPHS) if most >= request.max_graph_tokens), 192)
+        smaller = [g for g in _GRAPHS if g[0] < request.max_graph_tokens]
+        graphs = ((request.max_graph_tokens, count), *smaller)
+    counts = [request.max_sequences]
     while counts[-1] > FEWEST_SEQUENCES:
         counts.append(max(FEWEST_SEQUENCES, counts[-1] // 2))
     # Graphs of small packs are worth more than a second decode, or two largest images in a pack.
     some = [graph for graph in graphs if graph[0]]
     work = [*product((True, False), (2, 1), some), *product((True, False), (2, 1), _GRAPHS[-1:])]
     for image, keep, (whole, decodes, (tokens, graph_count)), sequences in product(
-        sizes, resident[wishes.text_encoder], work, counts
+        sizes, resident[request.text_encoder], work, counts
     ):
-        yield _Draft(image, keep, whole, decodes, tokens, graph_count, sequences)
+        yield _Candidate(image, keep, whole, decodes, tokens, graph_count, sequences)
 
 
-def _held(draft: _Draft, sizes: PartSizes, wishes: Wishes) -> int:
+def _paused(candidate: _Candidate, sizes: PartSizes, request: MemoryRequest) -> int:
     """Only steps of large images are sliced."""
-    tokens = draft.image_tokens + MAX_TEXT_TOKENS
-    return wishes.max_held_steps * tokens * sizes.held_per_token
+    tokens = candidate.image_tokens + MAX_TEXT_TOKENS
+    return request.max_paused_steps * tokens * sizes.paused_per_token
 
 
-def _sequences(draft: _Draft, sizes: PartSizes, wishes: Wishes) -> int:
+def _sequences(candidate: _Candidate, sizes: PartSizes, request: MemoryRequest) -> int:
     """All that have begun, the modulation of a pack, and a schedule while it is built."""
-    found = sizes.sequences(draft.sequences, draft.image_tokens)
-    found += wishes.max_branches * sizes.modulation_row
-    return found + wishes.schedule_steps * sizes.schedule_row
+    found = sizes.sequences(candidate.sequences, candidate.image_tokens)
+    found += request.max_branches * sizes.modulation_row
+    return found + request.schedule_steps * sizes.schedule_row
 
 
 def _plan(
     free: int,
     total: int,
     sizes: PartSizes,
-    draft: _Draft,
+    candidate: _Candidate,
     budget: int,
     work: int,
     cache: int,
     margin: int,
-    wishes: Wishes,
+    request: MemoryRequest,
 ) -> MemoryPlan:
-    side = round((draft.image_tokens * 256) ** 0.5)
-    where = "resident" if draft.resident else "offloaded: on the host between uses"
-    graphs = sizes.graphs(draft.graph_tokens, draft.graphs, draft.resident)
+    side = round((candidate.image_tokens * 256) ** 0.5)
+    where = "resident" if candidate.resident else "offloaded: on the host between uses"
+    graphs = sizes.graphs(candidate.graph_tokens, candidate.graphs, candidate.resident)
     rows = (
         ("transformer", sizes.dit, "resident"),
-        ("text encoder", sizes.text_encoder if draft.resident else 0, where),
+        ("text encoder", sizes.text_encoder if candidate.resident else 0, where),
         ("VAE decoder", sizes.vae, "resident"),
         ("caches", cache, "prompts, schedules, layouts"),
         (
             "CUDA graphs",
             graphs,
-            f"up to {draft.graphs} of packs up to {draft.graph_tokens} tokens"
+            f"up to {candidate.graphs} of packs up to {candidate.graph_tokens} tokens"
             if graphs
             else "none",
         ),
         (
             "sequences",
-            _sequences(draft, sizes, wishes),
-            f"{draft.sequences} at a time, and a pack's modulation",
+            _sequences(candidate, sizes, request),
+            f"{candidate.sequences} at a time, and a pack's modulation",
         ),
         ("steps, encoding", work, f"packs up to {budget} tokens"),
-        ("held steps", _held(draft, sizes, wishes), f"{wishes.max_held_steps} between two slices"),
+        (
+            "paused steps",
+            _paused(candidate, sizes, request),
+            f"{request.max_paused_steps} between two slices",
+        ),
         (
             "decodes",
-            draft.decodes * sizes.decode(draft.image_tokens),
-            f"{draft.decodes} at a time, up to {side}x{side}",
+            candidate.decodes * sizes.decode(candidate.image_tokens),
+            f"{candidate.decodes} at a time, up to {side}x{side}",
         ),
         ("libraries", sizes.libraries, "workspace of cuBLAS and cuDNN"),
         ("margin", margin, "allocator, CUDA's kernels"),
@@ -316,27 +324,27 @@ def _plan(
     return MemoryPlan(
         free,
         total,
-        draft.resident,
+        candidate.resident,
         budget,
-        draft.image_tokens,
-        draft.sequences,
-        draft.decodes,
-        draft.graph_tokens,
-        draft.graphs,
-        cache / wishes.cache_bytes if wishes.cache_bytes else 1.0,
+        candidate.image_tokens,
+        candidate.sequences,
+        candidate.decodes,
+        candidate.graph_tokens,
+        candidate.graphs,
+        cache / request.cache_bytes if request.cache_bytes else 1.0,
         rows,
     )
 
 
-def _too_small(free: int, sizes: PartSizes, fixed: int, wishes: Wishes) -> ConfigError:
-    resident = wishes.text_encoder == "resident"
+def _too_small(free: int, sizes: PartSizes, fixed: int, request: MemoryRequest) -> ConfigError:
+    resident = request.text_encoder == "resident"
     encoder = sizes.text_encoder if resident else sizes.text_encoder_unit
-    smallest = min(IMAGE_TOKENS[-1], wishes.max_image_tokens)
+    smallest = min(IMAGE_TOKENS[-1], request.max_image_tokens)
     step = (smallest + MAX_TEXT_TOKENS) * sizes.step_per_token
     needed = sizes.dit + sizes.vae + sizes.libraries + fixed + encoder + max(sizes.encode, step)
-    fewest = min(FEWEST_SEQUENCES, wishes.max_sequences)
-    least = _Draft(smallest, False, False, 1, 0, 0, fewest)
-    needed += sizes.decode(smallest) + _sequences(least, sizes, wishes)
+    fewest = min(FEWEST_SEQUENCES, request.max_sequences)
+    least = _Candidate(smallest, False, False, 1, 0, 0, fewest)
+    needed += sizes.decode(smallest) + _sequences(least, sizes, request)
     helps = [] if sizes.quantized else ["--quantization fp8 halves the transformer"]
     if resident:
         helps.append("text_encoder auto leaves the encoder on the host")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError, not_finite
-from krea2_srt.model.checkpoint import Krea2Checkpoint, Recipe
+from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
@@ -22,9 +22,9 @@ from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.capture import Capture
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.graph_record import Eager
 from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.pack_forward import PackForward
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.prompt_encoder import PromptEncoder
@@ -45,7 +45,7 @@ class Krea2Runner:
 
     Args:
         dit, text_encoder, vae: the loaded parts, on one device.
-        recipe: Turbo's or Raw's sampling.
+        sampling: Turbo's or Raw's sampling.
         attention: how packs attend.
         caches: bounds of what is remembered.
 
@@ -58,14 +58,14 @@ class Krea2Runner:
         dit: Krea2DiT,
         text_encoder: TextEncoder,
         vae: VAEDecoder,
-        recipe: Recipe,
+        sampling: SamplingDefaults,
         attention: AttentionChoice,
         caches: CacheBytes = CacheBytes(),
     ) -> None:
         self.dit = dit
         self.text_encoder = text_encoder
         self.vae = vae
-        self.recipe = recipe
+        self.sampling = sampling
         self.attention = attention
         self.prompt_encoder = PromptEncoder(text_encoder, dit, attention)
         self.graphs: StepGraphs | None = None
@@ -107,24 +107,24 @@ class Krea2Runner:
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
             checkpoint.tokenizer,
-            checkpoint.taps,
+            checkpoint.select_layers,
             device,
             text_dtype or dtype,
             text_encoder_resident,
         )
         width = text_encoder.model.config.hidden_size
         needed = (dit.config.num_text_layers, dit.config.text_hidden_dim)
-        if (len(checkpoint.taps), width) != needed:
+        if (len(checkpoint.select_layers), width) != needed:
             raise CheckpointError(
-                f"{checkpoint.text_encoder}: gives {len(checkpoint.taps)} taps of width {width}, "
-                f"the transformer reads {needed[0]} of width {needed[1]}"
+                f"{checkpoint.text_encoder}: gives {len(checkpoint.select_layers)} layers of width "
+                f"{width}, the transformer reads {needed[0]} of width {needed[1]}"
             )
         vae = load_vae(checkpoint.vae, device, vae_dtype or dtype)
         return cls(
             dit,
             text_encoder,
             vae,
-            checkpoint.recipe,
+            checkpoint.sampling,
             attention or choose_attention(device, dtype),
             caches,
         )
@@ -180,7 +180,7 @@ class Krea2Runner:
     def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
         """The checkpoint's schedule for an image size in pixels; ``mu`` overrides its shift."""
         image_tokens = (width // SIZE_MULTIPLE) * (height // SIZE_MULTIPLE)
-        return self.recipe.schedule(steps, image_tokens, mu)
+        return self.sampling.schedule(steps, image_tokens, mu)
 
     @torch.inference_mode()
     def start(
@@ -233,14 +233,15 @@ class Krea2Runner:
             The sequences whose latents are no longer finite.
         """
         flags = self.launch(sequences, steps).tolist()
-        return Lanes.of(sequences).broken(flags)
+        return ForwardBatch.of(sequences).non_finite(flags)
 
     @torch.inference_mode()
     def launch(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> Tensor:
         """The same without waiting for the device.
 
         Returns:
-            int32 [lanes], not 0 where latents are no longer finite; the next step may overwrite it.
+            int32 [branches], not 0 where latents are no longer finite; the next step may
+            overwrite it.
         """
         if steps > 1 and (flags := self._replay(sequences, steps)) is not None:
             return flags
@@ -330,15 +331,15 @@ class Krea2Runner:
         """
         if self.graphs is None:
             return False
-        lanes = Lanes.of(sequences)
-        return self.graphs.prepare(lanes, self.packs.get(lanes.shapes), steps)
+        batch = ForwardBatch.of(sequences)
+        return self.graphs.prepare(batch, self.packs.get(batch.shapes), steps)
 
     def _replay(self, sequences: Sequence[DenoisingSequence], steps: int) -> Tensor | None:
         """The same on a graph; None where none serves."""
         if self.graphs is None:
             return None
-        lanes = Lanes.of(sequences)
-        return self.graphs.step(lanes, self.packs.get(lanes.shapes), steps)
+        batch = ForwardBatch.of(sequences)
+        return self.graphs.step(batch, self.packs.get(batch.shapes), steps)
 
     def _run(self, sequences: Sequence[DenoisingSequence]) -> Tensor:
         """One step without a graph."""

@@ -9,7 +9,7 @@ from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.modulation import Modulation
-from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.packing import PackCache
 from krea2_srt.runner.sequence import DenoisingSequence
 
@@ -36,15 +36,15 @@ class PackForward:
     ) -> None:
         self._dit = dit
         self._attention = attention
-        self._lanes = Lanes.of(sequences)
-        self._pack = packs.get(self._lanes.shapes)
-        self._modulation = Modulation.stack(self._lanes.modulations)
-        self._tokens = self._pack.place(self._pack.image_spans, self._lanes.tokens)
-        context = self._pack.place(self._pack.text_spans, self._lanes.contexts)
+        self._batch = ForwardBatch.of(sequences)
+        self._pack = packs.get(self._batch.shapes)
+        self._modulation = Modulation.stack(self._batch.modulations)
+        self._tokens = self._pack.place(self._pack.image_spans, self._batch.tokens)
+        context = self._pack.place(self._pack.text_spans, self._batch.contexts)
         self._x = dit.embed(self._tokens, context, self._pack)
         # Here, and not between the blocks and the last layer, where the device would wait.
         self._scalars = to_device(
-            torch.tensor([self._lanes.dt, self._lanes.guidance]), self._tokens.device
+            torch.tensor([self._batch.dt, self._batch.guidance]), self._tokens.device
         )
 
     def run(self, blocks: range) -> None:
@@ -57,20 +57,20 @@ class PackForward:
         """Apply an Euler step to every sequence; all blocks have run. Waits for nothing.
 
         Returns:
-            int32 [lanes], not 0 where latents are no longer finite.
+            int32 [branches], not 0 where latents are no longer finite.
         """
-        pack, lanes, tokens = self._pack, self._lanes, self._tokens
+        pack, batch, tokens = self._pack, self._batch, self._tokens
         velocity = torch.empty_like(tokens)
-        broken = torch.empty(len(lanes.shapes), dtype=torch.int32, device=tokens.device)
+        non_finite = torch.empty(len(batch.shapes), dtype=torch.int32, device=tokens.device)
         self._dit.operations.euler_step(
             tokens,
             self._dit.finish(self._x, pack, self._modulation),
             pack.rows.index,
-            pack.partner,
+            pack.uncond_index,
             self._scalars[0],
             self._scalars[1],
             velocity,
-            broken,
+            non_finite,
         )
-        lanes.advance(pack, tokens, velocity)
-        return broken
+        batch.advance(pack, tokens, velocity)
+        return non_finite

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.pack import Pack, Segments, Span
@@ -77,9 +77,9 @@ def build_pack(
         tuple(text),
         tuple(image),
         rope,
-        TokenRows(to_device(index, device), spans),
+        SegmentIndex(to_device(index, device), spans),
         to_device(_is_text(text, num_tokens), device),
-        to_device(_partners(shapes, image, num_tokens), device),
+        to_device(_uncond_index(shapes, image, num_tokens), device),
     )
 
 
@@ -90,7 +90,9 @@ def _is_text(text: Sequence[Span], num_tokens: int) -> Tensor:
     return found
 
 
-def _partners(shapes: Sequence[SequenceShape], image: Sequence[Span], num_tokens: int) -> Tensor:
+def _uncond_index(
+    shapes: Sequence[SequenceShape], image: Sequence[Span], num_tokens: int
+) -> Tensor:
     found = torch.full((num_tokens,), -1, dtype=torch.int32)
     for number, (shape, (start, end)) in enumerate(zip(shapes, image, strict=True)):
         first = image[number + 1][0] if shape.guided else start

@@ -61,7 +61,7 @@ def checkpoint_sizes(
         dit = Krea2DiT(dit_config(checkpoint.transformer), dtype, quantization)
         vae_config = parse_json(checkpoint.vae / "config.json", VAEConfig.from_dict)
         vae = VAEDecoder(vae_config, vae_dtype)
-    text, _ = text_model(checkpoint.text_encoder, checkpoint.taps, text_dtype)
+    text, _ = text_model(checkpoint.text_encoder, checkpoint.select_layers, text_dtype)
     scores = scores_per_slice(device) if device.type == "cuda" else 0
     return part_sizes(dit, text, vae, default_tile(device), scores, library_workspace(device))
 
@@ -104,7 +104,7 @@ def part_sizes(
         step_per_token=max(_block_per_token(block, config, element) for block in dit.blocks)
         + patch,
         # The stream and the patches.
-        held_per_token=hidden * element + patch,
+        paused_per_token=hidden * element + patch,
         modulation_row=row,
         # As lists of vectors and as the tensors that these become, and the vectors of a block.
         schedule_row=2 * row + 2 * 6 * 4 * hidden,
@@ -152,11 +152,11 @@ def _encode(dit: Krea2DiT, text: nn.Module, tokens: int) -> int:
     # The states that are read and what they become, and of those that are fused together: in and
     # out of the block, the fused projection and attention's output before its MLP, whose input,
     # gate and up, SiLU and product are the rest.
-    taps, width, element = config.num_text_layers, config.text_hidden_dim, dit.dtype.itemsize
+    layers, width, element = config.num_text_layers, config.text_hidden_dim, dit.dtype.itemsize
     heads = config.text_num_attention_heads + config.text_num_key_value_heads
     fused = 4 * width + 2 * heads * config.text_head_dim + 4 * config.text_intermediate_size
-    fusion = min(tokens, TOKENS_AT_ONCE) * taps * fused * element
-    return max(encoder, tokens * (taps + 1) * width * element + fusion)
+    fusion = min(tokens, TOKENS_AT_ONCE) * layers * fused * element
+    return max(encoder, tokens * (layers + 1) * width * element + fusion)
 
 
 def decode_sizes(vae: VAEDecoder, tile: int, scores: int) -> DecodeSizes:

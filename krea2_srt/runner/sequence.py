@@ -43,11 +43,11 @@ class DenoisingSequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that its next forward takes, both lanes under guidance."""
-        return sum(len(context) + self.rows * self.columns for context in self.lanes)
+        """Tokens that its next forward takes, both branches under guidance."""
+        return sum(len(context) + self.rows * self.columns for context in self.branches)
 
     @property
-    def lanes(self) -> list[Tensor]:
+    def branches(self) -> list[Tensor]:
         """Contexts of its forwards: one, or two under guidance."""
         if self.negative_context is None:
             return [self.context]

@@ -63,7 +63,7 @@ def warm_up(
 
 def _preparations(runner: Krea2Runner, race: bool) -> Iterator[Callable[[], object]]:
     text_graphs = runner.prompt_encoder.graphs
-    steps = runner.recipe.default_steps
+    steps = runner.sampling.default_steps
     if runner.graphs is not None and race:
         yield partial(keep_winners, runner)
     if runner.graphs is not None:
@@ -105,7 +105,7 @@ def keep_winners(runner: Krea2Runner, timer: Timer | None = None) -> None:
 
 
 def _capture(runner: Krea2Runner, text: int, side: int, steps: int) -> None:
-    runner.prepare([_sequence(runner, text, side, runner.recipe.default_steps)], steps)
+    runner.prepare([_sequence(runner, text, side, runner.sampling.default_steps)], steps)
 
 
 def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DenoisingSequence:

@@ -63,7 +63,7 @@ class Generation:
         message, first = self.message, request.sequences[0]
         image_tokens = first.image.image_tokens
         text_tokens = [tokens - image_tokens for tokens in first.tokens]
-        lanes = zip((first.image.prompt, first.image.negative_prompt), text_tokens, strict=False)
+        branches = zip((first.image.prompt, first.image.negative_prompt), text_tokens, strict=False)
         return Generated(
             self.request_id,
             tuple(
@@ -76,7 +76,7 @@ class Generation:
             # A context that is not full has not been cut.
             prompt_cut=any(
                 tokens == MAX_TEXT_TOKENS and text_encoder.tokenize(prompt)[1]
-                for prompt, tokens in lanes
+                for prompt, tokens in branches
             ),
             stage_ms=stage_ms(request),
         )

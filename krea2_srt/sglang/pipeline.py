@@ -26,10 +26,10 @@ from krea2_srt.errors import CheckpointError, ConfigError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.hub import FOLDER_PATTERNS, released_folder
 from krea2_srt.model.vae import default_tile
+from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.setup import Setup
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
@@ -86,18 +86,18 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             # In place of SGLang's `_load_config`, which would have all that is in a repo.
             folder = local_folder(self.model_path, server_args)
             self.model_path = str(folder)
-            setup = make_setup(folder, server_args)
-            self.plan = setup.plan()
-            self.engine_config = setup.within(self.plan)
-            self.runner = setup.load(self.plan, backends())
+            builder = make_builder(folder, server_args)
+            self.plan = builder.plan()
+            self.engine_config = builder.within(self.plan)
+            self.runner = builder.load(self.plan, backends())
         self.attention = self.runner.attention.name
         logger.info(
             "krea2-srt: our runner serves %s (%s, %s, %s%s, attention %s)",
             self.model_path,
-            "Turbo" if self.runner.recipe.distilled else "Raw",
-            setup.device,
-            setup.dtype,
-            f" with {setup.quantization.name}" if setup.quantization else "",
+            "Turbo" if self.runner.sampling.distilled else "Raw",
+            builder.device,
+            builder.dtype,
+            f" with {builder.quantization.name}" if builder.quantization else "",
             self.attention,
         )
         # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its
@@ -141,7 +141,7 @@ def _ending_in_a_line() -> Iterator[None]:
         raise SystemExit(USAGE_ERROR) from None
 
 
-def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
+def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
     """What SGLang's options and the environment ask for.
 
     Raises:
@@ -155,7 +155,7 @@ def make_setup(folder: Path, server_args: ServerArgs) -> Setup:
         runner = replace(runner, text_encoder=where)
     if not is_server(server_args):
         runner = replace(runner, warm_up_s=0.0)
-    return Setup(
+    return RunnerBuilder(
         Krea2Checkpoint.from_folder(folder),
         get_local_torch_device(),
         PRECISION_TO_TYPE[config.dit_precision],
@@ -197,7 +197,7 @@ def paged_by_sglang(folder: Path, server_args: ServerArgs) -> list[str]:
     if mode == "resident":
         return []
     try:
-        make_setup(folder, server_args).plan()
+        make_builder(folder, server_args).plan()
     except ConfigError as error:
         return [f"transformer {mode} ({error})"]
     return []

@@ -74,7 +74,7 @@ class Subscriptions:
             if message.previews and not sequence.state.ended:
                 steps = preview_steps(sequence.image.steps, message.previews)
                 subscriber.after_steps[sequence.index] = steps
-                self._executor.watch(sequence)
+                self._executor.enable_previews(sequence)
         self._subscribers[request] = subscriber
 
     def step(self, progress: Progress) -> None:

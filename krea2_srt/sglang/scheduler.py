@@ -107,7 +107,7 @@ class Krea2Scheduler(Scheduler):
             runner,
             pipeline.tile,
             runner.side_stream,
-            pipeline.plan.decodes_aside if pipeline.plan else 1,
+            pipeline.plan.overlapped_decodes if pipeline.plan else 1,
         )
         config = pipeline.engine_config
         with runner.on_stream():
@@ -137,14 +137,14 @@ class Krea2Scheduler(Scheduler):
         quantized = f"+{runner.dit.quantization.name}" if runner.dit.quantization else ""
         self._model_info = ModelInfo(
             self.server_args.model_path,
-            runner.recipe.distilled,
-            runner.recipe.default_steps,
-            runner.recipe.default_guidance,
+            runner.sampling.distilled,
+            runner.sampling.default_steps,
+            runner.sampling.default_guidance,
             config.limits,
             str(runner.device),
             str(runner.dit.dtype).removeprefix("torch.") + quantized,
             pipeline.attention,
-            runner.recipe.trained_side,
+            runner.sampling.trained_side,
         )
 
     @property
@@ -421,8 +421,8 @@ class Krea2Scheduler(Scheduler):
     # Waiting and ending.
 
     def _rest(self) -> None:
-        aside = self._engine.decoding_aside or self._subscriptions.drawing
-        if aside and not self.worker.is_sleeping():
+        overlapped = self._engine.has_overlapped_decodes or self._subscriptions.drawing
+        if overlapped and not self.worker.is_sleeping():
             self._wait_idle(_DECODE_POLL_S)
             return
         due_s = None if self._inflight_finalizes else self.worker.release_cache_if_idle()

@@ -30,15 +30,15 @@ class FakeExecutor:
     Attributes:
         clock: moved by all work.
         cost: of work on the device; None is nothing, for whatever is done.
-        decodes_aside, whole_schedules: as of any executor.
+        overlaps_decodes, full_schedule_graphs: as of any executor.
         host_ms: added to every unit of work.
         decode_slice_ms: longest slice of a decode.
     """
 
     clock: VirtualClock
     cost: CostModel | None
-    decodes_aside: bool = False
-    whole_schedules: bool = False
+    overlaps_decodes: bool = False
+    full_schedule_graphs: bool = False
     host_ms: float = 0.0
     decode_slice_ms: float = inf
     _decode_slices: dict[Sequence, int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class FakeExecutor:
 
     def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         if self.cost is not None:
-            ms = self.cost.step(lane for sequence in step.sequences for lane in sequence.tokens)
+            ms = self.cost.step(branch for sequence in step.sequences for branch in sequence.tokens)
             self.spend(ms * len(blocks) / step.total_blocks)
         return [StepResult(step, blocks)]
 

@@ -70,8 +70,8 @@ class EngineSettings(SchedulerSettings):
     max_active_sequences: int | None = _of_engine(
         "most images begun and not ended", "max_active_sequences"
     )
-    max_held_steps: int | None = _of_engine(
-        "most steps waiting between two slices", "max_held_steps"
+    max_paused_steps: int | None = _of_engine(
+        "most steps waiting between two slices", "max_paused_steps"
     )
     max_queue_s: float | None = _of_engine(
         "estimated seconds of work beyond which requests are refused with 429", "max_queue_s"

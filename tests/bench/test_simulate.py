@@ -29,7 +29,7 @@ from krea2_bench.simulation.schedulers import (
 from krea2_bench.simulation.study import BASELINES, DEFAULT, MAIN, OTHERS
 from krea2_bench.simulation.summary import summarise
 from krea2_bench.simulation.traces import DEFAULT_MIX, Arrival, Job, Share, draw_trace
-from krea2_srt.engine import pack_draft, policy, step_scheduler
+from krea2_srt.engine import pack_builder, policy, step_scheduler
 
 HARDWARE = Hardware(replicas=2)
 SMALL = Job(256, 256, steps=2)
@@ -298,7 +298,7 @@ def test_where_nothing_is_ahead_all_work_counts(router: str):
 
 def test_settings_hold_only_while_they_are_installed():
     def settings():
-        constants = policy.STRETCH, pack_draft.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER
+        constants = policy.STRETCH, pack_builder.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER
         return constants, dict(policy.POLICIES)
 
     before = settings()
@@ -480,6 +480,6 @@ def test_memory_stays_flat_over_100_000_requests():
         assert not replica.taken
         assert replica.engine.outstanding_ms == 0.0
         statistics = replica.engine.statistics()
-        for left in ("requests", "waiting", "active_sequences", "held_steps"):
+        for left in ("requests", "waiting", "active_sequences", "paused_steps"):
             assert statistics[left] == 0
     assert sum(r.engine.counters.done for r in cluster.replicas) == 100_000

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import tests.torch.interpreted_triton  # noqa: F401 (first)
 from krea2_srt.kernels import euler, norm
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 from tests.torch.cuda_rules import CudaError, Machine, Rule, RuleError, cuda_rules
 from tests.torch.cuda_rules.triton_writes import written_arguments
 
@@ -352,7 +352,7 @@ def test_a_query_that_says_done_is_as_good_as_a_wait(cuda, side):
 
 
 def test_memory_is_not_handed_out_while_another_stream_uses_it(cuda, side):
-    def used_aside(recorded, waits):
+    def used_on_another_stream(recorded, waits):
         x = zeros(4)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -364,10 +364,10 @@ def test_memory_is_not_handed_out_while_another_stream_uses_it(cuda, side):
         del x
         zeros(4)
 
-    used_aside(recorded=True, waits=False)
-    used_aside(recorded=False, waits=True)
+    used_on_another_stream(recorded=True, waits=False)
+    used_on_another_stream(recorded=False, waits=True)
     with cuda.breaks(Rule.LIFETIME):
-        used_aside(recorded=False, waits=False)
+        used_on_another_stream(recorded=False, waits=False)
 
 
 def test_threads_have_streams_of_their_own(cuda, side):
@@ -637,7 +637,7 @@ def test_what_a_kernel_writes_is_read_from_its_source():
 
 def test_a_kernel_is_an_operation(cuda, side):
     x, table = zeros(8, 64), zeros(1, 64)
-    rows = TokenRows(zeros(8, dtype=torch.int32), None)
+    rows = SegmentIndex(zeros(8, dtype=torch.int32), None)
     launched = cuda.launched
     out = norm.norm_scale_shift_triton(x, table, table, rows, 1e-5)
     assert cuda.launched == launched + 1

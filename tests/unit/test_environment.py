@@ -14,7 +14,7 @@ VARIABLES = {
     "KREA2_SRT_MAX_PACK_TOKENS": ("8192", 8192),
     "KREA2_SRT_MAX_PACK_SEQUENCES": ("7", 7),
     "KREA2_SRT_MAX_ACTIVE_SEQUENCES": ("12", 12),
-    "KREA2_SRT_MAX_HELD_STEPS": ("1", 1),
+    "KREA2_SRT_MAX_PAUSED_STEPS": ("1", 1),
     "KREA2_SRT_MAX_QUEUE_S": ("30", 30.0),
     "KREA2_SRT_MAX_SIDE": ("2048", 2048),
     "KREA2_SRT_MAX_PIXELS": ("1048576", 1048576),
@@ -60,8 +60,8 @@ def test_every_field_has_its_variable():
 
 
 def test_the_environment_of_the_process_is_the_default(monkeypatch):
-    monkeypatch.setenv("KREA2_SRT_MAX_HELD_STEPS", "5")
-    assert read_environment().engine.max_held_steps == 5
+    monkeypatch.setenv("KREA2_SRT_MAX_PAUSED_STEPS", "5")
+    assert read_environment().engine.max_paused_steps == 5
 
 
 @pytest.mark.parametrize("variable", NUMBERS)

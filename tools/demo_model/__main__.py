@@ -22,7 +22,7 @@ from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
 from krea2_srt.demo.tokenizer import write_tokenizer
 from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights, TrainedWeights
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.text_encoder import DEFAULT_TAPS, TextEncoder, load_text_encoder
+from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset
 from tools.demo_model.diffusion import STEPS, Trainer, loss_of, new_dit
@@ -302,7 +302,7 @@ def _text_encoder() -> TextEncoder:
         write_text_encoder(text := Path(folder) / "text", TextEncoderWeights())
         write_tokenizer(tokenizer := Path(folder) / "tokenizer")
         device, dtype = torch.device("cpu"), torch.float32
-        return load_text_encoder(text, tokenizer, DEFAULT_TAPS, device, dtype)
+        return load_text_encoder(text, tokenizer, DEFAULT_SELECT_LAYERS, device, dtype)
 
 
 def _list(values: Tensor) -> list[float]:

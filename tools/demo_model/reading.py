@@ -68,11 +68,11 @@ def draw_captions(count: int, random: Random, held_out: bool) -> list[tuple[Wish
 
 @torch.no_grad()
 def by_layer(fusion: Any, features: Sequence[Tensor]) -> list[Tensor]:
-    """The part of the fusion that stays as it began: across the taps, token by token.
+    """The part of the fusion that stays as it began: across the layers, token by token.
 
     Args:
         fusion: of the DiT.
-        features: [tokens, taps, hidden] each.
+        features: [tokens, layers, hidden] each.
     """
     lengths = [len(it) for it in features]
     states = torch.cat([it.float() for it in features])

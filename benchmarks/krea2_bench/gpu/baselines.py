@@ -11,7 +11,7 @@ from krea2_bench.gpu.rows import timed
 from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.steps import SMOKE_SIDES, Way, ways
 from krea2_bench.gpu.timing import timings
-from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.sequence import DenoisingSequence
 
 SIDES = (1024, 256, 512, 2048)
@@ -60,7 +60,7 @@ def _call(context: Context, other: PlainDiT, sequence: DenoisingSequence) -> Cal
 
 
 def _plain(context: Context, plain: PlainDiT, sequence: DenoisingSequence) -> None:
-    rope = context.runner.packs.get(Lanes.of([sequence]).shapes).rope
+    rope = context.runner.packs.get(ForwardBatch.of([sequence]).shapes).rope
     sigmas = sequence.schedule.sigmas
     velocity = plain(sequence.tokens, sequence.context, sigmas[0], rope)
     stepped = sequence.tokens + (sigmas[1] - sigmas[0]) * velocity.float()

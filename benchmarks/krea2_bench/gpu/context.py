@@ -19,7 +19,7 @@ from krea2_bench.gpu.rows import Findings
 from krea2_bench.gpu.stand_ins import OFFSETS, repeated
 from krea2_srt.kernels.operations import TRITON, Operations, default_operations
 from krea2_srt.model.attention import FusedGateAttention
-from krea2_srt.model.checkpoint import Recipe
+from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.flops import step_flops, step_weight_bytes
@@ -156,7 +156,7 @@ class Context:
     def runner_of(self, dit: Krea2DiT, attention: AttentionChoice | None = None) -> Krea2Runner:
         """One that steps: the other parts would take seconds to make."""
         parts: Any = None
-        return Krea2Runner(dit, parts, parts, Recipe(True), attention or self.attention)
+        return Krea2Runner(dit, parts, parts, SamplingDefaults(True), attention or self.attention)
 
     def whole(self, runner: Krea2Runner) -> Krea2Runner:
         """The same with its text encoder and its VAE."""
@@ -176,14 +176,14 @@ class Context:
 
     # Ceilings; None before they are measured.
 
-    def step_floor_ms(self, lanes: list[int], fp8: bool = False) -> float | None:
+    def step_floor_ms(self, branches: list[int], fp8: bool = False) -> float | None:
         """The least time of one step of a pack of sequences with so many tokens."""
         tflops = self.findings.get("ceilings", "matmul bf16")
         fp8_tflops = self.findings.get("ceilings", "matmul fp8") if fp8 else tflops
         copy = self.findings.get("ceilings", "copy")
         if not tflops or not copy or not fp8_tflops:
             return None
-        linear, attention = step_flops(self.config, lanes)
+        linear, attention = step_flops(self.config, branches)
         weights = step_weight_bytes(self.config) * (1 if fp8 else 2)
         ms = linear / fp8_tflops / 1e9 + attention / tflops / 1e9
         return max(ms, weights / copy / 1e6)

@@ -101,10 +101,10 @@ class Estimate:
         return Estimate((Share(name, self.ms / 1e3, 1.0, factor=count),))
 
 
-def step(lanes: Sequence[int], fp8: bool = False, fp8_attention: bool = False) -> Estimate:
+def step(branches: Sequence[int], fp8: bool = False, fp8_attention: bool = False) -> Estimate:
     """One step of a pack of sequences with so many tokens."""
-    config, tokens = RELEASED.dit, sum(lanes)
-    linear, attention = step_flops(config, lanes)
+    config, tokens = RELEASED.dit, sum(branches)
+    linear, attention = step_flops(config, branches)
     gemm = GEMM_FP8 if fp8 else GEMM
     weights = step_weight_bytes(config) * (1 if fp8 else 2)
     widths = _WIDTHS_FP8 if fp8 else _WIDTHS

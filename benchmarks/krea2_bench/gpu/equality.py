@@ -4,8 +4,8 @@ from krea2_bench.gpu.context import Context
 from krea2_bench.gpu.correctness import WrongResult, check
 from krea2_bench.gpu.graphs import captured
 from krea2_bench.gpu.sequences import images, relative, stepped
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
 
 SIDES = ((256, 256), (512, 320), (256, 256), (64, 128))
@@ -25,14 +25,14 @@ def run(context: Context) -> None:
     if graph is None:
         return
     found = []
-    lanes = Lanes.of(sequences)
-    pack = context.runner.packs.get(lanes.shapes)
+    batch = ForwardBatch.of(sequences)
+    pack = context.runner.packs.get(batch.shapes)
     tokens = 512 if context.smoke else min(MAX_GRAPH_TOKENS, 4096)
     for how in (context.capture, lambda function: function):
         graphs = StepGraphs(context.runner.dit, graph.attend, how, tokens)
-        if reason := captured(graphs, lanes, pack):
+        if reason := captured(graphs, batch, pack):
             raise WrongResult(f"a graph could not be captured: {reason}")
-        step = graphs.launch(lanes, pack)
+        step = graphs.launch(batch, pack)
         assert step is not None
         found.append(step[0].clone())
     differ = float((found[0] != found[1]).sum())

@@ -1,15 +1,15 @@
 """Whether a step really runs on a graph, and if not, why."""
 
 from krea2_srt.model.pack import Pack
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
 
 
-def captured(graphs: StepGraphs, lanes: Lanes, pack: Pack, steps: int = 1) -> str:
+def captured(graphs: StepGraphs, batch: ForwardBatch, pack: Pack, steps: int = 1) -> str:
     """Capture the graph of a pack; empty, or why there is none."""
-    if graphs.prepare(lanes, pack, steps):
+    if graphs.prepare(batch, pack, steps):
         return ""
     return next(reversed(graphs.failures.values()), "it is too large for any graph")
 
@@ -26,5 +26,5 @@ def why_eager(runner: Krea2Runner, sequences: list[DenoisingSequence], steps: in
     """Capture what a runner's step would replay; empty, or why it will run eagerly."""
     if runner.graphs is None:
         return f"attention {runner.attention.name} cannot be captured"
-    lanes = Lanes.of(sequences)
-    return captured(runner.graphs, lanes, runner.packs.get(lanes.shapes), steps)
+    batch = ForwardBatch.of(sequences)
+    return captured(runner.graphs, batch, runner.packs.get(batch.shapes), steps)

@@ -18,7 +18,7 @@ from krea2_srt.kernels.quantize import (
     rotate,
     rotation_block,
 )
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 
 EPS = 1e-5
 
@@ -66,7 +66,7 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
         return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
     index = torch.arange(tokens, device=device, dtype=torch.int32) * 4 // tokens
-    rows = TokenRows(index, None)
+    rows = SegmentIndex(index, None)
     x, branch = random(tokens, hidden), random(tokens, hidden)
     scale = 1 + 0.1 * random(4, hidden, dtype=torch.float32)
     shift, gate = random(4, hidden, dtype=torch.float32), 0.1 * random(4, hidden)
@@ -178,12 +178,12 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
     patches, velocity = random(count, channels, dtype=torch.float32), random(count, channels)
     owner = torch.arange(count, device=device, dtype=torch.int32) * 4 // count
     dt, guidance = -0.1 * torch.ones(4, device=device), torch.zeros(4, device=device)
-    partner = torch.arange(count, device=device, dtype=torch.int32)
-    guided, broken = torch.empty_like(patches), torch.zeros(4, device=device, dtype=torch.int32)
+    uncond_index = torch.arange(count, device=device, dtype=torch.int32)
+    guided, non_finite = torch.empty_like(patches), torch.zeros(4, device=device, dtype=torch.int32)
     start = patches.double()
 
     def euler() -> Tensor:
-        do.euler_step(patches, velocity, owner, partner, dt, guidance, guided, broken)
+        do.euler_step(patches, velocity, owner, uncond_index, dt, guidance, guided, non_finite)
         return patches
 
     yield Case(

@@ -10,7 +10,7 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import (
-    DEFAULT_TAPS,
+    DEFAULT_SELECT_LAYERS,
     PREFIX,
     PREFIX_TOKENS,
     SUFFIX,
@@ -106,13 +106,13 @@ def quantized_copy(dit: Krea2DiT, quantization: Quantization) -> Krea2DiT:
     """The same weights, with the blocks' matrices in 8 bits."""
     with torch.device(dit.img_in.weight.device):
         copy = Krea2DiT(dit.config, dit.dtype, quantization).eval()
-    stored = dit.targets()
+    stored = dit.weight_map()
     with torch.no_grad():
-        for name, target in copy.targets().items():
-            if target.store is not None:
-                target.store(stored[name].view)
+        for name, slot in copy.weight_map().items():
+            if slot.store is not None:
+                slot.store(stored[name].view)
             else:
-                target.view.copy_(stored[name].view)
+                slot.view.copy_(stored[name].view)
     copy.operations = dit.operations
     return copy
 
@@ -130,8 +130,8 @@ class Words:
 def random_text_encoder(
     architecture: Architecture, device: torch.device, dtype: torch.dtype
 ) -> TextEncoder:
-    """Qwen3-VL's text model, cut after the last tap."""
-    empty, rotary = empty_text_model(architecture.text, max(DEFAULT_TAPS), dtype)
+    """Qwen3-VL's text model, cut after the last selected layer."""
+    empty, rotary = empty_text_model(architecture.text, max(DEFAULT_SELECT_LAYERS), dtype)
     model: Any = empty.to_empty(device=device)
     model.rotary_emb = rotary.to(device)
     generator = torch.Generator(device).manual_seed(1)
@@ -141,7 +141,7 @@ def random_text_encoder(
         else:
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
     model.requires_grad_(False).eval()
-    return TextEncoder(model, Words(), DEFAULT_TAPS, device)
+    return TextEncoder(model, Words(), DEFAULT_SELECT_LAYERS, device)
 
 
 def random_vae(width: int, device: torch.device, dtype: torch.dtype) -> VAEDecoder:

@@ -68,7 +68,7 @@ def _how(runner: Krea2Runner, side: int) -> str:
 def _draw(runner: Krea2Runner, side: int) -> None:
     runner.contexts.clear()
     (prompt,) = runner.encode([PROMPT])
-    schedule = runner.schedule(runner.recipe.default_steps, side, side)
+    schedule = runner.schedule(runner.sampling.default_steps, side, side)
     sequence = runner.start(prompt, side, side, 1, schedule)
     if side <= WHOLE_SIDE:
         runner.step([sequence], schedule.steps)

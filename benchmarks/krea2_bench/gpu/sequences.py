@@ -24,7 +24,7 @@ def images(
         context = torch.randn(
             text, hidden, generator=generator, device=runner.device, dtype=runner.dit.dtype
         )
-        schedule = runner.schedule(runner.recipe.default_steps, width, height)
+        schedule = runner.schedule(runner.sampling.default_steps, width, height)
         found.append(runner.start(context, width, height, seed, schedule))
     return found
 

@@ -13,7 +13,7 @@ from krea2_bench.gpu.rows import LEFT_OUT, Missing, Row, timed
 from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.timing import timings, wait
 from krea2_srt.errors import ConfigError, first_line
-from krea2_srt.runner.lanes import Lanes
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
 
@@ -98,13 +98,13 @@ def measure(
     """
     sequences = images(runner, sides)
     size = name_of(sides[0][0], len(sides))
-    lanes = [sequence.num_tokens for sequence in sequences]
+    branches = [sequence.num_tokens for sequence in sequences]
     works = ways(context, part, runner, sequences, f"{size} {format}")
-    seconds, least = context.seconds, 2 if max(lanes) > 8192 else 3
+    seconds, least = context.seconds, 2 if max(branches) > 8192 else 3
     found = timings([way.run for way in works], context.device, seconds, warm_ups=2, least=least)
-    floor = context.step_floor_ms(lanes, fp8=bool(format))
+    floor = context.step_floor_ms(branches, fp8=bool(format))
     for way, timing in zip(works, found, strict=True):
-        note = f"{sum(lanes)} tokens"
+        note = f"{sum(branches)} tokens"
         context.findings.add(timed(part, way.name, timing, floor, note, way.how))
 
 
@@ -161,13 +161,13 @@ def _host_time(context: Context, side: int) -> None:
     sequences = images(runner, ((side, side),))
     if runner.graphs is None or why_eager(runner, sequences):
         return
-    lanes, name = Lanes.of(sequences), name_of(side)
-    pack = runner.packs.get(lanes.shapes)
+    batch, name = ForwardBatch.of(sequences), name_of(side)
+    pack = runner.packs.get(batch.shapes)
     times = []
     for number in range(23):
         wait(context.device)
         start = time.perf_counter()
-        runner.graphs.launch(lanes, pack)
+        runner.graphs.launch(batch, pack)
         if number >= 3:
             times.append((time.perf_counter() - start) * 1e3)
     how = how_it_runs(runner, sequences[0].num_tokens, graph=True)
@@ -179,7 +179,7 @@ def _host_time(context: Context, side: int) -> None:
     stepped, queued = timings(
         [
             lambda: _in_flight(runner, sequences, count),
-            lambda: [runner.graphs.launch(lanes, pack) for _ in range(count)],
+            lambda: [runner.graphs.launch(batch, pack) for _ in range(count)],
         ],
         context.device,
         context.seconds / 2,

@@ -145,28 +145,28 @@ def _over(share: float) -> float:
     return 1 / share
 
 
-def _floor_ms(lanes: Sequence[int], fp8: bool = False) -> float:
+def _floor_ms(branches: Sequence[int], fp8: bool = False) -> float:
     """As `Context.step_floor_ms`, at the rates that an H200 is said to have."""
-    step = cost.step(lanes, fp8)
+    step = cost.step(branches, fp8)
     products, attention, _ = step.shares
     rate = _MATMUL_FP8 if fp8 else _MATMUL
     return max(products.amount / rate + attention.amount / _MATMUL, 0.0243 / _COPY) * 1e3
 
 
 def _share_target(
-    what: str, limit: float, part: str, names: Sequence[str], lanes: Sequence[int]
+    what: str, limit: float, part: str, names: Sequence[str], branches: Sequence[int]
 ) -> Target:
-    step = cost.step(lanes)
+    step = cost.step(branches)
     figure = _share(part, names, _percent)
-    estimated = 100 * _floor_ms(lanes) / step.ms
+    estimated = 100 * _floor_ms(branches) / step.ms
     return Target(f"step {what}, share of its floor", limit, True, "%", figure, estimated, step)
 
 
 def _over_target(
-    what: str, limit: float, part: str, names: Sequence[str], lanes: Sequence[int]
+    what: str, limit: float, part: str, names: Sequence[str], branches: Sequence[int]
 ) -> Target:
-    step = cost.step(lanes)
-    figure, estimated = _share(part, names, _over), step.ms / _floor_ms(lanes)
+    step = cost.step(branches)
+    figure, estimated = _share(part, names, _over), step.ms / _floor_ms(branches)
     return Target(f"step {what}, over its floor", limit, False, "x", figure, estimated, step)
 
 

@@ -20,7 +20,7 @@ PACKS_PAY = CostModel(floor=0, launch=20, per_token=0.001, per_square=1e-5)
 def busy_engine(cost: CostModel, images_each: int) -> Engine:
     """64 sequences under way, in requests of so many images, and 1,000 waiting requests."""
     clock = VirtualClock()
-    device = FakeExecutor(clock, cost=None, whole_schedules=True)
+    device = FakeExecutor(clock, cost=None, full_schedule_graphs=True)
     engine = Engine(device, cost, EngineConfig(max_queue_s=1e9), clock)
     steps = 200
     while num_unfinished(engine) < ACTIVE:

@@ -19,9 +19,9 @@ class Ceilings:
 
     def floor_ms(self, header: dict[str, Any], entry: dict[str, Any]) -> float:
         """The least time of a step, or of a slice of one, whatever runs it."""
-        lanes = [tokens for _, _, _, own in entry["sequences"] for tokens in own]
-        flops = header["flops_per_token"] * sum(lanes)
-        flops += header["flops_per_squared_token"] * sum(tokens * tokens for tokens in lanes)
+        branches = [tokens for _, _, _, own in entry["sequences"] for tokens in own]
+        flops = header["flops_per_token"] * sum(branches)
+        flops += header["flops_per_squared_token"] * sum(tokens * tokens for tokens in branches)
         arithmetic_ms = flops / self.tflops / 1e9
         weights_ms = header["weight_bytes"] / self.gbytes_per_s / 1e6
         start, end, total = entry["blocks"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from krea2_srt.engine import pack_draft, policy, step_scheduler
+from krea2_srt.engine import pack_builder, policy, step_scheduler
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.lifecycle import Request
 
@@ -36,7 +36,7 @@ class Scheduler:
     config: EngineConfig
     deadlines: bool = False
     stretch: float = policy.STRETCH
-    min_gain: float = pack_draft.MIN_GAIN
+    min_gain: float = pack_builder.MIN_GAIN
     encoded_together: int = step_scheduler.MAX_ENCODED_TOGETHER
     weights: tuple[float, float] | None = None
 
@@ -47,10 +47,10 @@ class Scheduler:
         before = (
             policy.POLICIES[name],
             policy.STRETCH,
-            pack_draft.MIN_GAIN,
+            pack_builder.MIN_GAIN,
             step_scheduler.MAX_ENCODED_TOGETHER,
         )
-        policy.STRETCH, pack_draft.MIN_GAIN = self.stretch, self.min_gain
+        policy.STRETCH, pack_builder.MIN_GAIN = self.stretch, self.min_gain
         step_scheduler.MAX_ENCODED_TOGETHER = self.encoded_together
         if self.weights is not None:
             policy.POLICIES[name] = weighted_key(*self.weights)
@@ -58,7 +58,7 @@ class Scheduler:
             yield
         finally:
             policy.POLICIES[name], policy.STRETCH = before[:2]
-            pack_draft.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER = before[2:]
+            pack_builder.MIN_GAIN, step_scheduler.MAX_ENCODED_TOGETHER = before[2:]
 
 
 def weighted_key(a: float, b: float) -> Callable[[Request], float]:

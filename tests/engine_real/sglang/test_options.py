@@ -140,14 +140,14 @@ def test_paging_that_sglang_chose_by_itself_counts_where_the_model_does_not_fit(
 ):
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
 
-    from krea2_srt.runner.setup import Setup
+    from krea2_srt.runner.builder import RunnerBuilder
     from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 
     def plan(self):
         if not fits:
             raise ConfigError("gpu_memory: 23.1 GiB are free")
 
-    monkeypatch.setattr(Setup, "plan", plan)
+    monkeypatch.setattr(RunnerBuilder, "plan", plan)
     monkeypatch.setattr(ServerArgs, "residency_mode", lambda self, name: "layerwise-offload")
     built, warnings = construct("")
     assert isinstance(built, Krea2RunnerPipeline if fits else FromSGLang)
@@ -156,32 +156,32 @@ def test_paging_that_sglang_chose_by_itself_counts_where_the_model_does_not_fit(
 
 
 def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
-    from krea2_srt.sglang.pipeline import make_setup
+    from krea2_srt.sglang.pipeline import make_builder
 
-    setup = make_setup(demo_model, parse(""))
-    assert setup.quantization is None
+    builder = make_builder(demo_model, parse(""))
+    assert builder.quantization is None
     # One picture needs no warm-up.
-    assert setup.config == RunnerConfig(warm_up_s=0.0)
+    assert builder.config == RunnerConfig(warm_up_s=0.0)
     flags = "--quantization fp8_rotated --quantization-ignored-layers 0.* *.ff.down"
-    setup = make_setup(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
-    assert setup.quantization == Quantization("fp8", True, ("0.*", "*.ff.down"))
-    assert setup.config.text_encoder == "offload"
+    builder = make_builder(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
+    assert builder.quantization == Quantization("fp8", True, ("0.*", "*.ff.down"))
+    assert builder.config.text_encoder == "offload"
     monkeypatch.setenv("KREA2_SRT_TEXT_ENCODER", "resident")
     monkeypatch.setenv("KREA2_SRT_MAX_TURN_MS", "50")
-    setup = make_setup(demo_model, parse("--disable-conditioning-cache"))
-    assert setup.config.text_encoder == "resident"
-    assert setup.engine.max_turn_ms == 50
-    assert setup.caches.contexts == 0
+    builder = make_builder(demo_model, parse("--disable-conditioning-cache"))
+    assert builder.config.text_encoder == "resident"
+    assert builder.engine.max_turn_ms == 50
+    assert builder.caches.contexts == 0
 
 
 def test_who_serves_warms_up(parse, demo_model):
     from krea2_srt.sglang.options import mark_as_server
-    from krea2_srt.sglang.pipeline import make_setup
+    from krea2_srt.sglang.pipeline import make_builder
 
-    assert make_setup(demo_model, parse("--warmup-mode server")).config.warm_up_s > 0
+    assert make_builder(demo_model, parse("--warmup-mode server")).config.warm_up_s > 0
     args = parse("")
     mark_as_server(args)
-    assert make_setup(demo_model, args).config.warm_up_s > 0
+    assert make_builder(demo_model, args).config.warm_up_s > 0
 
 
 def test_an_option_nobody_has_thought_of_is_not_ignored(parse):

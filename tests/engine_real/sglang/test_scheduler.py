@@ -50,7 +50,7 @@ def nothing_is_left(endpoint):
     yield
     after = wait_until(lambda: (s := statistics(endpoint)) and not s["requests"] and s)
     assert after["accepted"] == after["done"] + after["failed"] + after["cancelled"]
-    assert after["waiting"] == after["active_sequences"] == after["held_steps"] == 0
+    assert after["waiting"] == after["active_sequences"] == after["paused_steps"] == 0
     assert after["outstanding_s"] == 0
 
 

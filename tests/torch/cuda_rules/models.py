@@ -6,7 +6,7 @@ import torch
 
 from krea2_bench.gpu.models import TINY, Words, random_dit
 from krea2_srt.kernels.operations import default_operations
-from krea2_srt.model.checkpoint import Recipe
+from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
@@ -54,6 +54,8 @@ def small_runner(quantization: Quantization | None = None) -> Krea2Runner:
     vae = vae.to(memory_format=torch.channels_last)
     vae.use_kernels(True)
     backend = known_backends()["torch_varlen"]
-    runner = Krea2Runner(dit, encoder, vae, Recipe(True), AttentionChoice(backend, backend))
+    runner = Krea2Runner(
+        dit, encoder, vae, SamplingDefaults(True), AttentionChoice(backend, backend)
+    )
     torch.cuda.synchronize()
     return runner

@@ -27,7 +27,7 @@ from krea2_srt.kernels.channel_norm import channel_norm_triton
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
 from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a block may have, by compute capability (CUDA programming guide)."""
@@ -104,7 +104,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def launches():
     """(name, function that launches) of every variant that serves."""
-    bf16, rows = torch.bfloat16, TokenRows(torch.zeros(TOKENS, dtype=torch.int32), None)
+    bf16, rows = torch.bfloat16, SegmentIndex(torch.zeros(TOKENS, dtype=torch.int32), None)
     x, branch = (torch.zeros(TOKENS, HIDDEN, dtype=bf16) for _ in range(2))
     table = torch.zeros(ROWS, 28, 2, HIDDEN)[:, 3, 1]
     gate = table.to(bf16)

@@ -37,6 +37,8 @@ def stepped(runner: Krea2Runner, steps: int) -> list[torch.Tensor]:
 def test_steps_on_the_kernels_are_the_steps_on_torch(runner, demo_model, operations, steps):
     dit = load_dit(demo_model / "transformer", CPU, torch.float32)
     dit.operations = operations
-    on_kernels = Krea2Runner(dit, runner.text_encoder, runner.vae, runner.recipe, runner.attention)
+    on_kernels = Krea2Runner(
+        dit, runner.text_encoder, runner.vae, runner.sampling, runner.attention
+    )
     for got, expected in zip(stepped(on_kernels, steps), stepped(runner, steps), strict=True):
         assert relative_error(got, expected) <= 1e-5

@@ -17,7 +17,7 @@ from krea2_srt.kernels.quantize import (
     rotate,
     rotation_block,
 )
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -38,13 +38,13 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def rows_of(lengths, known: bool = True) -> TokenRows:
+def rows_of(lengths, known: bool = True) -> SegmentIndex:
     index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
     spans, start = [], 0
     for row, length in enumerate(lengths):
         spans.append((start, start + length, row))
         start += length
-    return TokenRows(index, tuple(spans) if known else None)
+    return SegmentIndex(index, tuple(spans) if known else None)
 
 
 def check(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -223,21 +223,21 @@ def test_final_layer(do, dtype, lengths, width):
 
 
 def euler_case(dtype):
-    """Three lanes: an image, then another with its negative prompt; text tokens between."""
+    """Three branches: an image, then another with its negative prompt; text tokens between."""
     row = torch.tensor([0] * 4 + [1] * 5 + [2] * 6, dtype=torch.int32)
-    partner = torch.full((15,), -1, dtype=torch.int32)
-    partner[2:4] = torch.tensor([2, 3])
-    partner[6:9] = torch.tensor([12, 13, 14])
-    partner[12:15] = torch.tensor([12, 13, 14])
+    uncond_index = torch.full((15,), -1, dtype=torch.int32)
+    uncond_index[2:4] = torch.tensor([2, 3])
+    uncond_index[6:9] = torch.tensor([12, 13, 14])
+    uncond_index[12:15] = torch.tensor([12, 13, 14])
     return {
         "tokens": random(15, 64),
         "velocity": random(15, 64, dtype=dtype, seed=1),
         "row": row,
-        "partner": partner,
+        "uncond_index": uncond_index,
         "dt": torch.tensor([-0.1, -0.02, -0.02]),
         "guidance": torch.tensor([0.0, 3.5, 0.0]),
         "guided": torch.full((15, 64), math.nan),
-        "broken": torch.full((3,), 9, dtype=torch.int32),
+        "non_finite": torch.full((3,), 9, dtype=torch.int32),
     }
 
 
@@ -255,7 +255,7 @@ def test_euler_step(do, dtype):
     do.euler_step(**case)
     assert torch.allclose(case["tokens"].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.allclose(case["guided"].double(), guided, rtol=1e-6, atol=1e-6)
-    assert case["broken"].tolist() == [0, 0, 0]
+    assert case["non_finite"].tolist() == [0, 0, 0]
 
 
 @both
@@ -263,10 +263,10 @@ def test_euler_step(do, dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_euler_step_tells_which_rows_are_no_longer_finite(do, value):
     case = euler_case(torch.float32)
-    case["velocity"][13, 5] = value  # of the negative prompt: its image is broken too
+    case["velocity"][13, 5] = value  # of the negative prompt: its image is not finite either
     case["tokens"][0, 0] = math.nan  # of a text token: means nothing
     do.euler_step(**case)
-    assert case["broken"].tolist() == [0, 1, 1]
+    assert case["non_finite"].tolist() == [0, 1, 1]
 
 
 def test_the_rotation_is_its_own_inverse():

@@ -57,12 +57,12 @@ def test_shards_load_like_one_file(transformer, demo_model):
 def test_every_weight_is_filled_from_its_tensor(demo_model):
     dit = load(demo_model / "transformer")
     stored = load_file(demo_model / "transformer" / WEIGHTS)
-    targets = dit.targets()
-    assert targets.keys() == stored.keys()
-    for name, target in targets.items():
+    weight_map = dit.weight_map()
+    assert weight_map.keys() == stored.keys()
+    for name, slot in weight_map.items():
         expected = stored[name].float() + (1 if "norm" in name else 0)
-        assert torch.equal(target.view, expected.view(target.view.shape)), name
-    filled = sum(target.view.numel() for target in targets.values())
+        assert torch.equal(slot.view, expected.view(slot.view.shape)), name
+    filled = sum(slot.view.numel() for slot in weight_map.values())
     assert filled == sum(p.numel() for p in dit.parameters())
 
 

@@ -11,7 +11,7 @@ from krea2_srt.model.pack import Segments
 from krea2_srt.runner.packing import SequenceShape, build_pack
 from tests.comparisons import CPU, relative_error
 
-TAPS = (12, 64)
+HIDDEN_STATES = (12, 64)
 SHAPES = [  # (text tokens, rows, columns, timestep)
     (5, 16, 16, 1.0),
     (23, 8, 20, 0.7371),
@@ -31,30 +31,30 @@ def inputs(shape, seed=0):
     text, rows, columns, _ = shape
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(rows * columns, 64, generator=generator)
-    return image, 3 * torch.randn(text, *TAPS, generator=generator)
+    return image, 3 * torch.randn(text, *HIDDEN_STATES, generator=generator)
 
 
-def theirs(pipeline, shape, image, taps):
+def theirs(pipeline, shape, image, hidden_states):
     text, rows, columns, t = shape
     position_ids = pipeline.prepare_position_ids(text, rows, columns, CPU)
     with torch.inference_mode():
         return pipeline.transformer(
             hidden_states=image[None],
-            encoder_hidden_states=taps[None],
+            encoder_hidden_states=hidden_states[None],
             timestep=torch.tensor([t]),
             position_ids=position_ids,
             return_dict=False,
         )[0][0]
 
 
-def fused(dit, taps):
-    return dit.fuse_text(taps, Segments.of([len(taps)], CPU))
+def fused(dit, hidden_states):
+    return dit.fuse_text(hidden_states, Segments.of([len(hidden_states)], CPU))
 
 
 @torch.inference_mode()
 def ours(dit, shapes, data):
     pack = build_pack([SequenceShape(*s[:3]) for s in shapes], dit.config, CPU)
-    context = pack.place(pack.text_spans, [fused(dit, taps) for _, taps in data])
+    context = pack.place(pack.text_spans, [fused(dit, hidden_states) for _, hidden_states in data])
     rows = Modulation.stack([dit.modulation(torch.tensor([s[3]])) for s in shapes])
     velocity = dit(pack.place(pack.image_spans, [i for i, _ in data]), context, pack, rows)
     return [velocity[start:end] for start, end in pack.image_spans]
@@ -62,9 +62,9 @@ def ours(dit, shapes, data):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_velocity_equals_diffusers(dit, diffusers_pipeline, shape):
-    image, taps = inputs(shape)
-    (velocity,) = ours(dit, [shape], [(image, taps)])
-    assert relative_error(velocity, theirs(diffusers_pipeline, shape, image, taps)) <= 1e-5
+    image, hidden_states = inputs(shape)
+    (velocity,) = ours(dit, [shape], [(image, hidden_states)])
+    assert relative_error(velocity, theirs(diffusers_pipeline, shape, image, hidden_states)) <= 1e-5
 
 
 def test_each_sequence_of_a_pack_equals_itself_alone(dit):
@@ -85,11 +85,11 @@ def test_the_order_in_a_pack_does_not_matter(dit):
 
 def test_a_step_in_slices_equals_the_whole_step(dit):
     shape = SHAPES[1]
-    image, taps = inputs(shape)
+    image, hidden_states = inputs(shape)
     with torch.inference_mode():
         pack = build_pack([SequenceShape(*shape[:3])], dit.config, CPU)
         rows = dit.modulation(torch.tensor([shape[3]]))
-        context = pack.place(pack.text_spans, [fused(dit, taps)])
+        context = pack.place(pack.text_spans, [fused(dit, hidden_states)])
         image = pack.place(pack.image_spans, [image])
         whole = dit(image, context, pack, rows)
         x = dit.embed(image, context, pack)
@@ -100,9 +100,9 @@ def test_a_step_in_slices_equals_the_whole_step(dit):
 
 def test_forward_leaves_its_inputs_alone(dit):
     shape = SHAPES[0]
-    image, taps = inputs(shape)
+    image, hidden_states = inputs(shape)
     pack = build_pack([SequenceShape(*shape[:3])], dit.config, CPU)
-    context = pack.place(pack.text_spans, [fused(dit, taps)])
+    context = pack.place(pack.text_spans, [fused(dit, hidden_states)])
     image = pack.place(pack.image_spans, [image])
     before = image.clone(), context.clone()
     with torch.inference_mode():

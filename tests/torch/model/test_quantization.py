@@ -31,9 +31,9 @@ def linear(format: TokenFormat, rows=24, width=256, seed=0) -> tuple[QuantizedLi
     # Channels of different size, as real ones are: each has its own scale.
     weight *= torch.logspace(-3, 3, rows)[:, None]
     made = QuantizedLinear(width, {"a": rows - 8, "b": 8}, torch.float32, format)
-    targets = dict(made.targets("x."))
-    targets["x.a.weight"].store(weight[:-8])
-    targets["x.b.weight"].store(weight[-8:])
+    weight_map = dict(made.weight_map("x."))
+    weight_map["x.a.weight"].store(weight[:-8])
+    weight_map["x.b.weight"].store(weight[-8:])
     return made, weight
 
 

@@ -38,8 +38,8 @@ def edit_json(file: Path, **values: object) -> None:
 
 
 def test_the_recipe_is_read(demo_model, raw_demo_model):
-    turbo = Krea2Checkpoint.from_folder(demo_model).recipe
-    raw = Krea2Checkpoint.from_folder(raw_demo_model).recipe
+    turbo = Krea2Checkpoint.from_folder(demo_model).sampling
+    raw = Krea2Checkpoint.from_folder(raw_demo_model).sampling
     assert (turbo.default_steps, turbo.default_guidance) == (8, 0.0)
     assert (raw.default_steps, raw.default_guidance) == (52, 3.5)
     assert turbo.schedule(8, 256) == turbo.schedule(8, 4096)
@@ -48,11 +48,11 @@ def test_the_recipe_is_read(demo_model, raw_demo_model):
 
 
 def test_the_side_of_a_small_checkpoint_is_read(checkpoint):
-    recipe = Krea2Checkpoint.from_folder(checkpoint).recipe
-    assert (recipe.trained_side, recipe.default_side) == (2048, 1024)
+    sampling = Krea2Checkpoint.from_folder(checkpoint).sampling
+    assert (sampling.trained_side, sampling.default_side) == (2048, 1024)
     edit_json(checkpoint / "model_index.json", _trained_side=256)
-    recipe = Krea2Checkpoint.from_folder(checkpoint).recipe
-    assert (recipe.trained_side, recipe.default_side) == (256, 256)
+    sampling = Krea2Checkpoint.from_folder(checkpoint).sampling
+    assert (sampling.trained_side, sampling.default_side) == (256, 256)
 
 
 @pytest.mark.parametrize("side", [0, 250, -16, 256.0, True, "256", None])
@@ -82,23 +82,25 @@ def test_a_missing_part(checkpoint, part):
         Krea2Checkpoint.from_folder(checkpoint)
 
 
-def test_taps_that_the_transformer_does_not_read(checkpoint):
+def test_select_layers_that_the_transformer_does_not_read(checkpoint):
     edit_json(checkpoint / "model_index.json", text_encoder_select_layers=[1, 2, 3])
-    with pytest.raises(CheckpointError, match=r"3 taps of width 64.*reads 12"):
+    with pytest.raises(CheckpointError, match=r"3 layers of width 64.*reads 12"):
         Krea2Runner.load(Krea2Checkpoint.from_folder(checkpoint), CPU, torch.float32)
 
 
-@pytest.mark.parametrize("taps", ["all", [-1], [2.5], [2, "5"]])
-def test_taps_that_are_no_layers(checkpoint, taps):
-    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=taps)
+@pytest.mark.parametrize("select_layers", ["all", [-1], [2.5], [2, "5"]])
+def test_select_layers_that_are_no_layers(checkpoint, select_layers):
+    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=select_layers)
     with pytest.raises(CheckpointError, match="text_encoder_select_layers"):
         Krea2Checkpoint.from_folder(checkpoint)
 
 
-@pytest.mark.parametrize("tap", [36, 40])
-def test_a_tap_that_is_normed_or_beyond(checkpoint, tap):
-    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=[*range(11), tap])
-    with pytest.raises(CheckpointError, match=f"36 layers, tap {tap}"):
+@pytest.mark.parametrize("layer", [36, 40])
+def test_a_selected_layer_that_is_normed_or_beyond(checkpoint, layer):
+    edit_json(checkpoint / "model_index.json", text_encoder_select_layers=[*range(11), layer])
+    with pytest.raises(
+        CheckpointError, match=f"36 layers, .*select_layers needs more than {layer}"
+    ):
         Krea2Runner.load(Krea2Checkpoint.from_folder(checkpoint), CPU, torch.float32)
 
 
@@ -117,12 +119,12 @@ def test_a_tokenizer_without_its_files(checkpoint):
 
 def test_an_original_file_says_by_its_name_which_it_is(original_file, demo_model, tmp_path):
     parts = {"text_encoder": str(demo_model / "text_encoder"), "vae": str(demo_model)}
-    assert find_checkpoint(str(original_file), **parts).recipe.distilled
+    assert find_checkpoint(str(original_file), **parts).sampling.distilled
     unnamed = tmp_path / "model.safetensors"
     unnamed.symlink_to(original_file)
     with pytest.raises(CheckpointError, match="Turbo or Raw"):
         find_checkpoint(str(unnamed), **parts)
-    assert not find_checkpoint(str(unnamed), distilled=False, **parts).recipe.distilled
+    assert not find_checkpoint(str(unnamed), distilled=False, **parts).sampling.distilled
 
 
 def test_the_original_codes_environment_variables(original_file, demo_model, monkeypatch):
@@ -130,7 +132,7 @@ def test_the_original_codes_environment_variables(original_file, demo_model, mon
     parts = {"text_encoder": str(demo_model / "text_encoder"), "vae": str(demo_model)}
     checkpoint = find_checkpoint("oss_raw", **parts)
     assert checkpoint.transformer == original_file
-    assert not checkpoint.recipe.distilled
+    assert not checkpoint.sampling.distilled
     runner = Krea2Runner.load(checkpoint, CPU, torch.float32)
     assert runner.dit.config == Krea2Config.from_dict(
         json.loads((demo_model / "transformer" / "config.json").read_text())

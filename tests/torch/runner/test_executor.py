@@ -161,7 +161,7 @@ def test_a_forward_that_is_dropped_changes_nothing(runner):
 def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     wanted = image(width=64, height=48, steps=4)
     request = engine.submit("a", [wanted])
-    executor.watch(request.sequences[0])
+    executor.enable_previews(request.sequences[0])
     previews = []
     while request.sequences[0].step < 3:
         if any(isinstance(event, Progress) for event in engine.turn()):
@@ -327,7 +327,7 @@ def test_a_preview_beside_the_steps_is_there_later(runner):
     executor = Recording(runner, side_stream=SideStream())
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=3)])
-    executor.watch(request.sequences[0])
+    executor.enable_previews(request.sequences[0])
     while request.sequences[0].step < 2:
         engine.turn()
     latents = executor.predict(request.sequences[0])
@@ -373,10 +373,10 @@ def test_the_least_work_of_steps_is_counted_in_slices_as_in_one_piece(runner):
         run(engine)
         counted.append((executor.statistics(), executor.packs))
         (sequence,) = request.sequences
-        lanes = sequence.tokens
+        branches = sequence.tokens
     (sliced, slices), (whole, packs) = counted
     assert len(slices) > len(packs)
-    assert whole["step_flops"] == pytest.approx(3 * sum(step_flops(runner.dit.config, lanes)))
+    assert whole["step_flops"] == pytest.approx(3 * sum(step_flops(runner.dit.config, branches)))
     assert whole["step_weight_bytes"] == 3 * 4 * step_weight_bytes(runner.dit.config)
     for name in ("step_flops", "step_weight_bytes"):
         assert sliced[name] == pytest.approx(whole[name])

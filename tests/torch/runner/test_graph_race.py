@@ -19,7 +19,7 @@ SIDES = {128: 64 + 24, 256: 256 + 24, 512: 1024 + 24}
 def raced(runner, monkeypatch) -> Krea2Runner:
     monkeypatch.setattr(warm_up, "SIDES", tuple(SIDES))
     choice = AttentionChoice(SDPA, AttentionBackend("device", device_attention, True))
-    raced = Krea2Runner(runner.dit, runner.text_encoder, runner.vae, runner.recipe, choice)
+    raced = Krea2Runner(runner.dit, runner.text_encoder, runner.vae, runner.sampling, choice)
     raced.use_graphs(record, max_tokens=2000)
     return raced
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from krea2_srt.engine.cost import roofline
 from krea2_srt.runner.buckets import FEW_TOKENS, MAX_PADDING, Buckets, token_buckets
+from krea2_srt.runner.forward_batch import ForwardBatch
 from krea2_srt.runner.graph_record import Eager
 from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.lanes import Lanes
 from krea2_srt.runner.packing import PackCache
 from tests.comparisons import CPU, relative_error
 from tests.torch.runner.recorded_graph import record
@@ -80,9 +80,9 @@ def copies(those):
 
 
 def step(graphs, packs, those, steps=1):
-    lanes = Lanes.of(those)
+    batch = ForwardBatch.of(those)
     with torch.inference_mode():
-        flags = graphs.step(lanes, packs.get(lanes.shapes), steps)
+        flags = graphs.step(batch, packs.get(batch.shapes), steps)
     return None if flags is None else flags.tolist()
 
 
@@ -196,7 +196,7 @@ def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
     broken = sequences(runner, *MIX)
     for s in broken:
         s.tokens = s.tokens * math.nan
-    assert all(step(graphs, packs, broken)[lane] for lane in (0, 1, 3))
+    assert all(step(graphs, packs, broken)[branch] for branch in (0, 1, 3))
     # The largest pack that fits, of NaNs: all of the buffers are poisoned now.
     again = sequences(runner, *MIX)
     stepped(graphs, packs, again)
@@ -209,7 +209,7 @@ def test_only_the_broken_sequence_is_reported(runner, graphs, packs):
     seen(graphs, packs, those)
     those[1].guidance = math.inf
     flags = step(graphs, packs, those)
-    assert [id(s) for s in Lanes.of(those).broken(flags)] == [id(those[1])]
+    assert [id(s) for s in ForwardBatch.of(those).non_finite(flags)] == [id(those[1])]
 
 
 def test_velocities_are_kept_for_those_who_want_them(runner, graphs, packs):
@@ -244,7 +244,7 @@ def test_a_bucket_that_cannot_be_captured_runs_without_and_says_so_once(
     ((size, reason),) = graphs.failures.items()
     assert size == "32 tokens in up to 2 segments of up to 32"
     assert reason.endswith("not permitted when stream is capturing")
-    assert not graphs.prepare(Lanes.of(those), packs.get(Lanes.of(those).shapes))
+    assert not graphs.prepare(ForwardBatch.of(those), packs.get(ForwardBatch.of(those).shapes))
     # It has nothing to do with memory, so there is no second try.
     graphs.record.memory_freed()
     assert step(graphs, packs, those) is None
@@ -353,10 +353,10 @@ def test_graphs_are_captured_anew_after_a_release(runner, graphs, packs, capture
 def test_prepared_buckets_need_no_uses(runner, graphs, packs, captures):
     those = sequences(runner, *MIX)
     before = [s.tokens.clone() for s in those]
-    lanes = Lanes.of(those)
+    batch = ForwardBatch.of(those)
     with torch.inference_mode():
-        assert graphs.prepare(lanes, packs.get(lanes.shapes))
-        assert graphs.prepare(lanes, packs.get(lanes.shapes))
+        assert graphs.prepare(batch, packs.get(batch.shapes))
+        assert graphs.prepare(batch, packs.get(batch.shapes))
     assert captures.count == 1
     assert all(torch.equal(s.tokens, t) for s, t in zip(those, before, strict=True))
     stepped(graphs, packs, those)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krea2_srt.kernels.operations import TRITON
-from krea2_srt.kernels.token_rows import TokenRows
+from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.model import vae as vae_module
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
@@ -12,7 +12,7 @@ from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.pixels import quantize
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.model.text_encoder import DEFAULT_TAPS, TextEncoder, empty_text_model
+from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, empty_text_model
 from krea2_srt.model.vae import VAEConfig, VAEDecoder
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.buckets import GraphKey
@@ -95,7 +95,7 @@ def pack(tokens: int, images: int = 1) -> Pack:
         tuple((at, at + 64) for at in starts),
         tuple((at + 64, at + each) for at in starts),
         empty(tokens, CONFIG.attention_head_dim // 2, dtype=torch.complex64),
-        TokenRows(empty(tokens), None),
+        SegmentIndex(empty(tokens), None),
         empty(tokens, 1, dtype=torch.bool),
         empty(tokens),
     )
@@ -122,7 +122,7 @@ def test_a_step(text, vae, kind):
                 context = layout.place(layout.text_spans, [words])
                 x = dit.embed(placed, context, layout)
                 del context
-                check(live.now, sizes.held_per_token * tokens)
+                check(live.now, sizes.paused_per_token * tokens)
                 blocks = range(len(dit.blocks) if tokens == 4160 else 4)
                 x = dit.run_blocks(x, layout, rows, blocks, attend)
                 dit.finish(x, layout, rows)
@@ -165,7 +165,7 @@ def test_encoding(text, vae, rows, length):
         kept = torch.zeros(rows * (length - 34), dtype=torch.int64, device=CUDA)
         prompts = Segments(torch.zeros(rows + 1, dtype=torch.int32, device=CUDA), (), length)
         encoder = object.__new__(TextEncoder)  # without a tokenizer
-        encoder.model, encoder.taps = model, DEFAULT_TAPS
+        encoder.model, encoder.select_layers = model, DEFAULT_SELECT_LAYERS
         runs = PromptEncoder(encoder, dit, AttentionChoice(SDPA, BACKEND))
         with LiveBytes() as live:
             runs.forward(ids, kept, prompts)

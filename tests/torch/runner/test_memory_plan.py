@@ -23,8 +23,8 @@ from krea2_srt.runner.memory_plan import (
     GIB,
     GRAPH_BYTES,
     IMAGE_TOKENS,
+    MemoryRequest,
     PartSizes,
-    Wishes,
     plan_memory,
 )
 from krea2_srt.runner.part_sizes import checkpoint_sizes, library_workspace, part_sizes
@@ -42,7 +42,7 @@ DEVICES = {  # name: (total, free) in GiB, as an idle one tells
     "RTX 5090": (31.4, 30.9),
     "L4": (22.0, 21.7),
 }
-WISHES = Wishes(max_pack_tokens=33792)
+REQUEST = MemoryRequest(max_pack_tokens=33792)
 FULL = (True, 33792, 16384, 2, 16896)
 
 
@@ -82,9 +82,9 @@ def on(total: float, sizes: PartSizes) -> PartSizes:
 BF16, FP8 = released(None), released(Quantization("fp8"))
 
 
-def plan(device: str, sizes=BF16, wishes=WISHES):
+def plan(device: str, sizes=BF16, request=REQUEST):
     total, free = (int(x * GIB) for x in DEVICES[device])
-    return plan_memory(free, total, on(DEVICES[device][0], sizes), wishes)
+    return plan_memory(free, total, on(DEVICES[device][0], sizes), request)
 
 
 def decided(plan):
@@ -92,7 +92,7 @@ def decided(plan):
         plan.text_encoder_resident,
         plan.max_pack_tokens,
         plan.max_image_tokens,
-        plan.decodes_aside,
+        plan.overlapped_decodes,
         plan.max_graph_tokens,
     )
 
@@ -148,7 +148,7 @@ IN_A_TURN = 5632
 )
 def test_what_is_served_where(device, sizes, expected, sequences):
     """What docs/gpu.md promises of each size of GPU."""
-    found = plan(device, sizes, replace(WISHES, max_graph_tokens=IN_A_TURN))
+    found = plan(device, sizes, replace(REQUEST, max_graph_tokens=IN_A_TURN))
     assert decided(found) == expected
     assert found.max_sequences == sequences
 
@@ -162,7 +162,7 @@ def test_32_gib_hold_bf16_up_to_1536_with_the_encoder_offloaded():
 
 
 def test_nothing_is_kept_for_packs_that_are_never_replayed():
-    large, small = (plan("H200", wishes=replace(WISHES, max_graph_tokens=n)) for n in (0, 5632))
+    large, small = (plan("H200", request=replace(REQUEST, max_graph_tokens=n)) for n in (0, 5632))
     assert large.max_graph_tokens == 16896
     assert small.max_graph_tokens == 5632
     kept = {what: size for what, size, _ in small.rows}["CUDA graphs"]
@@ -179,7 +179,7 @@ def test_fewer_sequences_begin_where_there_is_little_room():
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == 256
     assert counts[-1] >= FEWEST_SEQUENCES
-    assert plan("L4", FP8, replace(WISHES, max_sequences=5)).max_sequences == 5
+    assert plan("L4", FP8, replace(REQUEST, max_sequences=5)).max_sequences == 5
 
 
 @pytest.mark.parametrize("device", ["RTX 4090", "L4"])
@@ -189,13 +189,15 @@ def test_24_gib_do_not_hold_bf16_and_the_error_says_what_would_help(device):
 
 
 def test_what_is_asked_for_is_kept_or_refused():
-    asked = Wishes(33792, text_encoder="offload")
-    assert not plan("H100", wishes=asked).text_encoder_resident
-    assert not plan("H100", wishes=Wishes(33792, graphs=False)).max_graph_tokens
-    assert plan("H100", wishes=Wishes(33792, max_graph_tokens=2048)).max_graph_tokens == 2048
-    assert plan("H100", wishes=Wishes(1000, max_image_tokens=1024)).max_pack_tokens == 1000
+    asked = MemoryRequest(33792, text_encoder="offload")
+    assert not plan("H100", request=asked).text_encoder_resident
+    assert not plan("H100", request=MemoryRequest(33792, graphs=False)).max_graph_tokens
+    assert (
+        plan("H100", request=MemoryRequest(33792, max_graph_tokens=2048)).max_graph_tokens == 2048
+    )
+    assert plan("H100", request=MemoryRequest(1000, max_image_tokens=1024)).max_pack_tokens == 1000
     with pytest.raises(ConfigError, match="text_encoder auto") as refused:
-        plan("RTX 4090", FP8, Wishes(33792, text_encoder="resident"))
+        plan("RTX 4090", FP8, MemoryRequest(33792, text_encoder="resident"))
     assert "fp8" not in str(refused.value)
 
 
@@ -213,12 +215,12 @@ def test_the_table_lists_all_that_is_planned():
 def test_a_plan_never_takes_more_than_is_free(total, share, sizes):
     free = int(total * share * GIB)
     try:
-        found = plan_memory(free, int(total * GIB), sizes, WISHES)
+        found = plan_memory(free, int(total * GIB), sizes, REQUEST)
     except ConfigError:
         return
     assert found.planned <= free
     assert found.max_pack_tokens >= found.max_image_tokens + 512 or (
-        found.max_pack_tokens == WISHES.max_pack_tokens
+        found.max_pack_tokens == REQUEST.max_pack_tokens
     )
 
 
@@ -226,16 +228,16 @@ def test_a_plan_never_takes_more_than_is_free(total, share, sizes):
 def test_more_memory_is_never_worse(free, more, sizes):
     def rank(gib):
         try:
-            found = plan_memory(int(gib * GIB), 160 * GIB, sizes, WISHES)
+            found = plan_memory(int(gib * GIB), 160 * GIB, sizes, REQUEST)
         except ConfigError:
             return (0,)
-        whole = found.max_pack_tokens == WISHES.max_pack_tokens
+        whole = found.max_pack_tokens == REQUEST.max_pack_tokens
         return (
             found.max_image_tokens,
             found.text_encoder_resident,
             found.max_graph_tokens > 0,
             whole,
-            found.decodes_aside,
+            found.overlapped_decodes,
             found.max_graph_tokens,
         )
 
@@ -246,7 +248,7 @@ def test_images_give_way_last(monkeypatch):
     smallest = None
     for gib in range(60, 150):
         try:
-            found = plan_memory(gib * GIB // 4, 24 * GIB, FP8, WISHES)
+            found = plan_memory(gib * GIB // 4, 24 * GIB, FP8, REQUEST)
         except ConfigError:
             continue
         smallest = smallest or found
@@ -278,6 +280,6 @@ def test_graph_buffers_are_as_large_as_planned(runner, demo_model):
 
 def test_the_demo_model_fits_anywhere(runner):
     sizes = part_sizes(runner.dit, runner.text_encoder.model, runner.vae, 256)
-    found = plan_memory(8 * GIB, 8 * GIB, sizes, WISHES)
+    found = plan_memory(8 * GIB, 8 * GIB, sizes, REQUEST)
     assert found.text_encoder_resident
-    assert found.max_pack_tokens == WISHES.max_pack_tokens
+    assert found.max_pack_tokens == REQUEST.max_pack_tokens

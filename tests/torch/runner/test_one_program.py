@@ -63,7 +63,7 @@ def encoder(runner) -> TextEncoder:
     original = runner.text_encoder
     config, layers = original.model.config, len(original.model.layers)
     model, _ = empty_text_model(config.to_dict(), layers, torch.bfloat16)
-    return TextEncoder(model.eval(), original.tokenizer, original.taps, META)
+    return TextEncoder(model.eval(), original.tokenizer, original.select_layers, META)
 
 
 def prompts(encoder, dit):

@@ -17,11 +17,11 @@ def expected(diffusers_pipeline):
     return [s[m] for s, m in zip(states, mask, strict=True)]
 
 
-def test_taps_equal_diffusers(runner, expected):
+def test_hidden_states_equal_diffusers(runner, expected):
     for prompt, states in zip(PROMPTS, expected, strict=True):
-        (taps,) = runner.text_encoder.encode([prompt])
-        assert taps.shape == states.shape
-        assert relative_error(taps, states) <= 1e-5
+        (found,) = runner.text_encoder.encode([prompt])
+        assert found.shape == states.shape
+        assert relative_error(found, states) <= 1e-5
 
 
 def test_a_prompt_in_a_batch_equals_itself_alone(runner):
@@ -38,8 +38,8 @@ def test_a_long_prompt_is_cut_and_says_so(runner):
     assert not runner.text_encoder.tokenize("word " * 100)[1]
 
 
-def test_only_the_layers_that_the_taps_need_are_there(runner):
-    assert len(runner.text_encoder.model.layers) == max(runner.text_encoder.taps)
+def test_only_the_layers_that_are_read_are_there(runner):
+    assert len(runner.text_encoder.model.layers) == max(runner.text_encoder.select_layers)
 
 
 def test_the_same_text_is_encoded_once(runner, monkeypatch):

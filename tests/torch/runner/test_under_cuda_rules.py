@@ -26,6 +26,7 @@ from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest
+from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.calibration import calibrate, device_name
 from krea2_srt.runner.capture import CudaCapture
 from krea2_srt.runner.config import RunnerConfig
@@ -33,7 +34,6 @@ from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.sequence import DenoisingSequence
-from krea2_srt.runner.setup import Setup
 from krea2_srt.runner.warm_up import keep_winners
 from tests.torch.cuda_rules import Machine, cuda_rules
 from tests.torch.cuda_rules.device_branches import Questions
@@ -84,8 +84,8 @@ def finish(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
         runner.decode(sequence)
 
 
-def executor_of(runner: Krea2Runner, aside: bool = True) -> RunnerExecutor:
-    return RunnerExecutor(runner, side_stream=runner.side_stream if aside else None)
+def executor_of(runner: Krea2Runner, overlapped: bool = True) -> RunnerExecutor:
+    return RunnerExecutor(runner, side_stream=runner.side_stream if overlapped else None)
 
 
 def image(prompt: str = "a cat", side: int = 64, steps: int = 2, **fields) -> ImageRequest:
@@ -175,12 +175,12 @@ def test_a_sliced_step_and_a_step_that_is_dropped(runner):
 # The engine.
 
 
-@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_requests_are_drawn(runner, graphs, aside):
+def test_requests_are_drawn(runner, graphs, overlapped):
     if graphs:
         use_graphs(runner)
-    executor = executor_of(runner, aside)
+    executor = executor_of(runner, overlapped)
     engine = Engine(executor, COST, CONFIG)
     for number in range(4):
         engine.submit(f"{number}", [image(steps=1 + number)])
@@ -210,7 +210,7 @@ def test_previews_are_drawn_beside_the_steps(runner, cuda):
     executor = executor_of(runner)
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=4)])
-    executor.watch(request.sequences[0])
+    executor.enable_previews(request.sequences[0])
     drawn = []
     while not engine.idle:
         for event in engine.turn() or []:
@@ -316,7 +316,7 @@ def schedule(seed: int, failing: bool) -> None:
         if random_.random() < 0.7:
             use_graphs(runner)
         cuda.looks = random_.choice([0, 1, 3])
-        executor = executor_of(runner, aside=random_.random() < 0.7)
+        executor = executor_of(runner, overlapped=random_.random() < 0.7)
         engine = Engine(executor, COST, CONFIG)
         waiting = random_.randint(1, 6)
         accepted, ended = 0, 0
@@ -339,7 +339,7 @@ def schedule(seed: int, failing: bool) -> None:
                 )
                 accepted += 1
                 if random_.random() < 0.3:
-                    executor.watch(request.sequences[0])
+                    executor.enable_previews(request.sequences[0])
             if failing and random_.random() < 0.05:
                 cuda.fail_allocations(random_.randint(1, 200))
             if random_.random() < 0.02:
@@ -371,7 +371,7 @@ def schedule(seed: int, failing: bool) -> None:
 
 
 def preview(executor: RunnerExecutor, sequence: Sequence) -> None:
-    """Draw one if it is watched; nobody waits for it, and it may find no memory."""
+    """Draw one if somebody wants to see it; nobody waits for it, and it may find no memory."""
     with contextlib.suppress(OutOfMemoryError):
         latents = executor.predict(sequence)
         if latents is not None:
@@ -410,7 +410,7 @@ def started(folder: Path, **settings) -> Krea2Runner:
     """A checkpoint loaded as a server does."""
     checkpoint, dtype = Krea2Checkpoint.from_folder(folder), torch.bfloat16
     config = RunnerConfig(**settings)
-    setup = Setup(checkpoint, CUDA, dtype, dtype, dtype, config=config, quantization=None)
+    setup = RunnerBuilder(checkpoint, CUDA, dtype, dtype, dtype, config=config, quantization=None)
     return setup.load(setup.plan())
 
 
@@ -437,11 +437,13 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
         started(demo_model, warm_up_s=0.0, kernels="triton")
         runner = small_runner(Quantization("fp8", rotation=True))
         use_graphs(runner)
-        for aside in (False, True):
-            assert drawn(executor_of(runner, aside), "a cat", seed=int(aside)) is State.DONE
+        for overlapped in (False, True):
+            assert (
+                drawn(executor_of(runner, overlapped), "a cat", seed=int(overlapped)) is State.DONE
+            )
         runner = small_runner()
         assert calibrate(runner).blocks == runner.num_blocks
-        executor = executor_of(runner, aside=False)
+        executor = executor_of(runner, overlapped=False)
         executor.statistics()
         cuda.fail_allocations(10)
         assert drawn(executor, "a dog") is State.FAILED

@@ -58,13 +58,13 @@ class StrictExecutor(FakeExecutor):
     """A `FakeExecutor` that checks everything, and fails as it is told.
 
     Attributes:
-        decodes_aside: decodes take no time of the device; `decode` returns True when enough time
+        overlaps_decodes: decodes take no time of the device; `decode` returns True when enough time
             has passed since it was first called.
-        whole_schedules: lone sequences may do all their steps at once.
-        decode_slices: calls of `decode` that a sequence takes, where they are not aside.
+        full_schedule_graphs: lone sequences may do all their steps at once.
+        decode_slices: calls of `decode` that a sequence takes, where they are not overlapped.
         text_tokens: true length of every prompt; None keeps the estimates.
         slowdown: how many times as long as the cost model says everything takes.
-        memory_tokens: most tokens of a forward and of the held steps beside it.
+        memory_tokens: most tokens of a forward and of the paused steps beside it.
         max_active_sequences: no further request may be encoded once so many have begun; None is
             any number.
         poisoned: any forward with one of these raises.
@@ -105,7 +105,7 @@ class StrictExecutor(FakeExecutor):
         self._results: list[StepResult] = []
 
     @property
-    def held(self) -> list[PackStep]:
+    def paused(self) -> list[PackStep]:
         return list(self._slices)
 
     @property
@@ -121,8 +121,8 @@ class StrictExecutor(FakeExecutor):
 
     @property
     def next_decode(self) -> float | None:
-        """When the first decode aside is ready."""
-        return min(self._decodes.values(), default=None) if self.decodes_aside else None
+        """When the first overlapped decode is ready."""
+        return min(self._decodes.values(), default=None) if self.overlaps_decodes else None
 
     def encode(self, requests: Collection[Request]) -> None:
         self._require(len(requests) > 0, "encode of nothing")
@@ -136,18 +136,18 @@ class StrictExecutor(FakeExecutor):
             room = len(self.begun) < self.max_active_sequences
             self._require(room, "encode of another request beside too many", sequences[0])
         self._tried.update(requests)
-        lanes = {
+        branches = {
             prompt: self._lane(tokens - sequence.image.image_tokens)
             for sequence in sequences
             for prompt, tokens in zip(_prompts(sequence), sequence.tokens, strict=True)
         }
         fails = any(request in self.unencodable for request in requests)
-        with self._running("encode", sequences, self.cost.encode(sum(lanes.values())), fails):
-            self._allocate(sum(lanes.values()))
+        with self._running("encode", sequences, self.cost.encode(sum(branches.values())), fails):
+            self._allocate(sum(branches.values()))
         for sequence in sequences:
             self._steps_done[sequence] = 0
             sequence.tokens = tuple(
-                lanes[prompt] + sequence.image.image_tokens for prompt in _prompts(sequence)
+                branches[prompt] + sequence.image.image_tokens for prompt in _prompts(sequence)
             )
 
     def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
@@ -163,7 +163,7 @@ class StrictExecutor(FakeExecutor):
             whole = (len(step.sequences), done, step.steps) == (1, 0, sequence.image.steps)
             self._require(step.steps == 1 or whole, "some steps at once", sequence)
             self._require(
-                step.steps == 1 or (self.whole_schedules and not sequence.watched),
+                step.steps == 1 or (self.full_schedule_graphs and not sequence.wants_previews),
                 "steps at once of a sequence that wants them one by one",
                 sequence,
             )
@@ -176,8 +176,8 @@ class StrictExecutor(FakeExecutor):
         self._require(blocks.start == self._slices.get(step, 0), f"{blocks} is not next")
         self._require(blocks.stop <= step.total_blocks, f"{blocks} does not exist")
 
-        lanes = [tokens for sequence in step.sequences for tokens in sequence.tokens]
-        ms = self.cost.step(lanes) * step.steps * len(blocks) / step.total_blocks
+        branches = [tokens for sequence in step.sequences for tokens in sequence.tokens]
+        ms = self.cost.step(branches) * step.steps * len(blocks) / step.total_blocks
         fails = any(sequence in self.poisoned for sequence in step.sequences)
         self.begun.update(step.sequences)
         self._failed_step = step
@@ -216,7 +216,7 @@ class StrictExecutor(FakeExecutor):
         self._require(done == sequence.image.steps, "decode of an unfinished sequence", sequence)
         ms = self.cost.decode(sequence.image.width * sequence.image.height)
         fails = sequence in self.undecodable
-        if self.decodes_aside:
+        if self.overlaps_decodes:
             ready = self._decodes.setdefault(sequence, self.clock.now + ms / 1e3)
             if fails:
                 del self._decodes[sequence]
@@ -236,7 +236,7 @@ class StrictExecutor(FakeExecutor):
         self._require(sequence.state.ended, "release of what has not ended", sequence)
         self._require(sequence not in self.released, "release twice", sequence)
         for step in self._slices:
-            self._require(sequence not in step.sequences, "release within a held step", sequence)
+            self._require(sequence not in step.sequences, "release within a paused step", sequence)
         if sequence.state is State.DONE:
             unknown = any(sequence in result.step.sequences for result in self._results)
             self._require(not unknown, "done before it is known what became of it", sequence)
@@ -263,9 +263,9 @@ class StrictExecutor(FakeExecutor):
         return estimate if self.text_tokens is None else self.text_tokens
 
     def _allocate(self, tokens: int, own: PackStep | None = None) -> None:
-        held = sum(step.tokens for step in self._slices if step is not own)
-        if self.memory_tokens is not None and tokens + held > self.memory_tokens:
-            raise OutOfMemoryError(f"{tokens} tokens and {held} held > {self.memory_tokens}")
+        paused = sum(step.tokens for step in self._slices if step is not own)
+        if self.memory_tokens is not None and tokens + paused > self.memory_tokens:
+            raise OutOfMemoryError(f"{tokens} tokens and {paused} paused > {self.memory_tokens}")
 
     def _running(
         self,
@@ -445,9 +445,9 @@ class Harness:
         """Nothing is left anywhere of requests that have all ended."""
         statistics = self.engine.statistics()
         assert self.engine.idle
-        assert not self.engine.decoding_aside
+        assert not self.engine.has_overlapped_decodes
         assert self.executor.empty
-        left = ("requests", "waiting", "active_sequences", "held_steps", "outstanding_s")
+        left = ("requests", "waiting", "active_sequences", "paused_steps", "outstanding_s")
         assert {name: statistics[name] for name in left} == dict.fromkeys(left, 0)
         assert sorted(self.ended) == sorted(request.id for request in self.all)
         assert all(s.state.ended for request in self.all for s in request.sequences)

@@ -18,7 +18,8 @@ settings_of_packs = st.lists(
 def samples_of(cost: CostModel, packs=PACKS, noise: float = 0.0, seed: int = 0) -> list[Sample]:
     generator = random.Random(seed)
     return [
-        Sample(lanes, cost.step(lanes) * generator.uniform(1 - noise, 1 + noise)) for lanes in packs
+        Sample(branches, cost.step(branches) * generator.uniform(1 - noise, 1 + noise))
+        for branches in packs
     ]
 
 
@@ -42,16 +43,16 @@ def test_attention_costs_by_lane_and_not_by_pack():
 
 
 def test_a_forward_is_a_step_from_sums():
-    lanes = (320, 1088, 1029)
-    assert TRUE.forward(sum(lanes), sum(n * n for n in lanes)) == TRUE.step(lanes)
+    branches = (320, 1088, 1029)
+    assert TRUE.forward(sum(branches), sum(n * n for n in branches)) == TRUE.step(branches)
 
 
 @pytest.mark.parametrize("machine", ["fast", "slow"])
 def test_rooflines_scale_with_the_machine(machine):
     factor = {"fast": 2.0, "slow": 0.5}[machine]
     cost = roofline(790e12 * factor, 4.3e12 * factor)
-    for lanes in PACKS:
-        assert cost.step(lanes) == pytest.approx(H200.step(lanes) / factor)
+    for branches in PACKS:
+        assert cost.step(branches) == pytest.approx(H200.step(branches) / factor)
     assert cost.encode(64) == pytest.approx(H200.encode(64) / factor)
 
 
@@ -74,8 +75,8 @@ def test_a_fit_finds_the_coefficients_exactly():
 @pytest.mark.parametrize("seed", range(5))
 def test_a_fit_predicts_within_the_noise_of_its_samples(seed):
     fitted = fit(samples_of(TRUE, PACKS * 4, noise=0.05, seed=seed), H200)
-    for lanes in PACKS:
-        assert fitted.step(lanes) == pytest.approx(TRUE.step(lanes), rel=0.05)
+    for branches in PACKS:
+        assert fitted.step(branches) == pytest.approx(TRUE.step(branches), rel=0.05)
     assert fitted.per_token == pytest.approx(TRUE.per_token, rel=0.1)
     assert fitted.per_square == pytest.approx(TRUE.per_square, rel=0.15)
 
@@ -96,7 +97,7 @@ def test_a_fit_keeps_what_it_does_not_measure():
 
 @given(settings_of_packs, st.randoms(use_true_random=False))
 def test_no_coefficient_is_negative(packs, generator):
-    fitted = fit([Sample(lanes, generator.uniform(0.01, 1000.0)) for lanes in packs], H200)
+    fitted = fit([Sample(branches, generator.uniform(0.01, 1000.0)) for branches in packs], H200)
     assert min(fitted.floor, fitted.launch, fitted.per_token, fitted.per_square) >= 0
     assert fitted.step([320]) > 0
 
@@ -110,10 +111,10 @@ def test_a_falling_time_is_fitted_by_a_constant():
 
 @pytest.mark.parametrize("packs", [[(4160,)], [(4160,)] * 9, [(4160,), (320,)]])
 def test_few_different_packs_keep_the_proportions_of_the_prior(packs):
-    slower = [Sample(lanes, 2.5 * H200.step(lanes)) for lanes in packs]
+    slower = [Sample(branches, 2.5 * H200.step(branches)) for branches in packs]
     fitted = fit(slower, H200)
-    for lanes in (*PACKS, (16,)):
-        assert fitted.step(lanes) == pytest.approx(2.5 * H200.step(lanes))
+    for branches in (*PACKS, (16,)):
+        assert fitted.step(branches) == pytest.approx(2.5 * H200.step(branches))
 
 
 def test_three_different_packs_are_enough():

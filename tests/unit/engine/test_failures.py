@@ -51,7 +51,7 @@ def test_neighbours_of_a_failure_share_packs_again_afterwards():
 
 def test_sequences_that_are_set_apart_run_before_anything_else():
     harness = Harness(cost=ROOMY)
-    held = harness.submit(2048, steps=2, guidance=1.0, request_id="held")
+    paused = harness.submit(2048, steps=2, guidance=1.0, request_id="paused")
     harness.turns(2)
     requests = [harness.submit(256, priority=1) for _ in range(3)]
     harness.executor.poisoned.update(requests[1].sequences)
@@ -65,10 +65,10 @@ def test_sequences_that_are_set_apart_run_before_anything_else():
         ("step", ["r2"], True),
         ("step", ["r3"], False),
         ("encode", ["urgent"], False),
-        ("step", ["urgent", "r1", "r3", "held"], False),
+        ("step", ["urgent", "r1", "r3", "paused"], False),
     ]
     harness.run()
-    assert held.state is urgent.state is State.DONE
+    assert paused.state is urgent.state is State.DONE
     check_counts(harness, done=4, failed=1, retried=3)
 
 
@@ -130,7 +130,7 @@ def test_a_sliced_step_that_fails_between_slices_fails_its_request():
     harness = Harness()
     big, other = harness.submit(2048), harness.submit(2048, steps=9)
     harness.turns(3)
-    assert harness.executor.held
+    assert harness.executor.paused
     harness.executor.poisoned.update(big.sequences)
     harness.run()
     assert (big.state, other.state) == (State.FAILED, State.DONE)
@@ -164,9 +164,9 @@ def test_a_poisoned_image_in_a_pack_with_its_siblings_fails_the_request():
 
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_sequence_that_is_no_longer_finite_fails_alone(steps, late, aside):
-    harness = Harness(cost=ROOMY, reports_late=late, decodes_aside=aside)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_sequence_that_is_no_longer_finite_fails_alone(steps, late, overlapped):
+    harness = Harness(cost=ROOMY, reports_late=late, overlaps_decodes=overlapped)
     requests = [harness.submit(256, steps) for _ in range(4)]
     harness.executor.non_finite.update(requests[1].sequences)
     harness.run()
@@ -247,15 +247,15 @@ def test_a_request_that_does_not_fit_alone_fails_and_others_go_on():
     check_counts(harness, done=1, failed=1)
 
 
-def test_held_steps_are_dropped_before_a_request_fails_for_memory():
+def test_paused_steps_are_dropped_before_a_request_fails_for_memory():
     harness = Harness(memory_tokens=T2048 + 100)
     big = harness.submit(2048, steps=3)
     harness.turns(3)
-    assert harness.executor.held
+    assert harness.executor.paused
     small = harness.submit(256)
     harness.turns(2)
     assert harness.ran[-1].failed
-    assert not harness.executor.held
+    assert not harness.executor.paused
     harness.run_until(small)
     harness.run()
     assert (big.state, small.state) == (State.DONE, State.DONE)
@@ -264,14 +264,14 @@ def test_held_steps_are_dropped_before_a_request_fails_for_memory():
     check_counts(harness, done=2, failed=0, out_of_memory=1)
 
 
-def test_a_decode_that_does_not_fit_beside_held_steps_is_tried_again_without_them():
+def test_a_decode_that_does_not_fit_beside_paused_steps_is_tried_again_without_them():
     harness = Harness(memory_tokens=T2048 + 400)
     big = harness.submit(2048, steps=3)
     harness.turns(3)
     small = harness.submit(256, steps=2)
     harness.turns(3)
     assert small.sequences[0].state is State.DECODING
-    assert harness.executor.held
+    assert harness.executor.paused
     harness.executor.memory_tokens = T2048 + 200
     harness.run_until(small)
     assert small.state is State.DONE
@@ -280,11 +280,11 @@ def test_a_decode_that_does_not_fit_beside_held_steps_is_tried_again_without_the
     check_counts(harness, done=2, failed=0, out_of_memory=1)
 
 
-def test_an_encode_that_does_not_fit_beside_held_steps_is_tried_again_without_them():
+def test_an_encode_that_does_not_fit_beside_paused_steps_is_tried_again_without_them():
     harness = Harness(memory_tokens=T2048 + 32)
     big = harness.submit(2048, steps=3)
     harness.turns(3)
-    assert harness.executor.held
+    assert harness.executor.paused
     small = harness.submit(256, prompt="a" * 236)
     harness.run()
     assert (big.state, small.state) == (State.DONE, State.DONE)
@@ -317,9 +317,9 @@ def test_a_request_cancelled_between_two_tries_of_its_encode_is_gone():
     check_counts(harness, done=1, failed=1, cancelled=1)
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_picture_that_cannot_be_decoded_fails_its_request_alone(aside):
-    harness = Harness(decodes_aside=aside)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_picture_that_cannot_be_decoded_fails_its_request_alone(overlapped):
+    harness = Harness(overlaps_decodes=overlapped)
     requests = [harness.submit(images=[image(256, 2), image(256, 5)]) for _ in range(3)]
     harness.executor.undecodable.add(requests[1].sequences[0])
     harness.run()
@@ -329,10 +329,10 @@ def test_a_picture_that_cannot_be_decoded_fails_its_request_alone(aside):
 
 
 def test_siblings_that_are_decoded_aside_end_with_their_request():
-    harness = Harness(cost=ROOMY, decodes_aside=True)
+    harness = Harness(cost=ROOMY, overlaps_decodes=True)
     request = harness.submit(256, steps=2, num_images=4)
     harness.turns(3)
-    assert harness.engine.decoding_aside
+    assert harness.engine.has_overlapped_decodes
     harness.executor.undecodable.add(request.sequences[2])
     harness.run()
     assert request.state is State.FAILED
@@ -391,11 +391,11 @@ def test_a_deadline_that_passes_between_two_slices_drops_the_step():
     check_counts(harness, failed=1)
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_deadline_that_passes_during_the_decode_ends_it(aside):
-    decode_ms = {True: 100, False: 1000}[aside]
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_deadline_that_passes_during_the_decode_ends_it(overlapped):
+    decode_ms = {True: 100, False: 1000}[overlapped]
     cost = CostModel(floor=10, launch=0, per_token=0, per_square=0, decode_launch=decode_ms)
-    harness = Harness(cost=cost, decodes_aside=aside, decode_slices=10)
+    harness = Harness(cost=cost, overlaps_decodes=overlapped, decode_slices=10)
     late = harness.submit(256, steps=2, deadline_s=0.08)
     harness.turns(3)
     assert late.sequences[0].state is State.DECODING
@@ -430,16 +430,16 @@ def test_a_deadline_that_is_met_does_no_harm_later():
 
 
 @pytest.mark.parametrize("turns", range(14))
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_request_can_be_cancelled_at_any_time(turns, aside):
-    harness = Harness(decodes_aside=aside, decode_slices=3)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_request_can_be_cancelled_at_any_time(turns, overlapped):
+    harness = Harness(overlaps_decodes=overlapped, decode_slices=3)
     request = harness.submit(images=[image(2048, 2), image(256, 1)])
     other = harness.submit(512, steps=3)
     harness.turns(turns)
     assert not request.ended
     harness.cancel(request)
     assert request.state is State.CANCELLED
-    assert not harness.executor.held
+    assert not harness.executor.paused
     worked = len(harness.ran)
     harness.run()
     assert not any(request.id in ran.requests for ran in harness.ran[worked:])
@@ -467,10 +467,10 @@ def test_a_batch_of_prompts_that_fails_is_reported_as_started_once():
     assert started == requests
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_what_happened_is_told_before_the_next_unit_of_work(aside):
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_what_happened_is_told_before_the_next_unit_of_work(overlapped):
     """A client must not wait for its end until somebody else's work is done."""
-    harness = Harness(decodes_aside=aside)
+    harness = Harness(overlaps_decodes=overlapped)
     requests = [harness.submit(512, 2), harness.submit(512, 2, deadline_s=0.05)]
     harness.submit(2048, 2)
     harness.run()

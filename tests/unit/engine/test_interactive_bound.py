@@ -36,19 +36,19 @@ def wait(harness: Harness, small: Request, at: float) -> float:
     return harness.steps(small)[0].start - at
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_its_first_step_starts_within_a_turn_and_its_own_encode(aside):
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_its_first_step_starts_within_a_turn_and_its_own_encode(overlapped):
     """Whenever it comes before the big one's last slice."""
     waits, latencies = [], []
     for at in [i * 0.041 for i in range(140)]:
-        harness, small = serve(at, [{}], decodes_aside=aside)
+        harness, small = serve(at, [{}], overlaps_decodes=overlapped)
         waits.append(wait(harness, small, at))
         latencies.append(harness.ended_at["small"] - at)
     print(f"wait at most {max(waits) * 1e3:.0f} ms, latency {max(latencies) * 1e3:.0f} ms")
     assert max(waits) <= TURN_S + ENCODE_S + 1e-9
     assert max(waits) > 0.1
-    # A decode aside is looked after between turns, so its end is seen a turn later.
-    assert max(latencies) <= (2 if aside else 1) * TURN_S + SMALL_S + 1e-9
+    # An overlapped decode is looked after between turns, so its end is seen a turn later.
+    assert max(latencies) <= (2 if overlapped else 1) * TURN_S + SMALL_S + 1e-9
 
 
 @pytest.mark.parametrize("decode_slices", [1, 8])

@@ -60,7 +60,7 @@ def random_config(choose: Random) -> EngineConfig:
         max_pack_tokens=choose.choice([500, 4000, 40000]),
         max_pack_sequences=choose.choice([1, 4, 64]),
         max_active_sequences=choose.choice([2, 10, 256]),
-        max_held_steps=choose.choice([1, 2, 3]),
+        max_paused_steps=choose.choice([1, 2, 3]),
         max_queue_s=choose.choice([1.0, 30.0, 1000.0]),
     )
 
@@ -95,8 +95,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.harness = Harness(
             self.config,
             choose.choice([H200, LAUNCHES]),
-            decodes_aside=choose.random() < 0.5,
-            whole_schedules=choose.random() < 0.5,
+            overlaps_decodes=choose.random() < 0.5,
+            full_schedule_graphs=choose.random() < 0.5,
             reports_late=choose.random() < 0.5,
             decode_slices=choose.randint(1, 3),
             text_tokens=choose.choice([None, 17]),
@@ -234,8 +234,8 @@ class EngineMachine(RuleBasedStateMachine):
         # The fake device asserts that no further request is encoded beside too many of them.
         assert statistics["active_sequences"] == len(begun)
         assert self.harness.executor.begun == begun
-        assert statistics["held_steps"] == len(self.harness.executor.held)
-        assert statistics["held_steps"] <= self.config.max_held_steps
+        assert statistics["paused_steps"] == len(self.harness.executor.paused)
+        assert statistics["paused_steps"] <= self.config.max_paused_steps
         assert 1 <= statistics["pack_tokens_budget"] <= self.config.max_pack_tokens
 
     @invariant()

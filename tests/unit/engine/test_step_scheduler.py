@@ -3,7 +3,7 @@ import pytest
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import State
-from krea2_srt.engine.pack_draft import MIN_GAIN
+from krea2_srt.engine.pack_builder import MIN_GAIN
 from krea2_srt.engine.policy import STRETCH
 from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
 from tests.unit.engine.fakes import H200, Harness, image
@@ -79,7 +79,7 @@ def test_the_most_urgent_request_is_decoded_before_others_step():
 
 
 def test_decodes_aside_let_others_step_at_once():
-    harness = Harness(decodes_aside=True)
+    harness = Harness(overlaps_decodes=True)
     harness.submit(2048, steps=1)
     harness.turn()
     other = harness.submit(256, steps=2)
@@ -90,8 +90,8 @@ def test_decodes_aside_let_others_step_at_once():
     harness.check_empty()
 
 
-def test_a_sequence_that_is_decoded_aside_does_not_keep_a_waiting_request_from_the_device():
-    harness = Harness(decodes_aside=True)
+def test_a_sequence_that_is_decoded_beside_it_does_not_keep_a_waiting_request_from_the_device():
+    harness = Harness(overlaps_decodes=True)
     first = harness.submit(2048, steps=1)
     harness.turns(5)
     assert first.sequences[0].state is State.DECODING
@@ -325,16 +325,16 @@ def test_one_block_is_the_smallest_slice():
     assert slices(harness, harness.all[0]) == [range(i, i + 1) for i in range(28)]
 
 
-def test_a_small_request_runs_between_slices_and_the_held_step_goes_on_where_it_was():
+def test_a_small_request_runs_between_slices_and_the_paused_step_goes_on_where_it_was():
     harness = Harness()
     big = harness.submit(2048, steps=2)
     harness.turns(3)
     assert slices(harness, big) == [range(7), range(7, 14)]
-    held = harness.executor.held
+    paused = harness.executor.paused
     small = harness.submit(256)
     harness.run_until(small)
     assert slices(harness, big) == [range(7), range(7, 14)]
-    assert harness.executor.held == held
+    assert harness.executor.paused == paused
     harness.turn()
     assert slices(harness, big)[2:] == [range(14, 21)]
     harness.run()
@@ -343,32 +343,32 @@ def test_a_small_request_runs_between_slices_and_the_held_step_goes_on_where_it_
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_at_most_so_many_steps_are_held(most):
-    harness = Harness(EngineConfig(max_held_steps=most))
-    held: set[int] = set()
-    # Each is smaller than those before, so it comes first and leaves their steps held.
+def test_at_most_so_many_steps_are_paused(most):
+    harness = Harness(EngineConfig(max_paused_steps=most))
+    paused: set[int] = set()
+    # Each is smaller than those before, so it comes first and leaves their steps paused.
     for steps in (9, 7, 5, 3, 1):
         harness.submit(2048, steps=steps)
         for _ in range(3):
             harness.turn()
-            held.add(len(harness.executor.held))
-            assert harness.engine.statistics()["held_steps"] == len(harness.executor.held)
+            paused.add(len(harness.executor.paused))
+            assert harness.engine.statistics()["paused_steps"] == len(harness.executor.paused)
     while harness.turn():
-        held.add(len(harness.executor.held))
-    assert held == set(range(most + 1))
+        paused.add(len(harness.executor.paused))
+    assert paused == set(range(most + 1))
     harness.check_empty()
 
 
-def test_a_cancelled_request_drops_its_held_step_and_no_other():
+def test_a_cancelled_request_drops_its_paused_step_and_no_other():
     harness = Harness()
     first = harness.submit(2048, steps=8)
     harness.turns(2)
     second = harness.submit(2048, steps=2)
     harness.turns(2)
-    held = harness.executor.held
-    assert [step.sequences[0].request for step in held] == [first, second]
+    paused = harness.executor.paused
+    assert [step.sequences[0].request for step in paused] == [first, second]
     harness.cancel(second)
-    assert harness.executor.held == held[:1]
+    assert harness.executor.paused == paused[:1]
     assert second.state is State.CANCELLED
     harness.run()
     assert slices(harness, first) == [range(b, b + 7) for b in (0, 7, 14, 21)] * 8
@@ -450,9 +450,9 @@ def test_a_request_with_more_images_than_may_be_active_keeps_others_out_until_th
     harness.check_empty()
 
 
-@pytest.mark.parametrize("aside", [False, True])
-def test_a_sequence_is_released_as_soon_as_it_is_decoded(aside):
-    harness = Harness(decodes_aside=aside)
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_a_sequence_is_released_as_soon_as_it_is_decoded(overlapped):
+    harness = Harness(overlaps_decodes=overlapped)
     request = harness.submit(512, steps=2, num_images=3)
     first, *others = request.sequences
     released = []
@@ -463,7 +463,7 @@ def test_a_sequence_is_released_as_soon_as_it_is_decoded(aside):
         if len(done) > len(released):
             released = done
             # Those that are still to come do not hold latents yet.
-            assert harness.engine.statistics()["active_sequences"] <= (2 if aside else 0)
+            assert harness.engine.statistics()["active_sequences"] <= (2 if overlapped else 0)
         if done == [first]:
             assert all(sequence.step < 2 for sequence in others[1:])
     assert released == [first, *others]
@@ -540,7 +540,7 @@ def whole(harness: Harness) -> list[int]:
 
 
 def test_a_lone_sequence_does_all_its_steps_in_one_turn():
-    harness = Harness(whole_schedules=True)
+    harness = Harness(full_schedule_graphs=True)
     harness.submit(256)
     harness.run()
     assert whole(harness) == [8]
@@ -550,8 +550,8 @@ def test_a_lone_sequence_does_all_its_steps_in_one_turn():
     harness.check_empty()
 
 
-def test_the_next_lone_sequence_does_so_while_the_last_one_is_decoded_aside():
-    harness = Harness(whole_schedules=True, decodes_aside=True)
+def test_the_next_lone_sequence_does_so_while_the_last_one_is_decoded_beside_it():
+    harness = Harness(full_schedule_graphs=True, overlaps_decodes=True)
     harness.submit(256)
     while not harness.steps():
         harness.turn()
@@ -561,10 +561,11 @@ def test_the_next_lone_sequence_does_so_while_the_last_one_is_decoded_aside():
 
 
 @pytest.mark.parametrize(
-    "case", ["two requests", "two images", "guided", "too long for a turn", "watched", "no graphs"]
+    "case",
+    ["two requests", "two images", "guided", "too long for a turn", "wants_previews", "no graphs"],
 )
 def test_otherwise_steps_are_turns_of_their_own(case):
-    harness = Harness(whole_schedules=case != "no graphs")
+    harness = Harness(full_schedule_graphs=case != "no graphs")
     request = harness.submit(
         1024 if case == "too long for a turn" else 256,
         num_images=2 if case == "two images" else 1,
@@ -573,13 +574,13 @@ def test_otherwise_steps_are_turns_of_their_own(case):
     if case == "two requests":
         harness.submit(256)
     for sequence in request.sequences:
-        sequence.watched = case == "watched"
+        sequence.wants_previews = case == "wants_previews"
     harness.run_until(request)
     assert {ran.num_steps for ran in harness.steps(request)} == {1}
 
 
 def test_all_steps_of_a_lone_sequence_keep_to_the_time_of_a_turn():
-    harness = Harness(EngineConfig(max_turn_ms=100), whole_schedules=True)
+    harness = Harness(EngineConfig(max_turn_ms=100), full_schedule_graphs=True)
     for steps in (4, 8, 12, 40):
         harness.submit(256, steps=steps)
         harness.run()
@@ -588,9 +589,9 @@ def test_all_steps_of_a_lone_sequence_keep_to_the_time_of_a_turn():
 
 
 def test_one_that_comes_to_a_lone_sequence_under_way_steps_with_it():
-    harness = Harness(cost=ROOMY, whole_schedules=True)
+    harness = Harness(cost=ROOMY, full_schedule_graphs=True)
     first = harness.submit(256)
-    first.sequences[0].watched = True
+    first.sequences[0].wants_previews = True
     while not harness.steps():
         harness.turn()
     harness.submit(256)

@@ -16,7 +16,7 @@ from tests.unit.engine.fakes import H200, image
 
 def run(log: TurnLog) -> Engine:
     """Two images of three steps."""
-    device = FakeExecutor(VirtualClock(), cost=None, whole_schedules=True)
+    device = FakeExecutor(VirtualClock(), cost=None, full_schedule_graphs=True)
     engine = Engine(device, H200, EngineConfig(), turn_log=log)
     requests = [engine.submit(name, [image(256, 3)]) for name in ("a", "b")]
     while engine.turn() is not None:

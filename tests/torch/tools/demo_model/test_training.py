@@ -155,9 +155,9 @@ def test_text_fusion_learns_to_say_what_a_caption_asks():
     # One by one or padded together, and by the module itself: all the same.
     together, alone = fuse(fusion, states[:8]), fuse(fusion, states[3:4])
     torch.testing.assert_close(together[3], alone[0], rtol=1e-4, atol=1e-4)
-    taps = _text_encoder().encode([captions[3][1]])[0]
+    hidden_states = _text_encoder().encode([captions[3][1]])[0]
     with torch.no_grad():
-        torch.testing.assert_close(fusion(taps[None])[0], alone[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fusion(hidden_states[None])[0], alone[0], rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_tokens_speak_of_one_thing_each_in_the_order_of_the_picture():

@@ -19,7 +19,7 @@ _SIZES = tuple(2**power for power in range(6, 15))
 """Tokens of the lone sequences that a new fit is held by where nothing was measured."""
 
 
-class Pace:
+class OnlineCalibration:
     """Measured times of steps against estimated ones, by the size of the pack.
 
     A calibration at a bad moment, or a GPU that has got hot, would otherwise mislead every
@@ -32,12 +32,12 @@ class Pace:
         self._bands: dict[int, _Band] = {}
 
     def observe(
-        self, lanes: Sequence[int], measured_ms: float, estimated_ms: float, cost: CostModel
+        self, branches: Sequence[int], measured_ms: float, estimated_ms: float, cost: CostModel
     ) -> CostModel | None:
         """Note a step, or a slice of one.
 
         Args:
-            lanes: tokens of each lane of the pack.
+            branches: tokens of each branch of the pack.
             measured_ms: that it took.
             estimated_ms: that it should have taken.
             cost: the model that says so.
@@ -48,8 +48,8 @@ class Pace:
         """
         if not (estimated_ms > 0 and measured_ms > 0):
             return None
-        band = self._bands.setdefault(sum(lanes).bit_length(), _Band())
-        band.lanes = tuple(lanes)
+        band = self._bands.setdefault(sum(branches).bit_length(), _Band())
+        band.branches = tuple(branches)
         band.ratios.append(measured_ms / estimated_ms)
         if len(band.ratios) < WINDOW or 1 / TOLERANCE <= band.factor <= TOLERANCE:
             return None
@@ -66,12 +66,12 @@ class _Band:
 
     Attributes:
         ratios: measured / estimated times of the last ones.
-        lanes: of the last one.
+        branches: of the last one.
     """
 
     def __init__(self) -> None:
         self.ratios: deque[float] = deque(maxlen=WINDOW)
-        self.lanes: tuple[int, ...] = ()
+        self.branches: tuple[int, ...] = ()
 
     @property
     def factor(self) -> float:
@@ -82,7 +82,7 @@ def _fitted(known: dict[int, _Band], cost: CostModel) -> CostModel:
     """A model of another shape: as measured where steps were timed, and elsewhere corrected as the
     nearest size is.
     """
-    samples = [Sample(b.lanes, b.factor * cost.step(b.lanes)) for b in known.values()]
+    samples = [Sample(b.branches, b.factor * cost.step(b.branches)) for b in known.values()]
     for tokens in _SIZES:
         size = tokens.bit_length()
         nearest = min(known, key=lambda other: abs(other - size))

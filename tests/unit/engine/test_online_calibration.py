@@ -2,56 +2,63 @@ import pytest
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
-from krea2_srt.engine.pace import TOLERANCE, WINDOW, Pace
+from krea2_srt.engine.online_calibration import TOLERANCE, WINDOW, OnlineCalibration
 from krea2_srt.engine.policy import STRETCH
 from tests.unit.engine.fakes import H200, Harness
 
-LANES = (300,)
+BRANCHES = (300,)
 
 
 def observe(
-    pace: Pace, ratio: float, times: int, lanes: tuple[int, ...] = LANES, cost: CostModel = H200
+    calibration: OnlineCalibration,
+    ratio: float,
+    times: int,
+    branches: tuple[int, ...] = BRANCHES,
+    cost: CostModel = H200,
 ) -> list[CostModel | None]:
-    estimated_ms = cost.step(lanes)
-    return [pace.observe(lanes, estimated_ms * ratio, estimated_ms, cost) for _ in range(times)]
+    estimated_ms = cost.step(branches)
+    return [
+        calibration.observe(branches, estimated_ms * ratio, estimated_ms, cost)
+        for _ in range(times)
+    ]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.99 * TOLERANCE, 1.01 / TOLERANCE])
 def test_what_is_nearly_right_is_left_alone(ratio):
-    assert observe(Pace(), ratio, 5 * WINDOW) == [None] * 5 * WINDOW
+    assert observe(OnlineCalibration(), ratio, 5 * WINDOW) == [None] * 5 * WINDOW
 
 
 @pytest.mark.parametrize("ratio", [0.2, 3.0])
 def test_what_is_wrong_is_corrected_once_after_a_window(ratio):
-    pace = Pace()
-    assert observe(pace, ratio, WINDOW - 1) == [None] * (WINDOW - 1)
-    (corrected,) = observe(pace, ratio, 1)
+    calibration = OnlineCalibration()
+    assert observe(calibration, ratio, WINDOW - 1) == [None] * (WINDOW - 1)
+    (corrected,) = observe(calibration, ratio, 1)
     assert corrected is not None
     assert corrected.step([4160]) == pytest.approx(ratio * H200.step([4160]))
-    assert observe(pace, 1.0, 3 * WINDOW, cost=corrected) == [None] * 3 * WINDOW
+    assert observe(calibration, 1.0, 3 * WINDOW, cost=corrected) == [None] * 3 * WINDOW
 
 
 def test_a_few_outliers_correct_nothing():
-    pace = Pace()
+    calibration = OnlineCalibration()
     for _ in range(20):
-        assert set(observe(pace, 100.0, 3) + observe(pace, 1.0, 5)) == {None}
+        assert set(observe(calibration, 100.0, 3) + observe(calibration, 1.0, 5)) == {None}
 
 
 def test_steps_without_time_are_not_counted():
-    pace = Pace()
+    calibration = OnlineCalibration()
     for _ in range(WINDOW):
-        assert pace.observe(LANES, 0.0, 10.0, H200) is None
-        assert pace.observe(LANES, 10.0, 0.0, H200) is None
-    assert observe(pace, 3.0, WINDOW)[-1] is not None
+        assert calibration.observe(BRANCHES, 0.0, 10.0, H200) is None
+        assert calibration.observe(BRANCHES, 10.0, 0.0, H200) is None
+    assert observe(calibration, 3.0, WINDOW)[-1] is not None
 
 
 def test_few_large_steps_count_among_many_small_ones():
     """A factor of its own for each size: the many may not outvote the few."""
-    pace = Pace()
+    calibration = OnlineCalibration()
     found = []
     for _ in range(WINDOW):
-        found += observe(pace, 1.0, 9)
-        found += observe(pace, 4.0, 1, (4160,))
+        found += observe(calibration, 1.0, 9)
+        found += observe(calibration, 4.0, 1, (4160,))
     (corrected,) = (cost for cost in found if cost is not None)
     assert corrected.step([300]) == pytest.approx(H200.step([300]), rel=0.5)
     assert corrected.step([4160]) == pytest.approx(4 * H200.step([4160]), rel=0.5)
@@ -63,12 +70,12 @@ TRUE = CostModel(floor=0, launch=2, per_token=0.015, per_square=2.4e-5, blocks=4
 
 
 def test_a_spoilt_shape_is_mended():
-    pace, cost = Pace(), SPOILT
-    for lanes in [(270,), (270,), (1050,), (270, 270), (4106,), (1050, 270)] * 10 * WINDOW:
-        corrected = pace.observe(lanes, TRUE.step(lanes), cost.step(lanes), cost)
+    calibration, cost = OnlineCalibration(), SPOILT
+    for branches in [(270,), (270,), (1050,), (270, 270), (4106,), (1050, 270)] * 10 * WINDOW:
+        corrected = calibration.observe(branches, TRUE.step(branches), cost.step(branches), cost)
         cost = corrected or cost
-    for lanes in ([100], [270], [1050], [4106], [270, 4106]):
-        assert cost.step(lanes) == pytest.approx(TRUE.step(lanes), rel=0.5)
+    for branches in ([100], [270], [1050], [4106], [270, 4106]):
+        assert cost.step(branches) == pytest.approx(TRUE.step(branches), rel=0.5)
 
 
 def test_small_images_leave_the_forwards_of_large_ones_once_the_shape_is_mended():
@@ -149,15 +156,15 @@ def test_waiting_requests_are_put_in_order_again():
     assert encoded == [["running"], ["late", "early"]]
 
 
-def test_a_held_step_stays_out_of_packs_when_it_would_now_fit_into_one():
+def test_a_paused_step_stays_out_of_packs_when_it_would_now_fit_into_one():
     cost = CostModel(floor=0, launch=20, per_token=0.03, per_square=0)
     harness = Harness(EngineConfig(max_turn_ms=100), cost, slowdown=0.25)
-    held = harness.submit(1024, steps=2)
+    paused = harness.submit(1024, steps=2)
     harness.turns(2)
-    assert harness.executor.held
+    assert harness.executor.paused
     urgent = harness.submit(256, steps=2 * WINDOW, priority=3)
     harness.run_until(urgent)
     assert harness.engine.cost.step([4160]) < 100
-    assert len(harness.steps(held)) == 1
+    assert len(harness.steps(paused)) == 1
     harness.run()
     harness.check_empty()

@@ -5,7 +5,7 @@ from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.policy import Policy
 
 
-class Ledger:
+class RequestTable:
     """Keeps what is derived from the progress of requests: remaining work, keys, and the sum.
 
     Attributes:

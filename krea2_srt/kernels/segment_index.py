@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class SegmentIndex:
     """The sequence of each token: kernels look it up, torch code goes by spans.
 
     Attributes:

@@ -12,15 +12,15 @@ from krea2_srt.runner.sequence import DenoisingSequence
 
 
 @dataclass(frozen=True)
-class Lanes:
+class ForwardBatch:
     """The forwards that a pack of sequences needs: one each, two under guidance.
 
     Attributes:
         sequences: the pack, each at its own step.
-        shapes: of each lane.
-        contexts: [text tokens, hidden] of each lane.
-        owners: the sequence of each lane.
-        first: the first lane of each sequence.
+        shapes: of each branch.
+        contexts: [text tokens, hidden] of each branch.
+        owners: the sequence of each branch.
+        first: the first branch of each sequence.
     """
 
     sequences: Sequence[DenoisingSequence]
@@ -30,15 +30,15 @@ class Lanes:
     first: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[DenoisingSequence]) -> "Lanes":
-        """The lanes of these sequences, in order; a negative prompt's follows its own."""
+    def of(cls, sequences: Sequence[DenoisingSequence]) -> "ForwardBatch":
+        """The branches of these sequences, in order; a negative prompt's follows its own."""
         shapes: list[SequenceShape] = []
         contexts: list[Tensor] = []
         owners: list[DenoisingSequence] = []
         first: list[int] = []
         for s in sequences:
             first.append(len(shapes))
-            for context in s.lanes:
+            for context in s.branches:
                 guided = context is s.context and s.negative_context is not None
                 shapes.append(SequenceShape(len(context), s.rows, s.columns, guided))
                 contexts.append(context)
@@ -47,23 +47,23 @@ class Lanes:
 
     @property
     def dt(self) -> list[float]:
-        """The Euler step of each lane: the difference of its sigmas."""
+        """The Euler step of each branch: the difference of its sigmas."""
         return [s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step] for s in self.owners]
 
     @property
     def guidance(self) -> list[float]:
-        """Guidance of each lane; 0 for a negative prompt's own, whose velocity is left as it is."""
+        """Guidance of each branch; 0 for a negative prompt's, whose velocity is left as it is."""
         pairs = zip(self.owners, self.shapes, strict=True)
         return [s.guidance if shape.guided else 0.0 for s, shape in pairs]
 
     @property
     def modulations(self) -> list[Modulation]:
-        """One row for each lane, of its current step."""
+        """One row for each branch, of its current step."""
         return [s.modulation.row(s.step) for s in self.owners]
 
     @property
     def tokens(self) -> list[Tensor]:
-        """float32 [image tokens, channels] of each lane."""
+        """float32 [image tokens, channels] of each branch."""
         return [s.tokens for s in self.owners]
 
     def advance(self, pack: Pack, tokens: Tensor, velocity: Tensor, steps: int = 1) -> None:
@@ -74,12 +74,12 @@ class Lanes:
             tokens, velocity: float32 [T, channels], of which the sequences keep parts.
             steps: done.
         """
-        for s, lane in zip(self.sequences, self.first, strict=True):
-            start, end = pack.image_spans[lane]
+        for s, branch in zip(self.sequences, self.first, strict=True):
+            start, end = pack.image_spans[branch]
             s.tokens = tokens[start:end]
             s.velocity = velocity[start:end] if s.keep_velocity else None
             s.step += steps
 
-    def broken(self, flags: list[int]) -> "list[DenoisingSequence]":
-        """The sequences whose lane has a flag that is not 0."""
-        return [s for s, lane in zip(self.sequences, self.first, strict=True) if flags[lane]]
+    def non_finite(self, flags: list[int]) -> "list[DenoisingSequence]":
+        """The sequences whose branch has a flag that is not 0."""
+        return [s for s, branch in zip(self.sequences, self.first, strict=True) if flags[branch]]

@@ -9,7 +9,7 @@ MIN_GAIN = 0.1
 fills the device, sharing a forward makes every image in it later and none earlier."""
 
 
-class PackDraft:
+class PackBuilder:
     """Sequences that step together.
 
     Args:
@@ -47,9 +47,9 @@ class PackDraft:
 
 
 def _sums(sequence: Sequence) -> tuple[int, int]:
-    """Tokens, and the squares of its lanes' tokens."""
+    """Tokens, and the squares of its branches' tokens."""
     tokens = squares = 0
-    for lane in sequence.tokens:
-        tokens += lane
-        squares += lane * lane
+    for branch in sequence.tokens:
+        tokens += branch
+        squares += branch * branch
     return tokens, squares

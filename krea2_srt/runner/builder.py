@@ -18,7 +18,13 @@ from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.capture import CudaCapture
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
-from krea2_srt.runner.memory_plan import GIB, MAX_GRAPH_TOKENS, MemoryPlan, Wishes, plan_memory
+from krea2_srt.runner.memory_plan import (
+    GIB,
+    MAX_GRAPH_TOKENS,
+    MemoryPlan,
+    MemoryRequest,
+    plan_memory,
+)
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
@@ -31,7 +37,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
-class Setup:
+class RunnerBuilder:
     """What to load, and how.
 
     Attributes:
@@ -83,20 +89,20 @@ class Setup:
             self.quantization,
             self.device,
         )
-        limits, recipe = self.engine.limits, self.checkpoint.recipe
-        wishes = Wishes(
+        limits, sampling = self.engine.limits, self.checkpoint.sampling
+        request = MemoryRequest(
             max_pack_tokens=self.engine.max_pack_tokens,
             max_image_tokens=min(limits.max_pixels, limits.max_side**2) // 256,
-            max_held_steps=self.engine.max_held_steps,
+            max_paused_steps=self.engine.max_paused_steps,
             max_sequences=self.engine.max_active_sequences,
-            max_branches=self.engine.max_pack_sequences * (1 if recipe.distilled else 2),
-            schedule_steps=recipe.default_steps,
+            max_branches=self.engine.max_pack_sequences * (1 if sampling.distilled else 2),
+            schedule_steps=sampling.default_steps,
             cache_bytes=self.caches.total,
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
         )
-        return plan_memory(free, total, sizes, wishes)
+        return plan_memory(free, total, sizes, request)
 
     def _graph_tokens(self) -> int:
         """The most that a graph is ever asked for: packs are held to a turn, and steps of larger

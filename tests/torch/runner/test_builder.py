@@ -14,14 +14,14 @@ from krea2_srt.errors import ConfigError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest
-from krea2_srt.runner import setup as module
+from krea2_srt.runner import builder as module
 from krea2_srt.runner import warm_up
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
+from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.memory_plan import GIB
-from krea2_srt.runner.setup import Setup
 from tests.comparisons import CPU, relative_error
 from tests.torch.runner.recorded_graph import record
 from tests.torch.runner.test_graphs import device_attention
@@ -30,12 +30,12 @@ FLOAT = torch.float32
 
 
 @pytest.fixture
-def setup(demo_model: Path) -> Setup:
-    return Setup(Krea2Checkpoint.from_folder(demo_model), CPU, FLOAT, FLOAT, FLOAT)
+def builder(demo_model: Path) -> RunnerBuilder:
+    return RunnerBuilder(Krea2Checkpoint.from_folder(demo_model), CPU, FLOAT, FLOAT, FLOAT)
 
 
-def asked(setup: Setup, **config) -> Setup:
-    return replace(setup, config=RunnerConfig(**config))
+def asked(builder: RunnerBuilder, **config) -> RunnerBuilder:
+    return replace(builder, config=RunnerConfig(**config))
 
 
 def draw(runner) -> torch.Tensor:
@@ -45,16 +45,16 @@ def draw(runner) -> torch.Tensor:
     return sequence.tokens
 
 
-def test_a_cpu_needs_no_plan_and_draws(setup, runner):
-    assert setup.plan() is None
-    assert setup.within(None) is setup.engine
-    loaded = setup.load(None)
+def test_a_cpu_needs_no_plan_and_draws(builder, runner):
+    assert builder.plan() is None
+    assert builder.within(None) is builder.engine
+    loaded = builder.load(None)
     assert loaded.graphs is None
     assert relative_error(draw(loaded), draw(runner)) <= 1e-6
 
 
-def test_an_offloaded_encoder_is_possible_on_a_cpu_too(setup, runner):
-    offloaded = asked(setup, text_encoder="offload").load(None)
+def test_an_offloaded_encoder_is_possible_on_a_cpu_too(builder, runner):
+    offloaded = asked(builder, text_encoder="offload").load(None)
     assert relative_error(draw(offloaded), draw(runner)) <= 1e-6
 
 
@@ -70,20 +70,20 @@ def test_an_offloaded_encoder_is_possible_on_a_cpu_too(setup, runner):
         ({"cuda_graphs": "on"}, "^cuda_graphs: there are none on cpu"),
     ],
 )
-def test_what_a_cpu_does_not_have_is_refused(setup, config, named):
+def test_what_a_cpu_does_not_have_is_refused(builder, config, named):
     with pytest.raises(ConfigError, match=named):
-        setup = asked(setup, **config)
-        setup.load(setup.plan())
+        builder = asked(builder, **config)
+        builder.load(builder.plan())
 
 
 @pytest.fixture
-def gpu(setup, monkeypatch) -> Setup:
+def gpu(builder, monkeypatch) -> RunnerBuilder:
     """A GPU, as far as the plan can see."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 48 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     properties = SimpleNamespace(total_memory=48 * GIB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return replace(setup, device=torch.device("cuda"))
+    return replace(builder, device=torch.device("cuda"))
 
 
 def test_a_gpu_is_planned_within_the_engines_limits(gpu):
@@ -156,7 +156,7 @@ def test_what_the_plan_cuts_the_engine_does_not_take(gpu):
 
 
 @pytest.fixture
-def as_on_a_gpu(setup, gpu, monkeypatch, caplog):
+def as_on_a_gpu(builder, gpu, monkeypatch, caplog):
     """Load on the CPU by the way of a GPU."""
     caplog.set_level("INFO")
     attention = AttentionChoice(SDPA, AttentionBackend("device", device_attention, True))
@@ -168,7 +168,7 @@ def as_on_a_gpu(setup, gpu, monkeypatch, caplog):
 
     def load(**config):
         config = {"max_graph_tokens": 400, **config}  # asked for, so that no race decides
-        return asked(setup, **config).load(asked(gpu, **config).plan())
+        return asked(builder, **config).load(asked(gpu, **config).plan())
 
     return load
 
@@ -269,19 +269,19 @@ def test_int8_runs_without_kernels(gpu):
         asked(int8, kernels="triton")._operations()
 
 
-@pytest.mark.parametrize("watched", [False, True])
-def test_the_engine_draws_on_graphs_what_it_draws_without(as_on_a_gpu, runner, watched):
+@pytest.mark.parametrize("wants_previews", [False, True])
+def test_the_engine_draws_on_graphs_what_it_draws_without(as_on_a_gpu, runner, wants_previews):
     pixels = []
     for each in (as_on_a_gpu(), runner):
         executor = RunnerExecutor(each)
         engine = Engine(executor, replace(roofline(), blocks=each.num_blocks))
         request = engine.submit("r", [ImageRequest("a cat", 32, 32, steps=8, seed=5)])
-        if watched:
-            executor.watch(request.sequences[0])
+        if wants_previews:
+            executor.enable_previews(request.sequences[0])
         while engine.turn() is not None:
             pass
         # All steps at once where there are graphs, and nobody who wants to see them.
-        assert engine.counters.packs == (1 if each is not runner and not watched else 8)
+        assert engine.counters.packs == (1 if each is not runner and not wants_previews else 8)
         assert engine.counters.steps == 8
         pixels.append(executor.take_pixels(request.sequences[0]))
         assert executor.empty
