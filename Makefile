@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-# What `make generate` draws, and with which checkpoint (a folder or a repo id; none is the demo).
+# The prompt and size of `make generate`, and with which checkpoint (a folder or a repo id; none is the demo).
 MODEL  ?=
 override DEMO := demo-model/krea-2-demo
 ifeq ($(strip $(MODEL)),)

@@ -1,8 +1,8 @@
 """Cancel the handler of a request whose client has gone away.
 
 Starlette runs a handler to its end whether or not anybody waits for the answer, so an abandoned
-image would be drawn in full. A cancelled handler closes its channel to the scheduler, which then
-frees the sequences.
+image would be generated in full. A cancelled handler closes its channel to the scheduler, which
+then frees the sequences.
 """
 
 import asyncio

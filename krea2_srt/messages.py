@@ -2,9 +2,9 @@
 
 All are pickled, as SGLang's are. A client, as our images server, sends `Generate` over a DEALER
 socket, any number at a time, and gets for each, if it asked for progress, an `Accepted` and any
-number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in `Ask`,
-answered by `Answer`. One that imports SGLang may also send `Cancel` and `GetStatistics` as they
-are, answered by an ``OutputBatch`` with the answer in ``output``.
+number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in
+`ControlRequest`, answered by `ControlReply`. One that imports SGLang may also send `Cancel` and
+`GetStatistics` as they are, answered by an ``OutputBatch`` with the reply in ``output``.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ import numpy as np
 
 from krea2_srt.request import ImageRequest, RequestLimits
 
-VERSION = 3
+VERSION = 4
 """Version of these messages; a scheduler refuses others by name."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """End the requests of an id before their next step. Answer: {"cancelled": how many}."""
+    """End the requests of an id before their next step. Reply: {"cancelled": how many}."""
 
     request_id: str
     version: int = VERSION
@@ -36,14 +36,14 @@ def preview_steps(total: int, previews: int) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class GetStatistics:
-    """Answer: the engine's statistics, a dict."""
+    """Reply: the engine's statistics, a dict."""
 
     version: int = VERSION
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Draw the images of a request.
+    """Generate the images of a request.
 
     Attributes:
         request_id: unique among those of this client; names it in `Cancel`.
@@ -125,35 +125,35 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GetModel:
-    """Answer: a `ModelInfo`."""
+    """Reply: a `ModelInfo`."""
 
     version: int = VERSION
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A question of a client that does not import SGLang.
+class ControlRequest:
+    """A command of a client that does not import SGLang.
 
     Attributes:
-        question_id: comes back with the answer.
-        question: `Cancel`, `GetStatistics` or `GetModel`.
+        control_id: comes back with the reply.
+        command: `Cancel`, `GetStatistics` or `GetModel`.
     """
 
-    question_id: str
-    question: "Cancel | GetStatistics | GetModel"
+    control_id: str
+    command: "Cancel | GetStatistics | GetModel"
     version: int = VERSION
 
 
 @dataclass(frozen=True)
-class Answer:
-    """To an `Ask`.
+class ControlReply:
+    """The reply to a `ControlRequest`.
 
     Attributes:
-        output: what the question's own text promises.
+        output: what the command's own docstring promises.
         error: why there is none.
     """
 
-    question_id: str
+    control_id: str
     output: Any = None
     error: str | None = None
     version: int = VERSION
@@ -161,7 +161,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class ProgressUpdate:
-    """A step is done. Where a preview is due, a second message has it, drawn a little later.
+    """A step is done. Where a preview is due, a second message has it, a little later.
 
     Attributes:
         sequence: index of the image in its request.

@@ -47,7 +47,7 @@ class ImageRequest:
     """One request: ``num_images`` sequences with seeds seed, seed + 1, ...
 
     Attributes:
-        prompt: what to draw.
+        prompt: what to generate.
         width, height: pixels, multiples of 16.
         steps: denoising steps.
         guidance: v = cond + guidance * (cond - uncond); 0 is off.

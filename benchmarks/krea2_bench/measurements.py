@@ -88,8 +88,8 @@ def measure_decoders(
 
 
 def measure_memory(model: Path, starts: int, scratch: Path) -> list[Samples]:
-    """Peak memory of plain processes that load the model and draw one picture."""
-    peaks: dict[str, list[float]] = {"draw_ours": [], "draw_diffusers": []}
+    """Peak memory of plain processes that load the model and generate one picture."""
+    peaks: dict[str, list[float]] = {"generate_ours": [], "generate_diffusers": []}
     for i in range(starts):
         progress(f"memory: start {i + 1} of {starts}")
         for job, found in peaks.items():
@@ -108,7 +108,7 @@ def measure_prompts(model: Path, scratch: Path) -> list[Samples]:
 
 
 def measure_starts(model: Path, starts: int, scratch: Path) -> list[Samples]:
-    """Whole commands that draw one picture; the first start of each, which fills caches, is extra.
+    """Whole commands that generate one picture; the first start of each is extra: it fills caches.
 
     The time is that until the command has ended.
     """
@@ -140,7 +140,7 @@ def _stage_times(answers: dict[str, list[Message]], *stages: dict[str, str]) -> 
 
 
 def _commands(model: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """The command lines, ours and SGLang's, that draw one picture into a folder."""
+    """The command lines, ours and SGLang's, that generate one picture into a folder."""
     size = ["--height", str(SIDE), "--width", str(SIDE)]
     ours = [installed("krea2-generate"), PROMPT, "--checkpoint", str(model), *size]
     theirs = [installed("sglang"), "generate", "--model-path", str(model), *size]
@@ -163,7 +163,7 @@ def _seconds_to_picture(command: Sequence[str], folder: Path) -> float:
     with ChildProcess(command, log, environment=environment, apart=True) as child:
         child.finish(LIMIT_S)
         seconds = time.perf_counter() - start
-        # SGLang's command ends well even where it could not draw.
+        # SGLang's command ends well even where it could not generate.
         if not any(folder.iterdir()):
             raise child.error()
     return round(seconds, 3)

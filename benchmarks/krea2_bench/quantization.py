@@ -136,12 +136,12 @@ def picture_errors(model: Path) -> Iterator[dict[str, Any]]:
     last = reference.num_blocks - 1
     ends = ("0.*", f"{last}.*")
     kept = [Quantization(q.format, q.rotation, ends) for q in FORMATS if q.rotation is False]
-    expected = _draw(reference)
+    expected = _generate(reference)
     for quantization in [*FORMATS, *kept]:
         runner = Krea2Runner.load(checkpoint, CPU, torch.bfloat16, quantization=quantization)
         name = quantization.name + (", first and last block kept" if quantization.keep else "")
         errors = _step_errors(runner, reference)
-        difference = (_draw(runner) - expected).double().square().mean()
+        difference = (_generate(runner) - expected).double().square().mean()
         yield {
             "format": name,
             "step_errors": errors,
@@ -156,7 +156,7 @@ def _start(runner: Krea2Runner) -> Any:
     return sequence
 
 
-def _draw(runner: Krea2Runner) -> Tensor:
+def _generate(runner: Krea2Runner) -> Tensor:
     sequence = _start(runner)
     while not sequence.done:
         runner.step([sequence])
@@ -194,17 +194,17 @@ def page(
             if (row["matrix"], row["tokens"]) == (matrix, kind)
         }
         lines.append([matrix, kind, *(f"{errors[name]:.2%}" for name in names)])
-    drawn = [["format", "error of a step, first to last", "PSNR to bf16"]]
+    generated = [["format", "error of a step, first to last", "PSNR to bf16"]]
     for row in pictures:
         errors = row["step_errors"]
-        drawn.append(
+        generated.append(
             [row["format"], f"{errors[0]:.2%} to {errors[-1]:.2%}", f"{row['psnr']:.1f} dB"]
         )
     sizes = f"{SIDE}x{SIDE}, {STEPS} steps, one seed"
     return _PAGE.format(
         products=_table(lines),
         attention=_attention_section(attention) if attention else "",
-        pictures=_table(drawn),
+        pictures=_table(generated),
         sizes=sizes,
     )
 

@@ -21,7 +21,7 @@ from krea2_bench.arguments import benchmark_parser, count
 from krea2_bench.plotting import PlotError
 from krea2_bench.simulation import report, traces
 from krea2_bench.simulation.cluster import Hardware
-from krea2_bench.simulation.lab import Lab
+from krea2_bench.simulation.experiment import Experiment
 from krea2_bench.simulation.plots import draw
 from krea2_bench.simulation.study import Plan, replay, settings, study
 from krea2_srt.engine.cost import CostModel, roofline
@@ -40,17 +40,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     gc.set_threshold(100_000, 20, 20)
     hardware = Hardware(args.replicas, args.cost, args.host_overhead_ms)
     requests = args.requests or (QUICK_REQUESTS if args.quick else 20_000)
-    lab = Lab(hardware, args.mix, requests, args.process)
+    experiment = Experiment(hardware, args.mix, requests, args.process)
     plan = QUICK_PLAN if args.quick else Plan(seeds=tuple(range(args.seed, args.seed + args.seeds)))
     plan = replace(plan, load=args.load)
     if args.quick:
         plan = replace(plan, seeds=(args.seed,))
     if args.write_trace:
-        traces.write_trace(lab.trace(plan.load, args.seed), args.write_trace)
+        traces.write_trace(experiment.trace(plan.load, args.seed), args.write_trace)
         return
     try:
-        answers = study(lab, plan) if args.trace is None else _replay(lab, args.trace)
-        found = {"run": _run(command, args, lab), "settings": settings(lab, plan), **answers}
+        answers = study(experiment, plan) if args.trace is None else _replay(experiment, args.trace)
+        found = {
+            "run": _run(command, args, experiment),
+            "settings": settings(experiment, plan),
+            **answers,
+        }
         args.output.mkdir(parents=True, exist_ok=True)
         plots = draw(found, args.output) if args.plots and args.trace is None else []
     except (PlotError, ValueError, OSError) as error:
@@ -106,21 +110,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replay(lab: Lab, path: Path) -> dict[str, Any]:
+def _replay(experiment: Experiment, path: Path) -> dict[str, Any]:
     trace = traces.read_trace(path)
-    lab.requests = len(trace)
-    return replay(lab, trace)
+    experiment.requests = len(trace)
+    return replay(experiment, trace)
 
 
-def _run(command: str, args: argparse.Namespace, lab: Lab) -> dict[str, Any]:
+def _run(command: str, args: argparse.Namespace, experiment: Experiment) -> dict[str, Any]:
     """How it was made."""
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": args.seed,
         "trace": args.trace.name if args.trace else None,
-        "requests": lab.requests,
-        "simulations": lab.simulations,
+        "requests": experiment.requests,
+        "simulations": experiment.simulations,
         "versions": {name: version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from krea2_bench.threads.jobs import compute, draw
+from krea2_bench.threads.jobs import compute, generate
 from krea2_srt.threads import limit_spinning
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def serve_engine(model: Path, settings: Message) -> Iterator[Message]:
             start = time.perf_counter()
             result = generator.generate(sampling_params_kwargs=request)
             if result is None:
-                raise RuntimeError("SGLang drew no picture")
+                raise RuntimeError("SGLang generated no picture")
             yield {"stages": result.metrics["stages"], "request": _ms_since(start)}
     finally:
         generator.shutdown()
@@ -109,8 +109,8 @@ def decode(model: Path, settings: Message) -> Iterator[Message]:
     yield answer
 
 
-def draw_ours(model: Path, settings: Message) -> Iterator[Message]:
-    """Load our runner and draw a picture; yields {"peak"}, the peak memory of it all in MiB."""
+def generate_ours(model: Path, settings: Message) -> Iterator[Message]:
+    """Load our runner and generate a picture; yields {"peak"}, the peak memory of it all in MiB."""
     del settings
     runner = _load_runner(model)
     from krea2_srt.model.pixels import to_uint8
@@ -123,8 +123,8 @@ def draw_ours(model: Path, settings: Message) -> Iterator[Message]:
     yield {"peak": peak_memory_mib(os.getpid())}
 
 
-def draw_diffusers(model: Path, settings: Message) -> Iterator[Message]:
-    """Load Diffusers' pipeline and draw a picture; yields {"peak"} like `draw_ours`."""
+def generate_diffusers(model: Path, settings: Message) -> Iterator[Message]:
+    """Load Diffusers' pipeline and generate a picture; yields {"peak"} like `generate_ours`."""
     del settings
     import torch
     from diffusers import Krea2Pipeline
@@ -188,7 +188,7 @@ def _ms_since(start: float) -> float:
     return round((time.perf_counter() - start) * 1e3, 4)
 
 
-_JOBS = (serve_engine, decode, draw_ours, draw_diffusers, encode, draw, compute)
+_JOBS = (serve_engine, decode, generate_ours, generate_diffusers, encode, generate, compute)
 JOBS = {job.__name__: job for job in _JOBS}
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does in a clean Debian root what the Dockerfile does for the CPU image, where no engine is that
 # could build it: installs, and runs the entry point as the image's user on a read-only root until
-# it has drawn an image. As root, with debootstrap:
+# it has generated an image. As root, with debootstrap:
 #
 #   deploy/docker/prove.sh [ROOT]
 set -euo pipefail

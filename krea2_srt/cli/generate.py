@@ -36,12 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog=COMMAND,
         allow_abbrev=False,
-        description="Draw images with Krea 2.",
+        description="Generate images with Krea 2.",
         epilog="Steps, guidance and timestep shift default to the checkpoint's own: Turbo 8 steps, "
         "no guidance, mu 1.15; Raw 52 steps, guidance 3.5, mu by size.",
     )
     add = parser.add_argument
-    add("prompt", nargs="?", help="what to draw")
+    add("prompt", nargs="?", help="what to generate")
     add("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file instead")
     add(
         "--checkpoint",
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--y2", type=float, help="timestep shift at 6400 image tokens")
     for side in ("--width", "--height"):
         add(side, type=int, help="pixels (default 1024, less for a checkpoint of smaller pictures)")
-    add("--num-images", type=int, default=1, help="images to draw (default 1)")
+    add("--num-images", type=int, default=1, help="images to generate (default 1)")
     add("--seed", type=int, default=0, help="image i uses seed + i (default 0)")
     add(
         "--output",

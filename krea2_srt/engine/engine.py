@@ -153,7 +153,7 @@ class Engine:
     # The turn.
 
     def turn(self) -> list[Event] | None:
-        """Pick a unit of work, run it, and draw the consequences.
+        """Pick a unit of work, run it, and handle what came of it.
 
         Returns:
             What happened, or None if there was nothing to do.
@@ -243,7 +243,7 @@ class Engine:
         return events + self._fail_non_finite(results)
 
     def _settle(self, sequence: ImageSequence | None = None) -> list[Event]:
-        """Wait for what became of steps, of all or of one sequence, and draw the consequences."""
+        """Wait for what became of steps, of all or of one sequence, and handle it."""
         results = self._executor.settle(sequence)
         self._keep_pace(results)
         return self._fail_non_finite(results)

@@ -51,7 +51,7 @@ class Sequence:
     Attributes:
         request: which it belongs to.
         index: its place in the request.
-        image: what to draw; a request for exactly one image.
+        image: what to generate; a request for exactly one image.
         tokens: of each of its branches (one, or two under guidance). An estimate until its prompt
             is encoded.
         state: where it is.

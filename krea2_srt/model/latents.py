@@ -15,14 +15,14 @@ def initial_noise(
 ) -> Tensor:
     """Starting noise of one image.
 
-    Drawn on the device and in the compute dtype from the image's own generator, as the released
+    Sampled on the device and in the compute dtype from the image's own generator, as the released
     samplers do: a seed gives other noise in another dtype or on another kind of device.
 
     Args:
         width, height: in pixels, multiples of 16.
         seed: of this image.
-        device: where to draw.
-        dtype: in which to draw.
+        device: where to sample.
+        dtype: in which to sample.
 
     Returns:
         [16, height / 8, width / 8].

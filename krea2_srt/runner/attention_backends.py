@@ -210,8 +210,8 @@ def call_flash_attention(
 
 
 def flash_attention_3(load: Loader) -> list[AttentionBackend]:
-    """FlashAttention-3 in 16 bits and in fp8. The latter draws other pictures, so it is nobody's
-    choice but the user's.
+    """FlashAttention-3 in 16 bits and in fp8. The latter generates other pictures, so only the user
+    chooses it.
     """
     exact = flash_attention(load)
     in_fp8 = fp8_attention.fp8_attention(load, quantize_qkv_triton)

@@ -126,18 +126,18 @@ class RunnerExecutor:
         with self._working():
             return self._runner.predicted_latents(denoising)
 
-    def draw_preview(self, latents: Tensor) -> "Preview":
-        """Draw, or where pictures are decoded beside the steps begin to draw, what `predict` has
+    def render_preview(self, latents: Tensor) -> "Preview":
+        """Decode, or where decodes are overlapped begin to decode, what `predict` has
         given.
         """
 
-        def draw() -> tuple[Tensor, ...]:
+        def decode() -> tuple[Tensor, ...]:
             return (quantize(self._runner.vae.decode(latents[None])[0]),)
 
         with self._working():
             if self._side_stream is None:
-                return Preview(_Done(draw()))
-            return Preview(self._side_stream.start(draw, (latents,)))
+                return Preview(_Done(decode()))
+            return Preview(self._side_stream.start(decode, (latents,)))
 
     def statistics(self) -> dict[str, Any]:
         """Counters of the steps, the graphs and the prompt cache; on a GPU also its memory in
@@ -214,7 +214,7 @@ class RunnerExecutor:
         self._weight_bytes += share * step_weight_bytes(dit.config) * dit.dtype.itemsize
 
     def _begun(self, sequence: Sequence) -> DenoisingSequence:
-        """Its tensors; drawn before its first step, so that those that wait take no memory."""
+        """Its tensors; allocated before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)
         if denoising is None:
             image, branches = sequence.image, self._contexts[sequence]
@@ -276,10 +276,10 @@ class RunnerExecutor:
 
 
 class Preview:
-    """A small picture that is being drawn.
+    """A small picture that is being decoded.
 
     Args:
-        job: what draws it.
+        job: what decodes it.
     """
 
     def __init__(self, job: SideJob) -> None:

@@ -37,7 +37,7 @@ def warm_up(
     clock: Callable[[], float] = time.perf_counter,
     race: bool = True,
 ) -> None:
-    """Capture common graphs and draw pictures of common sizes, the likeliest first.
+    """Capture common graphs and generate pictures of common sizes, the likeliest first.
 
     Args:
         runner: on a GPU.
@@ -116,7 +116,7 @@ def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> Denoisin
 
 
 def _decode(runner: Krea2Runner, side: int) -> None:
-    """Where pictures are drawn later: cuDNN keeps its plans by thread."""
+    """Where pictures are generated later: cuDNN keeps its plans by thread."""
     size = side // VAE_SCALE
     latents = torch.zeros(1, LATENT_CHANNELS, size, size, device=runner.device)
     try:

@@ -58,7 +58,7 @@ class WatchedRouter:
             self._identities.setdefault(descriptor, set()).add(identity)
         return [frame.bytes for frame in frames]
 
-    def take_lost(self) -> set[bytes]:
+    def pop_disconnected(self) -> set[bytes]:
         """Identities whose connections have closed since the last call."""
         self._read_events()
         lost, self._lost = self._lost, set()

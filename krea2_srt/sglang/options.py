@@ -93,7 +93,7 @@ def mark_as_server(server_args: Any) -> None:
 
 
 def is_server(server_args: Any) -> bool:
-    """Whether requests will come, or this is one command that draws once and ends.
+    """Whether requests will come, or this is one command that generates once and ends.
 
     `sglang serve` warms up by SGLang's own default, `sglang generate` does not.
     """

@@ -16,17 +16,17 @@ from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.errors import first_line
 from krea2_srt.messages import Generate, ProgressUpdate, preview_steps
 from krea2_srt.runner.executor import Preview, RunnerExecutor
-from krea2_srt.sglang.replies import Item
+from krea2_srt.sglang.replies import SglangExchange
 
 logger = init_logger(__name__)
 
 
-def report_to_sglang(item: Item, request: Request) -> None:
+def report_to_sglang(exchange: SglangExchange, request: Request) -> None:
     """Tell SGLang's own progress channel how far a request is, if it asks for that."""
     reporter = get_progress_reporter()
     if reporter is None:
         return
-    for req in item.reqs:
+    for req in exchange.reqs:
         if req.report_progress and not req.is_warmup:
             reporter.step(
                 request_ids=req.client_request_ids(),
@@ -44,7 +44,7 @@ class _Subscriber:
 
 @dataclass(frozen=True)
 class _Preview:
-    """Latents to draw, and whom to send the picture, with which update."""
+    """Latents to decode, and whom to send the picture, with which update."""
 
     sequence: Sequence
     latents: Tensor | None
@@ -56,7 +56,7 @@ class Subscriptions:
     """Which client wants to know how far its request is.
 
     Args:
-        executor: draws the previews.
+        executor: decodes the previews.
         send: a pickled message to a client.
     """
 
@@ -65,7 +65,7 @@ class Subscriptions:
         self._send = send
         self._subscribers: dict[Request, _Subscriber] = {}
         self._due: deque[_Preview] = deque()
-        self._drawing: deque[tuple[_Preview, Preview]] = deque()
+        self._rendering: deque[tuple[_Preview, Preview]] = deque()
 
     def add(self, identity: bytes, message: Generate, request: Request) -> None:
         """Tell a client of each step of its request, and send the previews that it asked for."""
@@ -91,28 +91,30 @@ class Subscriptions:
             self._due.append(_Preview(sequence, latents, identity, update))
 
     @property
-    def drawing(self) -> bool:
-        """Whether previews are under way that a next call of `draw` should look after."""
-        return bool(self._drawing)
+    def rendering(self) -> bool:
+        """Whether previews are under way that a next call of `render` should look after."""
+        return bool(self._rendering)
 
-    def draw(self, max_ms: float) -> bool:
-        """Draw previews, those first that have been due for longest; whether there was one. What
-        is drawn beside the steps is sent by a later call.
+    def render(self, max_ms: float) -> bool:
+        """Render previews, those first that have been due for longest; whether there was one. What
+        is rendered beside the steps is sent by a later call.
 
         Args:
             max_ms: after which no further one is begun: nothing should wait for more.
         """
         until = time.monotonic() + max_ms / 1e3
-        drawn = False
-        while self._due and not (drawn and time.monotonic() >= until):
+        rendered = False
+        while self._due and not (rendered and time.monotonic() >= until):
             preview = self._due.popleft()
             # Of a request that has ended, the picture itself is there.
             if preview.latents is not None and not preview.sequence.request.ended:
-                with _no_preview_where_it_fails():
-                    self._drawing.append((preview, self._executor.draw_preview(preview.latents)))
-                drawn = True
-        self._send_drawn()
-        return drawn
+                with _errors_logged():
+                    self._rendering.append(
+                        (preview, self._executor.render_preview(preview.latents))
+                    )
+                rendered = True
+        self._send_rendered()
+        return rendered
 
     def end(self, request: Request) -> None:
         """A request has ended, and its client is told by the answer."""
@@ -125,22 +127,22 @@ class Subscriptions:
             if subscriber.identity in gone:
                 del self._subscribers[request]
 
-    def _send_drawn(self) -> None:
-        while self._drawing:
-            preview, drawing = self._drawing[0]
+    def _send_rendered(self) -> None:
+        while self._rendering:
+            preview, rendering = self._rendering[0]
             pixels = None
-            with _no_preview_where_it_fails():
-                pixels = drawing.pixels()
+            with _errors_logged():
+                pixels = rendering.pixels()
                 if pixels is None:
                     return
-            self._drawing.popleft()
+            self._rendering.popleft()
             if pixels is not None and not preview.sequence.request.ended:
                 message = replace(preview.update, preview=pixels)
                 self._send(preview.identity, pickle.dumps(message))
 
 
 @contextmanager
-def _no_preview_where_it_fails() -> Iterator[None]:
+def _errors_logged() -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -47,7 +47,7 @@ _STAGES = (
 
 
 @dataclass(frozen=True)
-class Item:
+class SglangExchange:
     """What came over the channel, to be answered once.
 
     Attributes:
@@ -84,14 +84,16 @@ def stage_ms(request: Request) -> dict[str, float]:
     return {name: (at[end] - at[start]) * 1e3 for name, start, end in _STAGES}
 
 
-def finished(item: Item, request: Request, pixels: Sequence[np.ndarray | None]) -> OutputBatch:
+def finished(
+    exchange: SglangExchange, request: Request, pixels: Sequence[np.ndarray | None]
+) -> OutputBatch:
     """The output of a request that is done, its pictures not yet encoded.
 
     Args:
         pixels: uint8 [height, width, 3] of each of its images.
     """
     outputs, start = [], 0
-    for req, count in zip(item.reqs, item.counts, strict=True):
+    for req, count in zip(exchange.reqs, exchange.counts, strict=True):
         if req.metrics is not None:
             for name, ms in stage_ms(request).items():
                 req.metrics.record_stage(name, ms / 1e3)
@@ -104,11 +106,11 @@ def finished(item: Item, request: Request, pixels: Sequence[np.ndarray | None]) 
     return GPUWorker._merge_expanded_output_batches(outputs)
 
 
-def failed(item: Item, reason: Request | Exception) -> OutputBatch:
+def failed(exchange: SglangExchange, reason: Request | Exception) -> OutputBatch:
     """The output of a request that was refused, failed or cancelled."""
     output = OutputBatch(error=engine_error(reason).message)
-    if item.reqs:
-        output.metrics = item.reqs[0].metrics
+    if exchange.reqs:
+        output.metrics = exchange.reqs[0].metrics
     return output
 
 
@@ -134,7 +136,9 @@ class ReplyThreads:
         reply: sends an output; takes the socket's lock, and raises nothing.
     """
 
-    def __init__(self, worker: GPUWorker, reply: Callable[[Item, OutputBatch], None]) -> None:
+    def __init__(
+        self, worker: GPUWorker, reply: Callable[[SglangExchange, OutputBatch], None]
+    ) -> None:
         self._worker = worker
         self._reply = reply
         # A thread begins on GPU 0, whichever is ours.
@@ -146,9 +150,9 @@ class ReplyThreads:
             initializer=None if current_platform.is_cpu() else use_device,
         )
 
-    def start(self, item: Item, output: OutputBatch) -> "Future[None]":
+    def start(self, exchange: SglangExchange, output: OutputBatch) -> "Future[None]":
         """Reply with a finished output as soon as its pictures are encoded."""
-        return self._pool.submit(self._run, item, output)
+        return self._pool.submit(self._run, exchange, output)
 
     def submit(self, reply: Callable[[], None]) -> "Future[None]":
         """Reply in another way, in one of the same threads; raises nothing."""
@@ -158,23 +162,23 @@ class ReplyThreads:
         """Wait for all replies."""
         self._pool.shutdown(wait=True)
 
-    def _run(self, item: Item, output: OutputBatch) -> None:
+    def _run(self, exchange: SglangExchange, output: OutputBatch) -> None:
         try:
             self._worker._finalize_output_batch(
                 output_batch=output,
-                req=item.reqs[0],
-                save_output_paths=partial(self._save, item),
+                req=exchange.reqs[0],
+                save_output_paths=partial(self._save, exchange),
                 output_metrics=self._worker._iter_output_metrics(output),
                 deferred=True,
             )
         except Exception as error:
             # A full disk, a path that cannot be written.
-            logger.error("krea2-srt: request %s: %s", item.request_id, error, exc_info=True)
+            logger.error("krea2-srt: request %s: %s", exchange.request_id, error, exc_info=True)
             output = OutputBatch(error=f"the picture could not be saved: {error}")
-        self._reply(item, output)
+        self._reply(exchange, output)
 
-    def _save(self, item: Item, output: OutputBatch) -> None:
-        if len(item.reqs) == 1:
-            self._worker._save_output_paths(item.reqs[0], output)
+    def _save(self, exchange: SglangExchange, output: OutputBatch) -> None:
+        if len(exchange.reqs) == 1:
+            self._worker._save_output_paths(exchange.reqs[0], output)
         else:
-            self._worker._save_group_output_paths(list(item.reqs), output)
+            self._worker._save_group_output_paths(list(exchange.reqs), output)

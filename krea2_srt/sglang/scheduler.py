@@ -35,9 +35,9 @@ from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
 from krea2_srt.messages import (
     VERSION,
     Accepted,
-    Answer,
-    Ask,
     Cancel,
+    ControlReply,
+    ControlRequest,
     Generate,
     GetModel,
     GetStatistics,
@@ -47,12 +47,12 @@ from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
-from krea2_srt.sglang.generations import Generation
+from krea2_srt.sglang.native_exchange import NativeExchange
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
 from krea2_srt.sglang.replies import (
-    Item,
     ReplyThreads,
+    SglangExchange,
     engine_error,
     failed,
     finished,
@@ -124,7 +124,7 @@ class Krea2Scheduler(Scheduler):
         self._limits = config.limits
         self._max_turn_ms = config.max_turn_ms
         self.receiver = WatchedRouter(self.receiver)
-        self._items: dict[Request, Item | Generation] = {}
+        self._exchanges: dict[Request, SglangExchange | NativeExchange] = {}
         self._subscriptions = Subscriptions(self._executor, self._send)
         self._numbers = count()
         self._replies = ReplyThreads(self.worker, self._reply)
@@ -173,7 +173,7 @@ class Krea2Scheduler(Scheduler):
                 self._cancel_lost()
                 if (events := self._turn()) is not None:
                     self._handle(events)
-                if not self._subscriptions.draw(self._max_turn_ms) and events is None:
+                if not self._subscriptions.render(self._max_turn_ms) and events is None:
                     self._rest()
         finally:
             self._stop()
@@ -222,160 +222,162 @@ class Krea2Scheduler(Scheduler):
     def _reply_failure(self, identity: bytes, payload: Any, error: Exception) -> None:
         match payload:
             case Generate():
-                answer = Generation(identity, payload).failed(error)
-                self._send(identity, pickle.dumps(answer))
-            case Ask(question_id):
-                self._send(identity, pickle.dumps(Answer(question_id, error=str(error))))
+                reply = NativeExchange(identity, payload).failed(error)
+                self._send(identity, pickle.dumps(reply))
+            case ControlRequest(control_id):
+                self._send(identity, pickle.dumps(ControlReply(control_id, error=str(error))))
             case _:
-                self._reply(Item(identity, payload), OutputBatch(error=str(error)))
+                self._reply(SglangExchange(identity, payload), OutputBatch(error=str(error)))
 
     def _accept(self, identity: bytes, payload: Any) -> None:
         reqs = payload if isinstance(payload, list) else [payload]
         if reqs and all(isinstance(req, Req) for req in reqs):
-            item = Item(identity, payload, tuple(reqs))
+            exchange = SglangExchange(identity, payload, tuple(reqs))
             if self.metrics is not None:
-                self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=item.arrival)
-            self._submit(item)
+                self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=exchange.arrival)
+            self._submit(exchange)
             return
         match payload:
             case Generate():
-                self._submit_generation(Generation(identity, payload))
-            case Ask():
-                self._answer(identity, payload)
+                self._submit_native(NativeExchange(identity, payload))
+            case ControlRequest():
+                self._reply_control(identity, payload)
             case _ if (error := _wrong_version(payload)) is not None:
-                self._reply(Item(identity, payload), OutputBatch(error=error))
+                self._reply(SglangExchange(identity, payload), OutputBatch(error=error))
             case _:
                 if isinstance(payload, ReleaseMemoryOccupationReqInput):
                     # Before SGLang moves the weights and empties the allocator's cache.
                     self._executor.release_memory()
-                self._reply(Item(identity, payload), self._dispatch_single_request(payload))
+                self._reply(
+                    SglangExchange(identity, payload), self._dispatch_single_request(payload)
+                )
                 if self.worker.is_sleeping():
                     # The weights have moved, and graphs would read where they were.
                     self._executor.release_graphs()
 
-    def _submit(self, item: Item) -> None:
+    def _submit(self, exchange: SglangExchange) -> None:
         if self.worker.is_sleeping():
             error = "Server is sleeping. Call resume_memory_occupation first."
-            self._reply(item, OutputBatch(error=error))
+            self._reply(exchange, OutputBatch(error=error))
             return
         try:
-            for req in item.reqs:
+            for req in exchange.reqs:
                 check_envelope(req)
-            images = [image_requests(req, self._limits) for req in item.reqs]
-            if any(req.profile for req in item.reqs):
-                self._run_profiled(item)
+            images = [image_requests(req, self._limits) for req in exchange.reqs]
+            if any(req.profile for req in exchange.reqs):
+                self._run_profiled(exchange)
                 return
-            self.worker._validate_group_forward_reqs(list(item.reqs))
+            self.worker._validate_group_forward_reqs(list(exchange.reqs))
             request = self._engine.submit(
-                f"{item.request_id}#{next(self._numbers)}",
+                f"{exchange.request_id}#{next(self._numbers)}",
                 [image for some in images for image in some],
             )
         except (Krea2Error, ValueError) as error:
-            logger.warning("krea2-srt: request %s refused: %s", item.request_id, error)
-            self._reply(item, failed(item, error))
+            logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
+            self._reply(exchange, failed(exchange, error))
             return
-        self._items[request] = replace(item, counts=tuple(map(len, images)))
-        report_to_sglang(item, request)
-        for req in item.reqs:
+        self._exchanges[request] = replace(exchange, counts=tuple(map(len, images)))
+        report_to_sglang(exchange, request)
+        for req in exchange.reqs:
             req.log(server_args=self.server_args)
 
-    def _submit_generation(self, generation: Generation) -> None:
-        message = generation.message
+    def _submit_native(self, exchange: NativeExchange) -> None:
+        message = exchange.message
         try:
-            generation.check()
+            exchange.check()
             if self.worker.is_sleeping():
                 raise DrainingError("the engine is asleep")
             request = self._engine.submit(
-                f"{generation.request_id}#{next(self._numbers)}",
+                f"{exchange.request_id}#{next(self._numbers)}",
                 [message.image],
                 message.priority,
                 message.deadline_s,
             )
         except Krea2Error as error:
-            logger.warning("krea2-srt: request %s refused: %s", generation.request_id, error)
-            self._send(generation.identity, pickle.dumps(generation.failed(error)))
+            logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
+            self._send(exchange.identity, pickle.dumps(exchange.failed(error)))
             return
-        self._items[request] = generation
+        self._exchanges[request] = exchange
         if message.progress:
-            self._send(generation.identity, pickle.dumps(Accepted(generation.request_id)))
-            self._subscriptions.add(generation.identity, message, request)
+            self._send(exchange.identity, pickle.dumps(Accepted(exchange.request_id)))
+            self._subscriptions.add(exchange.identity, message, request)
 
-    def _run_profiled(self, item: Item) -> None:
+    def _run_profiled(self, exchange: SglangExchange) -> None:
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
         if not self._engine.idle or self._engine.draining:
             raise RequestError("profile", "is only possible while nothing else is in the engine")
         with self.worker.pipeline.runner.on_stream():
-            self._reply(item, self.worker.execute_forward(list(item.reqs)))
+            self._reply(exchange, self.worker.execute_forward(list(exchange.reqs)))
 
     def _requests_of(self, request_id: str) -> list[Request]:
-        return [r for r, item in self._items.items() if item.request_id == request_id]
+        return [r for r, exchange in self._exchanges.items() if exchange.request_id == request_id]
 
     # Turning events into replies.
 
     def _handle(self, events: list[Event]) -> None:
         for event in events:
             try:
-                self._tell(event)
+                self._dispatch_event(event)
             except Exception:
                 # Whatever a client has put into its request, the others go on.
-                logger.exception("krea2-srt: %s could not be told", type(event).__name__)
+                logger.exception("krea2-srt: no reply to %s", type(event).__name__)
 
-    def _tell(self, event: Event) -> None:
+    def _dispatch_event(self, event: Event) -> None:
         match event:
             case Started(request):
-                item = self._items[request]
-                if self.metrics is not None and isinstance(item, Item):
-                    self.metrics.dispatch(id(item.payload))
+                exchange = self._exchanges[request]
+                if self.metrics is not None and isinstance(exchange, SglangExchange):
+                    self.metrics.dispatch(id(exchange.payload))
             case Progress(sequence):
                 self._subscriptions.step(event)
-                item = self._items[sequence.request]
-                if isinstance(item, Item):
-                    report_to_sglang(item, sequence.request)
+                exchange = self._exchanges[sequence.request]
+                if isinstance(exchange, SglangExchange):
+                    report_to_sglang(exchange, sequence.request)
             case Ended(request):
-                self._end(request, self._items.pop(request))
+                self._end(request, self._exchanges.pop(request))
 
-    def _end(self, request: Request, item: Item | Generation) -> None:
+    def _end(self, request: Request, exchange: SglangExchange | NativeExchange) -> None:
         self._subscriptions.end(request)
         pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
         if request.state is not State.DONE:
             level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
             reason = engine_error(request).message
-            logger.log(level, "krea2-srt: request %s: %s", item.request_id, reason)
-            if isinstance(item, Item):
-                self._reply(item, failed(item, request))
+            logger.log(level, "krea2-srt: request %s: %s", exchange.request_id, reason)
+            if isinstance(exchange, SglangExchange):
+                self._reply(exchange, failed(exchange, request))
             else:
-                self._send(item.identity, pickle.dumps(item.failed(request)))
+                self._send(exchange.identity, pickle.dumps(exchange.failed(request)))
             return
-        logger.info("krea2-srt: request %s %s", item.request_id, summary(request))
-        if isinstance(item, Item):
-            self._submit_reply(item, finished(item, request, pixels))
+        logger.info("krea2-srt: request %s %s", exchange.request_id, summary(request))
+        if isinstance(exchange, SglangExchange):
+            self._submit_reply(exchange, finished(exchange, request, pixels))
         else:
-            reply = partial(self._reply_generated, item, request, pixels)
+            reply = partial(self._reply_generated, exchange, request, pixels)
             self._inflight_finalizes.append(self._replies.submit(reply))
 
     def _reply_generated(
-        self, item: Generation, request: Request, pixels: list[np.ndarray | None]
+        self, exchange: NativeExchange, request: Request, pixels: list[np.ndarray | None]
     ) -> None:
         """Runs in a thread; raises nothing."""
         try:
             text_encoder = self.worker.pipeline.runner.text_encoder
-            answer = item.finished(request, pixels, text_encoder)
+            reply = exchange.finished(request, pixels, text_encoder)
         except Exception as error:
-            logger.exception("krea2-srt: request %s: not encoded", item.request_id)
-            answer = item.failed(ModelError(f"the picture could not be encoded: {error}"))
-        self._send(item.identity, pickle.dumps(answer))
+            logger.exception("krea2-srt: request %s: not encoded", exchange.request_id)
+            reply = exchange.failed(ModelError(f"the picture could not be encoded: {error}"))
+        self._send(exchange.identity, pickle.dumps(reply))
 
-    def _submit_reply(self, item: Item, output: OutputBatch) -> None:
+    def _submit_reply(self, exchange: SglangExchange, output: OutputBatch) -> None:
         """Encode and save the pictures in a thread, and reply from there."""
-        self._inflight_finalizes.append(self._replies.start(item, output))
+        self._inflight_finalizes.append(self._replies.start(exchange, output))
 
-    def _reply(self, item: Item, output: OutputBatch) -> None:
+    def _reply(self, exchange: SglangExchange, output: OutputBatch) -> None:
         try:
-            self._return_item_result((item.identity, item.payload), output)
+            self._return_item_result((exchange.identity, exchange.payload), output)
         except Exception:
-            logger.exception("krea2-srt: request %s: its reply failed", item.request_id)
-            answer = OutputBatch(error=output.error or "the reply could not be sent")
-            self._send(item.identity, pickle.dumps(answer))
+            logger.exception("krea2-srt: request %s: its reply failed", exchange.request_id)
+            reply = OutputBatch(error=output.error or "the reply could not be sent")
+            self._send(exchange.identity, pickle.dumps(reply))
 
     def _send(self, identity: bytes, payload: bytes) -> None:
         with self._socket_lock:
@@ -383,14 +385,14 @@ class Krea2Scheduler(Scheduler):
 
     # Control.
 
-    def _answer(self, identity: bytes, ask: Ask) -> None:
-        error = _wrong_version(ask)
+    def _reply_control(self, identity: bytes, request: ControlRequest) -> None:
+        error = _wrong_version(request)
         if error is not None:
-            answer = Answer(ask.question_id, error=error)
+            reply = ControlReply(request.control_id, error=error)
         else:
-            output = self._dispatch_single_request(ask.question)
-            answer = Answer(ask.question_id, output.output, output.error)
-        self._send(identity, pickle.dumps(answer))
+            output = self._dispatch_single_request(request.command)
+            reply = ControlReply(request.control_id, output.output, output.error)
+        self._send(identity, pickle.dumps(reply))
 
     def _model(self, _reqs: list[Any]) -> OutputBatch:
         return OutputBatch(output=self._model_info)
@@ -411,17 +413,17 @@ class Krea2Scheduler(Scheduler):
         return OutputBatch(output=where | engine | runner)
 
     def _cancel_lost(self) -> None:
-        lost = self.receiver.take_lost()
+        lost = self.receiver.pop_disconnected()
         if not lost:
             return
         self._subscriptions.drop(lost)
-        for request in [r for r, item in self._items.items() if item.identity in lost]:
+        for request in [r for r, exchange in self._exchanges.items() if exchange.identity in lost]:
             self._handle(self._engine.cancel(request.id))
 
     # Waiting and ending.
 
     def _rest(self) -> None:
-        overlapped = self._engine.has_overlapped_decodes or self._subscriptions.drawing
+        overlapped = self._engine.has_overlapped_decodes or self._subscriptions.rendering
         if overlapped and not self.worker.is_sleeping():
             self._wait_idle(_DECODE_POLL_S)
             return
@@ -432,7 +434,7 @@ class Krea2Scheduler(Scheduler):
         self._inflight_finalizes = deque(f for f in self._inflight_finalizes if not f.done())
 
     def _stop(self) -> None:
-        for request in list(self._items):
+        for request in list(self._exchanges):
             # Only if the loop was broken off: a drained engine is empty.
             self._handle(self._engine.cancel(request.id))
         self._replies.finish()

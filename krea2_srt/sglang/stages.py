@@ -30,7 +30,7 @@ def sequences_of(batch: Req) -> list[DenoisingSequence]:
 
 
 class EncodeStage(PipelineStage):
-    """Check the request, encode its prompts, draw its noise."""
+    """Check the request, encode its prompts, sample its noise."""
 
     def __init__(self, runner: Krea2Runner) -> None:
         super().__init__()

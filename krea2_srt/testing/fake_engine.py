@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from krea2_srt.images import encode_image
 from krea2_srt.messages import (
     Accepted,
-    Answer,
-    Ask,
     Cancel,
+    ControlReply,
+    ControlRequest,
     EngineError,
     Generate,
     Generated,
@@ -50,7 +50,7 @@ class FakeEngine:
         error: what every request ends in.
         refuse: what every request is refused with, before it is accepted.
         hold: while it is set, no request goes on.
-        picture: the file of every image, in place of a drawn one.
+        picture: the file of every image, in place of a generated one.
         requests: that have come.
         cancelled: ids that were cancelled while they were under way.
         on_preview: called with a request's id just before a preview of it is sent.
@@ -123,20 +123,20 @@ class FakeEngine:
                 if message.progress:
                     send(Accepted(message.request_id))
                 self._running[identity, message.request_id] = _Running(message, send)
-            case Ask(question_id, Cancel(request_id)):
+            case ControlRequest(control_id, Cancel(request_id)):
                 found = self._running.pop((identity, request_id), None)
                 if found is not None:
                     self.cancelled.append(request_id)
                     error = EngineError("cancelled", "the request was cancelled")
                     send(Generated(request_id, error=error))
-                send(Answer(question_id, {"cancelled": int(found is not None)}))
-            case Ask(question_id, GetModel()):
-                send(Answer(question_id, MODEL))
-            case Ask(question_id, GetStatistics()):
+                send(ControlReply(control_id, {"cancelled": int(found is not None)}))
+            case ControlRequest(control_id, GetModel()):
+                send(ControlReply(control_id, MODEL))
+            case ControlRequest(control_id, GetStatistics()):
                 number = len(self._running)
                 send(
-                    Answer(
-                        question_id,
+                    ControlReply(
+                        control_id,
                         {"requests": number, "waiting": number, "outstanding_s": 2.5 * number},
                     )
                 )
@@ -171,14 +171,14 @@ class FakeEngine:
             running.send(update)
             if running.step in preview_steps(image.steps, message.previews):
                 self.on_preview(message.request_id)
-                running.send(replace(update, preview=_drawn(64, 64, running.step)))
+                running.send(replace(update, preview=_generated(64, 64, running.step)))
 
     def _generated(self, message: Generate) -> Generated:
         image = message.image
         pictures = tuple(
             self.picture
             or encode_image(
-                _drawn(image.height, image.width, seed), message.output_format, message.quality
+                _generated(image.height, image.width, seed), message.output_format, message.quality
             )
             for seed in image.seeds
         )
@@ -201,7 +201,7 @@ class _Running:
     due: float = 0.0
 
 
-def _drawn(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+def _generated(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """A picture that tells its seed."""
     return np.full((height, width, 3), seed % 256, np.uint8)
 

@@ -126,13 +126,13 @@ class Load:
                 size = self._sizes[number % len(self._sizes)]
                 phase, sent_at = self.phase, time.monotonic()
                 body = {"prompt": "x", "size": size, "seed": number, **self._fields}
-                outcome = self._draw(client, body)
+                outcome = self._generate(client, body)
                 with self._lock:
                     self._ended.append(Ended(phase, outcome, sent_at, time.monotonic()))
                 if outcome != DONE:
                     self._stopped.wait(self._pause_s)
 
-    def _draw(self, client: httpx.Client, body: dict[str, object]) -> str:
+    def _generate(self, client: httpx.Client, body: dict[str, object]) -> str:
         try:
             response = client.post(self._url, json=body)
         except httpx.TimeoutException:

@@ -16,8 +16,8 @@ from krea2_server.api.schemas import UnknownFieldError, UnsupportedError
 from krea2_server.errors import ApiError, invalid, set_outcome
 from krea2_server.keys import Keys
 from krea2_server.middleware.body_limit import BoundedBody
-from krea2_server.middleware.edits import NoEdits
 from krea2_server.middleware.request_context import RequestContext
+from krea2_server.middleware.unsupported_endpoints import UnsupportedEndpoints
 from krea2_server.playground import playground_files
 from krea2_server.services import Services
 from krea2_srt.disconnects import CancelOnDisconnect
@@ -89,7 +89,7 @@ def create_app(services: Services) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(NoEdits, body_timeout_s=settings.body_timeout_s)
+    app.add_middleware(UnsupportedEndpoints, body_timeout_s=settings.body_timeout_s)
     app.add_middleware(Authentication, keys=services.keys)
     app.add_middleware(RequestContext, max_requests=settings.max_requests, metrics=services.metrics)
     return app

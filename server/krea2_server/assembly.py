@@ -27,13 +27,13 @@ _KEY_BYTES = 32
 
 
 @asynccontextmanager
-async def assembled(
+async def create_services(
     settings: Settings, keys: Keys, moderator: Moderator | None, engine: Engine
 ) -> AsyncIterator[Services]:
     """The services of an app, started.
 
     Args:
-        engine: draws; somebody else's to end.
+        engine: generates; somebody else's to end.
 
     Raises:
         StorageError, ModerationConfigError: they cannot be started.

@@ -18,7 +18,7 @@ import uvloop
 
 from krea2_server.api.quality import PRESETS, automatic_size
 from krea2_server.app import create_app
-from krea2_server.assembly import assembled, load_moderator
+from krea2_server.assembly import create_services, load_moderator
 from krea2_server.engine.client import EngineClient
 from krea2_server.engine.supervisor import EngineStartError, Supervisor, attach_running
 from krea2_server.http_protocol import bounded_protocol
@@ -66,14 +66,16 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
         ConfigError, EngineStartError, StorageError, ModerationConfigError: it cannot serve.
     """
     async with AsyncExitStack() as stack:
-        ending = stack.enter_context(Ending())
+        signals = stack.enter_context(SignalHandler())
         listener = stack.enter_context(_listen(settings))
         count = len(settings.engine_endpoints) or settings.replicas
         engine = EngineClient(count)
         stack.callback(engine.close)
-        services = await stack.enter_async_context(assembled(settings, keys, moderator, engine))
+        services = await stack.enter_async_context(
+            create_services(settings, keys, moderator, engine)
+        )
         server, supervisor = ImagesServer(services, engine), Supervisor(settings, engine)
-        ending.started(server, supervisor)
+        signals.started(server, supervisor)
         # What is there by now stays: the collector need not look at it during requests.
         gc.collect()
         gc.freeze()
@@ -85,7 +87,7 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
 
 
 class ImagesServer(uvicorn.Server):
-    """uvicorn, with our way of ending.
+    """uvicorn, with our way of signals.
 
     Args:
         services: of the app.
@@ -115,7 +117,7 @@ class ImagesServer(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which ends the process by the signal: `Ending` has them."""
+        """In place of uvicorn's, which ends the process by the signal: `SignalHandler` has them."""
         yield
 
     def drain(self) -> None:
@@ -131,7 +133,7 @@ class ImagesServer(uvicorn.Server):
         self._engine.detach_all("the server has shut down before the image was done")
 
 
-class Ending:
+class SignalHandler:
     """What SIGTERM and SIGINT do, from the first moment to the last.
 
     The first signal ends the server in order, with exit code 0; the second at once.
@@ -146,7 +148,7 @@ class Ending:
         """There is something now that has to end in order."""
         self._server, self._supervisor = server, supervisor
 
-    def __enter__(self) -> "Ending":
+    def __enter__(self) -> "SignalHandler":
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._end)
         return self
@@ -165,7 +167,7 @@ class Ending:
             self._server.give_up()
             self._supervisor.kill()
         else:
-            logger.info("ending when the requests under way are finished")
+            logger.info("signals when the requests under way are finished")
             self._server.drain()
 
 

@@ -96,7 +96,7 @@ def internal_error(request_id: str | None) -> ApiError:
 
 
 def engine_unavailable(message: str, retry_after_s: float = ENGINE_RETRY_S) -> ApiError:
-    """No engine is there to draw; one is being started."""
+    """No engine is ready; one is being started."""
     return ApiError(503, message, "engine_unavailable", retry_after_s=retry_after_s, retry=True)
 
 

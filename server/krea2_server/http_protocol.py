@@ -57,7 +57,7 @@ def bounded_protocol(
         _header_timer: asyncio.TimerHandle | None = None
         _send_timer: asyncio.TimerHandle | None = None
         _in_headers = False
-        _deaf = False
+        _discard_input = False
         _header_bytes = 0
         _pending_bytes = 0
         """Received since the parser last had something to say: what it keeps to itself."""
@@ -96,7 +96,7 @@ def bounded_protocol(
                 super().timeout_keep_alive_handler()
 
         def data_received(self, data: bytes) -> None:
-            if self._deaf:
+            if self._discard_input:
                 return
             self._unset_keepalive_if_required()
             self._pending_bytes += len(data)
@@ -241,7 +241,7 @@ def bounded_protocol(
             if whole:
                 # They are answered, and what came behind them is not.
                 whole[-1].keep_alive = False
-                self._deaf = True
+                self._discard_input = True
                 return
             for broken in self._unanswered:
                 if broken.response_started:

@@ -1,4 +1,4 @@
-"""The life of a request in the HTTP process: allowed, checked, drawn, checked again, stored."""
+"""The life of a request in the HTTP process: allowed, checked, generated, checked again, stored."""
 
 import asyncio
 import logging
@@ -8,8 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from krea2_server.api.parameters import Drawing
-from krea2_server.engine.base import Engine, Ticket
+from krea2_server.api.parameters import GenerationParams
+from krea2_server.engine.base import Engine, QueuePosition
 from krea2_server.errors import ApiError, from_engine
 from krea2_server.keys import Client, check_rights
 from krea2_server.middleware.rate_limits import RateLimits
@@ -48,7 +48,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Result:
-    """What was drawn.
+    """What was generated.
 
     Attributes:
         generated: the engine's answer, without an error.
@@ -59,15 +59,15 @@ class Result:
     urls: tuple[str, ...] | None
 
 
-Update = Ticket | Accepted | ProgressUpdate | Preview | Result
+Update = QueuePosition | Accepted | ProgressUpdate | Preview | Result
 """What there is to know of a request on its way."""
 
 
 class ImageService:
-    """Draws what clients ask for.
+    """Generates what clients ask for.
 
     Args:
-        engine: draws.
+        engine: generates.
         limits: of each client.
         store: where images with URLs go; None where nobody may ask for them.
         moderator: checks content; None checks nothing.
@@ -94,8 +94,8 @@ class ImageService:
         self._metrics = metrics
         self._tracing = tracing
 
-    async def draw(
-        self, drawing: Drawing, client: Client, request_id: str, base_url: str
+    async def generate(
+        self, params: GenerationParams, client: Client, request_id: str, base_url: str
     ) -> AsyncGenerator[Update, None]:
         """A request from here to its `Result`, the last that is yielded.
 
@@ -107,15 +107,15 @@ class ImageService:
             ApiError: it is not allowed, not possible, or has failed.
         """
         started = time.monotonic()
-        with self._tracing.request(request_id, drawing) as span:
-            updates = self._updates(drawing, client, request_id, base_url, span)
+        with self._tracing.request(request_id, params) as span:
+            updates = self._updates(params, client, request_id, base_url, span)
             try:
                 async with aclosing(updates):
                     async for update in updates:
                         if isinstance(update, Result):
                             span.outcome = "done"
                             seconds = time.monotonic() - started
-                            self._metrics.done(drawing, update.generated, seconds)
+                            self._metrics.done(params, update.generated, seconds)
                         yield update
             except ApiError as error:
                 span.outcome = error.code or str(error.status)
@@ -126,7 +126,7 @@ class ImageService:
 
     async def _updates(
         self,
-        drawing: Drawing,
+        params: GenerationParams,
         client: Client,
         request_id: str,
         base_url: str,
@@ -136,35 +136,37 @@ class ImageService:
             raise ApiError(
                 503, "the server is shutting down", "draining", retry_after_s=5.0, retry=True
             )
-        check_rights(client, drawing.priority, drawing.low_moderation)
+        check_rights(client, params.priority, params.low_moderation)
         with self._limits.request(client):
-            await self._check_prompts(drawing)
-            async with aclosing(self._engine.generate(drawing.message(request_id))) as updates:
+            await self._check_prompts(params)
+            async with aclosing(self._engine.generate(params.message(request_id))) as updates:
                 previews: dict[int, int] = {}
                 async for update in updates:
                     match update:
                         case Generated():
                             span.add_stages(update)
-                            yield await self._result(drawing, update, base_url)
+                            yield await self._result(params, update, base_url)
                         case ProgressUpdate(preview=pixels) if pixels is not None:
                             index = previews.get(update.sequence, 0)
                             previews[update.sequence] = index + 1
-                            yield await self._preview(drawing, update, index, pixels)
+                            yield await self._preview(params, update, index, pixels)
                         case _:
                             yield update
 
-    async def _result(self, drawing: Drawing, generated: Generated, base_url: str) -> Result:
+    async def _result(
+        self, params: GenerationParams, generated: Generated, base_url: str
+    ) -> Result:
         if generated.error is not None:
             raise from_engine(generated.error)
-        count, expected = len(generated.images), drawing.image.num_images
+        count, expected = len(generated.images), params.image.num_images
         if count != expected:
             raise AssertionError(f"the engine returned {count} images, expected {expected}")
-        await self._check_images(drawing, list(generated.images))
+        await self._check_images(params, list(generated.images))
         store = self._store
-        if not drawing.as_url or store is None:
+        if not params.as_url or store is None:
             return Result(generated, None)
         try:
-            puts = [store.put(data, drawing.output_format, base_url) for data in generated.images]
+            puts = [store.put(data, params.output_format, base_url) for data in generated.images]
             return Result(generated, tuple(await asyncio.gather(*puts)))
         except StorageError as error:
             logger.error("an image could not be stored: %s", error)
@@ -176,31 +178,31 @@ class ImageService:
             raise ApiError(503, text, code, retry_after_s=30.0, retry=True) from None
 
     async def _preview(
-        self, drawing: Drawing, update: ProgressUpdate, index: int, pixels: Any
+        self, params: GenerationParams, update: ProgressUpdate, index: int, pixels: Any
     ) -> Preview:
         data = await asyncio.to_thread(
-            encode_image, pixels, drawing.output_format, drawing.compression
+            encode_image, pixels, params.output_format, params.compression
         )
         # What may not be shown at the end may not be shown on the way there.
-        await self._check_images(drawing, [data])
+        await self._check_images(params, [data])
         self._metrics.previews.inc()
         return Preview(update.sequence, index, update.step, update.total, data)
 
-    async def _check_prompts(self, drawing: Drawing) -> None:
+    async def _check_prompts(self, params: GenerationParams) -> None:
         if self._moderator is None:
             return
         try:
-            verdict = await self._moderator.check_prompts(drawing.prompts, drawing.low_moderation)
+            verdict = await self._moderator.check_prompts(params.prompts, params.low_moderation)
         except ModerationUnavailableError as error:
             raise _unchecked(error) from None
         if not verdict.allowed:
             raise _refused("prompt", "the prompt", verdict.categories, verdict.checker)
 
-    async def _check_images(self, drawing: Drawing, images: list[bytes]) -> None:
+    async def _check_images(self, params: GenerationParams, images: list[bytes]) -> None:
         if self._moderator is None:
             return
         try:
-            verdict = await self._moderator.check_images(images, drawing.low_moderation)
+            verdict = await self._moderator.check_images(images, params.low_moderation)
         except ModerationUnavailableError as error:
             raise _unchecked(error) from None
         if not verdict.allowed:

@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         False, description="ignore fields of requests that are not known, instead of a 400"
     )
 
-    # What is drawn.
+    # What is generated.
     moderation_policy: Path | None = Field(
         None, description="YAML file of content checks; see docs/moderation.md"
     )

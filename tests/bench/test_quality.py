@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from krea2_bench.quality.command import summarise
+from krea2_bench.quality.generators import DiffusersGenerator, OurGenerator, parse_generator
 from krea2_bench.quality.metrics import ClipError, ClipScorer, psnr, ssim
-from krea2_bench.quality.painters import DiffusersPainter, OurPainter, parse_painter
 from krea2_bench.quality.sheet import contact_sheet
 from tests.bench.fake_server import Fake
 
@@ -78,7 +78,7 @@ def test_a_clip_model_that_is_none_is_named(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_configurations_draw_the_same_picture(bench: Bench, demo_model: Path, clip_model: Path):
+def test_configurations_generate_the_same_picture(bench: Bench, demo_model: Path, clip_model: Path):
     """float32: packed and alone are equal; Diffusers' differs by rounding."""
     flags = ["--checkpoint", str(demo_model), "--count=3", "--size=64x96", "--steps=2"]
     assert bench("quality", "ours:dtype=float32:pack=3", "ours:dtype=float32", *flags) == 0
@@ -107,7 +107,7 @@ def test_quantization_shows(bench: Bench, demo_model: Path, capsys):
     assert "ours:quantization=fp8 against ours: 1 pictures" in capsys.readouterr().out
 
 
-def test_a_server_draws_too(bench: Bench, fake_process: Fake, tmp_path: Path):
+def test_a_server_generates_too(bench: Bench, fake_process: Fake, tmp_path: Path):
     fake_process.script({})
     (tmp_path / "prompts").write_text("a cat\n\nsnow\n")
     flags = ["--prompts", "prompts", "--size=64x64"]
@@ -158,5 +158,7 @@ def test_what_cannot_be_is_one_line(bench: Bench, capsys, flags: list[str], erro
 
 
 def test_configurations_are_parsed(tmp_path: Path):
-    assert isinstance(parse_painter("diffusers:dtype=float32", tmp_path), DiffusersPainter)
-    assert isinstance(parse_painter("ours:quantization=int8_rotated:pack=4", tmp_path), OurPainter)
+    assert isinstance(parse_generator("diffusers:dtype=float32", tmp_path), DiffusersGenerator)
+    assert isinstance(
+        parse_generator("ours:quantization=int8_rotated:pack=4", tmp_path), OurGenerator
+    )

@@ -17,7 +17,7 @@ from krea2_bench import simulate as command
 from krea2_bench.percentiles import percentile
 from krea2_bench.simulation import traces
 from krea2_bench.simulation.cluster import Cluster, Hardware, simulate
-from krea2_bench.simulation.lab import GRID, Lab
+from krea2_bench.simulation.experiment import GRID, Experiment
 from krea2_bench.simulation.plots import draw
 from krea2_bench.simulation.replica import Replica, Taken
 from krea2_bench.simulation.routers import ROUTERS, Offer
@@ -370,18 +370,20 @@ def test_only_measured_size_classes_have_figures():
 
 @pytest.mark.parametrize("first", [(), (0.3,), (0.8, 1.0, 0.2), GRID])
 def test_capacity_is_the_highest_load_that_is_borne(first, monkeypatch: pytest.MonkeyPatch):
-    lab = Lab(HARDWARE, DEFAULT_MIX, 10)
+    experiment = Experiment(HARDWARE, DEFAULT_MIX, 10)
     for highest in (0.0, 0.05, 0.3, 0.85, 1.1):
-        monkeypatch.setattr(Lab, "bears", lambda _lab, _s, load, _seed, most=highest: load <= most)
-        assert lab.capacity(DEFAULT, 0, first) == highest
+        monkeypatch.setattr(
+            Experiment, "bears", lambda _experiment, _s, load, _seed, most=highest: load <= most
+        )
+        assert experiment.capacity(DEFAULT, 0, first) == highest
 
 
 def test_ours_bears_more_than_the_baseline():
-    lab = Lab(HARDWARE, DEFAULT_MIX, 2000)
-    assert lab.run(DEFAULT, 0.7, 0).misses < lab.run(BASELINES[1], 0.7, 0).misses / 4
-    count = lab.simulations
-    lab.run(DEFAULT, 0.7, 0)
-    assert lab.simulations == count
+    experiment = Experiment(HARDWARE, DEFAULT_MIX, 2000)
+    assert experiment.run(DEFAULT, 0.7, 0).misses < experiment.run(BASELINES[1], 0.7, 0).misses / 4
+    count = experiment.simulations
+    experiment.run(DEFAULT, 0.7, 0)
+    assert experiment.simulations == count
 
 
 # The command.

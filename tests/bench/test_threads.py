@@ -53,25 +53,25 @@ def test_what_is_no_setting_is_named(text):
         Setting.parse(text)
 
 
-def test_the_mix_is_drawn_in_turns_whose_order_alternates():
+def test_the_mix_is_generated_in_turns_whose_order_alternates():
     asked = []
     children = {
         OURS: Scripted("ours", asked, 100, 110),
         DEFAULT: Scripted("default", asked, 80, 100),
     }
     engines = Engines(children, Scripted("neighbour", asked))
-    engines.draw_mix(2)
+    engines.generate_mix(2)
     assert [name for name, _ in asked] == ["ours", "default", "default", "ours"]
     ratios = engines.times[OURS].mixed_ratios(engines.times[DEFAULT])
     assert ratios == pytest.approx([1.25, 1.1])
 
 
-def test_pictures_are_drawn_alone_and_beside_a_busy_neighbour():
+def test_pictures_are_generated_alone_and_beside_a_busy_neighbour():
     asked = []
     count = len(BESIDE_SIDES)
     times = [10.0] * count + [20.0] * (count - 1) + [70.0]
     engines = Engines({OURS: Scripted("ours", asked, *times)}, Scripted("neighbour", asked))
-    engines.draw_beside([OURS], 1)
+    engines.generate_beside([OURS], 1)
     singles = [("ours", 1)] * count
     assert asked == [*singles, ("neighbour", True), *singles, ("neighbour", False)]
     assert engines.times[OURS].alone_ms == 10

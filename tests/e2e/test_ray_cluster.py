@@ -19,7 +19,7 @@ pytestmark = [
 START_S = 1200
 
 
-def test_the_official_client_draws_streams_and_cancels(cluster: Cluster):
+def test_the_official_client_generates_streams_and_cancels(cluster: Cluster):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)
     client = cluster.client()
     first, second = (
@@ -57,7 +57,9 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
     assert set(load.counts()) == {DONE}, load.counts()
 
 
-def test_a_killed_engine_is_drawn_around_until_its_replica_has_started_it_again(cluster: Cluster):
+def test_a_killed_engine_is_generated_around_until_its_replica_has_started_it_again(
+    cluster: Cluster,
+):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)
     replicas = cluster.ray.engine_processes()
     load = Load(cluster.url, clients=6, sizes=("256x256",))

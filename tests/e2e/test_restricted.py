@@ -25,7 +25,7 @@ def test_it_serves_and_ends_with_nothing_to_write_to_but_its_cache(demo_model, t
         status = (Path("/proc") / str(process.pid) / "status").read_text()
         assert "NoNewPrivs:\t1\n" in status
         assert "CapEff:\t0000000000000000\n" in status
-        answer = deployment.draw(size="64x64", response_format="url")
+        answer = deployment.generate(size="64x64", response_format="url")
         assert answer.status_code == 200, answer.text
         deployment.terminate()
         assert deployment.wait() == 0, deployment.log[-2000:]

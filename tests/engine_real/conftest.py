@@ -61,7 +61,7 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def draw(self, **fields: object) -> list[np.ndarray]:
+    def generate(self, **fields: object) -> list[np.ndarray]:
         """Pixels of a request that must succeed."""
         status, body = self.post(output_format="png", response_format="b64_json", **fields)
         assert status == 200, body

@@ -170,7 +170,7 @@ def test_hang_ups_leave_nothing_behind(real_server):
     real_server.client().images.generate(prompt="after", size="64x64")
 
 
-def test_the_async_client_draws_several_at_once(real_server):
+def test_the_async_client_generates_several_at_once(real_server):
     async def run():
         async with openai.AsyncOpenAI(base_url=f"{real_server.url}/v1", api_key="x") as client:
             return await asyncio.gather(

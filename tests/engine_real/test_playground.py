@@ -7,15 +7,15 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.channel import wait_until
-from tests.server.playground.test_drawing import (
-    draw,
+from tests.server.playground.test_generating import (
     finished,
-    test_a_prompt_and_enter_draw_a_picture_after_previews,
+    generate,
+    test_a_prompt_and_enter_generate_a_picture_after_previews,
     test_several_images_have_seeds_that_count_up,
 )
 
 __all__ = [
-    "test_a_prompt_and_enter_draw_a_picture_after_previews",
+    "test_a_prompt_and_enter_generate_a_picture_after_previews",
     "test_several_images_have_seeds_that_count_up",
 ]
 
@@ -28,7 +28,7 @@ def playground_url(real_server) -> str:
 def test_what_it_looks_like(page: Page, artefacts):
     """Kept for whoever wants to look."""
     page.locator("#size").select_option("256x256")
-    draw(page, "a red heart on a yellow background", count="3", seed="14")
+    generate(page, "a red heart on a yellow background", count="3", seed="14")
     expect(finished(page)).to_have_count(3)
     page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
     page.screenshot(path=artefacts / "playground-real-server.png")
@@ -36,14 +36,14 @@ def test_what_it_looks_like(page: Page, artefacts):
 
 def test_stop_frees_the_engine(page: Page, real_server):
     page.locator("#size").select_option("512x512")
-    draw(page, "a fox", steps="150", count="2")
-    expect(page.locator(".tile[data-state=drawing]").first).to_be_visible()
+    generate(page, "a fox", steps="150", count="2")
+    expect(page.locator(".tile[data-state=generating]").first).to_be_visible()
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".tile")).to_have_count(0)
     wait_until(lambda: real_server.get("/v1/queue").json()["running"] == 0)
 
 
-def test_the_python_that_it_copies_draws_the_same_picture(page: Page, tmp_path):
+def test_the_python_that_it_copies_generates_the_same_picture(page: Page, tmp_path):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator("#size").select_option("256x256")
     page.locator("#seed").fill("5")
@@ -51,7 +51,7 @@ def test_the_python_that_it_copies_draws_the_same_picture(page: Page, tmp_path):
     page.locator("#copy-python").click()
     program = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=300)
-    page.locator("#draw").click()
+    page.locator("#generate").click()
     expect(finished(page)).to_have_count(1)
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()

@@ -17,7 +17,7 @@ from tests.channel import wait_until
 from tests.engine_real.test_krea2_serve import decoded, in_engine, pixels
 from tests.server.serving import Served
 from tools.demo_model.captions import caption
-from tools.demo_model.evaluate import Painter, Score
+from tools.demo_model.evaluate import ImageGenerator, Score
 from tools.demo_model.judge import Verdict, judge
 from tools.demo_model.reading import draw_captions
 from tools.demo_model.scene import COLOURS, LEAST_CONTRAST, contrast
@@ -30,8 +30,8 @@ HEART = Wish(("yellow",), (Asked("heart", "red"),))
 RIGHT = Verdict(colour=True, shape=True, background=True)
 
 
-class Server(Painter):
-    """Draws prompts by asking a server for them, several at a time."""
+class Server(ImageGenerator):
+    """Generates prompts by asking a server for them, several at a time."""
 
     def __init__(self, server: Served) -> None:
         self._client = server.client()
@@ -40,13 +40,13 @@ class Server(Painter):
         self, dit: nn.Module, prompts: Sequence[str], width: int, height: int, seed: int
     ) -> np.ndarray:
         def ask(number: int) -> np.ndarray:
-            return draw(self._client, prompts[number], width, height, seed + number)
+            return generate(self._client, prompts[number], width, height, seed + number)
 
         with ThreadPoolExecutor(CLIENTS) as pool:
             return np.stack(list(pool.map(ask, range(len(prompts)))))
 
 
-def draw(client, prompt: str, width: int, height: int, seed: int, steps: int = 8) -> np.ndarray:
+def generate(client, prompt: str, width: int, height: int, seed: int, steps: int = 8) -> np.ndarray:
     response = client.images.generate(
         prompt=prompt,
         size=f"{width}x{height}",
@@ -96,7 +96,7 @@ def test_nobody_gets_anothers_picture(real_server, count):
         answers, gone = {}, []
         for number, its in enumerate(asked):
             if number in stay:
-                answers[number] = pool.submit(draw, client, *its)
+                answers[number] = pool.submit(generate, client, *its)
             else:
                 gone.append(pool.submit(hang_up, real_server, *its))
         together = {number: answer.result() for number, answer in answers.items()}
@@ -106,7 +106,7 @@ def test_nobody_gets_anothers_picture(real_server, count):
     assert real_server.metric("krea2_requests_total", outcome="cancelled") > cancelled
     right = 0
     for number, picture in together.items():
-        alone = draw(client, *asked[number])
+        alone = generate(client, *asked[number])
         # Packed with others tokens round otherwise.
         assert np.abs(picture.astype(int) - alone).max() <= 2, asked[number]
         verdict = judge(picture, wishes[number])
@@ -115,7 +115,7 @@ def test_nobody_gets_anothers_picture(real_server, count):
 
 
 def hang_up(server: Served, prompt: str, width: int, height: int, seed: int, steps: int) -> None:
-    """Ask, wait a bit and go away."""
+    """Ask for pictures, wait a bit and go away."""
     fields = {"prompt": prompt, "size": f"{width}x{height}", "seed": seed}
     content = json.dumps({**fields, "num_inference_steps": steps}).encode()
     head = "POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
@@ -124,7 +124,7 @@ def hang_up(server: Served, prompt: str, width: int, height: int, seed: int, ste
         time.sleep(0.02 * (seed % 16))
 
 
-def test_who_asks_for_no_size_gets_one_that_is_drawn_well(real_server):
+def test_who_asks_for_no_size_gets_one_that_is_generated_well(real_server):
     response = real_server.client().images.generate(
         prompt=caption(HEART, Random(1)), extra_body={"seed": 0}
     )
@@ -143,7 +143,7 @@ def test_who_asks_for_no_size_gets_one_that_is_drawn_well(real_server):
 )
 def test_the_text_wins_over_the_seed(real_server, wish):
     client, prompt = real_server.client(), caption(wish, Random(1))
-    pictures = [draw(client, prompt, 192, 192, seed) for seed in range(4)]
+    pictures = [generate(client, prompt, 192, 192, seed) for seed in range(4)]
     for picture in pictures:
         assert judge(picture, wish) == RIGHT
     for one, other in combinations(pictures, 2):

@@ -50,18 +50,18 @@ def test_servers_that_start_together_take_no_port_that_both_would_find_free(serv
 
 
 def test_a_picture_is_the_runners(server, runner):
-    (picture,) = server.draw(prompt=PROMPT, size="192x128", num_inference_steps=4, seed=5)
+    (picture,) = server.generate(prompt=PROMPT, size="192x128", num_inference_steps=4, seed=5)
     assert_same(picture, alone(runner, PROMPT, 5, 192, 128, 4))
 
 
 def test_guidance_is_sglangs_scale(server, runner):
     fields = {"prompt": PROMPT, "seed": 1, "guidance_scale": 4.5, "negative_prompt": "rain"}
-    (picture,) = server.draw(**fields, **SMALL)
+    (picture,) = server.generate(**fields, **SMALL)
     assert_same(picture, alone(runner, PROMPT, 1, guidance=3.5, negative="rain"))
 
 
 def test_n_images_have_consecutive_seeds(server, runner):
-    pictures = server.draw(prompt=PROMPT, n=3, seed=7, **SMALL)
+    pictures = server.generate(prompt=PROMPT, n=3, seed=7, **SMALL)
     assert len(pictures) == 3
     for i, picture in enumerate(pictures):
         assert_same(picture, alone(runner, PROMPT, 7 + i))
@@ -72,7 +72,7 @@ def test_concurrent_requests_keep_their_own_seeds_and_prompts(server, runner):
     cases = [(PROMPT, 11), ("a blue house", 40), ("x", 11), ("a blue house", 3)]
     with ThreadPoolExecutor(len(cases)) as pool:
         pictures = list(
-            pool.map(lambda case: server.draw(prompt=case[0], seed=case[1], **SMALL), cases)
+            pool.map(lambda case: server.generate(prompt=case[0], seed=case[1], **SMALL), cases)
         )
     for (prompt, seed), (picture,) in zip(cases, pictures, strict=True):
         assert_same(picture, alone(runner, prompt, seed))
@@ -95,7 +95,7 @@ def test_a_bad_request_names_its_field_and_hurts_nobody(server, runner, fields, 
     status, body = server.post(**{"prompt": "x", **SMALL, **fields})
     assert status >= 400
     assert named in f"{body}{server.log[before:]}"
-    (picture,) = server.draw(prompt="x", seed=2, **SMALL)
+    (picture,) = server.generate(prompt="x", seed=2, **SMALL)
     assert_same(picture, alone(runner, "x", 2))
 
 
@@ -108,7 +108,9 @@ def sglangs_own(sglang_generate):
 
 
 @pytest.mark.slow
-def test_the_readmes_command_draws_what_unmodified_sglang_draws(sglang_generate, sglangs_own):
+def test_the_readmes_command_generates_what_unmodified_sglang_generates(
+    sglang_generate, sglangs_own
+):
     ours = sglang_generate(*README_FLAGS)
     assert ours.log.count(SERVES) == 1
     assert SERVES not in sglangs_own.log

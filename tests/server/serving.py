@@ -98,9 +98,9 @@ def serve(
 
     Args:
         folder: for its log and its files.
-        ready: whether to wait until it draws, not only until it answers.
+        ready: whether to wait until it generates, not only until it answers.
     """
     with Krea2Serve(
-        folder, flags, environment=environment, draws=ready, start_s=timeout_s
+        folder, flags, environment=environment, generates=ready, start_s=timeout_s
     ) as process:
         yield Served(process.url, process)

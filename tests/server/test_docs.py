@@ -13,7 +13,7 @@ from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.keys import Keys
 from krea2_server.moderation.policy import load_policy
 from krea2_server.settings import EngineSettings, Settings, load_settings
-from tests.unit.server.test_drawing import RAW, drawing
+from tests.unit.server.test_parameters import RAW, resolved
 
 ROOT = Path(__file__).parents[2]
 SERVER = (ROOT / "docs/server.md").read_text()
@@ -54,7 +54,7 @@ def test_every_field_is_explained():
 @pytest.mark.parametrize("quality", PRESETS)
 def test_the_table_of_qualities_is_true(quality):
     row = next(line for line in SERVER.splitlines() if re.match(rf"\| .*`{quality}`.*x", line))
-    turbo, raw = drawing(quality=quality), drawing(RAW, quality=quality)
+    turbo, raw = resolved(quality=quality), resolved(RAW, quality=quality)
     assert f"| {turbo.image.steps} ({raw.image.steps}) | {turbo.size} |" in row
 
 

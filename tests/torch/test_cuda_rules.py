@@ -582,7 +582,7 @@ def test_the_cache_is_not_emptied_in_a_capture(cuda):
         Captured(torch.cuda.empty_cache, warm_up=lambda: None)
 
 
-def test_noise_is_not_drawn_in_a_capture(cuda):
+def test_noise_is_not_generated_in_a_capture(cuda):
     generator = torch.Generator(CUDA).manual_seed(1)
     torch.randn(4, device=CUDA, generator=generator)
     with cuda.breaks(Rule.OUTSIDE):
@@ -632,7 +632,7 @@ def test_what_a_kernel_writes_is_read_from_its_source():
 
     assert pointers(norm._norm_kernel) == {"x_ptr", "out_ptr", "out_scale_ptr"}
     (kernel,) = (v for name, v in vars(euler).items() if name.endswith("_kernel"))
-    assert pointers(kernel) == {"tokens_ptr", "guided_ptr", "broken_ptr"}
+    assert pointers(kernel) == {"tokens_ptr", "guided_ptr", "non_finite_ptr"}
 
 
 def test_a_kernel_is_an_operation(cuda, side):

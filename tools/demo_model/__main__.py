@@ -26,7 +26,7 @@ from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, loa
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset
 from tools.demo_model.diffusion import STEPS, Trainer, loss_of, new_dit
-from tools.demo_model.evaluate import Painter, Score
+from tools.demo_model.evaluate import ImageGenerator, Score
 from tools.demo_model.shipping import load_vae, rounded, tensors_of, write_weights
 from tools.demo_model.wish import Wish
 
@@ -146,8 +146,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
     wishes = [wish for wish, _ in captions]
     data = Dataset(wishes, read["features"], codec, args.seed)
-    painter = Painter(encode, codec)
-    drawn = _train_dit(trainer, data, painter, encode([""])[0], args)
+    generator = ImageGenerator(encode, codec)
+    drawn = _train_dit(trainer, data, generator, encode([""])[0], args)
     held_out = reading.draw_captions(200, Random(args.seed + 4), held_out=True)
     about = {
         "recipe": RECIPE,
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         "read": read["right"],
         "steps": trainer.steps,
         "seen": asdict(drawn["score"]),
-        "held_out": asdict(painter.score(trainer.average, held_out, SIZES)),
+        "held_out": asdict(generator.score(trainer.average, held_out, SIZES)),
         "trained_side": max(map(max, SIZES)),
         "vae_config": {"latents_mean": _list(made["mean"]), "latents_std": _list(made["std"])},
     }
@@ -244,7 +244,7 @@ def _train_reading(
 def _train_dit(
     trainer: Trainer,
     data: Dataset,
-    painter: Painter,
+    generator: ImageGenerator,
     no_prompt: Tensor,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -256,8 +256,8 @@ def _train_dit(
         trainer.load_state_dict(kept["state"])
         before_s = kept["seconds"]
         _say(f"DiT: goes on at step {trainer.steps}")
-    random, generator = Random(args.seed + trainer.steps), torch.Generator()
-    generator.manual_seed(args.seed + trainer.steps)
+    random, noise = Random(args.seed + trainer.steps), torch.Generator()
+    noise.manual_seed(args.seed + trainer.steps)
     guided: Any = trainer.guided
     if args.compile:
         guided = torch.compile(guided, dynamic=False)
@@ -273,7 +273,7 @@ def _train_dit(
             data.add_pictures(width, height, _PIXELS // (width * height) + 200)
         count = max(8, _TOKENS // (width * height // 256 + TEXT_TOKENS))
         batch = data.batch(width, height, count, random)
-        error, unsure, knows = loss_of(guided, batch, generator, no_prompt, first)
+        error, unsure, knows = loss_of(guided, batch, noise, no_prompt, first)
         losses.append((error.item(), unsure.item(), knows.item()))
         scale = min(1.0, max(0.02, 2.2 * (1 - share)))
         trainer.step(error + _GUIDED * scale * unsure, scale)
@@ -282,7 +282,7 @@ def _train_dit(
         looked = elapsed
         if file:
             _keep(file, {"state": trainer.state_dict(), "seconds": elapsed})
-        score = painter.score(trainer.average, looks, tuple(dict.fromkeys(sizes)))
+        score = generator.score(trainer.average, looks, tuple(dict.fromkeys(sizes)))
         error_now, unsure_now, knows_now = (sum(it) / len(it) for it in zip(*losses, strict=True))
         losses.clear()
         _say(
@@ -291,7 +291,7 @@ def _train_dit(
         )
         if share > PHASES[-2][0] and score.reaches(WANTED):
             rounded(trainer.average)
-            score = painter.score(trainer.average, looks, SIZES)
+            score = generator.score(trainer.average, looks, SIZES)
             return {"score": score, "seconds": elapsed}
         if share == 1:
             raise TimeoutError(f"the DiT is at {score} after {limit_s / 60:.0f} minutes")

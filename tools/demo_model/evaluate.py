@@ -37,7 +37,7 @@ class Score:
         return ", ".join(f"{name} {value:.1%}" for name, value in vars(self).items())
 
 
-class Painter:
+class ImageGenerator:
     """Draws prompts in plain torch, as Turbo does, with a DiT in training.
 
     Args:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from krea2_bench.arguments import count
-from krea2_bench.compare.match import Match, Side
+from krea2_bench.compare.comparison import Comparison, ServerUnderTest
 from krea2_bench.compare.servers import PRESETS, Server, ServerError, parse_server, running
 from krea2_bench.compare.table import table
 from krea2_bench.load.arguments import (
@@ -96,31 +96,35 @@ def run(args: Namespace) -> int:
         sides = [_side(args, server, Path(scratch)) for server in servers]
         if not args.one_at_a_time:
             _start_all(sides, stack)
-        played = _play(studies, sides)
-    measured = [one for one in played if one.result]
+        results = _run(studies, sides)
+    measured = [one for one in results if one.result]
     if not measured:
         print("krea2-bench compare: interrupted before there was a result", file=sys.stderr)
     # With all cores to itself.
-    if any(one.match.has_turns for one in measured) and (ceilings := _ceilings()):
+    if any(one.comparison.has_turns for one in measured) and (ceilings := _ceilings()):
         for one in measured:
             one.result["ceilings"] = ceilings
             one.write()
-    return 0 if len(played) == len(studies) and played[-1].match.complete else INTERRUPTED_STATUS
+    return (
+        0
+        if len(results) == len(studies) and results[-1].comparison.complete
+        else INTERRUPTED_STATUS
+    )
 
 
 @dataclass
-class _Played:
-    """A match, how it was made, and what came of it; nothing, without a whole round."""
+class _Result:
+    """A comparison, how it was made, and what came of it; nothing, without a whole round."""
 
-    match: Match
+    comparison: Comparison
     run: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)
 
     def end(self) -> None:
         """It is over, or broken off: work out what came of it."""
-        if self.match.rounds_played:
-            run = {"run": self.run, "complete": self.match.complete, "ceilings": None}
-            self.result = run | self.match.result()
+        if self.comparison.rounds_done:
+            run = {"run": self.run, "complete": self.comparison.complete, "ceilings": None}
+            self.result = run | self.comparison.result()
             self.write()
             print(f"{self._path}\n{table(self.result)}\n", flush=True)
 
@@ -130,23 +134,23 @@ class _Played:
 
     @property
     def _path(self) -> Path:
-        output: Path = self.match.args.output
+        output: Path = self.comparison.args.output
         return output.with_name(f"{output.name}.json")
 
 
-def _play(studies: Sequence[Namespace], sides: Sequence[Side]) -> list[_Played]:
-    """One match after the other, until one is interrupted; each is written when it is over."""
-    played: list[_Played] = []
+def _run(studies: Sequence[Namespace], sides: Sequence[ServerUnderTest]) -> list[_Result]:
+    """One comparison after the other, until one is interrupted; each is written when it is over."""
+    results: list[_Result] = []
     for study in studies:
-        match = Match(study, sides)
-        played.append(_Played(match, settings(study, match.mix, _PACKAGES)))
+        comparison = Comparison(study, sides)
+        results.append(_Result(comparison, settings(study, comparison.mix, _PACKAGES)))
         try:
-            asyncio.run(match.play())
+            asyncio.run(comparison.run())
         finally:
-            played[-1].end()
-        if not match.complete:
+            results[-1].end()
+        if not comparison.complete:
             break
-    return played
+    return results
 
 
 def _servers(args: Namespace) -> list[Server]:
@@ -177,7 +181,7 @@ def _studies(args: Namespace) -> list[Namespace]:
     return list(found.values())
 
 
-def _side(args: Namespace, server: Server, scratch: Path) -> Side:
+def _side(args: Namespace, server: Server, scratch: Path) -> ServerUnderTest:
     folder = scratch / server.name
     folder.mkdir()
     checkpoint = Path(args.checkpoint)
@@ -185,10 +189,10 @@ def _side(args: Namespace, server: Server, scratch: Path) -> Side:
     turn_log = folder / "turns.jsonl"
     # Servers that are not ours do not look at it.
     start = partial(running, server, model, folder, {_TURN_LOG: str(turn_log)})
-    return Side(server, start, partial(endpoint_options, args), turn_log)
+    return ServerUnderTest(server, start, partial(endpoint_options, args), turn_log)
 
 
-def _start_all(sides: Sequence[Side], stack: ExitStack) -> None:
+def _start_all(sides: Sequence[ServerUnderTest], stack: ExitStack) -> None:
     """One after the other: what a server times at its start, another must not disturb."""
     for side in sides:
         print(f"waiting for {side.server.name}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Whether both sides draw the same pictures: speed that is bought with wrong ones must show."""
+"""Whether both sides generate the same pictures: speed that is bought with wrong ones must show."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def compare_pictures(
     baseline: Mapping[int, Sequence[np.ndarray]],
     min_psnr: float,
 ) -> dict[str, Any]:
-    """Compare the pictures of the requests that both sides have drawn.
+    """Compare the pictures of the requests that both sides have generated.
 
     Args:
         side, baseline: pictures by the request's index.

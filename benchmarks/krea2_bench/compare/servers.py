@@ -107,7 +107,7 @@ class Running:
         self._deadline = time.monotonic() + limit_s
 
     def ready(self) -> bool:
-        """Whether it can draw yet.
+        """Whether it can generate yet.
 
         Raises:
             ServerError: it will not come up; the message ends with its log.

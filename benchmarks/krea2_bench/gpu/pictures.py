@@ -46,7 +46,7 @@ def _draw_all(context: Context, sides: tuple[int, ...]) -> None:
         context.use_graphs(runner)
         runner.use_text_graphs(context.text_capture)
     for side in sides:
-        works = [lambda r=runner, s=side: _draw(r, s) for runner in runners.values()]
+        works = [lambda r=runner, s=side: _generate(r, s) for runner in runners.values()]
         with context.findings.attempt("pictures", name_of(side)):
             hows = {name: _how(runner, side) for name, runner in runners.items()}
             long = side >= 2048
@@ -65,7 +65,7 @@ def _how(runner: Krea2Runner, side: int) -> str:
     return f"{how}: {reason}" if reason else how
 
 
-def _draw(runner: Krea2Runner, side: int) -> None:
+def _generate(runner: Krea2Runner, side: int) -> None:
     runner.contexts.clear()
     (prompt,) = runner.encode([PROMPT])
     schedule = runner.schedule(runner.sampling.default_steps, side, side)

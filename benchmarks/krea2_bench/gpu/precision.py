@@ -20,11 +20,11 @@ SIDE = 512
 def run(context: Context) -> None:
     """Every quantisation that a server offers."""
     side = 32 if context.smoke else SIDE
-    theirs, reference = _draw(context.whole(context.runner), side)
+    theirs, reference = _generate(context.whole(context.runner), side)
     for quantization in SERVED.values():
         runner = _runner(context, quantization)
         errors = [_velocity_error(runner, side, step, theirs) for step in (0, len(theirs) - 1)]
-        _, picture = _draw(runner, side)
+        _, picture = _generate(runner, side)
         psnr = -10 * torch.log10((picture - reference).double().square().mean()).item()
         for what, error in zip(("first", "last"), errors, strict=True):
             context.findings.add(
@@ -49,7 +49,7 @@ def _runner(context: Context, quantization: Quantization) -> Krea2Runner:
     return context.whole(context.runner_of(quantized_copy(context.dit, quantization)))
 
 
-def _draw(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def _generate(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """(tokens before, velocity) of every step, and the pixels."""
     (sequence,) = images(runner, ((side, side),))
     sequence.keep_velocity = True

@@ -12,7 +12,7 @@ from krea2_bench.load.arguments import add_load_options, endpoint_options, load_
 from krea2_bench.load.endpoint import Endpoint, EndpointOptions
 from krea2_bench.load.mix import Kind
 from krea2_bench.load.plan import Planned
-from krea2_bench.load.points import Player, Point, allow_many_connections
+from krea2_bench.load.points import LoadRunner, Point, allow_many_connections
 from krea2_bench.load.results import Results
 from krea2_bench.load.summary import Slo
 from krea2_bench.load.table import table, warnings
@@ -65,13 +65,15 @@ async def _measure(
     points: Sequence[Point],
 ) -> Results | None:
     """Play all points; None if that is interrupted before the first."""
-    player = Player()
+    load_runner = LoadRunner()
     async with Endpoint(options) as endpoint:
         await endpoint.find_model()
-        with player.heeding_interrupts():
+        with load_runner.handle_signals():
             repeats = 0 if args.slo_s else args.alone
-            alone_s = await measure_alone(player, endpoint, mix, args.warm_up, repeats, args.seed)
-            if player.interrupted:
+            alone_s = await measure_alone(
+                load_runner, endpoint, mix, args.warm_up, repeats, args.seed
+            )
+            if load_runner.interrupted:
                 return None
             slo = Slo.scaled(alone_s, args.slo_scale)
             if args.slo_s:
@@ -79,16 +81,18 @@ async def _measure(
             run = settings(args, mix) | {"model": endpoint.model}
             with Results(args.output, run, alone_s, slo) as results:
                 for number, point in enumerate(points):
-                    # What clients have given up on may still be drawn, and is not this point's.
+                    # What clients have given up on may still be generated, and is not this point's.
                     if args.cancel_rate and number:
-                        await measure_alone(player, endpoint, mix[:1], 1, 0, args.seed)
-                    if player.interrupted:
+                        await measure_alone(load_runner, endpoint, mix[:1], 1, 0, args.seed)
+                    if load_runner.interrupted:
                         break
                     results.begin(point)
                     timed = point.timed(plan, args.seed)
-                    await player.play(endpoint, timed, point.name, point.concurrency, results.add)
+                    await load_runner.run(
+                        endpoint, timed, point.name, point.concurrency, results.add
+                    )
                     results.end()
-                results.summary["complete"] = not player.interrupted
+                results.summary["complete"] = not load_runner.interrupted
     return results
 
 

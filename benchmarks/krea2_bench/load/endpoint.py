@@ -124,7 +124,7 @@ class Endpoint:
             with suppress(ValueError, KeyError, IndexError, TypeError):
                 self.model = str(orjson.loads(body)["data"][0]["id"])
 
-    async def draw(self, planned: Planned, origin: float, due_s: float) -> Outcome:
+    async def generate(self, planned: Planned, origin: float, due_s: float) -> Outcome:
         """Send a request and wait for its end.
 
         Args:

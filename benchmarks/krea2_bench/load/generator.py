@@ -36,7 +36,7 @@ class Generator:
         for task in self._tasks:
             task.cancel()
 
-    async def play(self, plan: Sequence[Planned], concurrency: int | None = None) -> None:
+    async def run(self, plan: Sequence[Planned], concurrency: int | None = None) -> None:
         """Send all of a plan and wait for the ends.
 
         Args:
@@ -77,7 +77,7 @@ class Generator:
             await self._send(planned, time.perf_counter() - self._origin)
 
     async def _send(self, planned: Planned, due_s: float) -> None:
-        self._on_outcome(await self._endpoint.draw(planned, self._origin, due_s))
+        self._on_outcome(await self._endpoint.generate(planned, self._origin, due_s))
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or task.exception() is None:

@@ -54,14 +54,14 @@ class Point:
         return at_rate(plan, self.rate, self.arrivals, self.burstiness, seed)
 
 
-class Player:
+class LoadRunner:
     """Plays points, and stops at the first Ctrl-C; the second is Python's own."""
 
     def __init__(self) -> None:
         self.interrupted = False
         self._generator: Generator | None = None
 
-    async def play(
+    async def run(
         self,
         endpoint: Endpoint,
         plan: Sequence[Planned],
@@ -69,7 +69,7 @@ class Player:
         concurrency: int | None = None,
         on_outcome: OnOutcome = lambda _: None,
     ) -> list[Outcome]:
-        """Send a plan; see `Generator.play`.
+        """Send a plan; see `Generator.run`.
 
         Returns:
             Its outcomes, in the order of the plan; fewer, if this was interrupted.
@@ -85,11 +85,11 @@ class Player:
         with Progress(what, len(plan)) as progress:
             if self.interrupted:
                 generator.stop()
-            await generator.play(plan, concurrency)
+            await generator.run(plan, concurrency)
         return sorted(outcomes, key=lambda outcome: outcome.index)
 
     @contextmanager
-    def heeding_interrupts(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """While this is entered, Ctrl-C or SIGTERM stops what is played; needs a running loop."""
         loop = asyncio.get_running_loop()
 

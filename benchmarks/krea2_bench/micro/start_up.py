@@ -21,7 +21,7 @@ _POLL_S = 0.02
 
 
 def start_up(folder: Path, checkpoint: Path) -> dict[str, float]:
-    """Start it once, and have it draw twice.
+    """Start it once, and have it generate twice.
 
     Args:
         folder: an empty one, for the server.

@@ -16,8 +16,8 @@ def waiting(folder: Path, checkpoint: Path, rounds: int) -> list[Timed]:
     the time of a mix against that with libgomp's own waiting.
     """
     with running_engines(folder, checkpoint, (OURS, DEFAULT)) as engines:
-        engines.draw_beside([OURS], 1)
-        engines.draw_mix(rounds)
+        engines.generate_beside([OURS], 1)
+        engines.generate_mix(rounds)
     ours, default = engines.times[OURS], engines.times[DEFAULT]
     default_ms = median(default.mixed)
     mixed_ms = median(ours.mixed_ratios(default)) * default_ms

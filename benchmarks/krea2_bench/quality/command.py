@@ -15,8 +15,14 @@ from krea2_bench.arguments import count
 from krea2_bench.load.mix import parse_mix
 from krea2_bench.load.prompts import bundled_prompts
 from krea2_bench.provenance import provenance, typed
+from krea2_bench.quality.generators import (
+    SYNTAX,
+    Case,
+    GeneratorError,
+    ImageGenerator,
+    parse_generator,
+)
 from krea2_bench.quality.metrics import ClipScorer, psnr, ssim
-from krea2_bench.quality.painters import SYNTAX, Painter, PainterError, Sketch, parse_painter
 from krea2_srt.threads import limit_spinning
 
 _PACKAGES = ("krea2-srt", "torch", "diffusers", "scikit-image", "transformers")
@@ -55,14 +61,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """The subcommand; returns its exit code."""
     limit_spinning()
-    sketches = _sketches(args)
-    painters = [parse_painter(text, args.checkpoint) for text in (args.first, args.second)]
+    cases = _cases(args)
+    generators = [parse_generator(text, args.checkpoint) for text in (args.first, args.second)]
     clip = ClipScorer(args.clip) if args.clip else None
     first, second = (
-        _drawn(painter, sketches, name)
-        for painter, name in zip(painters, (args.first, args.second), strict=True)
+        _generated(generator, cases, name)
+        for generator, name in zip(generators, (args.first, args.second), strict=True)
     )
-    prompts = [sketch.prompt for sketch in sketches]
+    prompts = [case.prompt for case in cases]
     rows = [
         {"prompt": prompt, "psnr": psnr(a, b), "ssim": ssim(a, b)}
         for prompt, a, b in zip(prompts, first, second, strict=True)
@@ -105,10 +111,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _sketches(args: argparse.Namespace) -> list[Sketch]:
+def _cases(args: argparse.Namespace) -> list[Case]:
     (kind,) = parse_mix(args.size)
     if kind.width % 16 or kind.height % 16:
-        raise PainterError(f"--size: must be of multiples of 16, got {args.size}")
+        raise GeneratorError(f"--size: must be of multiples of 16, got {args.size}")
     if args.prompts is not None:
         lines = args.prompts.read_text(encoding="utf-8").splitlines()
         prompts = [line.strip() for line in lines if line.strip()]
@@ -118,16 +124,16 @@ def _sketches(args: argparse.Namespace) -> list[Sketch]:
         places = np.linspace(0, len(every) - 1, min(args.count, len(every))).round().astype(int)
         prompts = [every[place].text for place in places]
     if not prompts:
-        raise PainterError(f"--prompts: {args.prompts} holds no prompt")
+        raise GeneratorError(f"--prompts: {args.prompts} holds no prompt")
     return [
-        Sketch(prompt, args.seed + number, kind.width, kind.height, args.steps, args.guidance)
+        Case(prompt, args.seed + number, kind.width, kind.height, args.steps, args.guidance)
         for number, prompt in enumerate(prompts)
     ]
 
 
-def _drawn(painter: Painter, sketches: Sequence[Sketch], name: str) -> list[np.ndarray]:
-    drawing = tqdm(painter.draw(sketches), name, len(sketches), unit="picture", disable=None)
-    return list(drawing)
+def _generated(generator: ImageGenerator, cases: Sequence[Case], name: str) -> list[np.ndarray]:
+    generating = tqdm(generator.generate(cases), name, len(cases), unit="picture", disable=None)
+    return list(generating)
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

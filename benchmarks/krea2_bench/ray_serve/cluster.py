@@ -92,7 +92,7 @@ class LocalCluster:
         self.wait_until_ready(parsed.min_replicas)
 
     def wait_until_ready(self, count: int) -> None:
-        """Until so many replicas draw."""
+        """Until so many replicas generate."""
         deadline = time.monotonic() + _START_S
         while self.queue["replicas_ready"] < count:
             if time.monotonic() > deadline:

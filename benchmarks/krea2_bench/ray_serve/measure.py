@@ -10,7 +10,7 @@ from krea2_bench.load.endpoint import Endpoint, EndpointOptions
 from krea2_bench.load.mix import Kind
 from krea2_bench.load.outcome import DONE, Outcome
 from krea2_bench.load.plan import at_rate, draw_plan
-from krea2_bench.load.points import Player
+from krea2_bench.load.points import LoadRunner
 from krea2_bench.ray_serve.cluster import LocalCluster
 from krea2_bench.ray_serve.quota import limited
 
@@ -117,9 +117,9 @@ def _play(
     if rate is not None:
         plan = at_rate(plan, rate, "poisson", 1.0, seed=number)
 
-    async def play() -> list[Outcome]:
+    async def run() -> list[Outcome]:
         async with Endpoint(EndpointOptions(cluster.url)) as endpoint:
             await endpoint.find_model()
-            return await Player().play(endpoint, plan, what, clients)
+            return await LoadRunner().run(endpoint, plan, what, clients)
 
-    return asyncio.run(play())
+    return asyncio.run(run())

@@ -79,7 +79,7 @@ def weighted_key(a: float, b: float) -> Callable[[Request], float]:
 def request_at_a_time(router: str) -> Scheduler:
     """The baseline, what unmodified SGLang does: each request from start to end, in order.
 
-    A request for more images has its prompt encoded once and draws them one after the other.
+    A request for more images has its prompt encoded once and generates them one after the other.
     """
     config = EngineConfig(
         policy="fcfs",

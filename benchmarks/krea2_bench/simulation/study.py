@@ -9,7 +9,7 @@ import numpy as np
 
 from krea2_bench.percentiles import percentile
 from krea2_bench.simulation.cluster import simulate
-from krea2_bench.simulation.lab import STEP, TARGET, Lab
+from krea2_bench.simulation.experiment import STEP, TARGET, Experiment
 from krea2_bench.simulation.schedulers import (
     SLO_FACTOR,
     Scheduler,
@@ -68,15 +68,18 @@ class Plan:
     sensitivities: bool = True
 
 
-def study(lab: Lab, plan: Plan) -> dict[str, Any]:
+def study(experiment: Experiment, plan: Plan) -> dict[str, Any]:
     """Run all of it."""
     for scheduler in MAIN:
         for load in plan.loads:
-            lab.run(scheduler, load, plan.seeds[0])
-    capacity = {s.name: _capacities(lab, s, plan) for s in (*MAIN, *OTHERS)}
-    table = {s.name: [lab.run(s, plan.load, seed) for seed in plan.seeds] for s in (*MAIN, *OTHERS)}
+            experiment.run(scheduler, load, plan.seeds[0])
+    capacity = {s.name: _capacities(experiment, s, plan) for s in (*MAIN, *OTHERS)}
+    table = {
+        s.name: [experiment.run(s, plan.load, seed) for seed in plan.seeds]
+        for s in (*MAIN, *OTHERS)
+    }
     # With the loads at which the search for the highest has looked.
-    curves = {s.name: _curve(lab, s, plan.seeds[0]) for s in MAIN}
+    curves = {s.name: _curve(experiment, s, plan.seeds[0]) for s in MAIN}
     return {
         "alone_s": _alone(table),
         "curves": curves,
@@ -84,15 +87,15 @@ def study(lab: Lab, plan: Plan) -> dict[str, Any]:
         "table": {name: [s.as_dict() for s in found] for name, found in table.items()},
         "claims": _claims(capacity, table),
         "default": _default(table),
-        "latencies": {s.name: _latencies(lab, s, plan) for s in (*BASELINES, DEFAULT)},
-        "sensitivity": _sensitivity(lab, plan) if plan.sensitivities else [],
-        "arrivals": _arrivals(lab, plan) if plan.sensitivities else {},
+        "latencies": {s.name: _latencies(experiment, s, plan) for s in (*BASELINES, DEFAULT)},
+        "sensitivity": _sensitivity(experiment, plan) if plan.sensitivities else [],
+        "arrivals": _arrivals(experiment, plan) if plan.sensitivities else {},
     }
 
 
-def replay(lab: Lab, trace: Sequence[Arrival]) -> dict[str, Any]:
+def replay(experiment: Experiment, trace: Sequence[Arrival]) -> dict[str, Any]:
     """All schedulers on one given trace."""
-    found = {s.name: [summarise(simulate(lab.hardware, s, trace))] for s in (*MAIN, *OTHERS)}
+    found = {s.name: [summarise(simulate(experiment.hardware, s, trace))] for s in (*MAIN, *OTHERS)}
     return {
         "alone_s": _alone(found),
         "table": {name: [s.as_dict() for s in summaries] for name, summaries in found.items()},
@@ -100,21 +103,21 @@ def replay(lab: Lab, trace: Sequence[Arrival]) -> dict[str, Any]:
     }
 
 
-def _curve(lab: Lab, scheduler: Scheduler, seed: int) -> list[dict[str, Any]]:
+def _curve(experiment: Experiment, scheduler: Scheduler, seed: int) -> list[dict[str, Any]]:
     """At all loads that have been simulated."""
     return [
-        {"load": load, **lab.run(scheduler, load, seed).as_dict()}
-        for load in lab.loads(scheduler, seed)
+        {"load": load, **experiment.run(scheduler, load, seed).as_dict()}
+        for load in experiment.loads(scheduler, seed)
     ]
 
 
-def _capacities(lab: Lab, scheduler: Scheduler, plan: Plan) -> list[float]:
+def _capacities(experiment: Experiment, scheduler: Scheduler, plan: Plan) -> list[float]:
     main = scheduler in MAIN
     # Loads that are simulated anyway; then those near what the first trace has come to.
     first = plan.loads if main else [plan.load]
     found: list[float] = []
     for seed in plan.seeds if main else plan.seeds[:1]:
-        found.append(lab.capacity(scheduler, seed, first))
+        found.append(experiment.capacity(scheduler, seed, first))
         first = [round(found[0] + step, 2) for step in (0.0, STEP, -STEP)]
     return found
 
@@ -165,28 +168,32 @@ def _default(table: dict[str, list[Summary]]) -> str:
     return max(good, key=lambda name: of(name, lambda s: s.goodput_per_s))
 
 
-def _latencies(lab: Lab, scheduler: Scheduler, plan: Plan) -> dict[str, list[float]]:
+def _latencies(experiment: Experiment, scheduler: Scheduler, plan: Plan) -> dict[str, list[float]]:
     """By size class, the latencies that 1, 2, ... 99 percent do not exceed, in s."""
-    result = lab.result(scheduler, plan.load, plan.seeds[0])
+    result = experiment.result(scheduler, plan.load, plan.seeds[0])
     first = int(WARM_UP * len(result.trace))
     size_of = np.array([arrival.job.size for arrival in result.trace])[first:]
     latency_s = result.latency_s[first:]
     return {
         size: [round(percentile(latency_s[size_of == size], q), 4) for q in range(1, 100)]
-        for size in lab.run(scheduler, plan.load, plan.seeds[0]).sizes
+        for size in experiment.run(scheduler, plan.load, plan.seeds[0]).sizes
     }
 
 
-def _sensitivity(lab: Lab, plan: Plan) -> list[dict[str, Any]]:
+def _sensitivity(experiment: Experiment, plan: Plan) -> list[dict[str, Any]]:
     """One parameter of our default at a time."""
     seed = plan.seeds[0]
     rows: list[dict[str, Any]] = []
 
     def add(
-        lab: Lab, name: str, value: object, scheduler: Scheduler, loads: Sequence[float]
+        experiment: Experiment,
+        name: str,
+        value: object,
+        scheduler: Scheduler,
+        loads: Sequence[float],
     ) -> None:
         for load in loads:
-            summary = lab.run(scheduler, load, seed).as_dict()
+            summary = experiment.run(scheduler, load, seed).as_dict()
             rows.append(
                 {"parameter": name, "value": str(value), "router": scheduler.router, "load": load}
                 | summary
@@ -194,18 +201,25 @@ def _sensitivity(lab: Lab, plan: Plan) -> list[dict[str, Any]]:
 
     for stretch in (8.0, 16.0, 32.0, 64.0, 128.0):
         scheduler = replace(DEFAULT, stretch=stretch)
-        add(lab, "STRETCH", f"{stretch:g}", scheduler, (plan.load, HIGH, OVERLOAD))
+        add(experiment, "STRETCH", f"{stretch:g}", scheduler, (plan.load, HIGH, OVERLOAD))
     # Earliest due date first, were every request due when its SLO says.
     due = replace(DEFAULT, weights=(SLO_FACTOR, 0.0))
-    add(lab, "key", f"arrival + {SLO_FACTOR:g} total", due, (plan.load, HIGH, OVERLOAD))
+    add(experiment, "key", f"arrival + {SLO_FACTOR:g} total", due, (plan.load, HIGH, OVERLOAD))
     for turn_ms in (100.0, 200.0, 400.0):
         config = replace(DEFAULT.config, max_turn_ms=turn_ms)
-        add(lab, "max_turn_ms", f"{turn_ms:g}", replace(DEFAULT, config=config), (plan.load,))
+        add(
+            experiment, "max_turn_ms", f"{turn_ms:g}", replace(DEFAULT, config=config), (plan.load,)
+        )
     # Under the roofline nothing but the floor is shared by a pack, so packs gain nothing from
     # the smallest size on. Here reading the weights is added to the arithmetic instead.
-    cost = lab.hardware.cost
+    cost = experiment.hardware.cost
     added = replace(cost, launch=cost.launch + cost.floor, floor=0.0)
-    other = Lab(replace(lab.hardware, cost=added), lab.mix, lab.requests, lab.process)
+    other = Experiment(
+        replace(experiment.hardware, cost=added),
+        experiment.mix,
+        experiment.requests,
+        experiment.process,
+    )
     for gain in (0.1, 0.2, 0.4):
         scheduler = replace(DEFAULT, min_gain=gain)
         add(
@@ -215,30 +229,30 @@ def _sensitivity(lab: Lab, plan: Plan) -> list[dict[str, Any]]:
             scheduler,
             (HIGH, OVERLOAD),
         )
-    lab.simulations += other.simulations
+    experiment.simulations += other.simulations
     return rows
 
 
-def _arrivals(lab: Lab, plan: Plan) -> dict[str, dict[str, Any]]:
+def _arrivals(experiment: Experiment, plan: Plan) -> dict[str, dict[str, Any]]:
     """Other ways to arrive, at the same load."""
     return {
         process: {
-            s.name: lab.run(s, plan.load, plan.seeds[0], process).as_dict()
+            s.name: experiment.run(s, plan.load, plan.seeds[0], process).as_dict()
             for s in (*BASELINES, DEFAULT)
         }
         for process in PROCESSES
     }
 
 
-def settings(lab: Lab, plan: Plan) -> dict[str, Any]:
+def settings(experiment: Experiment, plan: Plan) -> dict[str, Any]:
     """All that the answers depend on, but the code."""
     return {
-        "replicas": lab.hardware.replicas,
-        "host_ms": lab.hardware.host_ms,
-        "cost": asdict(lab.hardware.cost),
-        "mix": [asdict(share) for share in lab.mix],
-        "process": lab.process,
-        "requests": lab.requests,
+        "replicas": experiment.hardware.replicas,
+        "host_ms": experiment.hardware.host_ms,
+        "cost": asdict(experiment.hardware.cost),
+        "mix": [asdict(share) for share in experiment.mix],
+        "process": experiment.process,
+        "requests": experiment.requests,
         "slo_factor": SLO_FACTOR,
         "target": TARGET,
         "min_capacity_ratio": MIN_CAPACITY_RATIO,

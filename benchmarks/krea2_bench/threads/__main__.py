@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tempfile.TemporaryDirectory() as folder,
                 running_engines(Path(folder), args.model.resolve(), args.settings) as engines,
             ):
-                engines.draw_mix(args.rounds)
-                engines.draw_beside(args.settings, args.beside_rounds)
+                engines.generate_mix(args.rounds)
+                engines.generate_beside(args.settings, args.beside_rounds)
         except ProcessError as error:
             sys.exit(f"{MODULE}: error: {error}")
         args.output.mkdir(parents=True, exist_ok=True)
@@ -92,8 +92,8 @@ def table(results: Mapping[str, Any]) -> str:
     return f"""# How the engine's threads wait
 
 {made}.
-The engine draws with the demo checkpoint in float32 on two cores, without a server; a number is
-libgomp's `GOMP_SPINCOUNT`. The slowest of eight pictures of 256x256, drawn one after the other
+The engine generates with the demo checkpoint in float32 on two cores, without a server; a number is
+libgomp's `GOMP_SPINCOUNT`. The slowest of eight pictures of 256x256, generated one after the other
 beside a process that multiplies matrices with two of torch's threads, is in times of a picture
 without that process. Throughput is that of pictures of 256x256 and 512x512 in packs on cores that
 nobody else uses, against {settings[0]["name"]} in the same round. Medians of the rounds, least and

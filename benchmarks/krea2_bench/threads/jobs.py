@@ -28,7 +28,7 @@ MATRIX = 512
 Message = dict[str, Any]
 
 
-def draw(model: Path, settings: Message) -> Iterator[Message]:
+def generate(model: Path, settings: Message) -> Iterator[Message]:
     """The engine without a server: for every line {"sides"} on stdin, one picture of each size.
 
     Args:

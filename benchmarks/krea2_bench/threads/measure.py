@@ -12,10 +12,10 @@ from typing import Any, Self
 from krea2_bench.worker_process import WorkerProcess
 
 BESIDE_SIDES = (256,) * 8
-"""Drawn one after the other, alone and beside a process that computes."""
+"""Generated one after the other, alone and beside a process that computes."""
 
 MIXED_SIDES = (256, 256, 256, 512, 256, 256, 256, 512)
-"""Drawn at once, in packs: what a saturated server does."""
+"""Generated at once, in packs: what a saturated server does."""
 
 _SHARE_S = 0.5
 """For the neighbour to have got its share of the cores."""
@@ -93,13 +93,13 @@ class Engines:
         self._children = children
         self._neighbour = neighbour
 
-    def draw_mix(self, rounds: int) -> None:
+    def generate_mix(self, rounds: int) -> None:
         """The mix by each setting, each round in the opposite order of the one before."""
         for number in range(rounds):
             for setting in list(self._children)[:: -1 if number % 2 else 1]:
-                self.times[setting].mixed.append(self._draw(setting, MIXED_SIDES))
+                self.times[setting].mixed.append(self._generate(setting, MIXED_SIDES))
 
-    def draw_beside(self, settings: Collection[Setting], rounds: int) -> None:
+    def generate_beside(self, settings: Collection[Setting], rounds: int) -> None:
         """Single pictures by these settings, alone and then beside the neighbour."""
         for _ in range(rounds):
             for setting in settings:
@@ -109,9 +109,9 @@ class Engines:
                     times.beside.append(self._singles(setting))
 
     def _singles(self, setting: Setting) -> list[float]:
-        return [self._draw(setting, [side]) for side in BESIDE_SIDES]
+        return [self._generate(setting, [side]) for side in BESIDE_SIDES]
 
-    def _draw(self, setting: Setting, sides: Sequence[int]) -> float:
+    def _generate(self, setting: Setting, sides: Sequence[int]) -> float:
         return float(self._children[setting].ask({"sides": list(sides)})["ms"])
 
     @contextmanager
@@ -146,7 +146,7 @@ def running_engines(
         children, cost = {}, None
         for setting in settings:
             options = {"waiting": setting.variables, "cost": cost}
-            children[setting] = start("draw", f"draw-{setting.name}", options)
+            children[setting] = start("generate", f"generate-{setting.name}", options)
             cost = children[setting].answer()["cost"]
         engines = Engines(children, neighbour)
         for child in children.values():

@@ -10,11 +10,11 @@ import orjson
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response, StreamingResponse
 
+from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.event_schemas import event_stream_content
 from krea2_server.api.event_stream import EventStreamResponse, comment, event
-from krea2_server.api.parameters import Drawing, resolve
-from krea2_server.api.pieces import PiecesResponse
-from krea2_server.api.responses import Answers
+from krea2_server.api.parameters import GenerationParams, resolve
+from krea2_server.api.responses import ResponseBuilder
 from krea2_server.api.schemas import (
     ErrorResponse,
     ImageGenerationRequest,
@@ -40,14 +40,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def images_router(services: Services) -> APIRouter:
-    """Routes that draw and that serve what was drawn."""
+    """Routes that generate and that serve what was generated."""
     router = APIRouter()
     lenient = services.settings.allow_unknown_fields
     body_model = LenientImageGenerationRequest if lenient else ImageGenerationRequest
 
     @router.post(
         "/v1/images/generations",
-        summary="Draw images",
+        summary="Generate images",
         response_class=Response,
         responses={
             200: {
@@ -62,22 +62,22 @@ def images_router(services: Services) -> APIRouter:
         request: Request,
         body: Annotated[body_model, Body()],  # type: ignore[valid-type]
     ) -> Response:
-        drawing = _resolve(services, body)
+        params = _resolve(services, body)
         client: Client = request.state.client
-        updates = services.images.draw(
-            drawing, client, request.state.request_id, _base_url(services, request)
+        updates = services.images.generate(
+            params, client, request.state.request_id, _base_url(services, request)
         )
-        answers = Answers(drawing, services.settings.model_name)
-        if not drawing.stream:
+        builder = ResponseBuilder(params, services.settings.model_name)
+        if not params.stream:
             async with aclosing(updates):
                 async for update in updates:
                     if isinstance(update, Result):
                         set_outcome(request.scope, "done")
-                        return PiecesResponse(answers.response(update))
-            raise AssertionError("a drawing ends with its result or an error")
+                        return ChunkedJSONResponse(builder.response(update))
+            raise AssertionError("a generation ends with its result or an error")
         # The first words of the engine come before ours: a refusal is a refusal still.
         beginning = [update async for update in _until_accepted(updates)]
-        events = _events(request, beginning, updates, answers, services.settings.keepalive_s)
+        events = _events(request, beginning, updates, builder, services.settings.keepalive_s)
         return EventStreamResponse(events, updates)
 
     if isinstance(services.store, LocalStore):
@@ -120,7 +120,7 @@ async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
             yield chunk
 
 
-def _resolve(services: Services, body: ImageGenerationRequest) -> Drawing:
+def _resolve(services: Services, body: ImageGenerationRequest) -> GenerationParams:
     settings, model = services.settings, services.engine.model
     names = {settings.model_name, settings.model_path, *settings.model_aliases}
     if body.model is not None and body.model not in names:
@@ -140,7 +140,7 @@ def _base_url(services: Services, request: Request) -> str:
 
 async def _until_accepted(updates: AsyncGenerator[Update, None]) -> AsyncGenerator[Update, None]:
     """Updates up to the engine's first word."""
-    for _ in range(2):  # a `Ticket`, and then `Accepted` or, of a refused request, an error
+    for _ in range(2):  # a `QueuePosition`, and then `Accepted` or, of a refused request, an error
         yield await anext(updates)
 
 
@@ -148,19 +148,19 @@ async def _events(
     request: Request,
     beginning: list[Update],
     updates: AsyncGenerator[Update, None],
-    answers: Answers,
+    builder: ResponseBuilder,
     keepalive_s: float,
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a request that was accepted; a failure is its last event."""
     try:
         for update in beginning:
-            for chunk in answers.events(update):
+            for chunk in builder.events(update):
                 yield chunk
         async with aclosing(_with_silences(updates, keepalive_s)) as all_updates:
             async for known in all_updates:
                 if isinstance(known, Result):
                     set_outcome(request.scope, "done")
-                for chunk in [answers.waiting()] if known is None else answers.events(known):
+                for chunk in [builder.waiting()] if known is None else builder.events(known):
                     yield chunk
     except ApiError as error:
         set_outcome(request.scope, error.code)

@@ -19,7 +19,7 @@ from krea2_server.services import Services
 
 
 def operations_router(services: Services) -> APIRouter:
-    """Routes that draw nothing."""
+    """Routes that generate nothing."""
     router = APIRouter()
     settings, engine = services.settings, services.engine
 

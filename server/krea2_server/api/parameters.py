@@ -14,15 +14,15 @@ from krea2_srt.request import ImageRequest
 _BY_SIZE = {"width": "size", "height": "size"}
 
 _RANDOM_SEEDS = 2**32
-"""Seeds that we draw stay below, so that every JSON parser keeps them."""
+"""Random seeds stay below, so that every JSON parser keeps them."""
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerationParams:
     """A request that is checked completely.
 
     Attributes:
-        image: what the engine draws.
+        image: what the engine generates.
         quality: as responses name it.
         output_format, compression: of the files.
         as_url: whether images are answered as URLs.
@@ -71,7 +71,7 @@ class Drawing:
 
 def resolve(
     request: ImageGenerationRequest, model: ModelInfo, *, max_n: int, max_prompt: int
-) -> Drawing:
+) -> GenerationParams:
     """Fill in what a request leaves open, and check the whole.
 
     Args:
@@ -110,7 +110,7 @@ def resolve(
         name = field_name(name)
         raise invalid(name, f"{name}: {error.message}") from None
     check_aspect(width, height, _longer_side(request))
-    return Drawing(
+    return GenerationParams(
         image=image,
         quality=preset.label,
         output_format=request.output_format or "png",

@@ -17,7 +17,7 @@ class Preset:
     Attributes:
         label: as responses name it.
         steps: times the model's own number of steps.
-        side: pixels of the square that ``auto`` draws.
+        side: pixels of the square that ``auto`` generates.
     """
 
     label: str

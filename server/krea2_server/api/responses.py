@@ -1,4 +1,4 @@
-"""What clients are sent: responses and events, from what was drawn."""
+"""What clients are sent: responses and events, from what was generated."""
 
 import time
 from collections.abc import Iterator
@@ -8,35 +8,35 @@ import orjson
 import pybase64
 
 from krea2_server.api.event_stream import comment, event
-from krea2_server.api.parameters import Drawing
+from krea2_server.api.parameters import GenerationParams
 from krea2_server.api.schemas import Timings, Usage
-from krea2_server.engine.base import Ticket
+from krea2_server.engine.base import QueuePosition
 from krea2_server.image_service import Preview, Result, Update
 from krea2_srt.messages import Accepted, Generated, ProgressUpdate
 
 
-class Answers:
-    """The answers to one request.
+class ResponseBuilder:
+    """Builds the response to one request, or its events.
 
     Args:
-        drawing: what was asked for.
+        params: what was asked for.
         model: its name.
     """
 
-    def __init__(self, drawing: Drawing, model: str) -> None:
-        self._drawing = drawing
+    def __init__(self, params: GenerationParams, model: str) -> None:
+        self._params = params
         self._model = model
-        self._ticket: Ticket | None = None
+        self._position: QueuePosition | None = None
         self._stepped = False
 
     def response(self, result: Result) -> Iterator[bytes]:
         """Body of the response, an `ImagesResponse`, in pieces: each may be many megabytes."""
         generated = result.generated
         usage = Usage.of(generated.text_tokens, generated.image_tokens)
-        first = self._drawn(self._drawing.image.seed)
+        first = self._metadata(self._params.image.seed)
         common = {"created": _now(), **first, **_accounts(generated, usage)}
         yield _opened(common) + b',"data":['
-        for index, seed in enumerate(self._drawing.image.seeds):
+        for index, seed in enumerate(self._params.image.seeds):
             yield b"," if index else b""
             if result.urls is not None:
                 yield orjson.dumps({"url": result.urls[index], "seed": seed})
@@ -47,8 +47,8 @@ class Answers:
     def events(self, update: Update) -> Iterator[bytes]:
         """What a stream says of an update."""
         match update:
-            case Ticket():
-                self._ticket = update
+            case QueuePosition():
+                self._position = update
             case Accepted():
                 yield self.waiting()
             case ProgressUpdate():
@@ -67,9 +67,9 @@ class Answers:
 
     def waiting(self) -> bytes:
         """A comment that keeps a silent stream open."""
-        if self._stepped or self._ticket is None:
-            return comment("drawing")
-        return comment(f"queued ahead={self._ticket.ahead}")
+        if self._stepped or self._position is None:
+            return comment("generating")
+        return comment(f"queued ahead={self._position.ahead}")
 
     def _partial(self, preview: Preview) -> dict[str, Any]:
         return {
@@ -79,7 +79,7 @@ class Answers:
             "image_index": preview.image,
             "step": preview.step,
             "total_steps": preview.total,
-            **self._drawn(self._drawing.image.seeds[preview.image]),
+            **self._metadata(self._params.image.seeds[preview.image]),
         }
 
     def _completed(self, index: int, result: Result) -> dict[str, Any]:
@@ -94,25 +94,25 @@ class Answers:
             **({} if result.urls is None else {"url": result.urls[index]}),
             "created_at": _now(),
             "image_index": index,
-            **self._drawn(self._drawing.image.seeds[index]),
+            **self._metadata(self._params.image.seeds[index]),
             **_accounts(generated, usage),
         }
 
-    def _drawn(self, seed: int) -> dict[str, Any]:
-        """Fields of `protocol.Drawn`."""
-        drawing = self._drawing
+    def _metadata(self, seed: int) -> dict[str, Any]:
+        """Fields of `protocol.ImageMetadata`."""
+        params = self._params
         fields = {
             "background": "opaque",
-            "output_format": drawing.output_format,
-            "quality": drawing.quality,
-            "size": drawing.size,
+            "output_format": params.output_format,
+            "quality": params.quality,
+            "size": params.size,
             "model": self._model,
             "seed": seed,
-            "num_inference_steps": drawing.image.steps,
-            "guidance_scale": drawing.image.guidance,
+            "num_inference_steps": params.image.steps,
+            "guidance_scale": params.image.guidance,
         }
-        if drawing.safety_identifier is not None:
-            fields["safety_identifier"] = drawing.safety_identifier
+        if params.safety_identifier is not None:
+            fields["safety_identifier"] = params.safety_identifier
         return fields
 
 

@@ -27,8 +27,8 @@ _UNSUPPORTED_VALUES = {
 _UNSUPPORTED_FIELDS = {
     "style": "describe the style in the prompt instead",
     "complexity": "this model does not plan its images",
-    "frame_count": "only single images are drawn",
-    "frame_duration_ms": "only single images are drawn",
+    "frame_count": "only single images are generated",
+    "frame_duration_ms": "only single images are generated",
     "svg": "only png, jpeg and webp are made",
     "image": "images cannot be edited",
     "mask": "images cannot be edited",
@@ -62,7 +62,7 @@ class ImageGenerationRequest(BaseModel):
     prompt: str = Field(
         min_length=1,
         max_length=MAX_PROMPT,
-        description="What to draw. The model reads the first 507 tokens.",
+        description="What to generate. The model reads the first 507 tokens.",
     )
     model: str | None = Field(default=None, max_length=256, description="As /v1/models lists it.")
     n: int | None = Field(
@@ -100,7 +100,7 @@ class ImageGenerationRequest(BaseModel):
     safety_identifier: str | None = Field(default=None, max_length=_MAX_IDENTIFIER)
 
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="Of the first image; drawn where absent."
+        default=None, ge=0, le=MAX_SEED, description="Of the first image; random where absent."
     )
     num_inference_steps: int | None = Field(
         default=None, ge=1, description="Denoising steps, whatever the quality."
@@ -184,7 +184,7 @@ class Timings(BaseModel):
     decode_ms: float
 
 
-class Drawn(BaseModel):
+class ImageMetadata(BaseModel):
     """What is said of a picture beside the picture, in responses and in events."""
 
     background: Literal["opaque"] = "opaque"
@@ -206,7 +206,7 @@ class ImageData(BaseModel):
     seed: int
 
 
-class ImagesResponse(Drawn):
+class ImagesResponse(ImageMetadata):
     """Answer of ``POST /v1/images/generations``."""
 
     created: int = Field(description="Unix time in seconds.")
@@ -216,7 +216,7 @@ class ImagesResponse(Drawn):
     timings: Timings
 
 
-class PartialImageEvent(Drawn):
+class PartialImageEvent(ImageMetadata):
     """A preview in a stream."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
@@ -228,7 +228,7 @@ class PartialImageEvent(Drawn):
     total_steps: int
 
 
-class CompletedEvent(Drawn):
+class CompletedEvent(ImageMetadata):
     """An image in a stream. Its usage has its own image tokens and, of the first image, the text
     tokens, so that all of them add up to the request's; timings are the request's.
     """

@@ -1,4 +1,4 @@
-"""What draws, as the rest of the server sees it, wherever it runs."""
+"""The engine, as the rest of the server sees it, wherever it runs."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Update = Accepted | ProgressUpdate | Generated
 
 
 @dataclass(frozen=True)
-class Ticket:
+class QueuePosition:
     """A request's place in the engine.
 
     Attributes:
@@ -23,7 +23,7 @@ class Ticket:
 
     @property
     def ahead(self) -> int:
-        """Requests that will probably be drawn before this one."""
+        """Requests that will probably be generated before this one."""
         return self.count_ahead()
 
 
@@ -46,13 +46,13 @@ class Engine(Protocol):
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         """What each replica that is there last said of itself, by its name."""
 
-    def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
-        """Draw: first the request's `Ticket`, then what the engine says; the last is `Generated`.
+    def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
+        """First the request's `QueuePosition`, then what the engine says; the last is `Generated`.
 
         Whoever stops listening before it, or is cancelled, ends the request in the engine too.
 
         Raises:
-            ApiError: 503, no replica is there, or the one that drew has gone.
+            ApiError: 503, no replica is there, or the one that generated has gone.
         """
 
     def unavailable(self) -> ApiError:

@@ -15,9 +15,9 @@ from zmq.utils.monitor import recv_monitor_message
 from krea2_server.engine.base import Update
 from krea2_srt.messages import (
     Accepted,
-    Answer,
-    Ask,
     Cancel,
+    ControlReply,
+    ControlRequest,
     Generate,
     Generated,
     GetModel,
@@ -61,12 +61,12 @@ class EngineChannel:
             self._close_sockets()
             raise EngineExitedError(f"{endpoint} cannot be connected to: {error}") from None
         self._queues: dict[str, asyncio.Queue[Any]] = {}
-        self._answers: dict[str, asyncio.Future[Answer]] = {}
+        self._replies: dict[str, asyncio.Future[ControlReply]] = {}
         self._numbers = itertools.count()
         self._reader = asyncio.create_task(self._read())
 
     async def generate(self, message: Generate) -> AsyncGenerator[Update, None]:
-        """Draw; the last message is `Generated`.
+        """Generate; the last message is `Generated`.
 
         Whoever stops listening before it, or is cancelled, ends the request in the engine too.
 
@@ -88,7 +88,7 @@ class EngineChannel:
         finally:
             self._queues.pop(message.request_id, None)
             if not ended:
-                self._send_nowait(Ask(self._question_id(), Cancel(message.request_id)))
+                self._send_nowait(ControlRequest(self._control_id(), Cancel(message.request_id)))
 
     async def model(self, timeout_s: float) -> ModelInfo:
         """What is served there.
@@ -97,14 +97,14 @@ class EngineChannel:
             TimeoutError: no answer.
             EngineExitedError: the scheduler has gone meanwhile.
         """
-        answer = await self._ask(GetModel(), timeout_s)
+        answer = await self._control(GetModel(), timeout_s)
         if not isinstance(answer, ModelInfo):
             raise EngineExitedError(f"{self.endpoint} is not a scheduler of krea2-srt")
         return answer
 
     async def statistics(self, timeout_s: float) -> dict[str, Any]:
         """What the engine says of itself; raises as `model` does."""
-        answer = await self._ask(GetStatistics(), timeout_s)
+        answer = await self._control(GetStatistics(), timeout_s)
         assert isinstance(answer, dict)
         return answer
 
@@ -124,7 +124,7 @@ class EngineChannel:
         self._close_sockets()
         for queue in self._queues.values():
             queue.put_nowait(EngineExitedError(reason))
-        for future in self._answers.values():
+        for future in self._replies.values():
             if not future.done():
                 future.set_exception(EngineExitedError(reason))
 
@@ -133,22 +133,22 @@ class EngineChannel:
         self._monitor.close(0)
         self._socket.close()
 
-    async def _ask(self, question: GetModel | GetStatistics, timeout_s: float) -> Any:
-        question_id = self._question_id()
+    async def _control(self, command: GetModel | GetStatistics, timeout_s: float) -> Any:
+        control_id = self._control_id()
         future = asyncio.get_running_loop().create_future()
-        self._answers[question_id] = future
+        self._replies[control_id] = future
         try:
-            await self._send(Ask(question_id, question))
+            await self._send(ControlRequest(control_id, command))
             async with asyncio.timeout(timeout_s):
                 answer = await future
         finally:
-            del self._answers[question_id]
+            del self._replies[control_id]
         if answer.error is not None:
             raise EngineExitedError(answer.error)
         return answer.output
 
-    def _question_id(self) -> str:
-        return f"question-{next(self._numbers)}"
+    def _control_id(self) -> str:
+        return f"control-{next(self._numbers)}"
 
     async def _send(self, message: object) -> None:
         if self._socket.closed:
@@ -170,8 +170,8 @@ class EngineChannel:
 
     def _deliver(self, message: object) -> None:
         match message:
-            case Answer(question_id):
-                future = self._answers.get(question_id)
+            case ControlReply(control_id):
+                future = self._replies.get(control_id)
                 if future is not None and not future.done():
                     future.set_result(message)
             case Accepted(request_id) | ProgressUpdate(request_id) | Generated(request_id):

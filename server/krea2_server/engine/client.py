@@ -1,4 +1,4 @@
-"""The engine as the HTTP process sees it: its live replicas, and which of them draws what."""
+"""The engine as the HTTP process sees it: its live replicas, and which of them generates what."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 
 import zmq.asyncio
 
-from krea2_server.engine.base import Ticket, Update
+from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.engine.channel import EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_srt.messages import Generate, ModelInfo
@@ -115,14 +115,14 @@ class EngineClient:
         replica = self.replicas[index]
         return time.monotonic() - replica.answered if replica.channel is not None else 0.0
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
-        """See `Engine`; it is drawn where it waits least."""
+    async def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
+        """See `Engine`; it is generated where it waits least."""
         work = image_ms(message.image, message.image.num_images)
         try:
             with self.routing.place(work) as assignment:
                 channel = self.replicas[assignment.index].channel
                 assert channel is not None
-                yield Ticket(partial(self.routing.ahead, assignment))
+                yield QueuePosition(partial(self.routing.ahead, assignment))
                 async with aclosing(channel.generate(message)) as updates:
                     async for update in updates:
                         yield update
@@ -160,7 +160,7 @@ class EngineClient:
 
 
 async def _model(channel: EngineChannel) -> ModelInfo:
-    """What is served there; whoever dies with the question in hand answers no more."""
+    """What is served there; an engine that dies with the command in hand replies no more."""
     model = asyncio.create_task(channel.model(MODEL_TIMEOUT_S))
     lost = asyncio.create_task(channel.disconnected())
     try:

@@ -135,7 +135,7 @@ class Moderator:
         )
 
     async def check_prompts(self, prompts: Sequence[str], low: bool = False) -> Verdict:
-        """Whether some prompts may be drawn from; one that may not is enough to refuse all.
+        """Whether some prompts may be generated from; one that may not is enough to refuse all.
 
         Args:
             low: whether the policy's ``low`` applies.

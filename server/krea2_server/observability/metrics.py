@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from krea2_server.api.parameters import Drawing
+from krea2_server.api.parameters import GenerationParams
 from krea2_server.engine.base import Engine
 from krea2_server.moderation.moderator import Moderator
 from krea2_srt.messages import Generated
@@ -157,18 +157,18 @@ class Metrics:
         """
         self._requests.labels(outcome).inc()
 
-    def done(self, drawing: Drawing, generated: Generated, seconds: float) -> None:
+    def done(self, params: GenerationParams, generated: Generated, seconds: float) -> None:
         """Count what one that is done has taken.
 
         Args:
             seconds: from its validation until its images were there.
         """
-        size = _size_class(drawing)
+        size = _size_class(params)
         self._request_seconds.labels(size).observe(seconds)
         self._images.labels(size).inc(len(generated.images))
         for stage, ms in generated.stage_ms.items():
             self._stage_seconds.labels(stage).observe(ms / 1e3)
-        step_ms = generated.stage_ms.get("denoise", 0.0) / drawing.image.steps
+        step_ms = generated.stage_ms.get("denoise", 0.0) / params.image.steps
         self._step_seconds.observe(step_ms / 1e3)
 
     def text(self) -> bytes:
@@ -176,9 +176,9 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def _size_class(drawing: Drawing) -> str:
+def _size_class(params: GenerationParams) -> str:
     # Not the size itself: clients could make as many series as there are sizes.
-    pixels = drawing.image.width * drawing.image.height
+    pixels = params.image.width * params.image.height
     side = next((side for side in _SIDES if pixels <= side**2), None)
     return _class_of(side) if side else "more"
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from krea2_server.api.parameters import Drawing
+from krea2_server.api.parameters import GenerationParams
 from krea2_srt.messages import Generated
 
 
@@ -71,19 +71,19 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     @contextmanager
-    def request(self, request_id: str, drawing: Drawing) -> Iterator[RequestSpan]:
+    def request(self, request_id: str, params: GenerationParams) -> Iterator[RequestSpan]:
         """The span of a request; never the prompt's text."""
         if self._provider is None:
             yield RequestSpan()
             return
         tracer = self._provider.get_tracer("krea2_srt.server")
-        image = drawing.image
+        image = params.image
         attributes = {
             "krea2.request_id": request_id,
-            "krea2.size": drawing.size,
+            "krea2.size": params.size,
             "krea2.steps": image.steps,
             "krea2.images": image.num_images,
-            "krea2.stream": drawing.stream,
+            "krea2.stream": params.stream,
         }
         span = RequestSpan(tracer, tracer.start_span("images.generations", attributes=attributes))
         try:

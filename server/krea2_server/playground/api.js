@@ -34,7 +34,7 @@ export async function fetchModel(key) {
 }
 
 /**
- * Draw, and tell how it goes.
+ * Generate, and tell how it goes.
  *
  * @yields {{kind: "queued", ahead: number}
  *   | {kind: "step", image: number, step: number, total: number}

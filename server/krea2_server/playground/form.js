@@ -70,7 +70,7 @@ export class Form {
     };
   }
 
-  /** Fill in what drew one picture: with its seed, that picture comes again. */
+  /** Fill in what generated one picture: with its seed, that picture comes again. */
   fill(settings, seed) {
     this.prompt.value = settings.prompt;
     [this.width.value, this.height.value] = sidesOf(settings.size);
@@ -129,7 +129,7 @@ export class Form {
     const isSeed = seed === "" || (/^\d{1,19}$/.test(seed) && BigInt(seed) <= MAX_SEED);
     this.seed.setCustomValidity(isSeed ? "" : `A whole number from 0 to ${MAX_SEED}, or nothing.`);
     const isBlank = this.prompt.value.trim() === "";
-    this.prompt.setCustomValidity(isBlank ? "Say what to draw." : "");
+    this.prompt.setCustomValidity(isBlank ? "Say what to generate." : "");
   }
 
   #keepKey() {

@@ -25,7 +25,7 @@ export class Gallery {
     byId("empty").hidden = this.tiles.length > 0;
   }
 
-  /** Let the oldest pictures go where there are too many; what is being drawn stays. */
+  /** Let the oldest pictures go where there are too many; what is being generated stays. */
   trim() {
     this.remove(this.finished().slice(MAX_PICTURES));
   }

@@ -41,7 +41,7 @@ export class Job {
   }
 
   /**
-   * Draw to the end.
+   * Generate to the end.
    *
    * @param {string} model
    * @param {string} key of the API
@@ -91,6 +91,6 @@ export class Job {
   #leave() {
     const hadFocus = this.line.contains(document.activeElement);
     this.line.remove();
-    if (hadFocus) byId("draw").focus();
+    if (hadFocus) byId("generate").focus();
   }
 }

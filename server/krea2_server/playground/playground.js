@@ -52,10 +52,10 @@ async function reach() {
 function showServer(state, text) {
   byId("server").dataset.state = state;
   byId("server").textContent = text;
-  byId("draw").setAttribute("aria-disabled", String(state in STATES));
+  byId("generate").setAttribute("aria-disabled", String(state in STATES));
 }
 
-async function draw() {
+async function generate() {
   if (byId("server").dataset.state in STATES) {
     complain(`Not yet: ${byId("server").textContent}.`);
     return;
@@ -69,7 +69,7 @@ async function draw() {
   const start = performance.now();
   gallery.add(tiles);
   complain("");
-  say(`Drawing ${images(settings.n)}.`);
+  say(`Generating ${images(settings.n)}.`);
   job.reveal();
   try {
     await job.run(model.id, form.key.value, () => {
@@ -132,7 +132,7 @@ async function copy(what, write) {
 
 form.element.addEventListener("submit", (event) => {
   event.preventDefault();
-  draw();
+  generate();
 });
 form.key.addEventListener("change", connect);
 byId("copy-curl").addEventListener("click", () => copy("curl", asCurl));

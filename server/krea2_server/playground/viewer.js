@@ -36,7 +36,7 @@ export class Viewer {
     byId("viewer-close").focus();
   }
 
-  /** Draw the position anew after the gallery has changed. */
+  /** Show the position again after the gallery has changed. */
   refresh() {
     if (this.dialog.open) this.#show(this.tile);
   }

@@ -11,7 +11,7 @@ from typing import Any
 from ray import serve
 from ray.serve.request_router import ReplicaID
 
-from krea2_server.engine.base import Ticket, Update
+from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.engine.client import EngineClient
 from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
@@ -67,7 +67,7 @@ class EngineReplica:
     async def generate(
         self, message: Generate, source: str
     ) -> AsyncGenerator[Update | Unavailable, None]:
-        """Draw; see `Engine`. The last message is `Generated` or `Unavailable`.
+        """Generate; see `Engine`. The last message is `Generated` or `Unavailable`.
 
         Args:
             source: whose request it is, for `record_routing_stats`.
@@ -78,7 +78,7 @@ class EngineReplica:
             async with aclosing(self._client.generate(message)) as updates:
                 async for update in updates:
                     # Where it stands, the router that sent it knows as well.
-                    if not isinstance(update, Ticket):
+                    if not isinstance(update, QueuePosition):
                         yield update
         except ApiError as error:
             yield Unavailable(serve.get_replica_context().replica_id, error.message)

@@ -11,7 +11,7 @@ from krea2_srt.routing import Backlog, Place
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
 
-DOUBT_S = 3.0
+SUSPECT_S = 3.0
 """Longer than a report takes to get here: the first that counts again is new."""
 
 
@@ -22,20 +22,20 @@ class Member:
     Attributes:
         backlog: what this process has sent there.
         report: what it last said of itself; see `EngineReplica.record_routing_stats`.
-        doubted_until: clock time in seconds; until then it does not draw, whatever it has said.
+        suspect_until: clock time in seconds; until then it does not generate, whatever it has said.
     """
 
     backlog: Backlog = field(default_factory=Backlog)
     report: Mapping[str, Any] = field(default_factory=dict)
-    doubted_until: float = 0.0
+    suspect_until: float = 0.0
 
     @property
     def ready(self) -> bool:
-        """Whether it draws. One that has said nothing has just started, and starts ready."""
-        return bool(self.report.get("ready", True)) and time.monotonic() >= self.doubted_until
+        """Whether it generates. One that has said nothing has just started, and starts ready."""
+        return bool(self.report.get("ready", True)) and time.monotonic() >= self.suspect_until
 
     @property
-    def foreign_ms(self) -> int:
+    def other_routers_ms(self) -> int:
         """Work there that other processes have sent, as of its last report."""
         sent: Mapping[str, int] = self.report.get("outstanding_ms", {})
         return sum(work for source, work in sent.items() if source != SOURCE)
@@ -66,10 +66,10 @@ class Fleet:
         """It has died."""
         self.members = {other: it for other, it in self.members.items() if other != replica}
 
-    def doubt(self, replica: Hashable) -> None:
-        """It has just refused a request, as it had none to draw it: its last report is old."""
+    def mark_suspect(self, replica: Hashable) -> None:
+        """It has just refused a request, as it had none to generate it: its last report is old."""
         if (member := self.members.get(replica)) is not None:
-            member.doubted_until = time.monotonic() + DOUBT_S
+            member.suspect_until = time.monotonic() + SUSPECT_S
 
     def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
         """The candidates, first the one where a request of ``work`` ms adds least to what all wait.
@@ -80,7 +80,7 @@ class Fleet:
 
         def wait(replica: Hashable) -> tuple[bool, int, int, int]:
             member = self.members.get(replica) or Member()
-            backlog, foreign = member.backlog, member.foreign_ms
+            backlog, foreign = member.backlog, member.other_routers_ms
             added = backlog.added_wait(work) + foreign
             turn = self._turn.get(replica, 0)
             return not member.ready, added, backlog.outstanding + foreign, turn
@@ -108,7 +108,7 @@ class Fleet:
         return request in self._places
 
     def ahead(self, request: str) -> int:
-        """How many of our requests will probably be drawn there before it."""
+        """How many of our requests will probably be generated there before it."""
         found = self._places.get(request)
         if found is None:
             return 0

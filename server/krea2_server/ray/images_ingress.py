@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from krea2_server.app import create_app
-from krea2_server.assembly import assembled, load_moderator
+from krea2_server.assembly import create_services, load_moderator
 from krea2_server.keys import Keys
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
@@ -19,7 +19,7 @@ from krea2_server.ray.ray_engine import RayEngine
 
 @serve.ingress()
 class ImagesIngress:
-    """Checks, limits, stores and answers; `EngineReplica` draws.
+    """Checks, limits, stores and answers; `EngineReplica` generates.
 
     Args:
         settings: of krea2-serve.
@@ -32,7 +32,7 @@ class ImagesIngress:
         engine = RayEngine(engines, fleet_of_this_process())
         self._stack = AsyncExitStack()
         services = await self._stack.enter_async_context(
-            assembled(values, Keys.from_settings(values), load_moderator(values), engine)
+            create_services(values, Keys.from_settings(values), load_moderator(values), engine)
         )
         self._app = create_app(services)
         gc.collect()

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from krea2_server.engine.base import Ticket, Update
+from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 _MODEL_FIELDS = {field.name for field in fields(ModelInfo)}
 
 _LOST = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
-"""A replica has gone, with what it drew."""
+"""A replica has gone, with what it generated."""
 
 
 class RayEngine:
-    """An `Engine` of Ray Serve replicas. A request whose replica dies is drawn again, once.
+    """An `Engine` of Ray Serve replicas. A request whose replica dies is generated again, once.
 
     The second picture is the first one's equal, so that a client sees nothing but a delay.
 
@@ -62,19 +62,19 @@ class RayEngine:
 
     @property
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
-        return {_name(replica): _said(member) for replica, member in self._fleet.members.items()}
+        return {_name(replica): _report(member) for replica, member in self._fleet.members.items()}
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Ticket | Update, None]:
+    async def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
         """See `Engine`."""
-        yield Ticket(lambda: self._fleet.ahead(message.request_id))
+        yield QueuePosition(lambda: self._fleet.ahead(message.request_id))
         started = time.monotonic()
-        told: set[object] = set()
+        seen: set[object] = set()
         for last in (False, True):
             if not self._fleet.members:
                 # Ray would keep it until there is one again.
                 raise self.unavailable()
             try:
-                async with aclosing(self._draw(message, told)) as updates:
+                async with aclosing(self._generate(message, seen)) as updates:
                     async for update in updates:
                         yield update
                 return
@@ -87,25 +87,25 @@ class RayEngine:
                     text = "the engine has exited; send the request again"
                     raise engine_unavailable(text) from None
                 name = type(error).__name__
-                logger.warning("%s: %s; drawing it again", message.request_id, name)
+                logger.warning("%s: %s; generating it again", message.request_id, name)
             message = _again(message, time.monotonic() - started)
 
     def unavailable(self) -> ApiError:
         again = "" if self._model is None else " again"
         return engine_unavailable(f"the model is being loaded{again}", ENGINE_RETRY_S)
 
-    async def _draw(self, message: Generate, told: set[object]) -> AsyncGenerator[Update, None]:
-        """One attempt, without what an earlier one has told."""
+    async def _generate(self, message: Generate, seen: set[object]) -> AsyncGenerator[Update, None]:
+        """One attempt, without what an earlier one has seen."""
         response = self._handle.generate.remote(message, SOURCE)
         ended = False
         try:
             async for update in response:
                 ended = isinstance(update, Generated | Unavailable)
                 if isinstance(update, Unavailable):
-                    self._fleet.doubt(update.replica)
+                    self._fleet.mark_suspect(update.replica)
                     raise engine_unavailable(update.reason)
-                if (key := _identity(update)) not in told:
-                    told.add(key)
+                if (key := _identity(update)) not in seen:
+                    seen.add(key)
                     yield update
         except BackPressureError:
             text = "too many requests are waiting; try again later"
@@ -139,6 +139,6 @@ def _name(replica: Any) -> str:
     return str(getattr(replica, "unique_id", replica))
 
 
-def _said(member: Member) -> Mapping[str, Any]:
+def _report(member: Member) -> Mapping[str, Any]:
     said: Mapping[str, Any] = member.report.get("statistics", {})
     return said

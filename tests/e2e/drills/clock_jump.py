@@ -24,7 +24,7 @@ def _run(model: Path, folder: Path) -> None:
     with Deployment(model, folder, environment=environment) as deployment:
         load = Load(deployment.url)
         with under_load(deployment, load):
-            url = deployment.draw(size="64x64", response_format="url").json()["data"][0]["url"]
+            url = deployment.generate(size="64x64", response_format="url").json()["data"][0]["url"]
             check(httpx.get(url).status_code == 200, "an image is behind its URL")
             load.phase = "during"
             offset.write_text("+1d")

@@ -69,13 +69,13 @@ class Deployment(Krea2Serve):
         answer: dict[str, Any] = httpx.get(f"{self.url}/v1/queue", timeout=30).json()
         return answer
 
-    def draw(self, **fields: object) -> httpx.Response:
+    def generate(self, **fields: object) -> httpx.Response:
         """POST /v1/images/generations."""
         body = {"prompt": "x", "seed": 1, **fields}
         return httpx.post(f"{self.url}/v1/images/generations", json=body, timeout=_START_S)
 
     def wait_until_ready(self, replicas: int | None = None, timeout_s: float = _START_S) -> None:
-        """Until so many replicas draw; all of them by default."""
+        """Until so many replicas generate; all of them by default."""
 
         def ready() -> bool:
             queue = self.queue()

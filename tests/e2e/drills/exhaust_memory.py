@@ -20,7 +20,7 @@ def _run(model: Path, folder: Path) -> None:
             limits = engine.rlimit(resource.RLIMIT_AS)
             load.phase = "during"
             engine.rlimit(resource.RLIMIT_AS, (engine.memory_info().vms + _ROOM, limits[1]))
-            answer = deployment.draw(size="2048x2048", num_inference_steps=1)
+            answer = deployment.generate(size="2048x2048", num_inference_steps=1)
             print(f"  2048x2048 without memory: {answer.status_code} {answer.text[:80]}")
             check(answer.status_code == 503, "what does not fit gets a 503")
             check(answer.json()["error"]["code"] == "out_of_memory", "that says why")
@@ -28,8 +28,8 @@ def _run(model: Path, folder: Path) -> None:
             load.wait_for(5)
             engine.rlimit(resource.RLIMIT_AS, limits)
             load.phase = "after"
-            drawn = deployment.draw(size="512x512")
-            check(drawn.status_code == 200, "with memory it is drawn")
+            generated = deployment.generate(size="512x512")
+            check(generated.status_code == 200, "with memory it is generated")
             load.wait_for(5)
             check(deployment.engines() == [engine], "the engine is the same one")
         check(set(load.counts()) == {DONE}, "small images go on all the time")

@@ -22,7 +22,7 @@ def _run(model: Path, folder: Path) -> None:
                 ballast = disk / "ballast"
                 _fill(ballast)
                 load.wait_for(5, "503 storage_full")
-                answer = deployment.draw(size="64x64")
+                answer = deployment.generate(size="64x64")
                 check(answer.status_code == 200, "b64_json needs no disk")
                 ballast.unlink()
                 load.phase = "after"

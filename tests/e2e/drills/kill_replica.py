@@ -25,7 +25,7 @@ def _run(model: Path, folder: Path) -> None:
         lost = (load.counts() - load.counts("after"))[UNAVAILABLE]
         check(lost <= CLIENTS, "only requests that were on the dead replica fail")
         check(set(load.counts()) <= {DONE, UNAVAILABLE}, "with a 503")
-        check(set(load.counts("after")) == {DONE}, "both draw again")
+        check(set(load.counts("after")) == {DONE}, "both generate again")
 
 
 DRILL = Drill(

@@ -86,8 +86,8 @@ def _ip(*arguments: str) -> None:
 DRILL = Drill(
     "stall-network",
     "the link to an engine on another host goes down and up (a network namespace)",
-    "after --hang-timeout-s its requests get a 503; when it answers again it draws again, and has "
-    "kept nothing of what was given up",
+    "after --hang-timeout-s its requests get a 503; when it answers again it generates again, and "
+    "has kept nothing of what was given up",
     _run,
     needs_root=True,
     needs="ip",

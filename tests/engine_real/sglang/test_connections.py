@@ -44,7 +44,7 @@ def lost_within(router, seconds: float, every: float = 0.005) -> set[bytes]:
     deadline = time.monotonic() + seconds
     lost: set[bytes] = set()
     while time.monotonic() < deadline and not lost:
-        lost |= router.take_lost()
+        lost |= router.pop_disconnected()
         time.sleep(every)
     return lost
 
@@ -78,7 +78,7 @@ def test_descriptors_are_reused_without_mixing_clients_up(context, router):
     for _ in range(50):
         client = connect(context, router)
         identity = router.recv_multipart()[0]
-        assert identity not in router.take_lost()
+        assert identity not in router.pop_disconnected()
         client.close()
         assert lost_within(router, PATIENCE_S) == {identity}
     assert staying not in lost_within(router, 0.1)
@@ -93,7 +93,7 @@ def test_busy_cores_do_not_mix_clients_up(router):
             for _ in range(1500):
                 client = connect(clients, router)
                 identity = router.recv_multipart()[0]
-                assert identity not in router.take_lost()
+                assert identity not in router.pop_disconnected()
                 client.close()
                 assert lost_within(router, PATIENCE_S, every=0.0005) == {identity}
     finally:

@@ -93,7 +93,7 @@ def test_mixed_requests_with_hang_ups_equal_each_alone(server, runner, req, endp
     hung_up = set(random_.sample(range(count), count // 4))
     delays = [random_.uniform(0, 3) for _ in cases]
 
-    def draw(index: int):
+    def generate(index: int):
         time.sleep(delays[index])
         with Channel(endpoint) as channel:
             channel.send([req(f"mixed-{index}", **cases[index])])
@@ -103,7 +103,7 @@ def test_mixed_requests_with_hang_ups_equal_each_alone(server, runner, req, endp
             return channel.receive(600)
 
     with ThreadPoolExecutor(count) as pool:
-        outputs = list(pool.map(draw, range(count)))
+        outputs = list(pool.map(generate, range(count)))
     for index, (case, output) in enumerate(zip(cases, outputs, strict=True)):
         if index in hung_up:
             continue

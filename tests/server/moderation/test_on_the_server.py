@@ -1,4 +1,4 @@
-"""The whole server: what is refused is neither drawn, shown, stored nor logged."""
+"""The whole server: what is refused is neither generated, shown, stored nor logged."""
 
 import openai
 import pytest
@@ -73,7 +73,7 @@ def check_refused(response, category: str) -> None:
     assert response.headers["x-should-retry"] == "false"
 
 
-def test_a_refused_prompt_is_never_drawn_and_never_logged(moderated, engine):
+def test_a_refused_prompt_is_never_generated_and_never_logged(moderated, engine):
     refused = moderated.metric("krea2_moderation_checks_total", outcome="refused", stage="prompt")
     response = moderated.post(OTHER, prompt=SECRET, size="64x64", user="user-secret")
     check_refused(response, "violence")
@@ -128,7 +128,7 @@ def test_a_preview_is_checked_before_it_is_shown(moderated, engine, judge):
     response = moderated.post(OTHER, **FIELDS, stream=True, partial_images=3)
     assert "content_policy_violation" in response.text
     assert "partial_image" not in response.text
-    wait_until(lambda: engine.cancelled)  # nobody draws on
+    wait_until(lambda: engine.cancelled)  # nobody generates on
 
 
 def test_low_holds_for_keys_that_may_ask_for_it(moderated, engine, judge):
@@ -139,7 +139,7 @@ def test_low_holds_for_keys_that_may_ask_for_it(moderated, engine, judge):
     check_refused(moderated.post(TRUSTED, prompt=SECRET, moderation="low"), "violence")
 
 
-def test_without_its_checker_nothing_is_drawn(moderated, engine, watched):
+def test_without_its_checker_nothing_is_generated(moderated, engine, watched):
     watched.respond = lambda _: (500, b"")
     response = moderated.post(OTHER, **FIELDS)
     assert response.status_code == 503
@@ -159,5 +159,5 @@ def test_classifiers_on_the_server(shared_engine, engine, models_policy, tmp_pat
     with serve(tmp_path, *flags, timeout_s=300) as server:
         assert server.post(prompt="a red fox", size="64x64", seed=10).status_code == 200
         check_refused(server.post(prompt="a forbidden fox", size="64x64"), "toxic")
-        # The fake engine draws in the shade of the seed.
+        # The fake engine generates in the shade of the seed.
         check_refused(server.post(prompt="a red fox", size="64x64", seed=250), "nsfw")

@@ -1,4 +1,4 @@
-"""A server that speaks the images API as a test has scripted it, and draws scenery."""
+"""A server that speaks the images API as a test has scripted it, and generates scenery."""
 
 import asyncio
 import json
@@ -132,7 +132,7 @@ async def _stream(script: Script, body: dict[str, Any]) -> AsyncIterator[str]:
         if script.end == "broken":
             raise ConnectionResetError("as scripted")
         if script.end == "error":
-            yield _event("error", _error("the drawing failed", "generation_failed"))
+            yield _event("error", _error("the generation failed", "generation_failed"))
         for index in range(body["n"]) if script.end == "completed" else ():
             completed = await _completed(body, index, script)
             yield _event("image_generation.completed", completed)
@@ -156,7 +156,7 @@ def _seed(body: dict[str, Any], index: int) -> int:
 
 
 async def _preview(body: dict[str, Any], width: int, height: int, index: int, step: int) -> str:
-    def draw() -> str:
+    def generate() -> str:
         scene = draw_scene(width, height, _seed(body, index))
         noisy = add_noise(scene, 1 - step / TOTAL_STEPS, step)
         return to_base64(noisy, "png")
@@ -166,7 +166,7 @@ async def _preview(body: dict[str, Any], width: int, height: int, index: int, st
         "image_generation.partial_image",
         {
             "type": "image_generation.partial_image",
-            "b64_json": await asyncio.to_thread(draw),
+            "b64_json": await asyncio.to_thread(generate),
             "partial_image_index": previews,
             "image_index": index,
             "step": step,
@@ -181,12 +181,12 @@ async def _completed(body: dict[str, Any], index: int, script: Script) -> dict[s
     seed, image_format = _seed(body, index), body["output_format"]
     width, height = map(int, body["size"].split("x"))
 
-    def draw() -> str:
+    def generate() -> str:
         return to_base64(draw_scene(width, height, seed), image_format)
 
     return {
         "type": "image_generation.completed",
-        "b64_json": await asyncio.to_thread(draw),
+        "b64_json": await asyncio.to_thread(generate),
         "image_index": index,
         "seed": seed,
         "size": body["size"],

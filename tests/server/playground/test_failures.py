@@ -4,7 +4,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.server.playground.stand_in import Script
-from tests.server.playground.test_drawing import draw, finished
+from tests.server.playground.test_generating import finished, generate
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def test_a_refusal_is_told_in_the_servers_words(
     script: Script, page: Page, status: int, headers: dict, said: str
 ):
     script.refusal = (status, "size: must be a multiple of 16, got <1000>", headers)
-    draw(page, "a fox", count="2")
+    generate(page, "a fox", count="2")
     expect(page.get_by_role("alert")).to_contain_text(said)
     expect(page.locator(".tile")).to_have_count(0)
     expect(page.locator("#empty")).to_be_visible()
     script.refusal = None
     page.locator("#size").select_option("256x256")
-    page.locator("#draw").click()
+    page.locator("#generate").click()
     expect(finished(page)).to_have_count(2)
     expect(page.locator("#alert")).to_be_empty()
 
@@ -43,7 +43,7 @@ def test_a_refusal_is_told_in_the_servers_words(
 @pytest.mark.parametrize(
     ("end", "said"),
     [
-        ("error", "the drawing failed"),
+        ("error", "the generation failed"),
         ("lost", "The connection to the server was lost."),
         ("broken", "The connection to the server was lost."),
     ],
@@ -51,7 +51,7 @@ def test_a_refusal_is_told_in_the_servers_words(
 def test_a_stream_that_ends_badly_is_reported(script: Script, page: Page, end: str, said: str):
     script.end = end
     page.locator("#size").select_option("256x256")
-    draw(page, "a fox")
+    generate(page, "a fox")
     expect(page.get_by_role("alert")).to_have_text(said)
     expect(page.locator(".tile")).to_have_count(0)
     expect(page.locator(".job")).to_have_count(0)
@@ -67,7 +67,7 @@ def test_a_missing_key_is_asked_for_and_then_used(
     expect(blank_page.get_by_role("alert")).to_contain_text("API key is missing")
     key.fill("secret-7")
     blank_page.locator("#size").select_option("256x256")
-    draw(blank_page, "a fox")
+    generate(blank_page, "a fox")
     expect(finished(blank_page)).to_have_count(1)
     expect(blank_page.locator("#alert")).to_be_empty()
     blank_page.reload()
@@ -77,7 +77,7 @@ def test_a_missing_key_is_asked_for_and_then_used(
 
 def test_a_key_that_is_no_longer_good_is_asked_for(script: Script, page: Page):
     script.key = "new"
-    draw(page, "a fox")
+    generate(page, "a fox")
     expect(page.get_by_label("API key")).to_be_focused()
     page.get_by_label("API key").fill("new")
     page.locator("#size").select_option("256x256")
@@ -91,7 +91,7 @@ def test_while_the_model_loads_the_page_waits(
     script.ready = False
     blank_page.goto(playground_url)
     expect(blank_page.locator("#server")).to_have_text("the model is loading")
-    draw(blank_page, "a fox")
+    generate(blank_page, "a fox")
     expect(blank_page.get_by_role("alert")).to_have_text("Not yet: the model is loading.")
     assert script.bodies == []
     script.ready = True
@@ -113,7 +113,7 @@ def test_a_size_that_is_chosen_while_the_model_loads_is_kept(
 def test_a_server_that_cannot_be_reached_is_looked_for(script: Script, page: Page):
     page.route("**/ready", lambda route: route.abort())
     page.route("**/generations", lambda route: route.abort())
-    draw(page, "a fox")
+    generate(page, "a fox")
     expect(page.locator("#server")).to_have_text("the server cannot be reached")
     expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
     page.unroute("**/ready")

@@ -10,7 +10,7 @@ def offered(page: Page) -> list[str]:
     return page.locator("#size option").evaluate_all("options => options.map(o => o.value)")
 
 
-def test_sizes_are_what_the_model_can_draw(page: Page):
+def test_sizes_are_what_the_model_can_generate(page: Page):
     *sizes, custom = offered(page)
     assert custom == "custom"
     assert {"256x256", "2048x2048", "1536x1024", "1024x1536", "2048x1152", "1152x2048"} <= {*sizes}
@@ -40,7 +40,7 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     blank_page.locator("#prompt").fill("a fox")
     for field, value in (("count", "5"), ("steps", "21")):
         blank_page.locator(f"#{field}").fill(value)
-        blank_page.locator("#draw").click()
+        blank_page.locator("#generate").click()
         expect(blank_page.locator(f"#{field}")).to_be_focused()
         blank_page.locator(f"#{field}").fill("1")
     assert script.bodies == []
@@ -50,7 +50,7 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     ("trained_side", "size"),
     [(64, "256x256"), (256, "256x256"), (800, "768x768"), (4096, "1024x1024")],
 )
-def test_the_first_size_is_one_that_the_model_draws_well(
+def test_the_first_size_is_one_that_the_model_generates_well(
     script: Script, blank_page: Page, playground_url: str, trained_side: int, size: str
 ):
     script.limits = {"trained_side": trained_side}
@@ -68,11 +68,11 @@ def test_a_size_of_ones_own_is_checked(script: Script, page: Page):
     for width, height in (("1000", "1024"), ("2064", "2048"), ("4112", "16"), ("", "1024")):
         page.locator("#width").fill(width)
         page.locator("#height").fill(height)
-        page.locator("#draw").click()
+        page.locator("#generate").click()
         assert page.locator("#form:invalid").count() == 1, (width, height)
     assert script.bodies == []
     page.locator("#size").select_option("256x256")
-    page.locator("#draw").click()
+    page.locator("#generate").click()
     expect(page.locator(".tile[data-state=done]")).to_have_count(1)
 
 

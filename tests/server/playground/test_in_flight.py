@@ -4,12 +4,12 @@ from playwright.sync_api import Page, expect
 
 from tests.channel import wait_until
 from tests.server.playground.stand_in import Script
-from tests.server.playground.test_drawing import draw, finished
+from tests.server.playground.test_generating import finished, generate
 
 
 def test_a_waiting_request_tells_its_place(script: Script, page: Page):
     script.ahead, script.hold_at = 3, {0}
-    draw(page, "a fox", count="2")
+    generate(page, "a fox", count="2")
     expect(page.locator(".progress-text")).to_have_text(["waiting, 3 ahead"] * 2)
     expect(page.locator(".job-state")).to_have_text("waiting, 3 ahead")
 
@@ -17,7 +17,7 @@ def test_a_waiting_request_tells_its_place(script: Script, page: Page):
 def test_steps_and_previews_follow_one_another(script: Script, page: Page):
     script.hold_at = {2, 3, 4}
     page.locator("#size").select_option("256x256")
-    draw(page, "a fox")
+    generate(page, "a fox")
     text, image = page.locator(".progress-text"), page.locator(".tile img")
     expect(text).to_have_text("step 2 of 8")
     expect(image).to_be_visible()
@@ -48,23 +48,23 @@ def test_a_late_preview_does_not_set_the_steps_back(page: Page):
 
 def test_stop_frees_the_server(script: Script, page: Page):
     script.hold_at = {2}
-    draw(page, "a fox", count="2")
-    expect(page.locator(".tile[data-state=drawing]")).to_have_count(2)
+    generate(page, "a fox", count="2")
+    expect(page.locator(".tile[data-state=generating]")).to_have_count(2)
     assert script.left == 0
     page.get_by_role("button", name="Stop").click()
     wait_until(lambda: script.left == 1)
     expect(page.locator("#status")).to_have_text("Stopped.")
     expect(page.locator(".tile")).to_have_count(0)
     expect(page.locator("#alert")).to_be_empty()
-    expect(page.locator("#draw")).to_be_focused()
+    expect(page.locator("#generate")).to_be_focused()
 
 
 def test_a_second_request_starts_beside_the_first_and_each_has_its_stop(script: Script, page: Page):
     script.hold_at = {4}
-    draw(page, "first", count="2")
-    expect(page.locator(".tile[data-state=drawing]")).to_have_count(2)
-    draw(page, "second", count="1")
-    expect(page.locator(".tile[data-state=drawing]")).to_have_count(3)
+    generate(page, "first", count="2")
+    expect(page.locator(".tile[data-state=generating]")).to_have_count(2)
+    generate(page, "second", count="1")
+    expect(page.locator(".tile[data-state=generating]")).to_have_count(3)
     page.get_by_role("button", name="Stop: second").click()
     wait_until(lambda: script.left == 1)
     page.locator("#prompt").fill("a third, being typed")
@@ -88,7 +88,9 @@ def test_a_held_enter_key_is_one_request(script: Script, page: Page):
 def test_the_request_is_what_the_form_says(script: Script, page: Page):
     script.hold_at = {0}
     page.locator("#more summary").click()
-    draw(page, "  a “fox”\n", seed="007", count="2", guidance="3.5", negative="blurry", steps="12")
+    generate(
+        page, "  a “fox”\n", seed="007", count="2", guidance="3.5", negative="blurry", steps="12"
+    )
     wait_until(lambda: script.bodies)
     assert script.bodies == [
         {
@@ -110,7 +112,7 @@ def test_the_request_is_what_the_form_says(script: Script, page: Page):
 def test_what_would_be_refused_or_is_empty_is_not_sent(script: Script, page: Page):
     script.hold_at = {0}
     page.locator("#more summary").click()
-    draw(page, "a fox", steps="", guidance="0", negative="blurry")
+    generate(page, "a fox", steps="", guidance="0", negative="blurry")
     wait_until(lambda: script.bodies)
     assert "negative_prompt" not in script.bodies[0]
     assert "num_inference_steps" not in script.bodies[0]
@@ -120,5 +122,5 @@ def test_what_would_be_refused_or_is_empty_is_not_sent(script: Script, page: Pag
 def test_a_prompt_that_is_cut_is_said_to_be(script: Script, page: Page):
     script.truncated = True
     page.locator("#size").select_option("256x256")
-    draw(page, "a fox " * 600)
+    generate(page, "a fox " * 600)
     expect(finished(page).locator(".note")).to_contain_text("only the beginning")

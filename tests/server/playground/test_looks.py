@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.server.playground.stand_in import Script
-from tests.server.playground.test_drawing import draw, finished
+from tests.server.playground.test_generating import finished, generate
 
 DESKTOP = {"width": 1280, "height": 860}
 PHONE = {"width": 360, "height": 740}
@@ -53,19 +53,19 @@ LOW_CONTRASTS = """() => {
 
 
 def fill_page(script: Script, page: Page) -> None:
-    """Three finished pictures, a request being drawn, one in the queue, and an error."""
+    """Three finished pictures, a request being generated, one in the queue, and an error."""
     page.locator("#size").select_option("512x512")
-    draw(page, PROMPT, count="2", seed="14")
+    generate(page, PROMPT, count="2", seed="14")
     expect(finished(page)).to_have_count(2)
     page.locator("#size").select_option("768x512")
-    draw(page, "the same hills in the morning", count="1", seed="3")
+    generate(page, "the same hills in the morning", count="1", seed="3")
     expect(finished(page)).to_have_count(3)
     script.hold_at = {6}
     page.locator("#size").select_option("512x512")
-    draw(page, "a lighthouse on a cliff, gouache", count="2", seed="42")
+    generate(page, "a lighthouse on a cliff, gouache", count="2", seed="42")
     expect(page.locator(".progress-text")).to_have_text(["step 6 of 8"] * 2)
     script.hold_at, script.ahead = {0, 6}, 3
-    draw(page, "a quiet harbour at night", count="1", seed="17")
+    generate(page, "a quiet harbour at night", count="1", seed="17")
     expect(page.locator(".job-state").nth(1)).to_have_text("waiting, 3 ahead")
     page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
 
@@ -98,7 +98,7 @@ class TestLooks:
 
         look("empty")
         fill_page(script, page)
-        look("drawing")
+        look("generating")
         script.hold_at = set()
         expect(finished(page)).to_have_count(6)
         page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
@@ -111,7 +111,7 @@ class TestLooks:
         script.refusal = (400, f"prompt: {LONG_WORD}", {})
         page.locator("#size").select_option("custom")
         page.locator("#prompt").fill(LONG_WORD)
-        page.locator("#draw").click()
+        page.locator("#generate").click()
         page.get_by_role("alert").get_by_text("incomprehensibilities").wait_for()
         look("error")
 
@@ -130,7 +130,7 @@ def test_dark_and_light_differ(page: Page):
 
 def test_nothing_moves_for_those_who_want_no_motion(script: Script, page: Page):
     script.hold_at = {0}
-    draw(page, "a fox")
+    generate(page, "a fox")
     page.locator(".tile").wait_for()
     assert page.evaluate("document.getAnimations().length") > 0
     page.emulate_media(reduced_motion="reduce")
@@ -151,10 +151,10 @@ class TestLowWindow:
     def test_stop_and_errors_are_in_sight(self, script: Script, page: Page):
         page.locator("#more summary").click()
         script.hold_at = {0}
-        draw(page, "a fox")
+        generate(page, "a fox")
         expect(page.get_by_role("button", name="Stop")).to_be_in_viewport(ratio=1)
         script.refusal = (400, "not like this", {})
-        draw(page, "a hen")
+        generate(page, "a hen")
         expect(page.get_by_role("alert")).to_have_text("not like this")
         expect(page.get_by_role("alert")).to_be_in_viewport(ratio=1)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.server.playground.test_drawing import draw, finished
+from tests.server.playground.test_generating import finished, generate
 from tests.server.serving import serve
 
 KEY = "sk-playground-0123456789"
@@ -27,7 +27,7 @@ class TestKeys:
         expect(blank_page.get_by_label("API key")).to_be_focused()
         blank_page.get_by_label("API key").fill(KEY)
         blank_page.locator("#size").select_option("256x256")
-        draw(blank_page, "a fox")
+        generate(blank_page, "a fox")
         expect(finished(blank_page)).to_have_count(1)
 
 

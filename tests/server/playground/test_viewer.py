@@ -3,51 +3,51 @@
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.server.playground.test_drawing import draw, finished
+from tests.server.playground.test_generating import finished, generate
 
 
 @pytest.fixture
-def drawn(page: Page) -> Page:
+def generated(page: Page) -> Page:
     """The page with three pictures, seeds 1 to 3."""
     page.locator("#size").select_option("256x256")
-    draw(page, "hills", count="3", seed="1")
+    generate(page, "hills", count="3", seed="1")
     expect(finished(page)).to_have_count(3)
     return page
 
 
-def test_arrow_keys_go_through_the_gallery_and_escape_closes(drawn: Page):
-    finished(drawn).nth(0).locator(".open").click()
-    facts = drawn.locator("#viewer .facts")
+def test_arrow_keys_go_through_the_gallery_and_escape_closes(generated: Page):
+    finished(generated).nth(0).locator(".open").click()
+    facts = generated.locator("#viewer .facts")
     expect(facts).to_contain_text("1 of 3")
     expect(facts).to_contain_text("seed 1 ")
-    drawn.keyboard.press("ArrowLeft")
+    generated.keyboard.press("ArrowLeft")
     expect(facts).to_contain_text("1 of 3")
-    drawn.locator("#viewer-older").click()
-    drawn.keyboard.press("ArrowRight")
-    drawn.keyboard.press("ArrowRight")
+    generated.locator("#viewer-older").click()
+    generated.keyboard.press("ArrowRight")
+    generated.keyboard.press("ArrowRight")
     expect(facts).to_contain_text("3 of 3")
     expect(facts).to_contain_text("seed 3 ")
-    url = finished(drawn).nth(2).locator("img").get_attribute("src")
-    assert drawn.locator("#viewer-image").get_attribute("src") == url
-    drawn.keyboard.press("ArrowLeft")
-    drawn.keyboard.press("Escape")
-    expect(drawn.locator("#viewer")).to_be_hidden()
-    expect(finished(drawn).nth(1).locator(".open")).to_be_focused()
+    url = finished(generated).nth(2).locator("img").get_attribute("src")
+    assert generated.locator("#viewer-image").get_attribute("src") == url
+    generated.keyboard.press("ArrowLeft")
+    generated.keyboard.press("Escape")
+    expect(generated.locator("#viewer")).to_be_hidden()
+    expect(finished(generated).nth(1).locator(".open")).to_be_focused()
 
 
-def test_settings_are_taken_over_from_the_large_picture(drawn: Page):
-    finished(drawn).nth(2).locator(".open").click()
-    drawn.locator("#viewer").get_by_role("button", name="Use these settings again").click()
-    expect(drawn.locator("#viewer")).to_be_hidden()
-    expect(drawn.locator("#prompt")).to_be_focused()
-    expect(drawn.locator("#seed")).to_have_value("3")
+def test_settings_are_taken_over_from_the_large_picture(generated: Page):
+    finished(generated).nth(2).locator(".open").click()
+    generated.locator("#viewer").get_by_role("button", name="Use these settings again").click()
+    expect(generated.locator("#viewer")).to_be_hidden()
+    expect(generated.locator("#prompt")).to_be_focused()
+    expect(generated.locator("#seed")).to_have_value("3")
 
 
 def test_the_gallery_keeps_a_hundred(page: Page):
     page.locator("#size").select_option("custom")
     # Eleven requests at once: the browser sends six, and the others as these end.
     for request in range(11):
-        draw(page, f"request {request}", width="16", height="16", count="10")
+        generate(page, f"request {request}", width="16", height="16", count="10")
     expect(page.locator(".job")).to_have_count(0)
     expect(finished(page)).to_have_count(100)
     prompts = finished(page).locator(".prompt").all_inner_texts()
@@ -71,7 +71,7 @@ def test_everything_works_with_the_keyboard_alone(page: Page):
         seen.append(focused())
         keyboard.press("Tab")
     # The summary has neither id nor class.
-    assert seen == ["prompt", "size", "count", "steps", "seed", "", "draw", "copy-curl"]
+    assert seen == ["prompt", "size", "count", "steps", "seed", "", "generate", "copy-curl"]
     keyboard.press("Shift+Tab")
     keyboard.press("Shift+Tab")
     keyboard.press("Enter")

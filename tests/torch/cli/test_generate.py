@@ -28,7 +28,7 @@ def pixels(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file))
 
 
-def test_it_draws_what_the_runner_draws(folder, demo_model, runner, capsys):
+def test_it_generates_what_the_runner_generates(folder, demo_model, runner, capsys):
     size = ["--width", "120", "--height", "160"]
     count = ["--steps", "4", "--seed", "7", "--num-images", "2", "--output", "fox"]
     main([PROMPT, "--checkpoint", str(demo_model), "--dtype", "float32", *size, *count])
@@ -62,7 +62,7 @@ def test_the_size_is_the_checkpoints_where_none_is_given(folder, trained_model, 
     assert pixels(folder / "sample_0.png").shape[:2] == (64, 256)
 
 
-def test_an_original_file_draws_the_same(folder, demo_model, original_file):
+def test_an_original_file_generates_the_same(folder, demo_model, original_file):
     common = ["--width", "64", "--height", "64", "--dtype", "float32"]
     parts = ["--text-encoder", str(demo_model / "text_encoder"), "--vae", str(demo_model / "vae")]
     main(["x", "--checkpoint", str(original_file), *parts, *common, "--output", "a"])
@@ -192,7 +192,7 @@ def test_a_wrong_flag_answers_at_once():
 
 
 @pytest.mark.slow
-def test_quantised_weights_draw_nearly_the_same(folder, demo_model):
+def test_quantised_weights_generate_nearly_the_same(folder, demo_model):
     common = ["x", "--checkpoint", str(demo_model), "--width", "64", "--height", "64"]
     main([*common, "--output", "bf16"])
     main([*common, "--quantization", "fp8_rotated", "--output", "fp8"])

@@ -47,7 +47,7 @@ def test_the_package_says_which_recipe_made_it():
 
 
 @pytest.mark.slow
-def test_the_vae_draws_scenes_again(trained_model):
+def test_the_vae_generates_scenes_again(trained_model):
     """Through Diffusers, as a stranger would: 28 dB, and latents as its config says."""
     from diffusers import AutoencoderKLQwenImage
 
@@ -67,14 +67,14 @@ def test_the_vae_draws_scenes_again(trained_model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_turbo_draws_it_in_eight_steps_without_guidance(trained_model, dtype):
+def test_turbo_generates_it_in_eight_steps_without_guidance(trained_model, dtype):
     runner = Krea2Runner.load(Krea2Checkpoint.from_folder(trained_model), CPU, dtype)
     (picture,) = finish(runner, [start(runner, PROMPT, 256, 256, 8, 0)])
     assert judge(bytes_of(picture), HEART) == RIGHT
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
-def test_raw_draws_it_in_more_steps_with_guidance_or_without(
+def test_raw_generates_it_in_more_steps_with_guidance_or_without(
     trained_model: Path, tmp_path: Path, guidance: float
 ):
     clone_checkpoint(trained_model, tmp_path / "raw", is_distilled=False)

@@ -38,24 +38,24 @@ def asked(builder: RunnerBuilder, **config) -> RunnerBuilder:
     return replace(builder, config=RunnerConfig(**config))
 
 
-def draw(runner) -> torch.Tensor:
+def generate(runner) -> torch.Tensor:
     (context,) = runner.encode(["a cat"])
     sequence = runner.start(context, 64, 48, 3, runner.schedule(4, 64, 48))
     runner.step([sequence], 4)
     return sequence.tokens
 
 
-def test_a_cpu_needs_no_plan_and_draws(builder, runner):
+def test_a_cpu_needs_no_plan_and_generates(builder, runner):
     assert builder.plan() is None
     assert builder.within(None) is builder.engine
     loaded = builder.load(None)
     assert loaded.graphs is None
-    assert relative_error(draw(loaded), draw(runner)) <= 1e-6
+    assert relative_error(generate(loaded), generate(runner)) <= 1e-6
 
 
 def test_an_offloaded_encoder_is_possible_on_a_cpu_too(builder, runner):
     offloaded = asked(builder, text_encoder="offload").load(None)
-    assert relative_error(draw(offloaded), draw(runner)) <= 1e-6
+    assert relative_error(generate(offloaded), generate(runner)) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
     assert "transformer" in text
     assert "with 9 CUDA graphs" in text
     for _ in range(3):
-        assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
+        assert torch.allclose(generate(loaded), generate(runner), atol=1e-4)
 
 
 def test_steps_and_prompts_are_captured_into_pools_of_their_own(as_on_a_gpu, monkeypatch):
@@ -210,7 +210,7 @@ def test_what_graphs_have_done_is_published(as_on_a_gpu, monkeypatch, runner):
 
     monkeypatch.setattr(module, "CudaCapture", capture)
     loaded = as_on_a_gpu()
-    draw(loaded)
+    generate(loaded)
     found = RunnerExecutor(loaded).statistics()
     assert found["graphs"] == len(loaded.graphs) == 6
     assert found["graphs_failed"] == 3
@@ -242,7 +242,7 @@ def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
 def test_an_offloaded_encoder_is_not_replayed(as_on_a_gpu, runner):
     loaded = as_on_a_gpu(text_encoder="offload")
     assert loaded.prompt_encoder.graphs is None
-    assert torch.allclose(draw(loaded), draw(runner), atol=1e-4)
+    assert torch.allclose(generate(loaded), generate(runner), atol=1e-4)
 
 
 def test_the_products_are_chosen_for_the_model_that_was_loaded(as_on_a_gpu, monkeypatch):
@@ -270,7 +270,9 @@ def test_int8_runs_without_kernels(gpu):
 
 
 @pytest.mark.parametrize("wants_previews", [False, True])
-def test_the_engine_draws_on_graphs_what_it_draws_without(as_on_a_gpu, runner, wants_previews):
+def test_the_engine_generates_on_graphs_what_it_generates_without(
+    as_on_a_gpu, runner, wants_previews
+):
     pixels = []
     for each in (as_on_a_gpu(), runner):
         executor = RunnerExecutor(each)

@@ -1,4 +1,4 @@
-"""The engine on the real model runner, in float32: the same picture whatever else it draws."""
+"""The engine on the real model runner, in float32: the same picture whatever else it generates."""
 
 import random
 import weakref
@@ -166,7 +166,7 @@ def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     while request.sequences[0].step < 3:
         if any(isinstance(event, Progress) for event in engine.turn()):
             latents = executor.predict(request.sequences[0])
-            previews.append(executor.draw_preview(latents).pixels())
+            previews.append(executor.render_preview(latents).pixels())
     assert [preview.shape for preview in previews] == [(48, 64, 3)] * 3
     # After all but the last step, the prediction is what the last step makes of it.
     sequence = start(runner, "x", 64, 48, 4, 0)
@@ -331,10 +331,10 @@ def test_a_preview_beside_the_steps_is_there_later(runner):
     while request.sequences[0].step < 2:
         engine.turn()
     latents = executor.predict(request.sequences[0])
-    drawing = executor.draw_preview(latents)
-    assert [drawing.pixels() for _ in range(2)] == [None, None]
+    generating = executor.render_preview(latents)
+    assert [generating.pixels() for _ in range(2)] == [None, None]
     expected = to_uint8(runner.vae.decode(latents[None])[0])
-    assert np.array_equal(drawing.pixels(), expected)
+    assert np.array_equal(generating.pixels(), expected)
 
 
 def test_decodes_aside_do_not_hold_up_the_steps(runner):

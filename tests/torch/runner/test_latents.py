@@ -6,7 +6,7 @@ from tests.comparisons import CPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_seed_gives_the_noise_that_diffusers_draws(diffusers_pipeline, dtype):
+def test_a_seed_gives_the_noise_that_diffusers_generates(diffusers_pipeline, dtype):
     generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
     expected = diffusers_pipeline.prepare_latents(2, 16, 96, 160, dtype, CPU, generators)
     for image, seed in enumerate((7, 8)):

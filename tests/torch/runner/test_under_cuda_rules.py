@@ -177,7 +177,7 @@ def test_a_sliced_step_and_a_step_that_is_dropped(runner):
 
 @pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_requests_are_drawn(runner, graphs, overlapped):
+def test_requests_are_generated(runner, graphs, overlapped):
     if graphs:
         use_graphs(runner)
     executor = executor_of(runner, overlapped)
@@ -206,22 +206,22 @@ def test_the_device_never_waits_for_the_host_between_steps(runner, cuda, graphs)
     assert ran_dry == []
 
 
-def test_previews_are_drawn_beside_the_steps(runner, cuda):
+def test_previews_are_generated_beside_the_steps(runner, cuda):
     executor = executor_of(runner)
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=4)])
     executor.enable_previews(request.sequences[0])
-    drawn = []
+    generated = []
     while not engine.idle:
         for event in engine.turn() or []:
             if isinstance(event, Progress):
                 latents = executor.predict(event.sequence)
                 if latents is not None:
                     with cuda.no_waits():
-                        drawn.append(executor.draw_preview(latents))
+                        generated.append(executor.render_preview(latents))
     # In the order in which they were begun, so before the picture.
-    assert [preview.pixels().shape for preview in drawn] == [(64, 64, 3)] * len(drawn)
-    assert len(drawn) >= 3
+    assert [preview.pixels().shape for preview in generated] == [(64, 64, 3)] * len(generated)
+    assert len(generated) >= 3
 
 
 def test_sleep_and_wake(with_graphs, cuda):
@@ -243,7 +243,7 @@ def test_sleep_and_wake(with_graphs, cuda):
 # Out of memory.
 
 
-def drawn(executor: RunnerExecutor, name: str, **fields) -> State:
+def generated(executor: RunnerExecutor, name: str, **fields) -> State:
     """How a request ends, and that nothing of it is left."""
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit(name, [image(name, side=32, **fields)])
@@ -264,7 +264,7 @@ def fail_each_allocation(cuda: Machine, runner: Krea2Runner, every: int, **field
         runner.contexts.clear()
         before = cuda.allocator.out_of_memory
         cuda.fail_allocations(number)
-        state = drawn(executor, f"a cat {number}", **fields)
+        state = generated(executor, f"a cat {number}", **fields)
         if cuda.allocator.out_of_memory == before:
             assert state is State.DONE
             assert number > 20, "hardly anything was allocated"
@@ -272,7 +272,7 @@ def fail_each_allocation(cuda: Machine, runner: Krea2Runner, every: int, **field
         failed += state is State.FAILED
         cuda.allocator.fail_at.clear()
         if failed % 8 == 0:
-            assert drawn(executor, "and the next") is State.DONE
+            assert generated(executor, "and the next") is State.DONE
     raise AssertionError("there is no end to the allocations")
 
 
@@ -282,7 +282,7 @@ def test_any_allocation_may_run_out_of_memory(cuda, runner):
 
 def test_memory_may_run_out_in_a_capture(cuda, with_graphs):
     for _ in range(2):
-        drawn(executor_of(with_graphs), "a cat")
+        generated(executor_of(with_graphs), "a cat")
     with_graphs.release_graphs()
     fail_each_allocation(cuda, with_graphs, every=7)
     assert cuda.allocator.recording == []
@@ -291,11 +291,11 @@ def test_memory_may_run_out_in_a_capture(cuda, with_graphs):
 def test_memory_is_all_given_back(cuda, runner):
     executor = executor_of(runner)
     for _ in range(2):
-        drawn(executor, "a cat", steps=2)
+        generated(executor, "a cat", steps=2)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for number in range(5):
-        drawn(executor, "a cat", steps=2, seed=number)
+        generated(executor, "a cat", steps=2, seed=number)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
 
@@ -371,11 +371,11 @@ def schedule(seed: int, failing: bool) -> None:
 
 
 def preview(executor: RunnerExecutor, sequence: Sequence) -> None:
-    """Draw one if somebody wants to see it; nobody waits for it, and it may find no memory."""
+    """Generate one if somebody wants to see it; nobody waits for it, and it may find no memory."""
     with contextlib.suppress(OutOfMemoryError):
         latents = executor.predict(sequence)
         if latents is not None:
-            executor.draw_preview(latents)
+            executor.render_preview(latents)
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -416,8 +416,9 @@ def started(folder: Path, **settings) -> Krea2Runner:
 
 def test_a_server_starts_and_warms_up(cuda, demo_model):
     runner = started(demo_model, warm_up_s=0.2)
-    for _ in range(2):
-        finish(runner, [start(runner)])
+    with runner.on_stream():  # as the executor does: warm-up may have ended on it
+        for _ in range(2):
+            finish(runner, [start(runner)])
     assert runner.graph_statistics()["graph_failures"] == {}
 
 
@@ -439,14 +440,15 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
         use_graphs(runner)
         for overlapped in (False, True):
             assert (
-                drawn(executor_of(runner, overlapped), "a cat", seed=int(overlapped)) is State.DONE
+                generated(executor_of(runner, overlapped), "a cat", seed=int(overlapped))
+                is State.DONE
             )
         runner = small_runner()
         assert calibrate(runner).blocks == runner.num_blocks
         executor = executor_of(runner, overlapped=False)
         executor.statistics()
         cuda.fail_allocations(10)
-        assert drawn(executor, "a dog") is State.FAILED
+        assert generated(executor, "a dog") is State.FAILED
         with pytest.raises(RuntimeError, match="other"), device_errors():
             raise RuntimeError("other")
         runner.use_graphs(CudaCapture(CUDA, STREAM_PRIORITY), 512)

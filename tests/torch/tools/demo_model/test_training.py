@@ -17,7 +17,7 @@ from tools.demo_model.__main__ import _kept, _text_encoder
 from tools.demo_model.autoencoder import decode, encode, new_autoencoder, scenes, shrunk
 from tools.demo_model.dataset import Batch, Dataset, pad
 from tools.demo_model.diffusion import Trainer, draw, loss_of, new_dit, velocity
-from tools.demo_model.evaluate import Painter
+from tools.demo_model.evaluate import ImageGenerator
 from tools.demo_model.guide import answers, wrong
 from tools.demo_model.muon import Muon, orthogonal
 from tools.demo_model.reading import _QUESTIONS, _answers, by_layer, draw_captions, fuse, train
@@ -104,7 +104,7 @@ def test_pictures_are_looked_at_in_sizes_that_have_room():
     assert all(wish.held_out for wish, _ in asked)
     painted = []
 
-    class Painted(Painter):
+    class Painted(ImageGenerator):
         def paint(self, dit, prompts, width, height, seed):
             painted.append((width, height, list(prompts)))
             return scenes_of(prompts, width, height)

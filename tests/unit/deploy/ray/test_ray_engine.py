@@ -7,7 +7,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from krea2_server.engine.base import Ticket
+from krea2_server.engine.base import QueuePosition
 from krea2_server.errors import ApiError
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import Fleet
@@ -80,8 +80,8 @@ async def collect(handle: Handle, wanted: Generate | None = None) -> list:
 
 
 def run(handle: Handle, wanted: Generate | None = None) -> list:
-    ticket, *updates = asyncio.run(collect(handle, wanted))
-    assert isinstance(ticket, Ticket)
+    position, *updates = asyncio.run(collect(handle, wanted))
+    assert isinstance(position, QueuePosition)
     return updates
 
 
@@ -123,11 +123,11 @@ def test_such_a_replica_is_doubted_though_its_last_report_was_good():
     assert fleet.ranking(1, ["a", "b"]) == ["a", "b"]
     engine = RayEngine(Handle([Unavailable("a", "the engine has exited")], WHOLE), fleet)
 
-    async def draw() -> None:
+    async def generate() -> None:
         async for _ in engine.generate(message()):
             pass
 
-    asyncio.run(draw())
+    asyncio.run(generate())
     assert fleet.ranking(1, ["a", "b"]) == ["b", "a"]
     assert engine.num_ready == 1
 
@@ -146,11 +146,11 @@ def test_a_stream_that_ends_in_the_middle_is_tried_again():
 def test_without_a_replica_nobody_is_kept_waiting():
     handle = Handle(WHOLE)
 
-    async def draw() -> list:
+    async def generate() -> list:
         return [update async for update in RayEngine(handle, Fleet()).generate(message())]
 
     with pytest.raises(ApiError, match="the model is being loaded"):
-        asyncio.run(draw())
+        asyncio.run(generate())
     assert not handle.messages
 
 
@@ -174,7 +174,7 @@ def test_whoever_stops_listening_cancels():
 
     async def listen() -> None:
         updates = RayEngine(handle, fleet_of("a")).generate(message())
-        assert isinstance(await anext(updates), Ticket)
+        assert isinstance(await anext(updates), QueuePosition)
         assert await anext(updates) == Accepted("id")
         await updates.aclose()
 

@@ -1,4 +1,4 @@
-"""The lab: runs simulations of one workload, each only once."""
+"""The experiment: runs simulations of one workload, each only once."""
 
 import sys
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GRID = tuple(round(STEP * i, 2) for i in range(1, 23))
 
 
 @dataclass
-class Lab:
+class Experiment:
     """A workload on some hardware.
 
     Attributes:

@@ -16,13 +16,13 @@ from krea2_srt.testing.fake_engine import MODEL
 RAW = dataclasses.replace(MODEL, distilled=False, default_steps=52, default_guidance=3.5)
 
 
-def drawing(model=MODEL, max_n=10, max_prompt=32_000, **fields):
+def resolved(model=MODEL, max_n=10, max_prompt=32_000, **fields):
     request = ImageGenerationRequest.model_validate({"prompt": "a fox", **fields})
     return resolve(request, model, max_n=max_n, max_prompt=max_prompt)
 
 
 def test_defaults_are_the_models():
-    turbo, raw = drawing(), drawing(RAW)
+    turbo, raw = resolved(), resolved(RAW)
     assert (turbo.image.steps, turbo.image.guidance, turbo.size) == (8, 0.0, "1024x1024")
     assert (raw.image.steps, raw.image.guidance) == (52, 3.5)
     assert (turbo.output_format, turbo.compression, turbo.quality) == ("png", 100, "medium")
@@ -32,8 +32,8 @@ def test_defaults_are_the_models():
 
 def test_null_is_as_good_as_absent():
     fields = set(ImageGenerationRequest.model_fields) - {"prompt", "model"}
-    nulls = drawing(**{**dict.fromkeys(fields), "seed": 1})
-    assert nulls == drawing(seed=1)
+    nulls = resolved(**{**dict.fromkeys(fields), "seed": 1})
+    assert nulls == resolved(seed=1)
 
 
 @pytest.mark.parametrize(
@@ -50,35 +50,35 @@ def test_null_is_as_good_as_absent():
     ],
 )
 def test_a_quality_is_steps_and_a_size(quality, steps, size):
-    found = drawing(quality=quality)
+    found = resolved(quality=quality)
     assert (found.image.steps, found.size) == (steps, size)
-    assert drawing(quality=quality, num_inference_steps=3).image.steps == 3
-    assert drawing(quality=quality, size="256x512").size == "256x512"
+    assert resolved(quality=quality, num_inference_steps=3).image.steps == 3
+    assert resolved(quality=quality, size="256x512").size == "256x512"
 
 
 def test_every_quality_fits_any_limits():
     small = dataclasses.replace(MODEL, limits=RequestLimits(max_side=500, max_pixels=200_000))
     for quality in PRESETS:
-        image = drawing(small, quality=quality).image
+        image = resolved(small, quality=quality).image
         assert (image.width, image.height) == (432, 432)
 
 
 def test_no_quality_is_larger_than_what_the_model_was_trained_on():
     demo = dataclasses.replace(MODEL, trained_side=256)
-    assert {drawing(demo, quality=quality).size for quality in PRESETS} == {"256x256"}
-    assert drawing(demo, size="512x512").size == "512x512"
+    assert {resolved(demo, quality=quality).size for quality in PRESETS} == {"256x256"}
+    assert resolved(demo, size="512x512").size == "512x512"
 
 
-def test_a_seed_is_drawn_where_none_is_given():
-    seeds = {drawing().image.seed for _ in range(20)}
+def test_a_seed_is_generated_where_none_is_given():
+    seeds = {resolved().image.seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert drawing(seed=2**63 - 1, n=10).image.seeds[-1] == 2**63 + 8
+    assert resolved(seed=2**63 - 1, n=10).image.seeds[-1] == 2**63 + 8
 
 
 def test_width_and_height_are_another_way_to_say_size():
-    assert drawing(width=512, height=256).size == "512x256"
-    assert drawing(width=512, height=256, size="512x256").size == "512x256"
+    assert resolved(width=512, height=256).size == "512x256"
+    assert resolved(width=512, height=256, size="512x256").size == "512x256"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_width_and_height_are_another_way_to_say_size():
 )
 def test_what_is_not_possible_names_its_field(fields, param):
     with pytest.raises(ApiError) as caught:
-        drawing(max_n=3, max_prompt=100, **fields)
+        resolved(max_n=3, max_prompt=100, **fields)
     assert caught.value.status == 400
     assert caught.value.param == param
     assert param in caught.value.message
@@ -144,6 +144,6 @@ def test_what_the_model_cannot_do_is_told(field, value, code):
 
 
 def test_the_identifier_of_a_user_may_have_its_older_name():
-    assert drawing(user="u").safety_identifier == "u"
-    assert drawing(user="u", safety_identifier="s").safety_identifier == "s"
-    assert drawing(user="u", safety_identifier="").safety_identifier == "u"
+    assert resolved(user="u").safety_identifier == "u"
+    assert resolved(user="u", safety_identifier="s").safety_identifier == "s"
+    assert resolved(user="u", safety_identifier="").safety_identifier == "u"

@@ -16,7 +16,7 @@ from krea2_srt.sglang.replies import engine_error, stage_ms
 
 
 @dataclass(frozen=True)
-class Generation:
+class NativeExchange:
     """A `Generate` in the engine, to be answered once.
 
     Attributes:

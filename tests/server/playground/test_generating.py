@@ -1,11 +1,11 @@
-"""Drawing with the page; nothing here needs the stand-in's script."""
+"""Generating with the page; nothing here needs the stand-in's script."""
 
 import re
 
 from playwright.sync_api import Page, expect
 
 
-def draw(page: Page, prompt: str, **fields: str) -> None:
+def generate(page: Page, prompt: str, **fields: str) -> None:
     for name, value in fields.items():
         page.locator(f"#{name}").fill(value)
     page.locator("#prompt").fill(prompt)
@@ -16,7 +16,7 @@ def finished(page: Page):
     return page.locator(".tile[data-state=done]")
 
 
-def test_a_prompt_and_enter_draw_a_picture_after_previews(page: Page):
+def test_a_prompt_and_enter_generate_a_picture_after_previews(page: Page):
     page.evaluate(
         """() => {
             window.sources = [];
@@ -26,7 +26,7 @@ def test_a_prompt_and_enter_draw_a_picture_after_previews(page: Page):
         }"""
     )
     page.locator("#size").select_option("256x256")
-    draw(page, "a red fox")
+    generate(page, "a red fox")
     expect(finished(page)).to_have_count(1)
     *previews, picture = page.evaluate("window.sources")
     assert len(set(previews)) == len(previews) == 3
@@ -49,7 +49,7 @@ def test_shift_enter_starts_a_new_line(page: Page):
 
 def test_several_images_have_seeds_that_count_up(page: Page):
     page.locator("#size").select_option("256x256")
-    draw(page, "three hills", count="3", seed="9223372036854775800")
+    generate(page, "three hills", count="3", seed="9223372036854775800")
     expect(finished(page)).to_have_count(3)
     facts = finished(page).locator(".facts").all_inner_texts()
     assert [re.search(r"seed (\d+)", text)[1] for text in facts] == [
@@ -65,7 +65,7 @@ def test_a_download_has_a_telling_name(page: Page):
     page.locator("#size").select_option("384x256")
     page.locator("#more summary").click()
     page.locator("#format").select_option("jpeg")
-    draw(page, 'A "red" fox/../ in Köln', seed="7")
+    generate(page, 'A "red" fox/../ in Köln', seed="7")
     with page.expect_download() as download:
         page.get_by_role("link", name="Download").click()
     assert download.value.suggested_filename == "krea2-a-red-fox-in-köln-384x256-seed7.jpg"
@@ -74,7 +74,7 @@ def test_a_download_has_a_telling_name(page: Page):
 
 def test_a_picture_comes_with_its_prompt_settings_and_timings(page: Page):
     page.locator("#size").select_option("256x256")
-    draw(page, "a <b>fox</b> & $HOME", seed="5", steps="8")
+    generate(page, "a <b>fox</b> & $HOME", seed="5", steps="8")
     tile = finished(page)
     expect(tile.locator(".prompt")).to_have_text("a <b>fox</b> & $HOME")
     expect(tile.locator(".facts")).to_have_text("256 × 256 · seed 5 · 8 steps")
@@ -85,7 +85,9 @@ def test_its_settings_can_be_used_again(page: Page):
     page.locator("#size").select_option("custom")
     page.locator("#more summary").click()
     page.locator("#negative").fill("blurry")
-    draw(page, "a fox", width="272", height="256", seed="5", count="2", guidance="2.5", steps="4")
+    generate(
+        page, "a fox", width="272", height="256", seed="5", count="2", guidance="2.5", steps="4"
+    )
     expect(finished(page)).to_have_count(2)
     page.locator("#size").select_option("512x512")
     for name in ("prompt", "seed", "steps", "guidance", "negative"):
@@ -108,8 +110,8 @@ def test_its_settings_can_be_used_again(page: Page):
 
 def test_the_newest_comes_first(page: Page):
     page.locator("#size").select_option("256x256")
-    draw(page, "first")
+    generate(page, "first")
     expect(finished(page)).to_have_count(1)
-    draw(page, "second")
+    generate(page, "second")
     expect(finished(page)).to_have_count(2)
     assert finished(page).locator(".prompt").all_inner_texts() == ["second", "first"]

@@ -1,4 +1,4 @@
-"""One side of a match: its server, what it has done, and what its engine tells."""
+"""One side of a comparison: its server, what it has done, and what its engine tells."""
 
 import asyncio
 from collections import defaultdict
@@ -19,8 +19,8 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Side:
-    """A server in the match.
+class ServerUnderTest:
+    """A server in the comparison.
 
     Attributes:
         server: as it was given.
@@ -41,7 +41,7 @@ class Side:
         """The server, started if it is not running; yields its URL.
 
         Raises:
-            Interrupted: by who does not want to wait until it can draw.
+            Interrupted: by who does not want to wait until it can generate.
         """
         if self.url:
             yield self.url
@@ -55,8 +55,8 @@ class Side:
 
 
 @dataclass
-class Played:
-    """What a side has done in a match.
+class Result:
+    """What a side has done in a comparison.
 
     Attributes:
         alone_s: what requests take alone, by their work.

@@ -1,4 +1,4 @@
-"""Configurations that draw: our runner, Diffusers, or a server."""
+"""Configurations that generate: our runner, Diffusers, or a server."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -20,13 +20,13 @@ SYNTAX = (
 )
 
 
-class PainterError(Krea2Error):
-    """A configuration that cannot draw; the message says what is wrong with it."""
+class GeneratorError(Krea2Error):
+    """A configuration that cannot generate; the message says what is wrong with it."""
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """What to draw.
+class Case:
+    """What to generate.
 
     Attributes:
         prompt, seed: of the picture.
@@ -43,44 +43,44 @@ class Sketch:
     guidance: float = 0.0
 
 
-class Painter(Protocol):
-    """Draws sketches in order, uint8 [height, width, 3] each."""
+class ImageGenerator(Protocol):
+    """Generates cases in order, uint8 [height, width, 3] each."""
 
-    def draw(self, sketches: Sequence[Sketch]) -> Iterator[np.ndarray]: ...
+    def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]: ...
 
 
-def parse_painter(text: str, checkpoint: Path) -> Painter:
+def parse_generator(text: str, checkpoint: Path) -> ImageGenerator:
     """Read a configuration as `SYNTAX` says.
 
     Raises:
-        PainterError: it is none.
+        GeneratorError: it is none.
     """
     if text.startswith(("http://", "https://")):
-        return ServerPainter(text)
+        return ServerGenerator(text)
     kind, *options = text.split(":")
     values: dict[str, str] = {}
     for option in options:
         name, _, values[name] = option.partition("=")
     dtype = values.pop("dtype", "bfloat16")
     if dtype not in DTYPES:
-        raise PainterError(f"{text!r}: dtype must be one of {', '.join(DTYPES)}")
-    painter: Painter
+        raise GeneratorError(f"{text!r}: dtype must be one of {', '.join(DTYPES)}")
+    generator: ImageGenerator
     match kind:
         case "ours":
             pack = values.pop("pack", "1")
             if not pack.isdecimal() or not int(pack):
-                raise PainterError(f"{text!r}: pack must be a whole number from 1 on")
-            painter = OurPainter(checkpoint, dtype, values.pop("quantization", ""), int(pack))
+                raise GeneratorError(f"{text!r}: pack must be a whole number from 1 on")
+            generator = OurGenerator(checkpoint, dtype, values.pop("quantization", ""), int(pack))
         case "diffusers":
-            painter = DiffusersPainter(checkpoint, dtype)
+            generator = DiffusersGenerator(checkpoint, dtype)
         case _:
-            raise PainterError(f"{text!r} is no configuration; expected {SYNTAX}")
+            raise GeneratorError(f"{text!r} is no configuration; expected {SYNTAX}")
     if values:
-        raise PainterError(f"{text!r}: {next(iter(values))} is not known; expected {SYNTAX}")
-    return painter
+        raise GeneratorError(f"{text!r}: {next(iter(values))} is not known; expected {SYNTAX}")
+    return generator
 
 
-class OurPainter:
+class OurGenerator:
     """Our model runner.
 
     Args:
@@ -101,10 +101,12 @@ class OurPainter:
         if quantization:
             name, _, rotated = quantization.partition("_")
             if name not in ("fp8", "int8") or rotated not in ("", "rotated"):
-                raise PainterError(f"quantization {quantization!r} is not known; expected {SYNTAX}")
+                raise GeneratorError(
+                    f"quantization {quantization!r} is not known; expected {SYNTAX}"
+                )
             self._quantization = Quantization(name, bool(rotated))
 
-    def draw(self, sketches: Sequence[Sketch]) -> Iterator[np.ndarray]:
+    def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
         import torch
 
         from krea2_srt.model.checkpoint import Krea2Checkpoint
@@ -116,34 +118,34 @@ class OurPainter:
             checkpoint, _device(), self._dtype, quantization=self._quantization
         )
         with torch.inference_mode():
-            for at in range(0, len(sketches), self._pack):
-                pack = [_begun(runner, sketch) for sketch in sketches[at : at + self._pack]]
+            for at in range(0, len(cases), self._pack):
+                pack = [_begun(runner, case) for case in cases[at : at + self._pack]]
                 while any(not sequence.done for sequence in pack):
                     runner.step([sequence for sequence in pack if not sequence.done])
                 for sequence in pack:
                     yield to_uint8(runner.decode(sequence))
 
 
-def _begun(runner: Any, sketch: Sketch) -> Any:
-    contexts = runner.encode([sketch.prompt, ""] if sketch.guidance else [sketch.prompt])
+def _begun(runner: Any, case: Case) -> Any:
+    contexts = runner.encode([case.prompt, ""] if case.guidance else [case.prompt])
     return runner.start(
         contexts[0],
-        sketch.width,
-        sketch.height,
-        sketch.seed,
-        runner.schedule(sketch.steps, sketch.width, sketch.height),
-        sketch.guidance,
-        contexts[1] if sketch.guidance else None,
+        case.width,
+        case.height,
+        case.seed,
+        runner.schedule(case.steps, case.width, case.height),
+        case.guidance,
+        contexts[1] if case.guidance else None,
     )
 
 
-class DiffusersPainter:
+class DiffusersGenerator:
     """``diffusers.Krea2Pipeline``, one picture at a time."""
 
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
 
-    def draw(self, sketches: Sequence[Sketch]) -> Iterator[np.ndarray]:
+    def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
         import torch
         from diffusers import Krea2Pipeline
 
@@ -151,48 +153,48 @@ class DiffusersPainter:
             self._checkpoint, dtype=getattr(torch, self._dtype)
         ).to(_device())
         pipeline.set_progress_bar_config(disable=True)
-        for sketch in sketches:
+        for case in cases:
             image = pipeline(
-                sketch.prompt,
-                height=sketch.height,
-                width=sketch.width,
-                num_inference_steps=sketch.steps,
-                guidance_scale=sketch.guidance,
-                # As everywhere here: noise is drawn on the CPU.
-                generator=torch.Generator().manual_seed(sketch.seed),
+                case.prompt,
+                height=case.height,
+                width=case.width,
+                num_inference_steps=case.steps,
+                guidance_scale=case.guidance,
+                # As everywhere here: noise is generated on the CPU.
+                generator=torch.Generator().manual_seed(case.seed),
             ).images[0]
             yield np.asarray(image.convert("RGB"))
 
 
-class ServerPainter:
+class ServerGenerator:
     """An OpenAI-style images server."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
 
-    def draw(self, sketches: Sequence[Sketch]) -> Iterator[np.ndarray]:
+    def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
         import httpx
         import pybase64
         from PIL import Image
 
         with httpx.Client(timeout=600) as client:
-            for sketch in sketches:
+            for case in cases:
                 fields: dict[str, Any] = {
-                    "prompt": sketch.prompt,
-                    "size": f"{sketch.width}x{sketch.height}",
-                    "num_inference_steps": sketch.steps,
-                    "seed": sketch.seed,
+                    "prompt": case.prompt,
+                    "size": f"{case.width}x{case.height}",
+                    "num_inference_steps": case.steps,
+                    "seed": case.seed,
                     "response_format": "b64_json",
                     "output_format": "png",
                 }
-                if sketch.guidance:
-                    fields["guidance_scale"] = sketch.guidance
+                if case.guidance:
+                    fields["guidance_scale"] = case.guidance
                 try:
                     answer = client.post(f"{self._url}/v1/images/generations", json=fields)
                     answer.raise_for_status()
                     data = pybase64.b64decode(answer.json()["data"][0]["b64_json"])
                 except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
-                    raise PainterError(f"{self._url} drew no picture: {error}") from None
+                    raise GeneratorError(f"{self._url} generated no picture: {error}") from None
                 yield np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 

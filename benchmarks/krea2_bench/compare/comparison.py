@@ -1,4 +1,4 @@
-"""The match: warm-up and times alone, then rounds in which every side gets the same requests."""
+"""The comparison: warm-up and times alone, then rounds in which each server gets the same."""
 
 import argparse
 import time
@@ -12,18 +12,18 @@ import numpy as np
 
 from krea2_bench.compare.figures import Figure, compare_points, latency_of_a_request
 from krea2_bench.compare.pictures import compare_pictures
-from krea2_bench.compare.side import Interrupted, Played, Side, TurnsOf
+from krea2_bench.compare.server_under_test import Interrupted, Result, ServerUnderTest, TurnsOf
 from krea2_bench.load.alone import measure_alone
 from krea2_bench.load.arguments import load_of
 from krea2_bench.load.endpoint import Endpoint
 from krea2_bench.load.outcome import Outcome
 from krea2_bench.load.plan import Planned
-from krea2_bench.load.points import Player, Point
+from krea2_bench.load.points import LoadRunner, Point
 from krea2_bench.load.summary import Slo, summarise
 
 
-class Match:
-    """Plays and compares.
+class Comparison:
+    """Loads servers in turn, and compares them.
 
     Args:
         args: of the command, with one mix.
@@ -31,22 +31,22 @@ class Match:
 
     Attributes:
         mix: of its requests.
-        complete: whether it was played to its end.
-        rounds_played: whole ones.
-        has_turns: whether a side has told its units of work.
+        complete: whether it ran to its end.
+        rounds_done: whole ones.
+        has_turns: whether a server has told its units of work.
     """
 
-    def __init__(self, args: argparse.Namespace, sides: Sequence[Side]) -> None:
+    def __init__(self, args: argparse.Namespace, sides: Sequence[ServerUnderTest]) -> None:
         self.args = args
         self.mix, _, self._points = load_of(args)
         self.complete = False
-        self.rounds_played = 0
+        self.rounds_done = 0
         self.has_turns = False
         self._sides = sides
-        self._played = {side.server.name: Played() for side in sides}
-        self._player = Player()
+        self._results = {side.server.name: Result() for side in sides}
+        self._load_runner = LoadRunner()
 
-    async def play(self) -> None:
+    async def run(self) -> None:
         """All of it, until it is interrupted.
 
         Raises:
@@ -54,19 +54,19 @@ class Match:
         """
         turns = [TurnsOf(side.turn_log) for side in self._sides]
         try:
-            with self._player.heeding_interrupts(), suppress(Interrupted):
-                await self._play()
+            with self._load_runner.handle_signals(), suppress(Interrupted):
+                await self._run()
         finally:
-            self._drop_rounds(self.rounds_played)
+            self._drop_rounds(self.rounds_done)
             for side, told in zip(self._sides, turns, strict=True):
                 found = told.copy(self._path(f"{side.server.name}.turns.jsonl"))
                 self.has_turns = self.has_turns or found
 
-    async def _play(self) -> None:
+    async def _run(self) -> None:
         for side in self._sides:
             async with self._up(side) as url:
                 await self._measure_alone(side, url)
-        if self._player.interrupted:
+        if self._load_runner.interrupted:
             return
         if self.args.load is not None:
             capacity = self._capacity()
@@ -76,25 +76,25 @@ class Match:
             ]
         with self._path("jsonl").open("wb") as lines:
             for number in range(self.args.rounds):
-                await self._play_round(number, lines)
-                if self._player.interrupted:
+                await self._run_round(number, lines)
+                if self._load_runner.interrupted:
                     return
-                self.rounds_played += 1
+                self.rounds_done += 1
         self.complete = True
 
-    def _up(self, side: Side) -> AbstractAsyncContextManager[str]:
-        return side.up(lambda: self._player.interrupted)
+    def _up(self, side: ServerUnderTest) -> AbstractAsyncContextManager[str]:
+        return side.up(lambda: self._load_runner.interrupted)
 
     def result(self) -> dict[str, Any]:
         """Everything that came of it, for JSON."""
-        *others, baseline = self._played
+        *others, baseline = self._results
         slo = self._slo()
         points = []
         for number, point in enumerate(self._points):
             found: dict[str, Any] = point.as_dict()
             if self.args.load is not None:
                 found["load"] = self.args.load[number]
-            outcomes = {name: played.outcomes[number] for name, played in self._played.items()}
+            outcomes = {name: results.outcomes[number] for name, results in self._results.items()}
             found["sides"] = {
                 name: summarise(_together(rounds), slo) for name, rounds in outcomes.items()
             }
@@ -110,18 +110,18 @@ class Match:
             "servers": {
                 side.server.name: {
                     "command": side.server.typed,
-                    "alone_s": self._played[side.server.name].alone_s,
+                    "alone_s": self._results[side.server.name].alone_s,
                 }
                 for side in self._sides
             },
             "baseline": baseline,
-            "rounds": self.rounds_played,
+            "rounds": self.rounds_done,
             "slo_s": slo.by_work,
             "overall": {name: self._overall(name, baseline).as_dict() for name in others},
             "pictures": {
                 name: compare_pictures(
-                    self._played[name].pictures,
-                    self._played[baseline].pictures,
+                    self._results[name].pictures,
+                    self._results[baseline].pictures,
                     self.args.min_psnr,
                 )
                 for name in others
@@ -129,16 +129,16 @@ class Match:
             "points": points,
         }
 
-    async def _measure_alone(self, side: Side, url: str) -> None:
+    async def _measure_alone(self, side: ServerUnderTest, url: str) -> None:
         args = self.args
         async with Endpoint(side.options(url)) as endpoint:
             await endpoint.find_model()
-            self._played[side.server.name].alone_s = await measure_alone(
-                self._player, endpoint, self.mix, args.warm_up, max(1, args.alone), args.seed
+            self._results[side.server.name].alone_s = await measure_alone(
+                self._load_runner, endpoint, self.mix, args.warm_up, max(1, args.alone), args.seed
             )
 
-    async def _play_round(self, number: int, lines: BinaryIO) -> None:
-        """Every point to every side; who is first changes."""
+    async def _run_round(self, number: int, lines: BinaryIO) -> None:
+        """Every point to every server; who is first changes."""
         plan = load_of(self.args, number)[1]
         sides, places = deque(self._sides), range(len(self._points))
         sides.rotate(number)
@@ -147,36 +147,36 @@ class Match:
                 async with self._up(side) as url:
                     await self._warm_up(side, url)
                     for place in places:
-                        await self._play_point(side, url, number, place, plan, lines)
+                        await self._run_point(side, url, number, place, plan, lines)
             return
         for place in places:
             for side in sides:
-                await self._play_point(side, side.url, number, place, plan, lines)
+                await self._run_point(side, side.url, number, place, plan, lines)
             sides.rotate(1)
 
-    async def _warm_up(self, side: Side, url: str) -> None:
+    async def _warm_up(self, side: ServerUnderTest, url: str) -> None:
         async with Endpoint(side.options(url)) as endpoint:
             await endpoint.find_model()
             warm_up = max(1, self.args.warm_up)
-            await measure_alone(self._player, endpoint, self.mix, warm_up, 0, self.args.seed)
+            await measure_alone(self._load_runner, endpoint, self.mix, warm_up, 0, self.args.seed)
 
-    async def _play_point(
+    async def _run_point(
         self,
-        side: Side,
+        side: ServerUnderTest,
         url: str,
         number: int,
         place: int,
         plan: Sequence[Planned],
         lines: BinaryIO,
     ) -> None:
-        if self._player.interrupted:
+        if self._load_runner.interrupted:
             return
         point, name = self._points[place], side.server.name
-        played = self._played[name]
+        results = self._results[name]
 
         def keep(index: int, pictures: tuple[np.ndarray, ...]) -> None:
             if index < self.args.pictures:
-                played.pictures[index] = pictures
+                results.pictures[index] = pictures
 
         def write(outcome: Outcome) -> None:
             lines.write(outcome.line(place, side=name, round=number, began_at=began_at))
@@ -186,24 +186,24 @@ class Match:
         async with Endpoint(side.options(url), keep if first else None) as endpoint:
             await endpoint.find_model()
             began_at = time.time()
-            outcomes = await self._player.play(
+            outcomes = await self._load_runner.run(
                 endpoint,
                 point.timed(plan, self.args.seed),
                 f"round {number + 1}, {point.name}, {name}",
                 point.concurrency,
                 write,
             )
-        played.outcomes[place].append(outcomes)
+        results.outcomes[place].append(outcomes)
 
     def _drop_rounds(self, number: int) -> None:
-        """Those from this one on: one was broken off, so the sides have had different requests."""
-        for played in self._played.values():
-            for outcomes in played.outcomes.values():
+        """Those from this one on: one was broken off, so the servers have had different ones."""
+        for results in self._results.values():
+            for outcomes in results.outcomes.values():
                 del outcomes[number:]
 
     @property
-    def _baseline(self) -> Played:
-        return list(self._played.values())[-1]
+    def _baseline(self) -> Result:
+        return list(self._results.values())[-1]
 
     def _capacity(self) -> float:
         """Requests of the mix a second that the baseline does one after the other."""
@@ -218,7 +218,7 @@ class Match:
         return Slo.scaled(self._baseline.alone_s, self.args.slo_scale)
 
     def _overall(self, name: str, baseline: str) -> Figure:
-        ours, theirs = self._played[name].outcomes, self._played[baseline].outcomes
+        ours, theirs = self._results[name].outcomes, self._results[baseline].outcomes
         return latency_of_a_request(
             [(ours[number], theirs[number]) for number in range(len(self._points))]
         )

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from itertools import pairwise
 
-from krea2_server.api.pieces import PiecesResponse
+from krea2_server.api.chunked_json import ChunkedJSONResponse
 
 
 def test_others_have_their_turn_between_any_two_pieces():
@@ -26,7 +26,7 @@ def test_others_have_their_turn_between_any_two_pieces():
 
     async def check() -> None:
         beside = asyncio.create_task(count_turns())
-        await PiecesResponse(pieces())({"type": "http"}, None, send)
+        await ChunkedJSONResponse(pieces())({"type": "http"}, None, send)
         beside.cancel()
 
     asyncio.run(check())

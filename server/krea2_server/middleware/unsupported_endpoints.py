@@ -14,7 +14,7 @@ answer.
 """
 
 
-class NoEdits:
+class UnsupportedEndpoints:
     """ASGI middleware: says that images cannot be edited, whatever is sent for that.
 
     Args:

@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 
-class PiecesResponse(Response):
+class ChunkedJSONResponse(Response):
     """JSON of a known length, whose pieces may be large.
 
     Between them others have their turn, and a client that takes them slowly is waited for.
