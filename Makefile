@@ -88,7 +88,7 @@ bench: $(STAMP) $(DEMO)
 	  --title "krea2-srt against unmodified SGLang, on CPUs" --output benchmarks/results/report
 
 # Ratios of what the host does to plain work, against the last committed ones, and what the threads'
-# waiting costs; two minutes on cores that nobody else uses, and up to four attempts when they are busy.
+# waiting costs; three minutes on cores that nobody else uses, longer when they are busy: what is worse is repeated.
 bench-check: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench micro --checkpoint $(DEMO) --check benchmarks/results/micro.json
 

@@ -56,20 +56,20 @@ def record(
 
 def regressions(
     committed: Mapping[str, float], found: Mapping[str, float], bounds: Mapping[str, float]
-) -> list[str]:
-    """What is worse than the committed ratios by more than `TOLERANCE`, and what is missing.
+) -> dict[str, str]:
+    """What is worse than the committed ratios by more than `TOLERANCE`, or is missing, in words.
 
     Args:
         bounds: of those that are not compared with the committed ones.
     """
-    lines = [f"{name}: is not measured any more" for name in committed.keys() - found.keys()]
+    worse = dict.fromkeys(committed.keys() - found.keys(), "is not measured any more")
     for name, ratio in found.items():
         if name in bounds:
             if ratio > bounds[name]:
-                lines.append(f"{name}: {ratio:.3g}, and must be at most {bounds[name]:.3g}")
+                worse[name] = f"{ratio:.3g}, and must be at most {bounds[name]:.3g}"
         elif name not in committed:
-            lines.append(f"{name}: is not in the history; record it")
+            worse[name] = "is not in the history; record it"
         elif ratio > TOLERANCE * committed[name]:
-            worse = ratio / committed[name] - 1
-            lines.append(f"{name}: {ratio:.3g} in place of {committed[name]:.3g}, {worse:+.0%}")
-    return sorted(lines)
+            worse[name] = f"{ratio:.3g} in place of {committed[name]:.3g}, "
+            worse[name] += f"{ratio / committed[name] - 1:+.0%}"
+    return worse
