@@ -11,7 +11,7 @@ from krea2_srt.errors import first_line
 from krea2_srt.model.attention import FusedGateAttention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention_backends import AttentionBackend
-from krea2_srt.runner.capture import Capture, CudaCapture
+from krea2_srt.runner.graphs import Capture, CudaCapture
 
 HEADS, KV_HEADS, HEAD_DIM = 48, 12, 128
 """Shape of the released model's attention, on which back ends are tried and timed."""

@@ -15,9 +15,9 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.runner.allocator import use_expandable_segments
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.capture import CudaCapture
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
+from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.memory_plan import (
     GIB,
     MAX_GRAPH_TOKENS,

@@ -20,8 +20,8 @@ import torch
 from krea2_srt.engine.cost import CostModel, Sample, fit, fit_line, roofline
 from krea2_srt.engine.online_calibration import TOLERANCE
 from krea2_srt.errors import first_line
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _digest(runner: Krea2Runner, name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _forward(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
+def _forward(runner: Krea2Runner, pack: list[DeviceState]) -> None:
     runner.step(pack)
     for sequence in pack:
         sequence.step = 0  # to be stepped again; what its tokens are by then does not matter

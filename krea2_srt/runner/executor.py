@@ -15,9 +15,9 @@ from krea2_srt.errors import OutOfMemoryError, not_finite
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.pixels import quantize, to_uint8
 from krea2_srt.runner.device_errors import device_errors
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.pack_forward import PackForward
-from krea2_srt.runner.sequence import DenoisingSequence
+from krea2_srt.runner.packing import PackForward
 from krea2_srt.runner.side_stream import SideJob, SideStream
 from krea2_srt.runner.steps_in_flight import StepsInFlight
 
@@ -44,7 +44,7 @@ class RunnerExecutor:
         self._side_stream = side_stream
         self._max_overlapped_decodes = max_overlapped_decodes
         self._contexts: dict[Sequence, list[Tensor]] = {}
-        self._sequences: dict[Sequence, DenoisingSequence] = {}
+        self._sequences: dict[Sequence, DeviceState] = {}
         self._steps: dict[PackStep, PackForward] = {}
         self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
         self._overlapped: dict[Sequence, SideJob] = {}
@@ -213,7 +213,7 @@ class RunnerExecutor:
         self._flops += share * sum(step_flops(dit.config, branches))
         self._weight_bytes += share * step_weight_bytes(dit.config) * dit.dtype.itemsize
 
-    def _begun(self, sequence: Sequence) -> DenoisingSequence:
+    def _begun(self, sequence: Sequence) -> DeviceState:
         """Its tensors; allocated before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)
         if denoising is None:
@@ -269,7 +269,7 @@ class RunnerExecutor:
         self._pixels[sequence] = pixels.numpy()
         return True
 
-    def _decode_at_once(self, denoising: DenoisingSequence) -> tuple[Tensor, ...]:
+    def _decode_at_once(self, denoising: DeviceState) -> tuple[Tensor, ...]:
         *_, pixels = self._runner.decode_slices(denoising, self._tile)
         assert pixels is not None
         return quantize(pixels), torch.isfinite(pixels).all()

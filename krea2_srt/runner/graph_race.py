@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from krea2_srt.runner.forward_batch import ForwardBatch
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
+from krea2_srt.runner.packing import ForwardBatch
 
 LEAST_GAIN = 0.01
 """Share of a step's time that a graph must save: about what captures and padding cost."""
@@ -56,7 +56,7 @@ class GraphRace:
         self._timer = timer or partial(_fastest_ms, device=runner.device)
 
     @torch.inference_mode()
-    def run(self, sequences: Iterable[DenoisingSequence]) -> list[Lap]:
+    def run(self, sequences: Iterable[DeviceState]) -> list[Lap]:
         """Time them until one wins: in smaller ones, what launches cost weighs more.
 
         Args:
@@ -75,14 +75,14 @@ class GraphRace:
                 break
         return laps
 
-    def _step_eagerly(self, sequence: DenoisingSequence) -> None:
+    def _step_eagerly(self, sequence: DeviceState) -> None:
         for _ in range(_STEPS):
             forward = self._runner.begin_step([sequence])
             forward.run(range(self._runner.num_blocks))
             forward.finish()
             sequence.step = 0
 
-    def _replay(self, sequence: DenoisingSequence) -> None:
+    def _replay(self, sequence: DeviceState) -> None:
         graphs = self._runner.graphs
         assert graphs is not None
         batch = ForwardBatch.of([sequence])

@@ -21,17 +21,12 @@ from krea2_srt.model.vae import VAEDecoder, load_vae
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.capture import Capture
-from krea2_srt.runner.forward_batch import ForwardBatch
-from krea2_srt.runner.graph_record import Eager
-from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.pack_forward import PackForward
-from krea2_srt.runner.packing import PackCache
+from krea2_srt.runner.device_state import DeviceState
+from krea2_srt.runner.graphs import Capture, Eager, StepGraphs, TextGraphs
+from krea2_srt.runner.packing import ForwardBatch, PackCache, PackForward
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
-from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.side_stream import CudaSideStream
-from krea2_srt.runner.text_graphs import TextGraphs
 
 STREAM_PRIORITY = -1
 """Priority of the steps' stream: the lower, the sooner. Decodes beside them have 0."""
@@ -192,7 +187,7 @@ class Krea2Runner:
         schedule: Schedule,
         guidance: float = 0.0,
         negative_context: Tensor | None = None,
-    ) -> DenoisingSequence:
+    ) -> DeviceState:
         """A sequence before its first step.
 
         Args:
@@ -206,7 +201,7 @@ class Krea2Runner:
         if guidance > 0 and negative_context is None:
             raise ValueError("guidance needs a negative_context")
         noise = initial_noise(width, height, seed, self.device, self.dit.dtype)
-        return DenoisingSequence(
+        return DeviceState(
             context=context,
             negative_context=negative_context if guidance > 0 else None,
             guidance=guidance,
@@ -218,9 +213,7 @@ class Krea2Runner:
         )
 
     @torch.inference_mode()
-    def step(
-        self, sequences: Sequence[DenoisingSequence], steps: int = 1
-    ) -> list[DenoisingSequence]:
+    def step(self, sequences: Sequence[DeviceState], steps: int = 1) -> list[DeviceState]:
         """One Euler step of every sequence, each at its own step, in one packed forward.
 
         A sequence under guidance takes part twice, with its prompt and its negative prompt.
@@ -236,7 +229,7 @@ class Krea2Runner:
         return ForwardBatch.of(sequences).non_finite(flags)
 
     @torch.inference_mode()
-    def launch(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> Tensor:
+    def launch(self, sequences: Sequence[DeviceState], steps: int = 1) -> Tensor:
         """The same without waiting for the device.
 
         Returns:
@@ -323,7 +316,7 @@ class Krea2Runner:
         }
 
     @torch.inference_mode()
-    def prepare(self, sequences: Sequence[DenoisingSequence], steps: int = 1) -> bool:
+    def prepare(self, sequences: Sequence[DeviceState], steps: int = 1) -> bool:
         """Capture the graph that `step` would replay; the sequences stay as they are.
 
         Returns:
@@ -334,20 +327,20 @@ class Krea2Runner:
         batch = ForwardBatch.of(sequences)
         return self.graphs.prepare(batch, self.packs.get(batch.shapes), steps)
 
-    def _replay(self, sequences: Sequence[DenoisingSequence], steps: int) -> Tensor | None:
+    def _replay(self, sequences: Sequence[DeviceState], steps: int) -> Tensor | None:
         """The same on a graph; None where none serves."""
         if self.graphs is None:
             return None
         batch = ForwardBatch.of(sequences)
         return self.graphs.step(batch, self.packs.get(batch.shapes), steps)
 
-    def _run(self, sequences: Sequence[DenoisingSequence]) -> Tensor:
+    def _run(self, sequences: Sequence[DeviceState]) -> Tensor:
         """One step without a graph."""
         forward = self.begin_step(sequences)
         forward.run(range(self.num_blocks))
         return forward.finish()
 
-    def begin_step(self, sequences: Sequence[DenoisingSequence]) -> PackForward:
+    def begin_step(self, sequences: Sequence[DeviceState]) -> PackForward:
         """The same, always eagerly, to be run in slices of blocks under `torch.inference_mode`."""
         return PackForward(self.dit, self.attention.eager.attend, self.packs, sequences)
 
@@ -357,7 +350,7 @@ class Krea2Runner:
         return len(self.dit.blocks)
 
     @torch.inference_mode()
-    def decode(self, sequence: DenoisingSequence, tile: int | None = None) -> Tensor:
+    def decode(self, sequence: DeviceState, tile: int | None = None) -> Tensor:
         """Pixels of a finished sequence: float32 [3, height, width] in [0, 1].
 
         Args:
@@ -375,14 +368,14 @@ class Krea2Runner:
 
     @torch.inference_mode()
     def decode_slices(
-        self, sequence: DenoisingSequence, tile: int | None = None
+        self, sequence: DeviceState, tile: int | None = None
     ) -> Iterator[Tensor | None]:
         """The same in slices, and unchecked: yields None after each but the last, then pixels."""
         latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
         return self.vae.decode_slices(latents, tile)
 
     @torch.inference_mode()
-    def predicted_latents(self, sequence: DenoisingSequence) -> Tensor:
+    def predicted_latents(self, sequence: DeviceState) -> Tensor:
         """What the latents will be as far as the last step can tell: x0 = x - sigma * velocity.
 
         Small, for previews: averaged down to at most 32 x 32.

@@ -1,4 +1,4 @@
-"""Packing: which sequences go together, where their tokens lie, and their RoPE coordinates."""
+"""From sequences that step together to one forward: layouts, what it reads, and one Euler step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 
 from krea2_srt.kernels.segment_index import SegmentIndex
+from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.host_copies import to_device
+from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.rope import rope_rotations
 from krea2_srt.runner.byte_cache import ByteCache
+from krea2_srt.runner.device_state import DeviceState
+
+# Where the tokens of sequences that go together lie, and their RoPE coordinates.
 
 
 @dataclass(frozen=True)
@@ -161,3 +167,145 @@ def split_by_tokens(tokens: Sequence[int], max_tokens: int) -> list[range]:
     if start < len(tokens):
         found.append(range(start, len(tokens)))
     return found
+
+
+# From sequences that step together to what their forward reads, and back.
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The forwards that a pack of sequences needs: one each, two under guidance.
+
+    Attributes:
+        sequences: the pack, each at its own step.
+        shapes: of each branch.
+        contexts: [text tokens, hidden] of each branch.
+        owners: the sequence of each branch.
+        first: the first branch of each sequence.
+    """
+
+    sequences: Sequence[DeviceState]
+    shapes: tuple[SequenceShape, ...]
+    contexts: tuple[Tensor, ...]
+    owners: "tuple[DeviceState, ...]"
+    first: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequences: Sequence[DeviceState]) -> "ForwardBatch":
+        """The branches of these sequences, in order; a negative prompt's follows its own."""
+        shapes: list[SequenceShape] = []
+        contexts: list[Tensor] = []
+        owners: list[DeviceState] = []
+        first: list[int] = []
+        for s in sequences:
+            first.append(len(shapes))
+            for context in s.branches:
+                guided = context is s.context and s.negative_context is not None
+                shapes.append(SequenceShape(len(context), s.rows, s.columns, guided))
+                contexts.append(context)
+                owners.append(s)
+        return cls(sequences, tuple(shapes), tuple(contexts), tuple(owners), tuple(first))
+
+    @property
+    def dt(self) -> list[float]:
+        """The Euler step of each branch: the difference of its sigmas."""
+        return [s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step] for s in self.owners]
+
+    @property
+    def guidance(self) -> list[float]:
+        """Guidance of each branch; 0 for a negative prompt's, whose velocity is left as it is."""
+        pairs = zip(self.owners, self.shapes, strict=True)
+        return [s.guidance if shape.guided else 0.0 for s, shape in pairs]
+
+    @property
+    def modulations(self) -> list[Modulation]:
+        """One row for each branch, of its current step."""
+        return [s.modulation.row(s.step) for s in self.owners]
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """float32 [image tokens, channels] of each branch."""
+        return [s.tokens for s in self.owners]
+
+    def advance(self, pack: Pack, tokens: Tensor, velocity: Tensor, steps: int = 1) -> None:
+        """Give every sequence what it is after some steps. Cannot fail: all step, or none.
+
+        Args:
+            pack: the layout.
+            tokens, velocity: float32 [T, channels], of which the sequences keep parts.
+            steps: done.
+        """
+        for s, branch in zip(self.sequences, self.first, strict=True):
+            start, end = pack.image_spans[branch]
+            s.tokens = tokens[start:end]
+            s.velocity = velocity[start:end] if s.keep_velocity else None
+            s.step += steps
+
+    def non_finite(self, flags: list[int]) -> "list[DeviceState]":
+        """The sequences whose branch has a flag that is not 0."""
+        return [s for s, branch in zip(self.sequences, self.first, strict=True) if flags[branch]]
+
+
+# One step of a pack, run in slices of transformer blocks.
+
+
+class PackForward:
+    """A packed forward that can pause between blocks, holding its hidden states.
+
+    The sequences change only in `finish`: a forward that fails or is dropped before leaves them
+    as they were.
+
+    Args:
+        dit: the model.
+        attention: how the pack attends.
+        packs: where layouts are remembered.
+        sequences: the pack, each at its own step.
+    """
+
+    def __init__(
+        self,
+        dit: Krea2DiT,
+        attention: VarlenAttention,
+        packs: PackCache,
+        sequences: Sequence[DeviceState],
+    ) -> None:
+        self._dit = dit
+        self._attention = attention
+        self._batch = ForwardBatch.of(sequences)
+        self._pack = packs.get(self._batch.shapes)
+        self._modulation = Modulation.stack(self._batch.modulations)
+        self._tokens = self._pack.place(self._pack.image_spans, self._batch.tokens)
+        context = self._pack.place(self._pack.text_spans, self._batch.contexts)
+        self._x = dit.embed(self._tokens, context, self._pack)
+        # Here, and not between the blocks and the last layer, where the device would wait.
+        self._scalars = to_device(
+            torch.tensor([self._batch.dt, self._batch.guidance]), self._tokens.device
+        )
+
+    def run(self, blocks: range) -> None:
+        """Run some blocks; those before them have run."""
+        self._x = self._dit.run_blocks(
+            self._x, self._pack, self._modulation, blocks, self._attention
+        )
+
+    def finish(self) -> Tensor:
+        """Apply an Euler step to every sequence; all blocks have run. Waits for nothing.
+
+        Returns:
+            int32 [branches], not 0 where latents are no longer finite.
+        """
+        pack, batch, tokens = self._pack, self._batch, self._tokens
+        velocity = torch.empty_like(tokens)
+        non_finite = torch.empty(len(batch.shapes), dtype=torch.int32, device=tokens.device)
+        self._dit.operations.euler_step(
+            tokens,
+            self._dit.finish(self._x, pack, self._modulation),
+            pack.rows.index,
+            pack.uncond_index,
+            self._scalars[0],
+            self._scalars[1],
+            velocity,
+            non_finite,
+        )
+        batch.advance(pack, tokens, velocity)
+        return non_finite

@@ -23,9 +23,8 @@ from krea2_srt.model.vae import (
     scores_per_slice,
 )
 from krea2_srt.model.weights import parse_json
-from krea2_srt.runner.graphs import MAX_SEGMENTS
+from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPT_TOKENS, MAX_PROMPTS, MAX_SEGMENTS
 from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
-from krea2_srt.runner.text_graphs import MAX_KEPT, MAX_LENGTH, MAX_ROWS
 
 _WORKSPACE, _WORKSPACE_HOPPER = 8320 * 2**10, 32 * 2**20
 """Bytes of cuBLAS's workspace on a stream, as torch allocates it: four times as much from Hopper
@@ -95,7 +94,7 @@ def part_sizes(
     hidden, patch = config.hidden_size, 4 * config.in_channels
     # Scales and shifts in float32 and gates, before attention and MLP, and of the final layer.
     row = config.num_layers * 2 * hidden * (4 + 4 + element) + 2 * 4 * hidden
-    prompts = 8 * MAX_ROWS * MAX_LENGTH + (8 + hidden * element) * MAX_KEPT
+    prompts = 8 * MAX_PROMPTS * MAX_PROMPT_LENGTH + (8 + hidden * element) * MAX_PROMPT_TOKENS
     return PartSizes(
         dit=num_bytes([dit]),
         text_encoder=num_bytes([text]),
@@ -111,7 +110,7 @@ def part_sizes(
         patch=patch,
         context=hidden * element,
         encode=_encode(dit, text, MAX_ENCODED_TOGETHER * MAX_ENCODED_TOKENS),
-        encode_graph=_encode(dit, text, MAX_ROWS * MAX_LENGTH),
+        encode_graph=_encode(dit, text, MAX_PROMPTS * MAX_PROMPT_LENGTH),
         decoder=decode_sizes(vae, tile, scores),
         libraries=libraries,
         graph_buffers=MAX_SEGMENTS * row + prompts,

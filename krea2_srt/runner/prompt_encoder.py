@@ -12,8 +12,7 @@ from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.text_encoder import PREFIX_TOKENS, TextEncoder, kept_tokens, padded
 from krea2_srt.runner.attention import AttentionChoice
-from krea2_srt.runner.capture import Capture
-from krea2_srt.runner.text_graphs import TextGraphs
+from krea2_srt.runner.graphs import Capture, TextGraphs
 
 # Not cuDNN's, which builds a plan for each length of a prompt: tens to hundreds of milliseconds, in
 # which nothing else is launched, and not possible while a graph is captured.

@@ -11,10 +11,10 @@ from krea2_srt.errors import OutOfMemoryError
 from krea2_srt.model.latents import LATENT_CHANNELS, VAE_SCALE
 from krea2_srt.request import MAX_TEXT_TOKENS
 from krea2_srt.runner.device_errors import device_errors
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.graph_race import GraphRace, Timer
+from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPTS
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
-from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _preparations(runner: Krea2Runner, race: bool) -> Iterator[Callable[[], obje
     if runner.graphs is not None:
         yield runner.graphs.prime
     if text_graphs is not None:
-        yield partial(text_graphs.prepare, MAX_ROWS, MAX_LENGTH)
+        yield partial(text_graphs.prepare, MAX_PROMPTS, MAX_PROMPT_LENGTH)
     for number, text in enumerate(TEXT_TOKENS):
         if text_graphs is not None and number < len(PROMPT_LENGTHS):
             yield partial(text_graphs.prepare, 1, PROMPT_LENGTHS[number])
@@ -108,7 +108,7 @@ def _capture(runner: Krea2Runner, text: int, side: int, steps: int) -> None:
     runner.prepare([_sequence(runner, text, side, runner.sampling.default_steps)], steps)
 
 
-def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DenoisingSequence:
+def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DeviceState:
     context = torch.zeros(
         text, runner.dit.config.hidden_size, dtype=runner.dit.dtype, device=runner.device
     )

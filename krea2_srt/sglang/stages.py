@@ -14,9 +14,9 @@ from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
 from krea2_srt.model.pixels import to_uint8
 from krea2_srt.request import RequestLimits
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
-from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.sglang.requests import image_requests
 
 logger = init_logger(__name__)
@@ -24,7 +24,7 @@ logger = init_logger(__name__)
 _SEQUENCES = "krea2_sequences"
 
 
-def sequences_of(batch: Req) -> list[DenoisingSequence]:
+def sequences_of(batch: Req) -> list[DeviceState]:
     """The sequences that the encode stage made of a request."""
     return batch.extra[_SEQUENCES]
 

@@ -11,8 +11,8 @@ from krea2_bench.gpu.rows import timed
 from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.steps import SMOKE_SIDES, Way, ways
 from krea2_bench.gpu.timing import timings
-from krea2_srt.runner.forward_batch import ForwardBatch
-from krea2_srt.runner.sequence import DenoisingSequence
+from krea2_srt.runner.device_state import DeviceState
+from krea2_srt.runner.packing import ForwardBatch
 
 SIDES = (1024, 256, 512, 2048)
 COMPILED_SIDES = (256, 1024, 512)
@@ -55,11 +55,11 @@ def _against(
         context.findings.add(timed(part, way.name, timing, floor, said, way.how))
 
 
-def _call(context: Context, other: PlainDiT, sequence: DenoisingSequence) -> Callable[[], object]:
+def _call(context: Context, other: PlainDiT, sequence: DeviceState) -> Callable[[], object]:
     return lambda: _plain(context, other, sequence)
 
 
-def _plain(context: Context, plain: PlainDiT, sequence: DenoisingSequence) -> None:
+def _plain(context: Context, plain: PlainDiT, sequence: DeviceState) -> None:
     rope = context.runner.packs.get(ForwardBatch.of([sequence]).shapes).rope
     sigmas = sequence.schedule.sigmas
     velocity = plain(sequence.tokens, sequence.context, sigmas[0], rope)

@@ -1,10 +1,10 @@
 """Whether a step really runs on a graph, and if not, why."""
 
 from krea2_srt.model.pack import Pack
-from krea2_srt.runner.forward_batch import ForwardBatch
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.graphs import StepGraphs
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
+from krea2_srt.runner.packing import ForwardBatch
 
 
 def captured(graphs: StepGraphs, batch: ForwardBatch, pack: Pack, steps: int = 1) -> str:
@@ -22,7 +22,7 @@ def how_it_runs(runner: Krea2Runner, tokens: int, graph: bool) -> str:
     return f"{'graph' if graph else 'eager'}, {attention.name}" + (", fused MLP" if fused else "")
 
 
-def why_eager(runner: Krea2Runner, sequences: list[DenoisingSequence], steps: int = 1) -> str:
+def why_eager(runner: Krea2Runner, sequences: list[DeviceState], steps: int = 1) -> str:
     """Capture what a runner's step would replay; empty, or why it will run eagerly."""
     if runner.graphs is None:
         return f"attention {runner.attention.name} cannot be captured"

@@ -3,8 +3,8 @@
 import torch
 
 from krea2_bench.gpu.context import TEXT_TOKENS
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
 
 
 def name_of(width: int, count: int = 1, height: int | None = None) -> str:
@@ -15,7 +15,7 @@ def name_of(width: int, count: int = 1, height: int | None = None) -> str:
 
 def images(
     runner: Krea2Runner, sides: tuple[tuple[int, int], ...], text: int = TEXT_TOKENS
-) -> list[DenoisingSequence]:
+) -> list[DeviceState]:
     """Sequences before their first step, of these widths and heights."""
     hidden = runner.dit.config.hidden_size
     generator = torch.Generator(runner.device).manual_seed(7)
@@ -29,7 +29,7 @@ def images(
     return found
 
 
-def stepped(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> list[torch.Tensor]:
+def stepped(runner: Krea2Runner, sequences: list[DeviceState]) -> list[torch.Tensor]:
     """Their tokens after one step; the sequences stay as they were."""
     before = [sequence.tokens for sequence in sequences]
     runner.step(sequences)

@@ -8,7 +8,7 @@ from torch import Tensor
 from krea2_srt.model.attention import sdpa_attention
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.attention_backends import AttentionBackend
-from krea2_srt.runner.capture import Replay
+from krea2_srt.runner.graphs import Replay
 
 
 def repeated(function: Callable[[], object]) -> Replay:

@@ -13,9 +13,9 @@ from krea2_bench.gpu.rows import LEFT_OUT, Missing, Row, timed
 from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.timing import timings, wait
 from krea2_srt.errors import ConfigError, first_line
-from krea2_srt.runner.forward_batch import ForwardBatch
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
+from krea2_srt.runner.packing import ForwardBatch
 
 SIDES = (1024, 512, 2048, 256)
 FP8_ATTENTION_SIDES = (2048, 1024)
@@ -112,7 +112,7 @@ def ways(
     context: Context,
     part: str,
     runner: Krea2Runner,
-    sequences: list[DenoisingSequence],
+    sequences: list[DeviceState],
     name: str,
 ) -> list[Way]:
     """Eagerly, and on a graph where one can be captured; else the reason is noted."""
@@ -134,14 +134,14 @@ def ways(
     return [eager, Way(f"{name}graph", how, lambda: step(runner, sequences))]
 
 
-def step(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
+def step(runner: Krea2Runner, sequences: list[DeviceState]) -> None:
     """As a server steps: on a graph where there is one."""
     runner.step(sequences)
     for sequence in sequences:
         sequence.step = 0
 
 
-def _eager(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> None:
+def _eager(runner: Krea2Runner, sequences: list[DeviceState]) -> None:
     forward = runner.begin_step(sequences)
     forward.run(range(runner.num_blocks))
     forward.finish()
@@ -191,7 +191,7 @@ def _host_time(context: Context, side: int) -> None:
     )
 
 
-def _in_flight(runner: Krea2Runner, sequences: list[DenoisingSequence], count: int) -> None:
+def _in_flight(runner: Krea2Runner, sequences: list[DeviceState], count: int) -> None:
     """Steps as a server runs them: what became of one is looked at while the next one runs."""
     before = None
     for _ in range(count):

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 
-from krea2_srt.runner.capture import CudaCapture
+from krea2_srt.runner.graphs import CudaCapture
 
 
 class FakeCuda:

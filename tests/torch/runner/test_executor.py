@@ -18,7 +18,7 @@ from krea2_srt.model.pixels import to_uint8
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.runner.pack_forward import PackForward
+from krea2_srt.runner.packing import PackForward
 from tests.comparisons import relative_error
 from tests.torch.runner.test_pictures import finish, start
 

@@ -12,11 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.engine.cost import roofline
-from krea2_srt.runner.buckets import FEW_TOKENS, MAX_PADDING, Buckets, token_buckets
-from krea2_srt.runner.forward_batch import ForwardBatch
-from krea2_srt.runner.graph_record import Eager
-from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.packing import PackCache
+from krea2_srt.runner.graphs import (
+    FEW_TOKENS,
+    MAX_PADDING,
+    Buckets,
+    Eager,
+    StepGraphs,
+    token_buckets,
+)
+from krea2_srt.runner.packing import ForwardBatch, PackCache
 from tests.comparisons import CPU, relative_error
 from tests.torch.runner.recorded_graph import record
 

@@ -15,12 +15,10 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, empty_text_model
 from krea2_srt.model.vae import VAEConfig, VAEDecoder
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
-from krea2_srt.runner.buckets import GraphKey
-from krea2_srt.runner.graphs import StepGraphs
+from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPTS, GraphKey, StepGraphs
 from krea2_srt.runner.memory_plan import PartSizes
 from krea2_srt.runner.part_sizes import part_sizes
 from krea2_srt.runner.prompt_encoder import PromptEncoder
-from krea2_srt.runner.text_graphs import MAX_LENGTH, MAX_ROWS
 from tests.torch.live_memory import CUDA, LiveBytes, fake_gpu, on_fake_gpu
 
 BF16 = torch.bfloat16
@@ -155,7 +153,7 @@ def test_the_pool_of_a_captured_step(text, vae, kind):
             check(live.peak, sizes.step_per_token * tokens)
 
 
-@pytest.mark.parametrize(("rows", "length"), [(8, 546), (MAX_ROWS, MAX_LENGTH)])
+@pytest.mark.parametrize(("rows", "length"), [(8, 546), (MAX_PROMPTS, MAX_PROMPT_LENGTH)])
 def test_encoding(text, vae, rows, length):
     dit = dit_of(None)
     sizes = planned(dit, text, vae)

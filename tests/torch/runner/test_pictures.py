@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 
 
@@ -18,7 +18,7 @@ def start(runner: Krea2Runner, prompt, width, height, steps, seed, guidance=0.0,
     return runner.start(context, width, height, seed, schedule, guidance, uncond)
 
 
-def finish(runner: Krea2Runner, sequences: list[DenoisingSequence]) -> list[torch.Tensor]:
+def finish(runner: Krea2Runner, sequences: list[DeviceState]) -> list[torch.Tensor]:
     """Run all in one pack; those that are done leave it."""
     while pending := [s for s in sequences if not s.done]:
         runner.step(pending)

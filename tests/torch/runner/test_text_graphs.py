@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
-from krea2_srt.runner.graph_record import Eager
+from krea2_srt.runner.graphs import Eager
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from tests.comparisons import relative_error
 from tests.torch.runner.recorded_graph import record

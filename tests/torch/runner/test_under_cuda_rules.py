@@ -28,12 +28,12 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.calibration import calibrate, device_name
-from krea2_srt.runner.capture import CudaCapture
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.device_errors import device_errors
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.executor import RunnerExecutor
+from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
-from krea2_srt.runner.sequence import DenoisingSequence
 from krea2_srt.runner.warm_up import keep_winners
 from tests.torch.cuda_rules import Machine, cuda_rules
 from tests.torch.cuda_rules.device_branches import Questions
@@ -71,13 +71,13 @@ def use_graphs(runner: Krea2Runner) -> None:
 
 def start(
     runner: Krea2Runner, prompt: str = "a cat", side: int = 64, steps: int = 4, guidance: float = 0
-) -> DenoisingSequence:
+) -> DeviceState:
     context, negative = runner.encode([prompt, "rain"])
     schedule = runner.schedule(steps, side, side)
     return runner.start(context, side, side, 0, schedule, guidance, negative)
 
 
-def finish(runner: Krea2Runner, pack: list[DenoisingSequence]) -> None:
+def finish(runner: Krea2Runner, pack: list[DeviceState]) -> None:
     while not all(sequence.done for sequence in pack):
         assert runner.step([s for s in pack if not s.done]) == []
     for sequence in pack:

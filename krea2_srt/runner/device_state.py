@@ -9,7 +9,7 @@ from krea2_srt.runner.schedule_modulation import ScheduleModulation
 
 
 @dataclass
-class DenoisingSequence:
+class DeviceState:
     """One image on its way from noise to latents.
 
     Attributes:
