@@ -1,4 +1,4 @@
-"""The entry point that SGLang calls in every process. The only file that names SGLang's hooks.
+"""The entry point that SGLang calls in every process. It registers our hooks.
 
 Registered under the entry-point group ``sglang.multimodal_gen.plugins``.
 """
@@ -11,14 +11,13 @@ from typing import Any
 
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.sglang import compat
 from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled, is_krea2, serves_krea2
 
 logger = logging.getLogger(__name__)
 
 Hook = Callable[..., Any]
 """An AROUND hook: called with the original function and its arguments."""
-
-_RUNTIME = "sglang.multimodal_gen.runtime"
 
 
 def register() -> None:
@@ -51,14 +50,8 @@ def register() -> None:
         model_detectors=[is_krea2],
         overwrite=True,
     )
-    HookRegistry.register(
-        f"{_RUNTIME}.managers.scheduler.Scheduler", Krea2Scheduler, HookType.REPLACE
-    )
-    HookRegistry.register(
-        f"{_RUNTIME}.utils.hf_diffusers_utils.maybe_download_model_index",
-        model_index.read,
-        HookType.AROUND,
-    )
+    HookRegistry.register(compat.SCHEDULER, Krea2Scheduler, HookType.REPLACE)
+    HookRegistry.register(compat.MODEL_INDEX, model_index.read, HookType.AROUND)
     if not multiprocessing.current_process().name.startswith(WORKER_NAME):
         _register_http_hooks()
 
@@ -71,12 +64,12 @@ def _register_http_hooks() -> None:
     from krea2_srt.sglang import launch, shutdown
 
     hooks: dict[str, Hook] = {
-        "entrypoints.http_server.create_app": _only_krea2(disconnects.add_to_app),
-        "launch_server.launch_http_server_only": _only_krea2(shutdown.exit_on_sigterm),
-        "launch_server.launch_server": launch.launch,
+        compat.CREATE_APP: _only_krea2(disconnects.add_to_app),
+        compat.LAUNCH_HTTP: _only_krea2(shutdown.exit_on_sigterm),
+        compat.LAUNCH: launch.launch,
     }
     for target, hook in hooks.items():
-        HookRegistry.register(f"{_RUNTIME}.{target}", hook, HookType.AROUND)
+        HookRegistry.register(target, hook, HookType.AROUND)
 
 
 def _only_krea2(hook: Hook) -> Hook:

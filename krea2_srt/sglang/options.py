@@ -11,6 +11,7 @@ from typing import Any
 from sglang.multimodal_gen import envs
 
 from krea2_srt.model.quantization import SERVED, Quantization
+from krea2_srt.sglang.compat import explicit_options
 
 # Options of the process, the channel and the output, which SGLang handles around any pipeline.
 _AROUND_THE_PIPELINE = """
@@ -113,7 +114,7 @@ def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:
         f.name: f.default if f.default is not dataclasses.MISSING else None
         for f in dataclasses.fields(server_args)
     }
-    for name in server_args._explicit_arg_names - HONOURED:
+    for name in explicit_options(server_args) - HONOURED:
         value = getattr(server_args, name, None)
         neutral = _NEUTRAL.get(name, (defaults.get(name), False, None))
         # An unknown name has no value here (a request field, say): it was given, so it counts.

@@ -23,6 +23,7 @@ from krea2_srt.errors import (
     RequestError,
 )
 from krea2_srt.messages import EngineError
+from krea2_srt.sglang.compat import finalize_output, merge_outputs, save_output
 
 logger = init_logger(__name__)
 
@@ -103,7 +104,7 @@ def finished(
         outputs.append(OutputBatch(output=images, metrics=req.metrics))
     if len(outputs) == 1:
         return outputs[0]
-    return GPUWorker._merge_expanded_output_batches(outputs)
+    return merge_outputs(outputs)
 
 
 def failed(exchange: SglangExchange, reason: Request | Exception) -> OutputBatch:
@@ -164,21 +165,10 @@ class ReplyThreads:
 
     def _run(self, exchange: SglangExchange, output: OutputBatch) -> None:
         try:
-            self._worker._finalize_output_batch(
-                output_batch=output,
-                req=exchange.reqs[0],
-                save_output_paths=partial(self._save, exchange),
-                output_metrics=self._worker._iter_output_metrics(output),
-                deferred=True,
-            )
+            save = partial(save_output, self._worker, exchange.reqs)
+            finalize_output(self._worker, exchange.reqs[0], output, save)
         except Exception as error:
             # A full disk, a path that cannot be written.
             logger.error("krea2-srt: request %s: %s", exchange.request_id, error, exc_info=True)
             output = OutputBatch(error=f"the picture could not be saved: {error}")
         self._reply(exchange, output)
-
-    def _save(self, exchange: SglangExchange, output: OutputBatch) -> None:
-        if len(exchange.reqs) == 1:
-            self._worker._save_output_paths(exchange.reqs[0], output)
-        else:
-            self._worker._save_group_output_paths(list(exchange.reqs), output)

@@ -47,6 +47,7 @@ from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
+from krea2_srt.sglang.compat import check_group
 from krea2_srt.sglang.native_exchange import NativeExchange
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
@@ -267,7 +268,7 @@ class Krea2Scheduler(Scheduler):
             if any(req.profile for req in exchange.reqs):
                 self._run_profiled(exchange)
                 return
-            self.worker._validate_group_forward_reqs(list(exchange.reqs))
+            check_group(self.worker, exchange.reqs)
             request = self._engine.submit(
                 f"{exchange.request_id}#{next(self._numbers)}",
                 [image for some in images for image in some],
