@@ -15,7 +15,7 @@ class EngineConfig:
     """Fields, with their units and bounds.
 
     Attributes:
-        policy: ``fcfs``, ``srpt`` or ``edf``.
+        policy: ``srpt`` or ``edf``.
         max_turn_ms: no unit of work is planned to take longer.
         max_pack_tokens: most tokens in one forward; two 2048 x 2048 images by default. Memory of
             activations grows with it.

@@ -160,39 +160,12 @@ def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _nonnegative_least_squares(rows: list[list[float]]) -> list[float]:
-    """x >= 0 that minimises |rows x - 1|: the best over all sets of coefficients kept at 0."""
-    size = len(rows[0])
-    scales = [math.sqrt(sum(row[i] ** 2 for row in rows)) or 1.0 for i in range(size)]
+    """x >= 0 that minimises |rows x - 1|."""
+    # Imported here: the HTTP process estimates, and never fits.
+    from scipy.optimize import nnls
+
+    # Columns differ by ten orders of magnitude, and nnls takes what is below a tolerance for 0.
+    scales = [math.sqrt(sum(row[i] ** 2 for row in rows)) or 1.0 for i in range(len(rows[0]))]
     scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
-    best, best_error = [0.0] * size, math.inf
-    for mask in range(1, 2**size):
-        kept = [i for i in range(size) if mask >> i & 1]
-        solution = _least_squares([[row[i] for i in kept] for row in scaled])
-        if solution is None or min(solution) < 0:
-            continue
-        x = [0.0] * size
-        for i, value in zip(kept, solution, strict=True):
-            x[i] = value
-        error = sum((sum(a * b for a, b in zip(row, x, strict=True)) - 1) ** 2 for row in scaled)
-        if error < best_error:
-            best, best_error = x, error
-    return [value / scale for value, scale in zip(best, scales, strict=True)]
-
-
-def _least_squares(rows: list[list[float]]) -> list[float] | None:
-    """Solve the normal equations of rows x = 1; None where they are singular."""
-    size = len(rows[0])
-    matrix = [
-        [sum(row[i] * row[j] for row in rows) for j in range(size)] + [sum(row[i] for row in rows)]
-        for i in range(size)
-    ]
-    for i in range(size):
-        pivot = max(range(i, size), key=lambda r: abs(matrix[r][i]))
-        if abs(matrix[pivot][i]) < 1e-12:
-            return None
-        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
-        for r in range(size):
-            if r != i:
-                factor = matrix[r][i] / matrix[i][i]
-                matrix[r] = [a - factor * b for a, b in zip(matrix[r], matrix[i], strict=True)]
-    return [matrix[i][size] / matrix[i][i] for i in range(size)]
+    solution, _ = nnls(scaled, [1.0] * len(rows))
+    return [float(value) / scale for value, scale in zip(solution, scales, strict=True)]

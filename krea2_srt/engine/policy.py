@@ -24,11 +24,6 @@ wait, which is what this bounds.
 Policy = Callable[[Request], float]
 
 
-def fcfs(request: Request) -> float:
-    """First come, first served: the baseline."""
-    return request.arrival - _head_start(request)
-
-
 def srpt(request: Request) -> float:
     """Shortest remaining work first, with ageing.
 
@@ -51,4 +46,4 @@ def _head_start(request: Request) -> float:
     return PRIORITY_HEAD_START_S * request.priority
 
 
-POLICIES: dict[str, Policy] = {"fcfs": fcfs, "srpt": srpt, "edf": edf}
+POLICIES: dict[str, Policy] = {"srpt": srpt, "edf": edf}

@@ -63,7 +63,7 @@ class SchedulerSettings(BaseModel):
 class EngineSettings(SchedulerSettings):
     """of the engine's step scheduler; see docs/scheduling.md"""
 
-    policy: str | None = _of_engine("order of the queue: edf, srpt or fcfs", "policy")
+    policy: str | None = _of_engine("order of the queue: edf or srpt", "policy")
     max_turn_ms: float | None = _of_engine("longest planned unit of work", "max_turn_ms")
     max_pack_tokens: int | None = _of_engine("most tokens in one forward", "max_pack_tokens")
     max_pack_sequences: int | None = _of_engine("most images in one forward", "max_pack_sequences")

@@ -282,7 +282,7 @@ def test_a_server_that_dies_leaves_the_rounds_before(fake_process: Fake, bench: 
     (point,) = result["points"]
     assert point["sides"]["a"]["done"] == 4 * 8
     assert point["sides"]["b"]["done"] + point["sides"]["b"]["failed"] == 4 * 8
-    assert 0 < point["sides"]["b"]["failed"] <= 6
+    assert 0 < point["sides"]["b"]["failed"] <= 8  # of the round, and those in flight
     captured = capsys.readouterr()
     assert "no server answers" in captured.err
     assert "b: of 32 requests" in captured.out

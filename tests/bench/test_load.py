@@ -295,7 +295,7 @@ def test_a_refusing_server_leaves_earlier_results_alone(fake: VirtualServer, ben
     before = Path("krea2-bench-load.json").read_text()
     fake.script({"status": 500})
     assert bench("load", "--url", fake.url, SMALL) == 2
-    assert "did not draw 64x64: 500 internal_error" in capsys.readouterr().err
+    assert "did not generate 64x64: 500 internal_error" in capsys.readouterr().err
     assert Path("krea2-bench-load.json").read_text() == before
 
 

@@ -204,12 +204,12 @@ def test_an_idle_replica_wastes_no_time():
 
 
 def test_the_baseline_runs_one_request_from_start_to_end_in_order_of_arrival():
-    replica = Replica(request_at_a_time("round-robin").config, HARDWARE.cost, 0.3)
-    seen = watch(replica)
     jobs = {"a": LARGE, "b": replace(SMALL, num_images=3), "c": SMALL, "d": LARGE, "e": SMALL}
-    for request_id, job in jobs.items():
-        replica.submit(request_id, job, 0.0)
     with BASELINES[0].installed():
+        replica = Replica(request_at_a_time("round-robin").config, HARDWARE.cost, 0.3)
+        seen = watch(replica)
+        for request_id, job in jobs.items():
+            replica.submit(request_id, job, 0.0)
         assert ended_by(replica) == list(jobs)
     wanted = []
     for request_id, job in jobs.items():

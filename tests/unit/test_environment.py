@@ -91,7 +91,7 @@ def test_guidance_can_be_forbidden():
 
 
 def test_an_unknown_policy_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"^KREA2_SRT_POLICY: .*fcfs, srpt, edf, got 'lifo'"):
+    with pytest.raises(ConfigError, match=r"^KREA2_SRT_POLICY: .*srpt, edf, got 'lifo'"):
         read_environment({"KREA2_SRT_POLICY": "lifo"})
     with pytest.raises(ConfigError, match=r"^policy: .*'lifo'"):
         EngineConfig(policy="lifo")

@@ -64,10 +64,13 @@ class LocalCluster:
         serve.shutdown()
         ray.shutdown()
 
-    def deploy(self, settings: Mapping[str, Any] | None = None, **arguments: Any) -> None:
+    def deploy(
+        self, settings: Mapping[str, Any] | None = None, router: str = "work", **arguments: Any
+    ) -> None:
         """Deploy it, or change what is deployed; returns when all replicas are ready.
 
         Args:
+            router: of `krea2_bench.ray_serve.routers`.
             settings, arguments: of `krea2_server.ray.arguments`, but for what a CPU needs.
 
         Raises:
@@ -75,7 +78,8 @@ class LocalCluster:
         """
         from ray import serve
 
-        from krea2_server.ray.app import build
+        from krea2_bench.ray_serve.routers import ROUTERS
+        from krea2_server.ray.app import build_with
         from krea2_server.ray.arguments import Arguments
 
         values = {
@@ -88,7 +92,7 @@ class LocalCluster:
         }
         arguments = {"gpus": 0, "cpus": 1, "upscale_delay_s": 1, "downscale_delay_s": 5} | arguments
         parsed = Arguments(settings=values, **arguments)
-        serve.run(build(parsed), name="krea2", route_prefix="/")
+        serve.run(build_with(parsed, ROUTERS[router]), name="krea2", route_prefix="/")
         self.wait_until_ready(parsed.min_replicas)
 
     def wait_until_ready(self, count: int) -> None:

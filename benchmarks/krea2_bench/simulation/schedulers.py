@@ -11,6 +11,9 @@ from krea2_srt.engine.lifecycle import Request
 SLO_FACTOR = 3.0
 """A request is in time within this many times its time alone on an idle replica."""
 
+ARRIVAL_ALONE = (0.0, 0.0)
+"""Weights of a key that is the time of arrival."""
+
 NEVER = 1e9
 """Seconds, or milliseconds, that no simulation reaches."""
 
@@ -82,13 +85,20 @@ def request_at_a_time(router: str) -> Scheduler:
     A request for more images has its prompt encoded once and generates them one after the other.
     """
     config = EngineConfig(
-        policy="fcfs",
         max_pack_sequences=1,
         max_active_sequences=1,
         max_turn_ms=NEVER,
         max_queue_s=NEVER,
     )
-    return Scheduler(f"baseline, {router}", router, config, encoded_together=1)
+    return Scheduler(
+        f"baseline, {router}", router, config, encoded_together=1, weights=ARRIVAL_ALONE
+    )
+
+
+def first_come_first_served(router: str) -> Scheduler:
+    """Our engine, but in order of arrival."""
+    config = replace(EngineConfig(), max_queue_s=NEVER)
+    return Scheduler(f"fcfs, {router}", router, config, weights=ARRIVAL_ALONE)
 
 
 def ours(policy_name: str, router: str) -> Scheduler:

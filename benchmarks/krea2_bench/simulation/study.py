@@ -13,6 +13,7 @@ from krea2_bench.simulation.experiment import STEP, TARGET, Experiment
 from krea2_bench.simulation.schedulers import (
     SLO_FACTOR,
     Scheduler,
+    first_come_first_served,
     ours,
     request_at_a_time,
 )
@@ -32,7 +33,7 @@ MAIN = (
 """Those whose highest loads are looked for on all traces, of the others on the first only."""
 
 OTHERS = (
-    ours("fcfs", "least-work"),
+    first_come_first_served("least-work"),
     ours("srpt", "round-robin"),
     ours("srpt", "total-work"),
     ours("srpt", "least-work"),

@@ -5,15 +5,15 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.request_router import RequestRouter
 
 from krea2_server.ray.arguments import Arguments
 from krea2_server.ray.autoscaling import QueueSeconds
 from krea2_server.ray.engine_replica import EngineReplica
 from krea2_server.ray.images_ingress import ImagesIngress
-from krea2_server.ray.router import RoundRobinRouter, WorkRouter
+from krea2_server.ray.router import WorkRouter
 from krea2_server.settings import Settings
 
-_ROUTERS = {"work": WorkRouter, "round_robin": RoundRobinRouter}
 _REPORT_S = 1.0
 """Between two reports of a replica, of which routers and the autoscaler know it."""
 
@@ -29,6 +29,11 @@ def build(args: Arguments) -> Application:
     Args:
         args: checked here, on the cluster's head; what depends on a machine is checked there.
     """
+    return build_with(args, WorkRouter)
+
+
+def build_with(args: Arguments, router: type[RequestRouter]) -> Application:
+    """The application with another router before the engines."""
     settings, values = args.server_settings(), args.values()
     http = serve.deployment(ImagesIngress).options(
         name="images",
@@ -36,10 +41,10 @@ def build(args: Arguments) -> Application:
         max_ongoing_requests=settings.max_requests,
         **_ending(settings),
     )
-    return http.bind(values, _engines(args, settings).bind(values))
+    return http.bind(values, _engines(args, settings, router).bind(values))
 
 
-def _engines(args: Arguments, settings: Settings) -> Any:
+def _engines(args: Arguments, settings: Settings, router: type[RequestRouter]) -> Any:
     policy = AutoscalingPolicy(
         policy_function=QueueSeconds, policy_kwargs={"target_s": args.target_queue_s}
     )
@@ -59,7 +64,7 @@ def _engines(args: Arguments, settings: Settings) -> Any:
             policy=policy,
         ),
         request_router_config=RequestRouterConfig(
-            request_router_class=_ROUTERS[args.router],
+            request_router_class=router,
             request_routing_stats_period_s=_REPORT_S,
         ),
         health_check_period_s=_HEALTH_S,

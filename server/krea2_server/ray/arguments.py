@@ -44,8 +44,6 @@ class Arguments(BaseModel):
         gpus, cpus: of an engine. Ray gives PyTorch as many threads as CPUs.
         http_replicas: processes that check, limit, store and answer. Limits of keys and metrics
             are each one's own, so 1 is best as long as it is enough: hundreds of images a second.
-        router: ``work`` sends requests where they add least to what all wait, ``round_robin`` in
-            turn.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -59,7 +57,6 @@ class Arguments(BaseModel):
     gpus: float = Field(1, ge=0)
     cpus: float = Field(4, gt=0)
     http_replicas: int = Field(1, ge=1)
-    router: str = Field("work", pattern="^(work|round_robin)$")
 
     @model_validator(mode="after")
     def _check(self) -> "Arguments":

@@ -1,7 +1,6 @@
 """Where a request goes: to the replica where it adds least to what all wait."""
 
 from collections.abc import Sequence
-from itertools import count
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -86,18 +85,6 @@ class WorkRouter(RequestRouter):
             if request.future.cancelled():
                 del self._unrouted[internal_id]
                 self._remove(internal_id)
-
-
-class RoundRobinRouter(WorkRouter):
-    """Each request to the next replica: what the other is measured against."""
-
-    def initialize_state(self) -> None:
-        super().initialize_state()
-        self._turns = count()
-
-    def ranking(self, work: int, candidates: Sequence[ReplicaID]) -> Sequence[ReplicaID]:
-        first = next(self._turns) % max(len(candidates), 1)
-        return [*candidates[first:], *candidates[:first]]
 
 
 def _work(request: PendingRequest) -> int:

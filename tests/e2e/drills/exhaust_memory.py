@@ -12,15 +12,15 @@ _ROOM = 150 * 2**20
 
 
 def _run(model: Path, folder: Path) -> None:
-    # Behind small ones the large image may wait for minutes on a slow machine.
-    with Deployment(model, folder, ["--engine.policy=fcfs"]) as deployment:
+    with Deployment(model, folder) as deployment:
         load = Load(deployment.url, clients=2, sizes=("64x64", "128x128"))
         with under_load(deployment, load):
             (engine,) = deployment.engines()
             limits = engine.rlimit(resource.RLIMIT_AS)
             load.phase = "during"
             engine.rlimit(resource.RLIMIT_AS, (engine.memory_info().vms + _ROOM, limits[1]))
-            answer = deployment.generate(size="2048x2048", num_inference_steps=1)
+            # With priority: behind small ones it may wait for minutes on a slow machine.
+            answer = deployment.generate(size="2048x2048", num_inference_steps=1, priority=10)
             print(f"  2048x2048 without memory: {answer.status_code} {answer.text[:80]}")
             check(answer.status_code == 503, "what does not fit gets a 503")
             check(answer.json()["error"]["code"] == "out_of_memory", "that says why")

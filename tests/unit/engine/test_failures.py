@@ -370,8 +370,8 @@ def is_late(request) -> bool:
 
 
 def test_a_deadline_that_passes_while_waiting_costs_no_work():
-    harness = Harness(EngineConfig(policy="fcfs"))
-    first, late = harness.submit(1024), harness.submit(512, deadline_s=0.3)
+    harness = Harness()
+    first, late = harness.submit(1024, priority=1), harness.submit(512, deadline_s=0.3)
     harness.run()
     assert is_late(late)
     assert str(late.error) == "deadline of 0.3 s exceeded"

@@ -111,7 +111,7 @@ def test_times_that_are_told_late_are_those_of_their_own_steps(slowdown):
 
 @pytest.mark.parametrize("slowdown", [0.25, 3.0])
 def test_estimates_follow_the_machine(slowdown):
-    harness = Harness(EngineConfig(policy="fcfs"), slowdown=slowdown)
+    harness = Harness(slowdown=slowdown)
     harness.submit(256, steps=WINDOW)
     waiting = harness.submit(1024)
     harness.turns(WINDOW)

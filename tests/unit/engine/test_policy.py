@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.engine.lifecycle import Request
-from krea2_srt.engine.policy import PRIORITY_HEAD_START_S, STRETCH, edf, fcfs, srpt
+from krea2_srt.engine.policy import PRIORITY_HEAD_START_S, STRETCH, edf, srpt
 from tests.unit.engine.fakes import Harness, image
 
 
@@ -11,10 +11,6 @@ def request(arrival=0.0, remaining_ms=0.0, deadline=None, priority=0) -> Request
     made = Request("r", (image(),), priority, arrival, deadline)
     made.remaining_ms = remaining_ms
     return made
-
-
-def test_fcfs_goes_by_arrival_alone():
-    assert fcfs(request(arrival=1, remaining_ms=9000)) < fcfs(request(arrival=2, remaining_ms=1))
 
 
 def test_srpt_prefers_less_remaining_work():
@@ -54,7 +50,7 @@ def test_under_edf_a_deadline_makes_nothing_less_urgent(arrival, remaining_ms, i
         assert edf(with_deadline) == edf(without)
 
 
-@pytest.mark.parametrize("policy", [fcfs, srpt, edf])
+@pytest.mark.parametrize("policy", [srpt, edf])
 def test_a_level_of_priority_is_a_head_start_in_seconds(policy):
     for deadline in (None, 7.0, 7000.0):
         normal = policy(request(1.0, 300, deadline))

@@ -17,8 +17,6 @@ a + STRETCH * W + H there are at most Q = max_queue_s seconds of work in the eng
 them, and all that comes after that goes behind:
 
     STRETCH * W + H + Q + max_turn_ms
-
-Under `fcfs`, what comes later never goes before: B + W + max_turn_ms.
 """
 
 import pytest
@@ -101,13 +99,6 @@ def test_above_capacity_admission_bounds_it(policy_name, load):
     assert big.ended
     assert harness.latency(big) <= limit
     assert harness.refused > 0
-
-
-@pytest.mark.parametrize("load", [0.95, 2.0])
-def test_under_fcfs_only_the_work_before_it_counts(load):
-    harness, big, backlog_s = serve("fcfs", load, 30.0)
-    assert big.ended
-    assert harness.latency(big) <= backlog_s + BIG_S + TURN_S
 
 
 @pytest.mark.parametrize("load", [0.99, 1.2])

@@ -29,7 +29,6 @@ def pack_sizes(harness: Harness) -> list[int]:
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        ("fcfs", ["large", "medium", "small"]),
         ("srpt", ["small", "medium", "large"]),
         ("edf", ["medium", "large", "small"]),
     ],
@@ -49,7 +48,7 @@ def test_the_policy_orders_requests(policy, expected):
     harness.check_empty()
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "srpt", "edf"])
+@pytest.mark.parametrize("policy", ["srpt", "edf"])
 def test_priority_goes_before_the_policy(policy):
     harness = Harness(EngineConfig(policy=policy))
     harness.submit(256, request_id="small")
@@ -132,9 +131,9 @@ def test_a_pack_holds_at_most_the_budget_of_tokens():
 
 
 def test_a_sequence_that_does_not_fit_makes_room_for_a_smaller_one_behind_it():
-    harness = Harness(EngineConfig(max_pack_tokens=2 * T256, policy="fcfs"), ROOMY)
-    for size in (256, 512, 256):
-        harness.submit(size)
+    harness = Harness(EngineConfig(max_pack_tokens=2 * T256), ROOMY)
+    for priority, size in ((0, 256), (0, 512), (-1, 256)):
+        harness.submit(size, priority=priority)
     harness.turns(2)
     assert harness.ran[-1].requests == ["r0", "r2"]
 

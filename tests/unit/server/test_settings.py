@@ -136,9 +136,9 @@ def test_all_of_the_engines_settings_are_here():
 
 
 def test_the_engine_reads_what_is_set_here():
-    settings = Settings(engine=EngineSettings(policy="fcfs", max_side=512))
+    settings = Settings(engine=EngineSettings(policy="srpt", max_side=512))
     config = read_environment(settings.scheduler_environment).engine
-    assert (config.policy, config.max_side) == ("fcfs", 512)
+    assert (config.policy, config.max_side) == ("srpt", 512)
     settings = load_settings(["--runner.cuda-graphs", "off"])
     assert read_environment(settings.scheduler_environment).runner.cuda_graphs == "off"
     with pytest.raises(ConfigError, match=r"^runner.kernels: .*'cuda'"):

@@ -27,7 +27,6 @@ def test_settings_are_those_of_krea2_serve():
         ({"settings": OPEN, "min_replicas": 2}, "max_replicas: must be at least min_replicas"),
         ({"settings": OPEN, "min_replicas": 0}, "min_replicas"),
         ({"settings": OPEN, "target_queue_s": 0}, "target_queue_s"),
-        ({"settings": OPEN, "router": "mine"}, "router"),
         ({"settings": OPEN, "unknown": 1}, "unknown"),
         ({"settings": {**OPEN, "storage": "images"}, "http_replicas": 2}, "settings.storage"),
     ],
