@@ -76,3 +76,8 @@ class DeviceLostError(BaseException):
 
     No `Exception`: nobody may take it for the failure of one request.
     """
+
+
+def how_to_install(extra: str) -> str:
+    """What a user types to get an optional part, by the extra's name in pyproject.toml."""
+    return f"pip install 'krea2-srt[{extra}]'"

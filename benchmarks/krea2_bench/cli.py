@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from krea2_srt.bytecode import write_bytecode
-from krea2_srt.cli.errors import OneLineParser, one_line_errors
+from krea2_srt.cli.errors import OneLineParser, needs_extra, one_line_errors
 
 COMMAND = "krea2-bench"
 SUBCOMMANDS = ("load", "compare", "report", "micro", "quality")
@@ -16,8 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_bytecode()
     parser = OneLineParser(prog=COMMAND, allow_abbrev=False, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=OneLineParser)
-    for name in SUBCOMMANDS:
-        import_module(f"krea2_bench.{name}.command").add_parser(commands)
+    with needs_extra(COMMAND, "bench"):
+        for name in SUBCOMMANDS:
+            import_module(f"krea2_bench.{name}.command").add_parser(commands)
     args = parser.parse_args(argv)
     # As Ctrl-C: contexts are left, so children end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

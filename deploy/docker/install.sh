@@ -27,7 +27,7 @@ case $target in
     overridden=$(sed 's/==.*//' "$work/overrides" | paste -sd '|')
     uv pip freeze --system | grep -E '^[A-Za-z0-9._-]+==' | grep -vE "^($overridden)==" > "$work/kept"
     uv pip install --system --break-system-packages --no-cache \
-      --override "$work/overrides" --constraint "$work/kept" "$wheel[ray,s3]"
+      --override "$work/overrides" --constraint "$work/kept" "$wheel[demo,fa4,otel,ray,s3,serve]"
     python=python3
     ;;
   cpu)
@@ -35,7 +35,7 @@ case $target in
     python=/opt/krea2/bin/python
     "$python" -m pip install --no-cache-dir --quiet uv
     /opt/krea2/bin/uv pip install --python "$python" --no-cache --quiet \
-      --override "$work/overrides" --constraint "$source/requirements.lock" "$wheel[ray,s3]"
+      --override "$work/overrides" --constraint "$source/requirements.lock" "$wheel[demo,otel,ray,s3,serve]"
     /opt/krea2/bin/krea2-demo-model /opt/krea-2-demo
     ;;
   *)

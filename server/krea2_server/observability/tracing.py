@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from krea2_server.api.parameters import GenerationParams
+from krea2_srt.errors import ConfigError, how_to_install
 from krea2_srt.messages import Generated
 
 
@@ -56,16 +57,23 @@ class Tracing:
     Args:
         endpoint: of an OTLP collector's HTTP address; empty traces nothing.
         service: this server's name in the traces.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
     """
 
     def __init__(self, endpoint: str, service: str = "krea2-srt") -> None:
         self._provider: Any = None
         if not endpoint:
             return
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError:
+            text = f"otlp_endpoint: OpenTelemetry is not installed; {how_to_install('otel')}"
+            raise ConfigError(text) from None
 
         self._provider = TracerProvider(resource=Resource.create({"service.name": service}))
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

@@ -9,6 +9,7 @@ from typing import Any
 
 from krea2_server.storage.signatures import new_name
 from krea2_server.storage.store import StorageError
+from krea2_srt.errors import how_to_install
 from krea2_srt.images import MEDIA_TYPES
 
 logger = logging.getLogger(__name__)
@@ -64,8 +65,9 @@ class FsspecStore:
         except NotImplementedError:
             raise StorageError(f"storage: {name} has no signed URLs; use s3://") from None
         except ImportError:
+            extra = how_to_install("s3") if self._scheme in _S3 else "see fsspec's page"
             raise StorageError(
-                f"storage: {self._scheme}:// needs a package; see extra s3"
+                f"storage: {self._scheme}:// needs a package that is not installed; {extra}"
             ) from None
         except Exception as error:
             logger.debug("storage could not be used", exc_info=True)
