@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from krea2_srt.bytecode import write_bytecode
-from krea2_srt.cli.errors import OneLineParser, one_line_errors
+from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13,14 +13,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="krea2-demo-model",
         allow_abbrev=False,
         description="Write a complete, tiny Krea 2 checkpoint (about 50 MB) in the released "
-        "layout. It loads in krea2-srt, in SGLang and in Diffusers, needs no GPU, and draws "
+        "layout. It loads in krea2-srt, in SGLang and in Diffusers, needs no GPU, and generates "
         "coloured shapes: 'a red heart on a yellow background'.",
     )
+    add_version(parser)
     parser.add_argument("folder", type=Path, metavar="DIR", help="must not exist or be empty")
     parser.add_argument(
         "--random",
         action="store_true",
-        help="random weights instead of trained ones, for numeric tests: it draws patterns",
+        help="random weights instead of trained ones, for numeric tests: it generates patterns",
     )
     parser.add_argument("--seed", type=int, help="of random weights (default 0)")
     parser.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from krea2_srt.bytecode import write_bytecode
-from krea2_srt.cli.errors import OneLineParser, one_line_errors
+from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 from krea2_srt.errors import RequestError
 from krea2_srt.request import (
     MU_RANGE,
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Steps, guidance and timestep shift default to the checkpoint's own: Turbo 8 steps, "
         "no guidance, mu 1.15; Raw 52 steps, guidance 3.5, mu by size.",
     )
+    add_version(parser)
     add = parser.add_argument
     add("prompt", nargs="?", help="what to generate")
     add("--prompt-file", type=Path, metavar="FILE", help="read the prompt from a file instead")

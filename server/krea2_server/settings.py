@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from krea2_server.yaml_files import YamlFileError, read_yaml
+from krea2_srt.cli.errors import add_version
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
 from krea2_srt.environment import read_environment
@@ -338,7 +339,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
 
     Raises:
         ConfigError: naming the setting.
-        SystemExit: after ``--help``.
+        SystemExit: after ``--help`` or ``--version``.
     """
     _refuse_unknown_variables(os.environ)
     path = _config_path(argv)
@@ -347,7 +348,6 @@ def load_settings(argv: Sequence[str]) -> Settings:
         flags: CliSettingsSource[Any] = CliSettingsSource(
             Settings,
             cli_prog_name=COMMAND,
-            cli_parse_args=list(argv),
             cli_kebab_case=True,
             cli_implicit_flags=True,
             cli_avoid_json=True,
@@ -355,7 +355,8 @@ def load_settings(argv: Sequence[str]) -> Settings:
             cli_exit_on_error=False,
             formatter_class=_HelpFormatter,
         )
-        return Settings(_cli_settings_source=flags, **values)
+        add_version(flags.root_parser)
+        return Settings(_cli_settings_source=flags(args=list(argv)), **values)
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
     except SettingsError as error:
