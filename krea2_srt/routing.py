@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from krea2_srt.engine import policy
 from krea2_srt.engine.cost import roofline
-from krea2_srt.engine.policy import STRETCH
 from krea2_srt.request import ImageRequest
 
 _COST = roofline()
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """An outstanding request's place in a backlog.
+class WorkEntry:
+    """An outstanding request's entry among those of a replica.
 
     Attributes:
         key: in the engine's order; smaller runs first.
@@ -28,7 +28,7 @@ class Place:
     work: int
 
 
-class Backlog:
+class OutstandingWork:
     """The requests that were sent to a replica and have not ended.
 
     Attributes:
@@ -38,23 +38,23 @@ class Backlog:
 
     def __init__(self) -> None:
         self.outstanding = 0
-        self._places: set[Place] = set()
+        self._entries: set[WorkEntry] = set()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
-    def add(self, work: int) -> Place:
+    def add(self, work: int) -> WorkEntry:
         """A request of ``work`` ms goes there."""
-        place = Place(order_key(work), work)
+        entry = WorkEntry(order_key(work), work)
         self.outstanding += work
-        self._places.add(place)
-        return place
+        self._entries.add(entry)
+        return entry
 
-    def remove(self, place: Place) -> None:
+    def remove(self, entry: WorkEntry) -> None:
         """It has ended; the second time is no error."""
-        if place in self._places:
-            self._places.discard(place)
-            self.outstanding -= place.work
+        if entry in self._entries:
+            self._entries.discard(entry)
+            self.outstanding -= entry.work
 
     def added_wait(self, work: int) -> int:
         """Milliseconds that a request of ``work`` ms would wait here, and make others wait.
@@ -64,16 +64,16 @@ class Backlog:
         a small one may pass a large one, but not without counting that.
         """
         key = order_key(work)
-        return sum(place.work if place.key <= key else work for place in self._places)
+        return sum(entry.work if entry.key <= key else work for entry in self._entries)
 
-    def ahead(self, place: Place) -> int:
+    def ahead(self, entry: WorkEntry) -> int:
         """How many requests the engine's default policy would finish before this one."""
-        return sum(other.key < place.key for other in self._places)
+        return sum(other.key < entry.key for other in self._entries)
 
 
 def order_key(work: int) -> float:
     """As `krea2_srt.engine.policy.srpt` orders requests that have just arrived."""
-    return time.monotonic() + STRETCH * work / 1e3
+    return time.monotonic() + policy.STRETCH * work / 1e3
 
 
 def image_ms(request: ImageRequest, images: int) -> int:
@@ -88,35 +88,35 @@ class ReplicaExited(RuntimeError):
 
 @dataclass(frozen=True)
 class Assignment:
-    """A request's replica, and its place there.
+    """A request's replica, and its entry there.
 
     Attributes:
         index: of the replica.
     """
 
     index: int
-    place: Place
+    entry: WorkEntry
 
 
 class Replicas:
     """The replicas of one client: which live, and what each has still to do.
 
     Attributes:
-        backlogs: of each replica.
+        loads: the outstanding work of each replica.
     """
 
     def __init__(self, count: int) -> None:
-        self.backlogs = [Backlog() for _ in range(count)]
+        self.loads = [OutstandingWork() for _ in range(count)]
         self._dead: set[int] = set()
         self._turn = 0
 
     def __len__(self) -> int:
-        return len(self.backlogs)
+        return len(self.loads)
 
     @property
     def outstanding(self) -> list[int]:
         """Estimated milliseconds on each replica."""
-        return [backlog.outstanding for backlog in self.backlogs]
+        return [load.outstanding for load in self.loads]
 
     @property
     def live(self) -> list[int]:
@@ -125,7 +125,8 @@ class Replicas:
     def choose(self, work: int = 0) -> int:
         """The live replica where a request of ``work`` ms adds least to what all wait.
 
-        See `Backlog.added_wait`. Then counts all outstanding work; equal replicas take turns.
+        See `OutstandingWork.added_wait`. Then counts all
+        outstanding work; equal replicas take turns.
 
         Raises:
             ReplicaExited: none is left.
@@ -134,9 +135,9 @@ class Replicas:
             raise ReplicaExited("all replicas have exited")
 
         def wait(index: int) -> tuple[int, int, int]:
-            backlog = self.backlogs[index]
+            load = self.loads[index]
             turn = (index - self._turn) % len(self)
-            return backlog.added_wait(work), backlog.outstanding, turn
+            return load.added_wait(work), load.outstanding, turn
 
         index = min(self.live, key=wait)
         self._turn = index + 1
@@ -153,15 +154,15 @@ class Replicas:
             ReplicaExited: none is left.
         """
         index = self.choose(work)
-        place = self.backlogs[index].add(work)
+        entry = self.loads[index].add(work)
         try:
-            yield Assignment(index, place)
+            yield Assignment(index, entry)
         finally:
-            self.backlogs[index].remove(place)
+            self.loads[index].remove(entry)
 
     def ahead(self, assignment: Assignment) -> int:
         """How many requests the engine's default policy would finish before this one."""
-        return self.backlogs[assignment.index].ahead(assignment.place)
+        return self.loads[assignment.index].ahead(assignment.entry)
 
     def mark_live(self, index: int) -> None:
         """Send requests to this replica again."""

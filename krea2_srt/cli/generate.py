@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="compute precision (default bfloat16)")
     add(
         "--quantization",
-        choices=("fp8", "fp8_rotated"),
+        choices=("fp8",),
         help="of the transformer's matrices; half the memory, and other pictures",
     )
     return parser

@@ -82,10 +82,7 @@ class Quantization:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
 
-SERVED = {
-    quantization.name: quantization
-    for quantization in (Quantization("fp8"), Quantization("fp8", rotation=True))
-}
+SERVED = {"fp8": Quantization("fp8")}
 """What a server can be asked for, by name."""
 
 

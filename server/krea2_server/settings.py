@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     )
     model_aliases: list[str] = Field([], description="other names that clients may use for it")
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
-    quantization: Literal["none", "fp8", "fp8_rotated"] = Field(
+    quantization: Literal["none", "fp8"] = Field(
         "none", description="of the transformer's matrices; see docs/gpu.md"
     )
     sglang_args: str = Field(

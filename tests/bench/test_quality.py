@@ -4,13 +4,21 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from krea2_bench.quality import generators
 from krea2_bench.quality.command import summarise
-from krea2_bench.quality.generators import DiffusersGenerator, OurGenerator, parse_generator
+from krea2_bench.quality.generators import (
+    Case,
+    DiffusersGenerator,
+    OurGenerator,
+    parse_generator,
+)
 from krea2_bench.quality.metrics import ClipError, ClipScorer, psnr, ssim
 from krea2_bench.quality.sheet import contact_sheet
 from tests.bench.fake_server import Fake
@@ -162,3 +170,32 @@ def test_configurations_are_parsed(tmp_path: Path):
     assert isinstance(
         parse_generator("ours:quantization=int8_rotated:pack=4", tmp_path), OurGenerator
     )
+
+
+def test_diffusers_gets_the_noise_of_the_device_that_it_runs_on(monkeypatch, tmp_path: Path):
+    """As our runner does: a CPU's noise on a GPU would compare two different pictures."""
+    devices: list[object] = []
+
+    class Pipeline:
+        def to(self, device: object) -> "Pipeline":
+            devices.append(device)
+            return self
+
+        def set_progress_bar_config(self, **_: object) -> None: ...
+
+        def __call__(self, *_: object, generator: object, **__: object) -> SimpleNamespace:
+            devices.append(generator)
+            return SimpleNamespace(images=[Image.new("RGB", (16, 16))])
+
+    class Generator:
+        def __init__(self, device: object) -> None:
+            devices.append(device)
+
+        def manual_seed(self, seed: int) -> object:
+            return ("generator", devices[-1], seed)
+
+    monkeypatch.setattr("diffusers.Krea2Pipeline.from_pretrained", lambda *_, **__: Pipeline())
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(generators, "_device", lambda: "a GPU")
+    list(DiffusersGenerator(tmp_path, "float32").generate([Case("x", 5, 16, 16, 1)]))
+    assert devices == ["a GPU", "a GPU", ("generator", "a GPU", 5)]

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krea2_srt import routing
+from krea2_srt.engine import policy
 from krea2_srt.request import ImageRequest
 from krea2_srt.routing import ReplicaExited, Replicas, image_ms
 
@@ -33,7 +35,7 @@ def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too():
         big = stack.enter_context(replicas.place(BIG))
         for _ in range(10):
             stack.enter_context(replicas.place(SMALL))
-        assert len(replicas.backlogs[big.index]) == 5
+        assert len(replicas.loads[big.index]) == 5
     assert replicas.outstanding == [0, 0]
 
 
@@ -48,7 +50,7 @@ def test_a_replica_that_is_stuck_gets_less():
         stuck = [stack.enter_context(replicas.place(SMALL)) for _ in range(2)]
         assert {one.index for one in stuck} == {0, 1}
         stack.enter_context(replicas.place(SMALL))
-        assert sorted(len(backlog) for backlog in replicas.backlogs) == [1, 2]
+        assert sorted(len(load) for load in replicas.loads) == [1, 2]
 
 
 def test_a_dead_replica_gets_nothing_until_it_lives_again():
@@ -85,7 +87,7 @@ def test_whatever_begins_and_ends_in_whatever_order_nothing_remains(steps, data)
                     one.enter_context(replicas.place(work))
                     open_ones.append(one)
     assert replicas.outstanding == [0, 0, 0]
-    assert [len(backlog) for backlog in replicas.backlogs] == [0, 0, 0]
+    assert [len(load) for load in replicas.loads] == [0, 0, 0]
 
 
 def test_the_estimate_grows_with_the_work():
@@ -99,3 +101,11 @@ def test_the_estimate_grows_with_the_work():
     assert estimate(guidance=3.5) == pytest.approx(2 * base, rel=0.05)
     # 742 ms a step and branch is the roofline's figure for 2048x2048.
     assert pytest.approx(2 * 52 * 742, rel=0.05) == BIG
+
+
+def test_the_order_follows_the_policys_constant(monkeypatch):
+    """The simulator varies it, and routers must go by the same order as engines."""
+    monkeypatch.setattr(routing.time, "monotonic", lambda: 100.0)
+    assert routing.order_key(2000) == 100.0 + 2 * policy.STRETCH
+    monkeypatch.setattr(policy, "STRETCH", 8.0)
+    assert routing.order_key(2000) == 116.0

@@ -1,5 +1,8 @@
 """The version is in one place, and every command prints it."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from krea2_bench.cli import main as bench
@@ -22,3 +25,12 @@ def test_commands_print_it(name, capsys):
         COMMANDS[name](["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"{name} {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "file", ["kubernetes/overlays/gpu/kustomization.yaml", "ray/rayservice.yaml"]
+)
+def test_manifests_name_the_image_of_this_version(file):
+    text = (Path(__file__).parents[2] / "deploy" / file).read_text()
+    tags = re.findall(r"krea2-srt:([\w.]+)", text) + re.findall(r'newTag: "([^"]+)"', text)
+    assert tags == [__version__]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float32")
 SYNTAX = (
-    "ours[:dtype=bfloat16|float32][:quantization=fp8|fp8_rotated|int8|int8_rotated][:pack=N], "
+    "ours[:dtype=bfloat16|float32][:quantization=fp8|int8|int8_rotated][:pack=N], "
     "diffusers[:dtype=…], or a server's URL"
 )
 
@@ -149,9 +149,10 @@ class DiffusersGenerator:
         import torch
         from diffusers import Krea2Pipeline
 
+        device = _device()
         pipeline = Krea2Pipeline.from_pretrained(
             self._checkpoint, dtype=getattr(torch, self._dtype)
-        ).to(_device())
+        ).to(device)
         pipeline.set_progress_bar_config(disable=True)
         for case in cases:
             image = pipeline(
@@ -160,8 +161,8 @@ class DiffusersGenerator:
                 width=case.width,
                 num_inference_steps=case.steps,
                 guidance_scale=case.guidance,
-                # As everywhere here: noise is generated on the CPU.
-                generator=torch.Generator().manual_seed(case.seed),
+                # As ours and SGLang's: noise is the device's, and a GPU's differs from a CPU's.
+                generator=torch.Generator(device).manual_seed(case.seed),
             ).images[0]
             yield np.asarray(image.convert("RGB"))
 

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from krea2_srt.routing import Backlog, Place
+from krea2_srt.routing import OutstandingWork, WorkEntry
 
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
@@ -20,12 +20,12 @@ class Member:
     """A replica.
 
     Attributes:
-        backlog: what this process has sent there.
+        load: what this process has sent there.
         report: what it last said of itself; see `EngineReplica.record_routing_stats`.
         suspect_until: clock time in seconds; until then it does not generate, whatever it has said.
     """
 
-    backlog: Backlog = field(default_factory=Backlog)
+    load: OutstandingWork = field(default_factory=OutstandingWork)
     report: Mapping[str, Any] = field(default_factory=dict)
     suspect_until: float = 0.0
 
@@ -49,7 +49,7 @@ class Fleet:
 
     def __init__(self) -> None:
         self.members: dict[Hashable, Member] = {}
-        self._places: dict[str, tuple[Hashable, Place]] = {}
+        self._entries: dict[str, tuple[Hashable, WorkEntry]] = {}
         self._turn: dict[Hashable, int] = {}
 
     def update(self, reports: Mapping[Hashable, Mapping[str, Any]]) -> None:
@@ -74,16 +74,16 @@ class Fleet:
     def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
         """The candidates, first the one where a request of ``work`` ms adds least to what all wait.
 
-        See `Backlog.added_wait`. Of work that others have sent only the sum is known: the request
-        waits for all of it. Replicas that are not ready come last.
+        See `OutstandingWork.added_wait`. Of work that others have sent only the sum is known: the
+        request waits for all of it. Replicas that are not ready come last.
         """
 
         def wait(replica: Hashable) -> tuple[bool, int, int, int]:
             member = self.members.get(replica) or Member()
-            backlog, foreign = member.backlog, member.other_routers_ms
-            added = backlog.added_wait(work) + foreign
+            load, others_ms = member.load, member.other_routers_ms
+            added = load.added_wait(work) + others_ms
             turn = self._turn.get(replica, 0)
-            return not member.ready, added, backlog.outstanding + foreign, turn
+            return not member.ready, added, load.outstanding + others_ms, turn
 
         return sorted(candidates, key=wait)
 
@@ -91,30 +91,30 @@ class Fleet:
         """A request goes to a replica, or to this one after all."""
         self.remove(request)
         if (member := self.members.get(replica)) is not None:
-            self._places[request] = replica, member.backlog.add(work)
+            self._entries[request] = replica, member.load.add(work)
             # Equal replicas take turns: the one that was chosen last comes last.
             self._turn[replica] = max(self._turn.values(), default=0) + 1
 
     def remove(self, request: str, replica: Hashable | None = None) -> None:
         """It has ended; of one that is not there, or on another replica by now, nothing happens."""
-        found = self._places.get(request)
+        found = self._entries.get(request)
         if found is None or (replica is not None and found[0] != replica):
             return
-        del self._places[request]
+        del self._entries[request]
         if (member := self.members.get(found[0])) is not None:
-            member.backlog.remove(found[1])
+            member.load.remove(found[1])
 
     def __contains__(self, request: str) -> bool:
-        return request in self._places
+        return request in self._entries
 
     def ahead(self, request: str) -> int:
         """How many of our requests will probably be generated there before it."""
-        found = self._places.get(request)
+        found = self._entries.get(request)
         if found is None:
             return 0
-        replica, place = found
+        replica, entry = found
         member = self.members.get(replica)
-        return member.backlog.ahead(place) if member is not None else 0
+        return member.load.ahead(entry) if member is not None else 0
 
 
 _FLEET = Fleet()

@@ -55,7 +55,7 @@ SUPPORTED = [
     "--batching-max-size 4 --batching-delay-ms 5",
     "--disable-conditioning-cache --vae-tiling false --quality exact",
     "--quantization fp8",
-    "--quantization fp8_rotated --quantization-ignored-layers 0.* 27.*",
+    "--quantization fp8 --quantization-ignored-layers 0.* 27.*",
     "--text-encoder-cpu-offload",
 ]
 
@@ -162,9 +162,9 @@ def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
     assert builder.quantization is None
     # One picture needs no warm-up.
     assert builder.config == RunnerConfig(warm_up_s=0.0)
-    flags = "--quantization fp8_rotated --quantization-ignored-layers 0.* *.ff.down"
+    flags = "--quantization fp8 --quantization-ignored-layers 0.* *.ff.down"
     builder = make_builder(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
-    assert builder.quantization == Quantization("fp8", True, ("0.*", "*.ff.down"))
+    assert builder.quantization == Quantization("fp8", False, ("0.*", "*.ff.down"))
     assert builder.config.text_encoder == "offload"
     monkeypatch.setenv("KREA2_SRT_TEXT_ENCODER", "resident")
     monkeypatch.setenv("KREA2_SRT_MAX_TURN_MS", "50")

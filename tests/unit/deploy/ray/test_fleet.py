@@ -72,7 +72,7 @@ def test_a_request_counts_on_one_replica_only():
     fleet = fleet_of("a", "b")
     fleet.place("x", "a", LARGE)
     fleet.place("x", "b", LARGE)
-    assert [len(fleet.members[name].backlog) for name in "ab"] == [0, 1]
+    assert [len(fleet.members[name].load) for name in "ab"] == [0, 1]
     # The end of the attempt on a, told after the second has begun.
     fleet.remove("x", "a")
     assert "x" in fleet
@@ -113,5 +113,5 @@ def test_whatever_comes_and_goes_nothing_remains():
                 fleet.update({name: {"ready": rng.random() < 0.9} for name in names})
     for request in requests:
         fleet.remove(request)
-    assert all(not len(member.backlog) for member in fleet.members.values())
-    assert all(member.backlog.outstanding == 0 for member in fleet.members.values())
+    assert all(not len(member.load) for member in fleet.members.values())
+    assert all(member.load.outstanding == 0 for member in fleet.members.values())
