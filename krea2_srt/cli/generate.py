@@ -22,7 +22,6 @@ from krea2_srt.request import (
 from krea2_srt.threads import limit_spinning
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
 COMMAND = "krea2-generate"
@@ -108,9 +107,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     limit_spinning()  # before anything imports torch
-    from krea2_srt.model.hub import find_checkpoint
+    from PIL import Image
+    from tqdm import tqdm
 
-    device = _device(args.device)
+    from krea2_srt.model.hub import find_checkpoint
+    from krea2_srt.model.quantization import SERVED
+    from krea2_srt.offline import Krea2, device_of
+
+    device = device_of(args.device)
     distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
     checkpoint = find_checkpoint(
         args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
@@ -121,43 +125,17 @@ def _run(args: argparse.Namespace) -> None:
         args, sampling.default_steps, sampling.default_guidance, sampling.default_side
     )
     request.check(RequestLimits())
-
-    import torch
-    from PIL import Image
-    from tqdm import tqdm
-
-    from krea2_srt.environment import read_environment
-    from krea2_srt.model.pixels import to_uint8
-    from krea2_srt.model.quantization import SERVED
-    from krea2_srt.runner.builder import RunnerBuilder
-
-    environment, dtype = read_environment(), getattr(torch, args.dtype)
-    builder = RunnerBuilder(
-        checkpoint,
-        device,
-        dtype,
-        dtype,
-        dtype,
-        SERVED[args.quantization] if args.quantization else None,
-        # Graphs for sizes that nobody asks for here would only take time.
-        replace(environment.runner, warm_up_s=0.0),
-        engine=environment.engine,
+    model = Krea2.load(
+        replace(checkpoint, sampling=sampling),
+        device=device,
+        dtype=args.dtype,
+        quantization=SERVED.get(args.quantization),
     )
-    runner = builder.load(builder.plan())
-    if runner.text_encoder.tokenize(request.prompt)[1]:
+    if model.runner.text_encoder.tokenize(request.prompt)[1]:
         print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
-    (context,) = runner.encode([request.prompt])
-    negative = runner.encode([request.negative_prompt])[0] if request.guidance else None
-    schedule = sampling.schedule(request.steps, request.image_tokens, request.mu)
     with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
-        for i, seed in enumerate(request.seeds):
-            sequence = runner.start(
-                context, request.width, request.height, seed, schedule, request.guidance, negative
-            )
-            while not sequence.done:
-                runner.step([sequence])
-                progress.update()
-            _save(Image.fromarray(to_uint8(runner.decode(sequence))), f"{args.output}_{i}.png")
+        for i, pixels in enumerate(model.images([request], on_step=progress.update)):
+            _save(Image.fromarray(pixels), f"{args.output}_{i}.png")
 
 
 def _refuse_shift_without_effect(args: argparse.Namespace, distilled: bool) -> None:
@@ -211,19 +189,6 @@ def _check_output(prefix: str, num_images: int) -> None:
     for i in range(num_images):
         if os.path.isdir(f"{prefix}_{i}.png"):
             raise RequestError("output", f"{prefix}_{i}.png is a folder")
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-        raise RequestError("device", f"unknown device {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise RequestError("device", f"this machine has {torch.cuda.device_count()} CUDA GPUs")
-    return torch.device(name)
 
 
 def _save(image: "Image", path: str) -> None:

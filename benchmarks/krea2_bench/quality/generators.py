@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from krea2_srt.errors import Krea2Error
+from krea2_srt.request import ImageRequest
 
 if TYPE_CHECKING:
     import torch
@@ -91,12 +92,9 @@ class OurGenerator:
     """
 
     def __init__(self, checkpoint: Path, dtype: str, quantization: str, pack: int) -> None:
-        import torch
-
         from krea2_srt.model.quantization import Quantization
 
-        self._checkpoint, self._pack = checkpoint, pack
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._checkpoint, self._dtype, self._pack = checkpoint, dtype, pack
         self._quantization = None
         if quantization:
             name, _, rotated = quantization.partition("_")
@@ -107,36 +105,14 @@ class OurGenerator:
             self._quantization = Quantization(name, bool(rotated))
 
     def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
-        import torch
+        from krea2_srt.offline import Krea2
 
-        from krea2_srt.model.checkpoint import Krea2Checkpoint
-        from krea2_srt.model.pixels import to_uint8
-        from krea2_srt.runner.model_runner import Krea2Runner
-
-        checkpoint = Krea2Checkpoint.from_folder(self._checkpoint)
-        runner = Krea2Runner.load(
-            checkpoint, _device(), self._dtype, quantization=self._quantization
-        )
-        with torch.inference_mode():
-            for at in range(0, len(cases), self._pack):
-                pack = [_begun(runner, case) for case in cases[at : at + self._pack]]
-                while any(not sequence.done for sequence in pack):
-                    runner.step([sequence for sequence in pack if not sequence.done])
-                for sequence in pack:
-                    yield to_uint8(runner.decode(sequence))
-
-
-def _begun(runner: Any, case: Case) -> Any:
-    contexts = runner.encode([case.prompt, ""] if case.guidance else [case.prompt])
-    return runner.start(
-        contexts[0],
-        case.width,
-        case.height,
-        case.seed,
-        runner.schedule(case.steps, case.width, case.height),
-        case.guidance,
-        contexts[1] if case.guidance else None,
-    )
+        model = Krea2.load(self._checkpoint, dtype=self._dtype, quantization=self._quantization)
+        requests = [
+            ImageRequest(c.prompt, c.width, c.height, c.steps, c.guidance, seed=c.seed)
+            for c in cases
+        ]
+        yield from model.images(requests, self._pack)
 
 
 class DiffusersGenerator:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from krea2_srt.cli import generate
+from krea2_srt import offline
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
@@ -429,10 +429,10 @@ def test_offloaded_weights_wait_in_pinned_memory(cuda):
 
 
 def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
-    questions = Questions(Path(generate.__file__).parents[1])
+    questions = Questions(Path(offline.__file__).parent)
     assert len(questions.all) > 20
     with questions.noted(), cuda_rules() as cuda, torch.inference_mode():
-        assert generate._device("auto").type == "cuda"
+        assert offline.device_of("auto").type == "cuda"
         test_offloaded_weights_wait_in_pinned_memory(cuda)
         assert device_name(CUDA) == "rules of CUDA"
         started(demo_model, warm_up_s=0.0, kernels="triton")
