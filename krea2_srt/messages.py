@@ -1,8 +1,8 @@
 """What crosses the scheduler's channel beside SGLang's own requests.
 
-All are pickled, as SGLang's are. A client, as our images server, sends `Generate` over a DEALER
-socket, any number at a time, and gets for each, if it asked for progress, an `Accepted` and any
-number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in
+All are pickled, as SGLang's are. A client, as our images server, sends `GenerateRequest` over a
+DEALER socket, any number at a time, and gets for each, if it asked for progress, an `Accepted` and
+any number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in
 `ControlRequest`, answered by `ControlReply`. One that imports SGLang may also send `Cancel` and
 `GetStatistics` as they are, answered by an ``OutputBatch`` with the reply in ``output``.
 """
@@ -42,7 +42,7 @@ class GetStatistics:
 
 
 @dataclass(frozen=True)
-class Generate:
+class GenerateRequest:
     """Generate the images of a request.
 
     Attributes:
@@ -77,7 +77,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Generated:
-    """How a `Generate` ended.
+    """How a `GenerateRequest` ended.
 
     Attributes:
         images: encoded, in the order of their seeds; none if there is an error.

@@ -1,4 +1,4 @@
-"""Requests of clients that speak our own messages: from `Generate` to `Generated`."""
+"""Requests of clients that speak our own messages: from `GenerateRequest` to `Generated`."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from krea2_srt.engine.lifecycle import Request
 from krea2_srt.errors import RequestError
 from krea2_srt.images import FORMATS, encode_image
-from krea2_srt.messages import VERSION, Generate, Generated
+from krea2_srt.messages import VERSION, Generated, GenerateRequest
 from krea2_srt.model.text_encoder import TextEncoder
 from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.sglang.replies import engine_error, stage_ms
@@ -17,7 +17,7 @@ from krea2_srt.sglang.replies import engine_error, stage_ms
 
 @dataclass(frozen=True)
 class NativeExchange:
-    """A `Generate` in the engine, to be answered once.
+    """A `GenerateRequest` in the engine, to be answered once.
 
     Attributes:
         identity: of the client's socket.
@@ -26,7 +26,7 @@ class NativeExchange:
     """
 
     identity: bytes
-    message: Generate
+    message: GenerateRequest
     arrival: float = field(default_factory=time.monotonic)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.errors import first_line
-from krea2_srt.messages import Generate, ProgressUpdate, preview_steps
+from krea2_srt.messages import GenerateRequest, ProgressUpdate, preview_steps
 from krea2_srt.runner.executor import Preview, RunnerExecutor
 from krea2_srt.sglang.replies import SglangExchange
 
@@ -67,7 +67,7 @@ class Subscriptions:
         self._due: deque[_Preview] = deque()
         self._rendering: deque[tuple[_Preview, Preview]] = deque()
 
-    def add(self, identity: bytes, message: Generate, request: Request) -> None:
+    def add(self, identity: bytes, message: GenerateRequest, request: Request) -> None:
         """Tell a client of each step of its request, and send the previews that it asked for."""
         subscriber = _Subscriber(identity, message.request_id)
         for sequence in request.sequences:

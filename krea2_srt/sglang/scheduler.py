@@ -38,7 +38,7 @@ from krea2_srt.messages import (
     Cancel,
     ControlReply,
     ControlRequest,
-    Generate,
+    GenerateRequest,
     GetModel,
     GetStatistics,
     ModelInfo,
@@ -222,7 +222,7 @@ class Krea2Scheduler(Scheduler):
 
     def _reply_failure(self, identity: bytes, payload: Any, error: Exception) -> None:
         match payload:
-            case Generate():
+            case GenerateRequest():
                 reply = NativeExchange(identity, payload).failed(error)
                 self._send(identity, pickle.dumps(reply))
             case ControlRequest(control_id):
@@ -239,7 +239,7 @@ class Krea2Scheduler(Scheduler):
             self._submit(exchange)
             return
         match payload:
-            case Generate():
+            case GenerateRequest():
                 self._submit_native(NativeExchange(identity, payload))
             case ControlRequest():
                 self._reply_control(identity, payload)

@@ -27,8 +27,8 @@ from krea2_srt.messages import (
     ControlReply,
     ControlRequest,
     EngineError,
-    Generate,
     Generated,
+    GenerateRequest,
     GetModel,
     GetStatistics,
     ModelInfo,
@@ -62,7 +62,7 @@ class FakeEngine:
     refuse: EngineError | None = None
     hold: threading.Event = field(default_factory=threading.Event)
     picture: bytes | None = None
-    requests: list[Generate] = field(default_factory=list)
+    requests: list[GenerateRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     on_preview: Callable[[str], None] = lambda _: None
     port: int = 0
@@ -115,7 +115,7 @@ class FakeEngine:
         message = pickle.loads(payload)
         send = self._sender(identity)
         match message:
-            case Generate():
+            case GenerateRequest():
                 self.requests.append(message)
                 if self.refuse is not None:
                     send(Generated(message.request_id, error=self.refuse))
@@ -173,7 +173,7 @@ class FakeEngine:
                 self.on_preview(message.request_id)
                 running.send(replace(update, preview=_generated(64, 64, running.step)))
 
-    def _generated(self, message: Generate) -> Generated:
+    def _generated(self, message: GenerateRequest) -> Generated:
         image = message.image
         pictures = tuple(
             self.picture
@@ -195,7 +195,7 @@ class FakeEngine:
 
 @dataclass
 class _Running:
-    message: Generate
+    message: GenerateRequest
     send: Callable[[object], None]
     step: int = 0
     due: float = 0.0

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("krea2_srt", "server", "benchmarks", "tools", "tests")
 
@@ -17,3 +19,52 @@ def test_a_docstring_says_what_the_thing_is():
         for line in re.findall(r'""" ?Of [^\n]*', file.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+FORMER = {
+    "lane": "branch",
+    "lanes": "branches",
+    "Lanes": "ForwardBatch",
+    "Drawing": "GenerationParams",
+    "Drawn": "ImageMetadata",
+    "drawn": "generated",
+    "Ticket": "QueuePosition",
+    "held_steps": "paused_steps",
+    "decodes_aside": "overlapped_decodes",
+    "whole_schedules": "full_schedule_graphs",
+    "set_apart": "isolate",
+    "taps": "select_layers",
+    "TokenRows": "SegmentIndex",
+    "Recipe": "SamplingDefaults",
+    "Wishes": "MemoryRequest",
+    "Pace": "OnlineCalibration",
+    "Ledger": "RequestTable",
+    "Backlog": "OutstandingWork",
+    "PackDraft": "PackBuilder",
+    "NoEdits": "UnsupportedEndpoints",
+    "Ending": "SignalHandler",
+    "doubt": "mark_suspect",
+    "foreign_ms": "other_routers_ms",
+    "Player": "LoadRunner",
+    "Painter": "ImageGenerator",
+    "Lab": "Experiment",
+    "Sketch": "Case",
+}
+"""Our former words, and the field's."""
+
+# Random numbers and plots are drawn.
+DRAWN = {"plotting.py", "plots.py", "traces.py", "statistics.py", "timeline.py", "plan.py"}
+
+
+@pytest.mark.parametrize("word", FORMER)
+def test_what_serves_speaks_the_fields_words(word):
+    pattern = re.compile(rf"(?<![A-Za-z0-9_]){word}(?![A-Za-z0-9_])")
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("krea2_srt", "server", "benchmarks")
+        for file in (ROOT / folder).rglob("*.py")
+        if not (word == "drawn" and file.name in DRAWN)
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+        if pattern.search(line)
+    ]
+    assert found == [], f"the field says {FORMER[word]}"

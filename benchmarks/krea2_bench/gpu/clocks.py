@@ -22,7 +22,7 @@ class Clocks:
 
     Attributes:
         sm_mhz, memory_mhz: of the processors and of the memory.
-        power_w: drawn.
+        power_w: that it takes.
     """
 
     sm_mhz: float

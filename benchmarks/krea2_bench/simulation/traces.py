@@ -1,4 +1,4 @@
-"""Traces: what arrives when. Drawn from a seed, or replayed from a file."""
+"""Traces: what arrives when, sampled from a seed or replayed from a file."""
 
 import json
 from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ from krea2_server.api.quality import PRESETS, automatic_size, check_aspect, pars
 from krea2_server.api.schemas import ImageGenerationRequest, OutputFormat
 from krea2_server.errors import field_name, invalid
 from krea2_srt.errors import RequestError
-from krea2_srt.messages import Generate, ModelInfo
+from krea2_srt.messages import GenerateRequest, ModelInfo
 from krea2_srt.request import ImageRequest
 
 # Where a client has given a size, it has given no sides.
@@ -30,7 +30,7 @@ class GenerationParams:
         previews: of each image, in a stream.
         safety_identifier: the client's name for its user.
         low_moderation: whether ``moderation: low`` is asked for.
-        priority, deadline_s: see `krea2_srt.messages.Generate`.
+        priority, deadline_s: see `krea2_srt.messages.GenerateRequest`.
     """
 
     image: ImageRequest
@@ -55,9 +55,9 @@ class GenerationParams:
         used = self.image.guidance and self.image.negative_prompt
         return [self.image.prompt, self.image.negative_prompt] if used else [self.image.prompt]
 
-    def message(self, request_id: str) -> Generate:
+    def message(self, request_id: str) -> GenerateRequest:
         """For the engine."""
-        return Generate(
+        return GenerateRequest(
             request_id,
             self.image,
             self.output_format,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from krea2_server.errors import ApiError
-from krea2_srt.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
+from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
 
 Update = Accepted | ProgressUpdate | Generated
 """What the engine says of a request on its way."""
@@ -46,7 +46,7 @@ class Engine(Protocol):
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         """What each replica that is there last said of itself, by its name."""
 
-    def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
+    def generate(self, message: GenerateRequest) -> AsyncGenerator[QueuePosition | Update, None]:
         """First the request's `QueuePosition`, then what the engine says; the last is `Generated`.
 
         Whoever stops listening before it, or is cancelled, ends the request in the engine too.

@@ -18,8 +18,8 @@ from krea2_srt.messages import (
     Cancel,
     ControlReply,
     ControlRequest,
-    Generate,
     Generated,
+    GenerateRequest,
     GetModel,
     GetStatistics,
     ModelInfo,
@@ -65,7 +65,7 @@ class EngineChannel:
         self._numbers = itertools.count()
         self._reader = asyncio.create_task(self._read())
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Update, None]:
+    async def generate(self, message: GenerateRequest) -> AsyncGenerator[Update, None]:
         """Generate; the last message is `Generated`.
 
         Whoever stops listening before it, or is cancelled, ends the request in the engine too.

@@ -14,7 +14,7 @@ import zmq.asyncio
 from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.engine.channel import EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
-from krea2_srt.messages import Generate, ModelInfo
+from krea2_srt.messages import GenerateRequest, ModelInfo
 from krea2_srt.routing import ReplicaExited, Replicas, image_ms
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,9 @@ class EngineClient:
         replica = self.replicas[index]
         return time.monotonic() - replica.answered if replica.channel is not None else 0.0
 
-    async def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
+    async def generate(
+        self, message: GenerateRequest
+    ) -> AsyncGenerator[QueuePosition | Update, None]:
         """See `Engine`; it is generated where it waits least."""
         work = image_ms(message.image, message.image.num_images)
         try:

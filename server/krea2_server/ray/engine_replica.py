@@ -17,7 +17,7 @@ from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_srt.messages import Generate
+from krea2_srt.messages import GenerateRequest
 from krea2_srt.routing import image_ms
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class EngineReplica:
             await asyncio.sleep(_POLL_S)
 
     async def generate(
-        self, message: Generate, source: str
+        self, message: GenerateRequest, source: str
     ) -> AsyncGenerator[Update | Unavailable, None]:
         """Generate; see `Engine`. The last message is `Generated` or `Unavailable`.
 

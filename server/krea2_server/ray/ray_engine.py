@@ -15,7 +15,7 @@ from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
-from krea2_srt.messages import Accepted, Generate, Generated, ModelInfo, ProgressUpdate
+from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
 from krea2_srt.request import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ class RayEngine:
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         return {_name(replica): _report(member) for replica, member in self._fleet.members.items()}
 
-    async def generate(self, message: Generate) -> AsyncGenerator[QueuePosition | Update, None]:
+    async def generate(
+        self, message: GenerateRequest
+    ) -> AsyncGenerator[QueuePosition | Update, None]:
         """See `Engine`."""
         yield QueuePosition(lambda: self._fleet.ahead(message.request_id))
         started = time.monotonic()
@@ -94,7 +96,9 @@ class RayEngine:
         again = "" if self._model is None else " again"
         return engine_unavailable(f"the model is being loaded{again}", ENGINE_RETRY_S)
 
-    async def _generate(self, message: Generate, seen: set[object]) -> AsyncGenerator[Update, None]:
+    async def _generate(
+        self, message: GenerateRequest, seen: set[object]
+    ) -> AsyncGenerator[Update, None]:
         """One attempt, without what an earlier one has seen."""
         response = self._handle.generate.remote(message, SOURCE)
         ended = False
@@ -129,7 +133,7 @@ def _identity(update: Update) -> object:
             return "generated"
 
 
-def _again(message: Generate, spent_s: float) -> Generate:
+def _again(message: GenerateRequest, spent_s: float) -> GenerateRequest:
     """The same, with what is left of its time, and not to be taken for the first attempt."""
     left_s = None if message.deadline_s is None else max(message.deadline_s - spent_s, 1e-3)
     return replace(message, request_id=f"{message.request_id}.2", deadline_s=left_s)

@@ -6,7 +6,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from krea2_server.ray.fleet import fleet_of_this_process
-from krea2_srt.messages import Generate
+from krea2_srt.messages import GenerateRequest
 from krea2_srt.routing import image_ms
 
 
@@ -66,7 +66,7 @@ class WorkRouter(RequestRouter):
     def _place(self, request: PendingRequest, replica_id: ReplicaID) -> None:
         internal_id = request.metadata.internal_request_id
         message = request.args[0] if request.args else None
-        name = message.request_id if isinstance(message, Generate) else internal_id
+        name = message.request_id if isinstance(message, GenerateRequest) else internal_id
         self._names[internal_id] = name
         self._fleet.place(name, replica_id, _work(request))
 
@@ -90,6 +90,6 @@ class WorkRouter(RequestRouter):
 def _work(request: PendingRequest) -> int:
     """Estimated milliseconds."""
     message = request.args[0] if request.args else None
-    if not isinstance(message, Generate):
+    if not isinstance(message, GenerateRequest):
         return 1
     return image_ms(message.image, message.image.num_images)

@@ -19,8 +19,8 @@ from PIL import Image
 from krea2_srt.messages import (
     Accepted,
     Cancel,
-    Generate,
     Generated,
+    GenerateRequest,
     GetStatistics,
     ProgressUpdate,
 )
@@ -186,10 +186,10 @@ def test_a_hung_up_http_client_frees_its_work(server, endpoint):
     assert after["cancelled"] == before["cancelled"] + 1
 
 
-def generate(request_id: str, width=64, height=64, steps=2, n=1, **fields) -> Generate:
+def generate(request_id: str, width=64, height=64, steps=2, n=1, **fields) -> GenerateRequest:
     """As our images server asks."""
     image = ImageRequest("x", width=width, height=height, steps=steps, seed=3, num_images=n)
-    return Generate(request_id, image, **fields)
+    return GenerateRequest(request_id, image, **fields)
 
 
 def test_progress_and_previews(channel, runner):

@@ -12,7 +12,7 @@ from krea2_server.errors import ApiError
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import Fleet
 from krea2_server.ray.ray_engine import RayEngine
-from krea2_srt.messages import Accepted, Generate, Generated, ProgressUpdate
+from krea2_srt.messages import Accepted, Generated, GenerateRequest, ProgressUpdate
 from krea2_srt.request import ImageRequest
 
 DEATH = DeploymentUnavailableError(None)
@@ -59,9 +59,9 @@ class Handle:
         return self.responses[-1]
 
 
-def message(deadline_s=None) -> Generate:
+def message(deadline_s=None) -> GenerateRequest:
     image = ImageRequest("x", 64, 64, 4)
-    return Generate("id", image, "png", 100, 0, deadline_s, True, 1)
+    return GenerateRequest("id", image, "png", 100, 0, deadline_s, True, 1)
 
 
 def progress(step: int, preview: bool = False) -> ProgressUpdate:
@@ -74,12 +74,12 @@ def fleet_of(*replicas: str) -> Fleet:
     return fleet
 
 
-async def collect(handle: Handle, wanted: Generate | None = None) -> list:
+async def collect(handle: Handle, wanted: GenerateRequest | None = None) -> list:
     engine = RayEngine(handle, fleet_of("a"))
     return [update async for update in engine.generate(wanted or message())]
 
 
-def run(handle: Handle, wanted: Generate | None = None) -> list:
+def run(handle: Handle, wanted: GenerateRequest | None = None) -> list:
     position, *updates = asyncio.run(collect(handle, wanted))
     assert isinstance(position, QueuePosition)
     return updates
