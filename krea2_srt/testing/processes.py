@@ -131,7 +131,9 @@ class ChildProcess:
 
     def error(self, what: str = "failed") -> ProcessError:
         """To raise when it has failed."""
-        return ProcessError(f"{self.name} {what}; the end of its log:\n{self.log[-_SHOWN:]}")
+        # A server that was asked for minutes whether it is there has said little else.
+        log = re.sub(r"^.*GET /(health|ready)\b.*\n", "", self.log, flags=re.M)
+        return ProcessError(f"{self.name} {what}; the end of its log:\n{log[-_SHOWN:]}")
 
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
