@@ -61,6 +61,7 @@ def test_equal_sides_show_no_difference():
 
 
 @pytest.mark.parametrize(("slower", "verdict"), [(1.1, "worse"), (0.9, "better")])
+@pytest.mark.slow
 def test_a_difference_of_a_tenth_is_seen(slower, verdict):
     assert verdicts(slower).count(verdict) >= 19
 
@@ -210,6 +211,7 @@ def test_a_server_slowed_by_a_tenth_is_slower(
     assert "a is worse: a request takes 1." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_servers_are_started_and_ended(bench: Bench, capsys):
     """One at a time, from commands; the second draws other pictures, the third is the baseline."""
     python = shlex.quote(sys.executable)

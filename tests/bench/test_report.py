@@ -158,6 +158,7 @@ def page(request, browser: Browser, report: Path) -> Iterator[Page]:
     assert complaints == []
 
 
+@pytest.mark.slow
 def test_every_chart_is_there_to_be_seen(page: Page):
     charts = page.locator("figure > svg")
     titles = [svg.get_attribute("aria-label") for svg in charts.all()]

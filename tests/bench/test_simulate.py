@@ -389,6 +389,7 @@ def test_ours_bears_more_than_the_baseline():
 # The command.
 
 
+@pytest.mark.slow
 def test_a_quick_run_leaves_tables_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(command, "QUICK_REQUESTS", 60)

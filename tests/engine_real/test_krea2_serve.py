@@ -205,6 +205,7 @@ def test_formats_are_encoded_by_the_engine(real_server, output_format, compressi
     assert Image.open(io.BytesIO(decoded(response)[0])).format == output_format.upper()
 
 
+@pytest.mark.slow
 def test_closing_a_stream_frees_the_engine(real_server):
     stream = long_stream(real_server)
     stream.close()
@@ -222,6 +223,7 @@ def test_every_image_of_ten_has_its_previews(real_server):
         assert kinds == ["partial_image", "partial_image", "completed"]
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_refused_and_the_clients_own_retry_gets_through(real_server):
     # More work than the queue takes: alone it is let in, and nothing behind it.
     flood = real_server.client().images.generate(
@@ -243,6 +245,7 @@ def test_a_full_queue_is_refused_and_the_clients_own_retry_gets_through(real_ser
     real_server.client().images.generate(prompt="x", size="64x64")
 
 
+@pytest.mark.slow
 def test_hostile_input_does_no_harm_to_the_engine(real_server):
     for fields in IMPOSSIBLE:
         check_error(real_server.post(**{"prompt": "x", "size": "64x64", **fields}))

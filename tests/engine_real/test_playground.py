@@ -25,6 +25,7 @@ def playground_url(real_server) -> str:
     return f"{real_server.url}/"
 
 
+@pytest.mark.slow
 def test_what_it_looks_like(page: Page, artefacts):
     """Kept for whoever wants to look."""
     page.locator("#size").select_option("256x256")
@@ -43,6 +44,7 @@ def test_stop_frees_the_engine(page: Page, real_server):
     wait_until(lambda: real_server.get("/v1/queue").json()["running"] == 0)
 
 
+@pytest.mark.slow
 def test_the_python_that_it_copies_generates_the_same_picture(page: Page, tmp_path):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator("#size").select_option("256x256")

@@ -113,6 +113,7 @@ def test_an_engine_elsewhere_may_go_and_come_back(abandoned):
         assert server.post(prompt="x", size="64x64").status_code == 200
 
 
+@pytest.mark.slow
 def test_engines_that_come_and_go_leave_no_files_open(abandoned):
     server, port = abandoned
     counts = []

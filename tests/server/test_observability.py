@@ -180,6 +180,7 @@ def new_outcomes(server, before: dict[str, float]) -> dict[str, float]:
     return {name: count for name, count in new.items() if count}
 
 
+@pytest.mark.slow
 def test_every_request_of_a_storm_is_counted_once(fake_server, engine):
     engine.step_s = 0.01
     kinds = [

@@ -9,14 +9,20 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("krea2_srt", "server", "benchmarks", "tools", "tests")
 
 
-def test_a_docstring_says_what_the_thing_is():
-    """``Of a program.`` leaves the noun to the reader; ``Elements per program.`` does not."""
+@pytest.fixture(scope="module")
+def sources() -> dict[Path, str]:
+    """Each file's text, by its path from the top."""
     files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
-    assert len(files) > 500
+    return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_a_docstring_says_what_the_thing_is(sources):
+    """``Of a program.`` leaves the noun to the reader; ``Elements per program.`` does not."""
+    assert len(sources) > 500
     found = {
-        f"{file.relative_to(ROOT)}: {line}"
-        for file in files
-        for line in re.findall(r'""" ?Of [^\n]*', file.read_text(encoding="utf-8"))
+        f"{file}: {line}"
+        for file, text in sources.items()
+        for line in re.findall(r'""" ?Of [^\n]*', text)
     }
     assert found == set()
 
@@ -57,14 +63,14 @@ DRAWN = {"plotting.py", "plots.py", "traces.py", "statistics.py", "timeline.py",
 
 
 @pytest.mark.parametrize("word", FORMER)
-def test_what_serves_speaks_the_fields_words(word):
+def test_what_serves_speaks_the_fields_words(sources, word):
     pattern = re.compile(rf"(?<![A-Za-z0-9_]){word}(?![A-Za-z0-9_])")
     found = [
-        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
-        for folder in ("krea2_srt", "server", "benchmarks")
-        for file in (ROOT / folder).rglob("*.py")
+        f"{file}: {line.strip()}"
+        for file, text in sources.items()
+        if file.parts[0] not in ("tests", "tools")
         if not (word == "drawn" and file.name in DRAWN)
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+        for line in text.split("\n")
         if pattern.search(line)
     ]
     assert found == [], f"the field says {FORMER[word]}"

@@ -42,6 +42,7 @@ def test_what_is_in_the_engine_waits_until_it_is_woken(scheduler, harness):
     assert request.state is State.DENOISING
 
 
+@pytest.mark.slow
 def test_what_can_be_made_anew_goes_before_the_weights_do(scheduler):
     from sglang.multimodal_gen.runtime.entrypoints.post_training.io_struct import (
         ReleaseMemoryOccupationReqInput,

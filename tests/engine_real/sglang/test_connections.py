@@ -85,6 +85,7 @@ def test_descriptors_are_reused_without_mixing_clients_up(context, router):
     stays.close()
 
 
+@pytest.mark.slow
 def test_busy_cores_do_not_mix_clients_up(router):
     """With two I/O threads at work, one in 300 clients was taken for its predecessor."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]

@@ -154,6 +154,7 @@ def test_a_failed_request_has_no_images_to_check(moderated, engine, judge):
     assert judge.images == 0
 
 
+@pytest.mark.slow
 def test_classifiers_on_the_server(shared_engine, engine, models_policy, tmp_path):
     flags = ["--engine-endpoints", engine.endpoint, "--moderation-policy", str(models_policy)]
     with serve(tmp_path, *flags, timeout_s=300) as server:

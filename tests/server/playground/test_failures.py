@@ -110,6 +110,7 @@ def test_a_size_that_is_chosen_while_the_model_loads_is_kept(
     assert blank_page.locator("#size").input_value() == "512x512"
 
 
+@pytest.mark.slow
 def test_a_server_that_cannot_be_reached_is_looked_for(script: Script, page: Page):
     page.route("**/ready", lambda route: route.abort())
     page.route("**/generations", lambda route: route.abort())

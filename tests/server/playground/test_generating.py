@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from playwright.sync_api import Page, expect
 
 
@@ -47,6 +48,7 @@ def test_shift_enter_starts_a_new_line(page: Page):
     expect(page.locator(".tile")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_several_images_have_seeds_that_count_up(page: Page):
     page.locator("#size").select_option("256x256")
     generate(page, "three hills", count="3", seed="9223372036854775800")

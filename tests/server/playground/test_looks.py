@@ -86,6 +86,7 @@ def overflow(page: Page) -> int:
     ],
 )
 class TestLooks:
+    @pytest.mark.slow
     def test_contrast_and_width_are_right_in_every_state(
         self, script: Script, page: Page, artefacts: Path, request: pytest.FixtureRequest
     ):

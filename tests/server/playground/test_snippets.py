@@ -80,6 +80,7 @@ def test_curl_writes_the_pictures(
     assert "that is not allowed" in process.stderr
 
 
+@pytest.mark.slow
 def test_the_program_generates_with_the_official_client(script: Script, page: Page, tmp_path: Path):
     fill(page, prompt=HOSTILE, count="2", seed=str(2**63 - 1), key=KEY)
     program = copy(page, "Python")

@@ -15,6 +15,7 @@ def generated(page: Page) -> Page:
     return page
 
 
+@pytest.mark.slow
 def test_arrow_keys_go_through_the_gallery_and_escape_closes(generated: Page):
     finished(generated).nth(0).locator(".open").click()
     facts = generated.locator("#viewer .facts")
@@ -43,6 +44,7 @@ def test_settings_are_taken_over_from_the_large_picture(generated: Page):
     expect(generated.locator("#seed")).to_have_value("3")
 
 
+@pytest.mark.slow
 def test_the_gallery_keeps_a_hundred(page: Page):
     page.locator("#size").select_option("custom")
     # Eleven requests at once: the browser sends six, and the others as these end.

@@ -16,6 +16,7 @@ def url_of(response: httpx.Response) -> str:
     return response.json()["data"][0]["url"]
 
 
+@pytest.mark.slow
 def test_a_url_ends_with_its_time_and_outlives_a_restart(shared_engine, engine, tmp_path):
     flags = ["--engine-endpoints", engine.endpoint, "--storage", str(tmp_path / "images")]
     with serve(tmp_path / "first", *flags, "--url-expiry-s", "3600") as server:

@@ -62,6 +62,7 @@ def test_the_size_is_the_checkpoints_where_none_is_given(folder, trained_model, 
     assert pixels(folder / "sample_0.png").shape[:2] == (64, 256)
 
 
+@pytest.mark.slow
 def test_an_original_file_generates_the_same(folder, demo_model, original_file):
     common = ["--width", "64", "--height", "64", "--dtype", "float32"]
     parts = ["--text-encoder", str(demo_model / "text_encoder"), "--vae", str(demo_model / "vae")]
@@ -70,6 +71,7 @@ def test_an_original_file_generates_the_same(folder, demo_model, original_file):
     assert np.array_equal(pixels(folder / "a_0.png"), pixels(folder / "b_0.png"))
 
 
+@pytest.mark.slow
 def test_guidance_prompt_file_and_mu(folder, raw_demo_model, load_diffusers):
     (folder / "prompt.txt").write_text("ein blaues Haus\n", encoding="utf-8")
     common = ["--checkpoint", str(raw_demo_model), "--dtype", "float32", "--width", "64"]
@@ -134,6 +136,7 @@ def test_the_device_is_checked_before_anything_is_downloaded(folder, capsys, mon
     assert "--device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_cut_says_so(folder, demo_model, capsys):
     main(["word " * 600, "--checkpoint", str(demo_model), "--width", "16", "--height", "16"])
     assert "its end is not read" in capsys.readouterr().err

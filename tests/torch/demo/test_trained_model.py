@@ -30,6 +30,7 @@ def bytes_of(picture: torch.Tensor) -> np.ndarray:
     return (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
+@pytest.mark.slow
 def test_it_is_what_the_command_writes_and_small(trained_model, tmp_path):
     main([str(tmp_path / "model")])
     assert digest(tmp_path / "model") == digest(trained_model)
@@ -74,6 +75,7 @@ def test_turbo_generates_it_in_eight_steps_without_guidance(trained_model, dtype
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
+@pytest.mark.slow
 def test_raw_generates_it_in_more_steps_with_guidance_or_without(
     trained_model: Path, tmp_path: Path, guidance: float
 ):

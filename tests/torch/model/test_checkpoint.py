@@ -139,6 +139,7 @@ print(before, megabytes("VmHWM"), model)
 """
 
 
+@pytest.mark.slow
 def test_loading_takes_at_most_one_shard_above_the_model(tmp_path):
     from krea2_srt.model.config import Krea2Config
     from krea2_srt.model.dit_files import config_dict, stored_shapes

@@ -198,6 +198,7 @@ def pictures(demo_model: Path):
     [pytest.param(q, marks=() if q.name == "fp8" else pytest.mark.slow) for q in ALL],
     ids=lambda q: q.name,
 )
+@pytest.mark.slow
 def test_a_quantised_demo_still_generates(pictures, quantization):
     assert 25 <= psnr(pictures(quantization), pictures(None)) < 100
 

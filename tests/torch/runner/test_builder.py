@@ -229,6 +229,7 @@ def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
     assert "warm after" not in caplog.text
 
 
+@pytest.mark.slow
 def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
     as_on_a_gpu, monkeypatch, caplog
 ):
@@ -270,6 +271,7 @@ def test_int8_runs_without_kernels(gpu):
 
 
 @pytest.mark.parametrize("wants_previews", [False, True])
+@pytest.mark.slow
 def test_the_engine_generates_on_graphs_what_it_generates_without(
     as_on_a_gpu, runner, wants_previews
 ):

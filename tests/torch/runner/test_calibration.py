@@ -13,6 +13,7 @@ def cost(runner):
     return calibration.calibrate(runner)
 
 
+@pytest.mark.slow
 def test_larger_work_takes_longer(cost, runner):
     assert cost.blocks == runner.num_blocks
     assert 0 < cost.step([30]) < cost.step([300]) < cost.step([300] * 4) < cost.step([4200])
@@ -27,6 +28,7 @@ def test_prompts_are_timed_with_their_tokens(runner):
     assert min(short[1], long[1]) > 0
 
 
+@pytest.mark.slow
 def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
     runner.contexts.clear()
     calibration.calibrate(runner)

@@ -67,6 +67,7 @@ def test_turbo_equals_diffusers(demo_model: Path, load_diffusers: Callable, dtyp
 
 
 @BOTH_DTYPES
+@pytest.mark.slow
 def test_raw_with_guidance_equals_diffusers(raw_demo_model, load_diffusers, dtype, least):
     runner = Krea2Runner.load(Krea2Checkpoint.from_folder(raw_demo_model), CPU, dtype)
     pipeline = load_diffusers(raw_demo_model, dtype)

@@ -135,6 +135,7 @@ def test_no_network(hub, load, monkeypatch):
         load(REPO)
 
 
+@pytest.mark.slow
 def test_krea2_generate_says_it_in_one_line_and_ends_with_2(hub, tmp_path):
     hub.gated = True
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}

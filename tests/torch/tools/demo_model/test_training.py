@@ -291,6 +291,7 @@ def trained(tmp_path_factory):
     return dit, vae, file
 
 
+@pytest.mark.slow
 def test_the_checkpoint_has_the_weights_that_were_trained(trained, tmp_path):
     from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
 
