@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import tests.torch.interpreted_triton  # noqa: F401 (before anything else that imports Triton)
-from krea2_srt.testing.processes import ChildProcess, free_ports, installed
+from krea2_srt.testing.processes import ChildProcess, ProcessError, free_ports, installed
 from krea2_srt.threads import VARIABLES
 from tests.channel import endpoints
 from tests.server.serving import Served
@@ -128,6 +128,11 @@ def _healthy(port: int) -> bool:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
             return response.status == 200
+    except urllib.error.HTTPError as error:
+        # While it starts the body is empty; once an engine is lost, it never gets well again.
+        if text := error.read().decode():
+            raise ProcessError(f"sglang-serve: {text}") from None
+        return False
     except OSError:
         return False
 
