@@ -12,6 +12,7 @@ from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import State
+from krea2_srt.engine.online_calibration import OnlineCalibration
 from krea2_srt.errors import DeviceLostError, OutOfMemoryError
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.pixels import to_uint8
@@ -48,6 +49,12 @@ class Recording(RunnerExecutor):
 @pytest.fixture
 def executor(runner):
     return Recording(runner)
+
+
+@pytest.fixture(autouse=True)
+def estimates_stay(monkeypatch):
+    """What is packed and sliced must not depend on how busy the machine is."""
+    monkeypatch.setattr(OnlineCalibration, "observe", lambda *_: None)
 
 
 @pytest.fixture
