@@ -79,5 +79,8 @@ class DeviceLostError(BaseException):
 
 
 def how_to_install(extra: str) -> str:
-    """What a user types to get an optional part, by the extra's name in pyproject.toml."""
-    return f"pip install 'krea2-srt[{extra}]'"
+    """What a user types, in a clone, to get an optional part by its extra's name.
+
+    Not pip: SGLang pins versions that have no Krea 2, and pip cannot override a pin.
+    """
+    return f"uv pip install '.[{extra}]' (see README.md)"

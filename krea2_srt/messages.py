@@ -15,7 +15,9 @@ import numpy as np
 from krea2_srt.request import ImageRequest, RequestLimits
 
 VERSION = 4
-"""Version of these messages; a scheduler refuses others by name."""
+"""Version of these messages. A server and its engines are of one version: a scheduler refuses a
+message of another by name, and cannot even read one of a class that it does not know.
+"""
 
 
 @dataclass(frozen=True)

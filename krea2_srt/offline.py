@@ -9,6 +9,7 @@
     image.save("fox.png")
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,10 +26,12 @@ from krea2_srt.model.pixels import to_uint8
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest, RequestLimits
 from krea2_srt.runner.builder import RunnerBuilder
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 
 DTYPES = ("bfloat16", "float32")
+_LIMITS = RequestLimits()
 
 
 class Krea2:
@@ -36,10 +39,12 @@ class Krea2:
 
     Args:
         runner: runs its parts.
+        limits: of requests.
     """
 
-    def __init__(self, runner: Krea2Runner) -> None:
+    def __init__(self, runner: Krea2Runner, limits: RequestLimits = _LIMITS) -> None:
         self.runner = runner
+        self.limits = limits
 
     @classmethod
     def load(
@@ -82,7 +87,12 @@ class Krea2:
             replace(environment.runner, warm_up_s=0.0),
             engine=environment.engine,
         )
-        return cls(builder.load(builder.plan()))
+        # What an earlier model has left to the allocator counts as taken where memory is planned.
+        gc.collect()
+        if chosen.type == "cuda":
+            torch.cuda.empty_cache()
+        plan = builder.plan()
+        return cls(builder.load(plan), builder.within(plan).limits)
 
     @property
     def sampling(self) -> SamplingDefaults:
@@ -141,12 +151,17 @@ class Krea2:
 
         Raises:
             RequestError: naming the field that is wrong.
+            OutOfMemoryError: of the device.
         """
+        if pack < 1:
+            raise RequestError("pack", f"must be 1 or greater, got {pack}")
         for request in requests:
-            request.check(RequestLimits())
+            request.check(self.limits)
         singles = [single for request in requests for single in request.singles()]
         for at in range(0, len(singles), pack):
-            yield from self._pack(singles[at : at + pack], on_step)
+            with device_errors():
+                images = self._pack(singles[at : at + pack], on_step)
+            yield from images
 
     def _pack(
         self, requests: Sequence[ImageRequest], on_step: Callable[[], object] | None

@@ -125,8 +125,8 @@ class Replicas:
     def choose(self, work: int = 0) -> int:
         """The live replica where a request of ``work`` ms adds least to what all wait.
 
-        See `OutstandingWork.added_wait`. Then counts all
-        outstanding work; equal replicas take turns.
+        See `OutstandingWork.added_wait`. Then counts all outstanding work; equal replicas take
+        turns.
 
         Raises:
             ReplicaExited: none is left.

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from krea2_srt.errors import how_to_install
+
 INK = "#1a1b1c"
 """Text, axes and lines that belong to no series; in a page, the page's own colour of text."""
 
@@ -60,7 +62,7 @@ def plots() -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise PlotError("plots need matplotlib: pip install matplotlib") from None
+        raise PlotError(f"plots need matplotlib: {how_to_install('bench')}") from None
     with matplotlib.rc_context(_RC):
         yield
 

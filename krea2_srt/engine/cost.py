@@ -167,5 +167,5 @@ def _nonnegative_least_squares(rows: list[list[float]]) -> list[float]:
     # Columns differ by ten orders of magnitude, and nnls takes what is below a tolerance for 0.
     scales = [math.sqrt(sum(row[i] ** 2 for row in rows)) or 1.0 for i in range(len(rows[0]))]
     scaled = [[value / scale for value, scale in zip(row, scales, strict=True)] for row in rows]
-    solution, _ = nnls(scaled, [1.0] * len(rows))
+    solution, _ = nnls(scaled, [1.0] * len(rows), maxiter=1000)
     return [float(value) / scale for value, scale in zip(solution, scales, strict=True)]

@@ -59,7 +59,7 @@ class Sequence:
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.
-        wants_previews: whether somebody wants to see each of its steps.
+        wants_previews: whether somebody wants previews of it.
     """
 
     request: "Request"

@@ -29,6 +29,9 @@ class OnlineCalibration:
     """
 
     def __init__(self) -> None:
+        # For `fit`, which runs between two steps: the import would be waited for there.
+        import scipy.optimize  # noqa: F401
+
         self._bands: dict[int, _Band] = {}
 
     def observe(

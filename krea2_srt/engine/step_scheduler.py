@@ -46,7 +46,7 @@ class StepScheduler:
         self.budget = TokenBudget(config.max_pack_tokens)
         self.active: dict[Request, None] = {}
         self.paused: list[PackStep] = []
-        self.set_apart_sequences: dict[Sequence, None] = {}
+        self.isolated_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = count()
         self._let_join = True
@@ -80,7 +80,7 @@ class StepScheduler:
         """It has ended."""
         self.num_active_sequences -= sequence.begun
         sequence.begun = False
-        self.set_apart_sequences.pop(sequence, None)
+        self.isolated_sequences.pop(sequence, None)
 
     def remove(self, request: Request) -> list[PackStep]:
         """Forget a request that has ended.
@@ -102,18 +102,18 @@ class StepScheduler:
 
     def isolate(self, sequences: Iterable[Sequence]) -> None:
         """A pack of these has failed: each runs its next step alone, before anything else."""
-        self.set_apart_sequences |= dict.fromkeys(sequences)
+        self.isolated_sequences |= dict.fromkeys(sequences)
 
     def stepped(self, sequence: Sequence) -> None:
         """It has done a step, and may have company again."""
-        self.set_apart_sequences.pop(sequence, None)
+        self.isolated_sequences.pop(sequence, None)
 
     def pick(self) -> Work | None:
         """The next unit of work, or None where there is none.
 
         Requests that it takes from those that wait have to be run.
         """
-        for suspect in self.set_apart_sequences:
+        for suspect in self.isolated_sequences:
             return self._step(suspect)
         order = [request for request in sorted(self.active, key=_by_key) if self._runnable(request)]
         urgent = order[0] if order else None

@@ -2,7 +2,7 @@
 
 Off unless ``turn_log`` names a file. The first line says what machine and model it is; times are
 seconds since the epoch, so that those of clients can be laid beside them. `krea2-bench report`
-generates it.
+draws it.
 """
 
 import json

@@ -163,7 +163,7 @@ def load_weights(
     """Copy tensors from ``files`` into ``weight_map``; call `check_weights` first.
 
     Files are opened one after another and tensors copied one after another straight into their
-    place on the device, so host memory peaks at one file above what the weight_map themselves take.
+    place on the device, so host memory peaks at one file above what the model itself takes.
 
     Args:
         files: safetensors files.

@@ -113,13 +113,13 @@ class RunnerExecutor:
         return self._pixels.pop(sequence, None)
 
     def enable_previews(self, sequence: Sequence) -> None:
-        """Keep, from its next step on, what `preview` needs."""
+        """Keep, from its next step on, what `predict` needs."""
         sequence.wants_previews = True
         if (denoising := self._sequences.get(sequence)) is not None:
             denoising.keep_velocity = True
 
     def predict(self, sequence: Sequence) -> Tensor | None:
-        """Small latents of the picture as its last step predicts it; None before its first step."""
+        """Small latents of the picture as its last step predicts it; None if unknown."""
         denoising = self._sequences.get(sequence)
         if denoising is None or denoising.velocity is None:
             return None

@@ -425,12 +425,12 @@ class StepBuffers:
             scalars.append([0.0] * key.steps)
         else:
             rows, scalars = batch.modulations, [batch.dt, batch.guidance]
-        weight_map: list[Tensor] = []
+        own: list[Tensor] = []
         sources: list[Tensor] = []
         for at, row in enumerate(rows):
-            weight_map += self.modulation.row(at).tensors
+            own += self.modulation.row(at).tensors
             sources += row.tensors
-        torch._foreach_copy_(weight_map, sources)
+        torch._foreach_copy_(own, sources)
         unused = [0.0] * (self.scalars.shape[1] - len(rows))
         copy_to(self.scalars, torch.tensor([some + unused for some in scalars]))
 
@@ -602,7 +602,7 @@ class StepGraphs:
         """What a graph does, on what lies in the buffers."""
         buffers, pack = self._buffers, self._buffers.pack(key)
         for number in range(key.steps):
-            # One step reads a row for each of its batch; of several, each reads its own one row.
+            # One step reads a row for each of its branches; of several, each reads its own one row.
             rows = slice(number, number + 1) if key.steps > 1 else slice(0, key.segments)
             modulation = buffers.modulation.rows(rows.start, rows.stop)
             tokens = buffers.tokens[: key.tokens]

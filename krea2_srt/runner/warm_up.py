@@ -116,7 +116,7 @@ def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DeviceSt
 
 
 def _decode(runner: Krea2Runner, side: int) -> None:
-    """Where pictures are generated later: cuDNN keeps its plans by thread."""
+    """Where pictures are decoded later: cuDNN keeps its plans by thread."""
     size = side // VAE_SCALE
     latents = torch.zeros(1, LATENT_CHANNELS, size, size, device=runner.device)
     try:

@@ -1,9 +1,9 @@
 """SGLang's insides that we rely on: what a new release of SGLang may change, in one file.
 
 SGLang promises its plugins a registry and hooks. All that is named here lies behind them: the
-targets of our hooks, the methods that our classes override or call, and names with an underscore,
-which the rest of this package reaches through these functions alone. A test holds `SIGNATURES` and
-`ATTRIBUTES` to the installed SGLang, and finds uses that are not in them.
+targets of our hooks, the methods that our classes override or call, and names with an underscore
+of other objects, which the rest of this package reaches through these functions alone. A test holds
+`SIGNATURES` and `ATTRIBUTES` to the installed SGLang, and finds uses that are not in them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -102,6 +102,7 @@ ATTRIBUTES = {
     ),
     WORKER: ("defer_cache_release", "local_rank", "pipeline"),
     PIPELINE: ("_required_config_modules", "model_path", "pipeline_name"),
+    f"{RUNTIME}.server_args.ServerArgs": ("_explicit_arg_names",),
 }
 """Attributes that classes set, and that we read or replace."""
 

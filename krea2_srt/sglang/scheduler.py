@@ -321,7 +321,7 @@ class Krea2Scheduler(Scheduler):
                 self._dispatch_event(event)
             except Exception:
                 # Whatever a client has put into its request, the others go on.
-                logger.exception("krea2-srt: no reply to %s", type(event).__name__)
+                logger.exception("krea2-srt: %s could not be handled", type(event).__name__)
 
     def _dispatch_event(self, event: Event) -> None:
         match event:

@@ -171,14 +171,14 @@ class FakeEngine:
             running.send(update)
             if running.step in preview_steps(image.steps, message.previews):
                 self.on_preview(message.request_id)
-                running.send(replace(update, preview=_generated(64, 64, running.step)))
+                running.send(replace(update, preview=_picture(64, 64, running.step)))
 
     def _generated(self, message: GenerateRequest) -> Generated:
         image = message.image
         pictures = tuple(
             self.picture
             or encode_image(
-                _generated(image.height, image.width, seed), message.output_format, message.quality
+                _picture(image.height, image.width, seed), message.output_format, message.quality
             )
             for seed in image.seeds
         )
@@ -201,7 +201,7 @@ class _Running:
     due: float = 0.0
 
 
-def _generated(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+def _picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """A picture that tells its seed."""
     return np.full((height, width, 3), seed % 256, np.uint8)
 

@@ -20,7 +20,7 @@ class Krea2Serve(ChildProcess):
         wrapper: a command that runs it.
         program: krea2-serve itself; None is the one beside this Python.
         environment: variables that it gets too.
-        generates: whether to wait until an engine is ready, not only until the server answers.
+        ready: whether to wait until an engine is ready, not only until the server answers.
         start_s, end_s: that it may take to start, and to end.
 
     Attributes:
@@ -37,12 +37,12 @@ class Krea2Serve(ChildProcess):
         wrapper: Sequence[str] = (),
         program: Path | None = None,
         environment: Mapping[str, str] | None = None,
-        generates: bool = True,
+        ready: bool = True,
         start_s: float = START_S,
         end_s: float = END_S,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._up = _READY if generates else _LISTENING
+        self._up = _READY if ready else _LISTENING
         self._start_s = start_s
         name = str(program or installed("krea2-serve"))
         command = [*wrapper, name, "--port", "0", *flags]

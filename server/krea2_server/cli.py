@@ -87,7 +87,7 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
 
 
 class ImagesServer(uvicorn.Server):
-    """uvicorn, with our way of signals.
+    """uvicorn, with our way of ending.
 
     Args:
         services: of the app.
@@ -167,7 +167,7 @@ class SignalHandler:
             self._server.give_up()
             self._supervisor.kill()
         else:
-            logger.info("signals when the requests under way are finished")
+            logger.info("ending when the requests under way are finished")
             self._server.drain()
 
 

@@ -58,7 +58,7 @@ class FakeServer:
             "in_flight": self.in_flight,
         }
 
-    async def draw(self, request: web.Request) -> web.StreamResponse:
+    async def generate(self, request: web.Request) -> web.StreamResponse:
         if len(self.seen) == self.life:
             os._exit(1)
         fields = await request.json()
@@ -159,7 +159,7 @@ def application(server: FakeServer) -> web.Application:
         return web.Response()
 
     app = web.Application()
-    app.router.add_post("/v1/images/generations", server.draw)
+    app.router.add_post("/v1/images/generations", server.generate)
     app.router.add_post("/script", script)
     app.router.add_get("/seen", seen)
     app.router.add_get("/v1/models", models)

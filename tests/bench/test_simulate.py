@@ -427,7 +427,7 @@ def test_a_trace_can_be_written_and_replayed(tmp_path: Path):
 def test_without_matplotlib_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(command, "study", lambda *_: {})
-    with pytest.raises(SystemExit, match="pip install matplotlib"):
+    with pytest.raises(SystemExit, match=r"uv pip install '\.\[bench\]'"):
         command.main(["--quick", "--output", str(tmp_path)])
 
 

@@ -57,7 +57,7 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
     assert set(load.counts()) == {DONE}, load.counts()
 
 
-def test_a_killed_engine_is_generated_around_until_its_replica_has_started_it_again(
+def test_a_killed_engine_is_routed_around_until_its_replica_has_started_it_again(
     cluster: Cluster,
 ):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)

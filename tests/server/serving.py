@@ -101,6 +101,6 @@ def serve(
         ready: whether to wait until it generates, not only until it answers.
     """
     with Krea2Serve(
-        folder, flags, environment=environment, generates=ready, start_s=timeout_s
+        folder, flags, environment=environment, ready=ready, start_s=timeout_s
     ) as process:
         yield Served(process.url, process)

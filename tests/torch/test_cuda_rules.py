@@ -582,7 +582,7 @@ def test_the_cache_is_not_emptied_in_a_capture(cuda):
         Captured(torch.cuda.empty_cache, warm_up=lambda: None)
 
 
-def test_noise_is_not_generated_in_a_capture(cuda):
+def test_noise_is_not_sampled_in_a_capture(cuda):
     generator = torch.Generator(CUDA).manual_seed(1)
     torch.randn(4, device=CUDA, generator=generator)
     with cuda.breaks(Rule.OUTSIDE):

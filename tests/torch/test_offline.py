@@ -12,7 +12,13 @@ from PIL import Image
 
 import krea2_srt
 from krea2_srt import Krea2
-from krea2_srt.errors import CheckpointError, ConfigError, Krea2Error, RequestError
+from krea2_srt.errors import (
+    CheckpointError,
+    ConfigError,
+    Krea2Error,
+    OutOfMemoryError,
+    RequestError,
+)
 from krea2_srt.request import ImageRequest
 from tests.comparisons import psnr
 
@@ -112,3 +118,25 @@ def test_the_example(demo_model, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["image_0.png", "image_1.png"]
     for number in range(2):
         Image.open(tmp_path / f"image_{number}.png").load()
+
+
+@pytest.mark.parametrize("pack", [0, -1])
+def test_a_pack_has_at_least_one_image(model, pack):
+    with pytest.raises(RequestError, match=f"pack: must be 1 or greater, got {pack}"):
+        list(model.images([ImageRequest("x", 64, 48, 1)], pack))
+
+
+def test_limits_of_the_environment_hold(demo_model, monkeypatch):
+    monkeypatch.setenv("KREA2_SRT_MAX_SIDE", "128")
+    model = Krea2.load(demo_model, device="cpu", dtype="float32")
+    with pytest.raises(RequestError, match="width: must be between 16 and 128, got 256"):
+        model.generate("x", width=256, height=64, steps=1)
+
+
+def test_memory_that_runs_out_is_our_error(model, monkeypatch):
+    def fails(_sequences):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model.runner, "step", fails)
+    with pytest.raises(OutOfMemoryError, match="out of memory"):
+        model.generate("x", **SMALL)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from krea2_srt.errors import how_to_install
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"krea2_srt", "krea2_server", "krea2_bench", "tests"}
@@ -105,8 +107,9 @@ def test_a_missing_extra_is_one_line(module, missing, extra):
     )
     assert done.returncode == 2
     program = {"serve": "krea2-serve", "bench": "krea2-bench"}[extra]
-    line = f"{program}: error: {missing} is not installed; pip install 'krea2-srt[{extra}]'\n"
+    line = f"{program}: error: {missing} is not installed; {how_to_install(extra)}\n"
     assert done.stderr == line
+    assert how_to_install(extra) == f"uv pip install '.[{extra}]' (see README.md)"
     assert done.stdout == ""
 
 
@@ -127,7 +130,7 @@ def test_traces_without_opentelemetry_are_refused_by_name(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("opentelemetry")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
-    with pytest.raises(ConfigError, match=r"^otlp_endpoint: .*'krea2-srt\[otel\]'$"):
+    with pytest.raises(ConfigError, match=r"^otlp_endpoint: .*'\.\[otel\]'"):
         Tracing("http://127.0.0.1:4318/v1/traces")
     Tracing("")
 

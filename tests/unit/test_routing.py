@@ -15,7 +15,7 @@ SMALL = image_ms(ImageRequest(prompt="x", width=256, height=256, steps=8), 1)
 BIG = image_ms(ImageRequest(prompt="x", width=2048, height=2048, steps=52, guidance=3.5), 1)
 
 
-def drawn_by(replicas: Replicas, work: int = SMALL) -> int:
+def chosen_for(replicas: Replicas, work: int = SMALL) -> int:
     """The replica of a request that ends at once."""
     with replicas.place(work) as assignment:
         return assignment.index
@@ -24,7 +24,7 @@ def drawn_by(replicas: Replicas, work: int = SMALL) -> int:
 def test_small_requests_go_around_a_big_one():
     replicas = Replicas(2)
     with replicas.place(BIG) as big:
-        assert {drawn_by(replicas) for _ in range(10)} == {1 - big.index}
+        assert {chosen_for(replicas) for _ in range(10)} == {1 - big.index}
 
 
 def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too():
@@ -41,7 +41,7 @@ def test_a_crowd_of_small_requests_uses_the_big_ones_replica_too():
 
 def test_one_after_the_other_they_take_turns():
     replicas = Replicas(3)
-    assert [drawn_by(replicas) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [chosen_for(replicas) for _ in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_replica_that_is_stuck_gets_less():
@@ -56,12 +56,12 @@ def test_a_replica_that_is_stuck_gets_less():
 def test_a_dead_replica_gets_nothing_until_it_lives_again():
     replicas = Replicas(2)
     replicas.mark_dead(0)
-    assert [drawn_by(replicas) for _ in range(3)] == [1, 1, 1]
+    assert [chosen_for(replicas) for _ in range(3)] == [1, 1, 1]
     replicas.mark_dead(1)
     with pytest.raises(ReplicaExited, match="all replicas have exited"):
-        drawn_by(replicas)
+        chosen_for(replicas)
     replicas.mark_live(0)
-    assert drawn_by(replicas) == 0
+    assert chosen_for(replicas) == 0
 
 
 def test_how_many_are_ahead_goes_by_the_engines_order():

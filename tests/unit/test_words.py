@@ -13,6 +13,7 @@ FOLDERS = ("krea2_srt", "server", "benchmarks", "tools", "tests")
 def sources() -> dict[Path, str]:
     """Each file's text, by its path from the top."""
     files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    files += [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "deploy").rglob("*.md")]
     return {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in files}
 
 

@@ -1,4 +1,4 @@
-"""The comparison: warm-up and times alone, then rounds in which each server gets the same."""
+"""The comparison: warm-up and times alone, then rounds in which each gets the same requests."""
 
 import argparse
 import time
@@ -196,7 +196,7 @@ class Comparison:
         results.outcomes[place].append(outcomes)
 
     def _drop_rounds(self, number: int) -> None:
-        """Those from this one on: one was broken off, so the servers have had different ones."""
+        """Those from this one on: one was broken off, so the servers had different requests."""
         for results in self._results.values():
             for outcomes in results.outcomes.values():
                 del outcomes[number:]

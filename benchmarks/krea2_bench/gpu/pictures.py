@@ -19,7 +19,7 @@ PROMPT = "a red fox sitting in fresh snow at golden hour, photorealistic, shallo
 
 def run(context: Context) -> None:
     """A new prompt each time, so that no cache of prompts helps."""
-    _draw_all(context, (32,) if context.smoke else SIDES)
+    _generate_all(context, (32,) if context.smoke else SIDES)
     if context.on_gpu:
         peak = torch.cuda.max_memory_reserved(context.device) / 2**30
         note = "all models of this benchmark, bf16 and fp8"
@@ -28,10 +28,10 @@ def run(context: Context) -> None:
 
 def run_large(context: Context) -> None:
     """The same of those that take seconds each."""
-    _draw_all(context, (64,) if context.smoke else LARGE_SIDES)
+    _generate_all(context, (64,) if context.smoke else LARGE_SIDES)
 
 
-def _draw_all(context: Context, sides: tuple[int, ...]) -> None:
+def _generate_all(context: Context, sides: tuple[int, ...]) -> None:
     runners = {"bf16": context.runner, "fp8": context.fp8_runner}
     try:
         fp8 = context.runner_of(context.fp8_runner.dit, context.fp8_attention())

@@ -23,8 +23,9 @@ the rate of a large copy, both measured in the same run.
 _TARGETS = """
 ## What must be reached on an H200
 
-The estimates are arithmetic, at the rates that `benchmarks/on_gpu/cost.py` assumes; nothing of
-them was measured. Where a server can choose a graph or eager launches, the faster one counts.
+The estimates are arithmetic, at the rates that `benchmarks/krea2_bench/gpu/cost.py` assumes;
+nothing of them was measured. Where a server can choose a graph or eager launches, the
+faster one counts.
 """
 
 _TARGET_HEAD = ("figure", "wanted", "estimate", "of which", "measured", "reached")

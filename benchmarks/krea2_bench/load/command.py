@@ -64,7 +64,7 @@ async def _measure(
     plan: Sequence[Planned],
     points: Sequence[Point],
 ) -> Results | None:
-    """Play all points; None if that is interrupted before the first."""
+    """Run all points; None if that is interrupted before the first."""
     load_runner = LoadRunner()
     async with Endpoint(options) as endpoint:
         await endpoint.find_model()

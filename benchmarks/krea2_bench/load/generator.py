@@ -1,4 +1,4 @@
-"""Plays a plan to an endpoint: as the clock says, or as fast as answers come."""
+"""Sends a plan to an endpoint: as the clock says, or as fast as answers come."""
 
 import asyncio
 import time

@@ -55,7 +55,7 @@ class Point:
 
 
 class LoadRunner:
-    """Plays points, and stops at the first Ctrl-C; the second is Python's own."""
+    """Runs points, and stops at the first Ctrl-C; the second is Python's own."""
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -90,7 +90,7 @@ class LoadRunner:
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """While this is entered, Ctrl-C or SIGTERM stops what is played; needs a running loop."""
+        """While this is entered, Ctrl-C or SIGTERM stops what is running; needs a running loop."""
         loop = asyncio.get_running_loop()
 
         def leave_to_python() -> None:

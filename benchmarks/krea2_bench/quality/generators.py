@@ -97,11 +97,11 @@ class OurGenerator:
         self._checkpoint, self._dtype, self._pack = checkpoint, dtype, pack
         self._quantization = None
         if quantization:
-            name, _, rotated = quantization.partition("_")
-            if name not in ("fp8", "int8") or rotated not in ("", "rotated"):
+            if quantization not in ("fp8", "int8", "int8_rotated"):
                 raise GeneratorError(
                     f"quantization {quantization!r} is not known; expected {SYNTAX}"
                 )
+            name, _, rotated = quantization.partition("_")
             self._quantization = Quantization(name, bool(rotated))
 
     def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:

@@ -46,7 +46,7 @@ def throughput(cluster: LocalCluster, mix: Sequence[Kind], count: int, clients: 
     Raises:
         RuntimeError: a request failed.
     """
-    outcomes = _play(cluster, mix, count, f"{clients} clients", clients=clients)
+    outcomes = _run(cluster, mix, count, f"{clients} clients", clients=clients)
     failed = [outcome.error for outcome in outcomes if outcome.outcome != DONE]
     if failed:
         raise RuntimeError(f"{len(failed)} of {count} requests failed: {failed[0]}")
@@ -91,10 +91,10 @@ def latencies(
             with limited(cluster.schedulers(), CORES):
                 if not rate:
                     # As a whole: a mix's large ones end last, and are most of the work.
-                    outcomes = _play(cluster, mix, count, f"{clients} clients", clients=clients)
+                    outcomes = _run(cluster, mix, count, f"{clients} clients", clients=clients)
                     rate = load * count / max(outcome.done_s for outcome in outcomes)
                 what = f"round {turn + 1}, {router}"
-                outcomes = _play(cluster, mix, count, what, rate=rate, number=turn)
+                outcomes = _run(cluster, mix, count, what, rate=rate, number=turn)
             by_size: dict[str, list[float]] = {kind.size: [] for kind in mix}
             for outcome in outcomes:
                 done = outcome.outcome == DONE
@@ -103,7 +103,7 @@ def latencies(
     return rate, found
 
 
-def _play(
+def _run(
     cluster: LocalCluster,
     mix: Sequence[Kind],
     count: int,

@@ -6,6 +6,7 @@ from typing import Any
 
 from krea2_bench.plotting import PlotError
 from krea2_bench.report.data import ReportError, read_study
+from krea2_srt.errors import how_to_install
 
 
 def add_parser(commands: Any) -> None:
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
         files = write_report(studies, args.title, args.output)
     except (ImportError, PlotError) as error:
-        raise ReportError(f"{error}; pip install 'krea2-srt[bench]'") from None
+        raise ReportError(f"{error}; {how_to_install('bench')}") from None
     for file in files:
         print(file)
     return 0

@@ -6,6 +6,7 @@ from typing import Any
 
 from krea2_bench.plotting import PlotError, hide, new_figure, plain_numbers, save_png
 from krea2_bench.simulation.report import NAME, Study
+from krea2_srt.errors import how_to_install
 
 # Okabe and Ito's colours, which colour-blind people tell apart; dashes and markers serve grayscale.
 # The third, ours, is wide: others that meet it lie visibly on top.
@@ -32,7 +33,9 @@ def draw(study: Study, folder: Path) -> list[str]:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise PlotError("plots need matplotlib: pip install matplotlib, or --no-plots") from None
+        raise PlotError(
+            f"plots need matplotlib: {how_to_install('bench')}, or --no-plots"
+        ) from None
     drawings = {
         f"{NAME}_attainment.png": _attainment,
         f"{NAME}_slowdown.png": _slowdown,

@@ -56,7 +56,7 @@ def generate(model: Path, settings: Message) -> Iterator[Message]:
     for line in sys.stdin:
         sides = json.loads(line)["sides"]
         start = time.perf_counter()
-        _draw_all(engine, executor, sides, numbers)
+        _generate_all(engine, executor, sides, numbers)
         yield {"ms": (time.perf_counter() - start) * 1e3}
 
 
@@ -93,7 +93,7 @@ def compute(model: Path, settings: Message) -> Iterator[Message]:
         thread.join()
 
 
-def _draw_all(
+def _generate_all(
     engine: "Engine", executor: "RunnerExecutor", sides: Sequence[int], numbers: "count[int]"
 ) -> None:
     from krea2_srt.engine.events import Ended

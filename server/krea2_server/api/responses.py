@@ -99,7 +99,7 @@ class ResponseBuilder:
         }
 
     def _metadata(self, seed: int) -> dict[str, Any]:
-        """Fields of `protocol.ImageMetadata`."""
+        """Fields of `schemas.ImageMetadata`."""
         params = self._params
         fields = {
             "background": "opaque",

@@ -52,7 +52,7 @@ class Engine(Protocol):
         Whoever stops listening before it, or is cancelled, ends the request in the engine too.
 
         Raises:
-            ApiError: 503, no replica is there, or the one that generated has gone.
+            ApiError: 503, no replica is there, or the one that had it has gone.
         """
 
     def unavailable(self) -> ApiError:

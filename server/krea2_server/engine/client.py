@@ -1,4 +1,4 @@
-"""The engine as the HTTP process sees it: its live replicas, and which of them generates what."""
+"""The engine as the HTTP process sees it: its live replicas, and which of them gets a request."""
 
 import asyncio
 import logging

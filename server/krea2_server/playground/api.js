@@ -42,7 +42,7 @@ export async function fetchModel(key) {
  *   | {kind: "completed", image: number, answer: object}}
  * @throws {ServerError}; AbortError after the signal
  */
-export async function* drawImages(body, n, key, signal) {
+export async function* generateImages(body, n, key, signal) {
   const response = await send("images/generations", {
     method: "POST",
     headers: { ...headers(key), "Content-Type": "application/json" },

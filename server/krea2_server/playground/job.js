@@ -1,6 +1,6 @@
 // One request in flight: its line with Stop, and its tiles.
 
-import { drawImages } from "./api.js";
+import { generateImages } from "./api.js";
 import { byId, fromTemplate } from "./dom.js";
 import { requestJson } from "./settings.js";
 
@@ -50,7 +50,7 @@ export class Job {
    */
   async run(model, key, onPicture) {
     const body = requestJson(this.settings, model, STREAM_FIELDS);
-    const messages = drawImages(body, this.settings.n, key, this.abort.signal);
+    const messages = generateImages(body, this.settings.n, key, this.abort.signal);
     try {
       for await (const message of messages) this.#take(message, onPicture);
     } finally {

@@ -35,7 +35,7 @@ export function offerSizes(select, model, kept) {
   select.append(new Option("Custom…", CUSTOM));
   const squares = allowed.filter((size) => sidesOf(size)[0] === sidesOf(size)[1]);
   const side = Math.min(PREFERRED_SIDE, trainedSide);
-  const drawnWell = squares.findLast((size) => sidesOf(size)[0] <= side);
-  const wishes = [kept, drawnWell, squares[0]];
+  const generatedWell = squares.findLast((size) => sidesOf(size)[0] <= side);
+  const wishes = [kept, generatedWell, squares[0]];
   select.value = wishes.find((size) => size === CUSTOM || allowed.includes(size)) ?? CUSTOM;
 }

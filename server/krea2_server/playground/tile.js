@@ -45,7 +45,7 @@ export class Tile {
     this.element.dataset.state = "generating";
     const bar = this.find("progress");
     bar.max = total;
-    // A preview takes a moment to generate, and may come after the steps that follow it.
+    // A preview takes a moment to decode, and may come after the steps that follow it.
     bar.value = Math.max(bar.value, step);
     this.find(".progress-text").textContent = `step ${bar.value} of ${total}`;
   }

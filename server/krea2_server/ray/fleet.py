@@ -67,7 +67,7 @@ class Fleet:
         self.members = {other: it for other, it in self.members.items() if other != replica}
 
     def mark_suspect(self, replica: Hashable) -> None:
-        """It has just refused a request, as it had none to generate it: its last report is old."""
+        """It has just refused a request, as its engine was away: its last report is old."""
         if (member := self.members.get(replica)) is not None:
             member.suspect_until = time.monotonic() + SUSPECT_S
 

@@ -99,7 +99,7 @@ class RayEngine:
     async def _generate(
         self, message: GenerateRequest, seen: set[object]
     ) -> AsyncGenerator[Update, None]:
-        """One attempt, without what an earlier one has seen."""
+        """One attempt, without what an earlier one has sent."""
         response = self._handle.generate.remote(message, SOURCE)
         ended = False
         try:

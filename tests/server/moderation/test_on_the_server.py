@@ -128,7 +128,7 @@ def test_a_preview_is_checked_before_it_is_shown(moderated, engine, judge):
     response = moderated.post(OTHER, **FIELDS, stream=True, partial_images=3)
     assert "content_policy_violation" in response.text
     assert "partial_image" not in response.text
-    wait_until(lambda: engine.cancelled)  # nobody generates on
+    wait_until(lambda: engine.cancelled)  # nothing goes on
 
 
 def test_low_holds_for_keys_that_may_ask_for_it(moderated, engine, judge):

@@ -1,4 +1,4 @@
-"""8-bit matrices: how exactly they hold weights, how they load, and that they still draw."""
+"""8-bit matrices: how exactly they hold weights, how they load, and that they still generate."""
 
 import re
 import weakref

@@ -37,7 +37,7 @@ def edit_json(file: Path, **values: object) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_the_recipe_is_read(demo_model, raw_demo_model):
+def test_sampling_is_read(demo_model, raw_demo_model):
     turbo = Krea2Checkpoint.from_folder(demo_model).sampling
     raw = Krea2Checkpoint.from_folder(raw_demo_model).sampling
     assert (turbo.default_steps, turbo.default_guidance) == (8, 0.0)

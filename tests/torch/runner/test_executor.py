@@ -305,7 +305,7 @@ class SideStream:
         return Job()
 
 
-def test_a_decode_aside_that_runs_out_of_memory_is_tried_once_more(runner):
+def test_an_overlapped_decode_that_runs_out_of_memory_is_tried_once_more(runner):
     error = torch.OutOfMemoryError("CUDA out of memory")
     executor = Recording(runner, side_stream=SideStream(error))
     engine = Engine(executor, COST, CONFIG)
@@ -344,7 +344,7 @@ def test_a_preview_beside_the_steps_is_there_later(runner):
     assert np.array_equal(generating.pixels(), expected)
 
 
-def test_decodes_aside_do_not_hold_up_the_steps(runner):
+def test_overlapped_decodes_do_not_hold_up_the_steps(runner):
     executor = Recording(runner, side_stream=SideStream())
     engine = Engine(executor, COST, CONFIG)
     for i in range(5):
@@ -358,7 +358,7 @@ def test_decodes_aside_do_not_hold_up_the_steps(runner):
     assert executor.empty
 
 
-def test_a_broken_picture_decoded_aside_fails(runner):
+def test_a_broken_picture_of_an_overlapped_decode_fails(runner):
     executor = Recording(runner, side_stream=SideStream())
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=1)])

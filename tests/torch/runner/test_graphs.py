@@ -208,7 +208,7 @@ def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
         assert torch.equal(got.tokens, expected.tokens)
 
 
-def test_only_the_broken_sequence_is_reported(runner, graphs, packs):
+def test_only_the_non_finite_sequence_is_reported(runner, graphs, packs):
     those = sequences(runner, *MIX)
     seen(graphs, packs, those)
     those[1].guidance = math.inf

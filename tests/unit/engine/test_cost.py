@@ -36,7 +36,7 @@ def test_a_step_takes_at_least_the_reading_of_the_weights():
     assert H200.step([16]) == H200.step([16, 16])
 
 
-def test_attention_costs_by_lane_and_not_by_pack():
+def test_attention_costs_by_branch_and_not_by_pack():
     together = H200.step([4160, 4160])
     assert together == pytest.approx(2 * H200.step([4160]))
     assert together < H200.step([8320])

@@ -49,7 +49,7 @@ def test_neighbours_of_a_failure_share_packs_again_afterwards():
     check_counts(harness, done=3, failed=1, retried=4)
 
 
-def test_sequences_that_are_set_apart_run_before_anything_else():
+def test_sequences_that_are_isolated_run_before_anything_else():
     harness = Harness(cost=ROOMY)
     paused = harness.submit(2048, steps=2, guidance=1.0, request_id="paused")
     harness.turns(2)
@@ -72,7 +72,7 @@ def test_sequences_that_are_set_apart_run_before_anything_else():
     check_counts(harness, done=4, failed=1, retried=3)
 
 
-def test_a_large_sequence_that_is_set_apart_runs_all_slices_of_its_step_first():
+def test_a_large_sequence_that_is_isolated_runs_all_slices_of_its_step_first():
     """It was small enough for a pack until the machine proved slower."""
     cost = CostModel(floor=0, launch=20, per_token=0.02, per_square=0)
     harness = Harness(EngineConfig(max_turn_ms=150), cost)
@@ -96,7 +96,7 @@ def test_a_large_sequence_that_is_set_apart_runs_all_slices_of_its_step_first():
     check_counts(harness, done=2, failed=1)
 
 
-def test_a_sequence_that_is_set_apart_may_be_cancelled():
+def test_a_sequence_that_is_isolated_may_be_cancelled():
     harness = Harness(cost=ROOMY)
     requests = [harness.submit(256) for _ in range(3)]
     harness.executor.poisoned.update(requests[0].sequences)
@@ -328,7 +328,7 @@ def test_a_picture_that_cannot_be_decoded_fails_its_request_alone(overlapped):
     check_counts(harness, done=2, failed=1)
 
 
-def test_siblings_that_are_decoded_aside_end_with_their_request():
+def test_siblings_that_are_decoded_beside_it_end_with_their_request():
     harness = Harness(cost=ROOMY, overlaps_decodes=True)
     request = harness.submit(256, steps=2, num_images=4)
     harness.turns(3)

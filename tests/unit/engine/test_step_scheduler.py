@@ -77,7 +77,7 @@ def test_the_most_urgent_request_is_decoded_before_others_step():
     ]
 
 
-def test_decodes_aside_let_others_step_at_once():
+def test_overlapped_decodes_let_others_step_at_once():
     harness = Harness(overlaps_decodes=True)
     harness.submit(2048, steps=1)
     harness.turn()

@@ -69,7 +69,7 @@ def test_no_quality_is_larger_than_what_the_model_was_trained_on():
     assert resolved(demo, size="512x512").size == "512x512"
 
 
-def test_a_seed_is_generated_where_none_is_given():
+def test_a_random_seed_is_chosen_where_none_is_given():
     seeds = {resolved().image.seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 2**32 for seed in seeds)
