@@ -26,12 +26,10 @@ from krea2_srt.model.pixels import to_uint8
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest, RequestLimits
 from krea2_srt.runner.builder import RunnerBuilder
+from krea2_srt.runner.config import DTYPES
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
-
-DTYPES = ("bfloat16", "float32")
-_LIMITS = RequestLimits()
 
 
 class Krea2:
@@ -42,7 +40,7 @@ class Krea2:
         limits: of requests.
     """
 
-    def __init__(self, runner: Krea2Runner, limits: RequestLimits = _LIMITS) -> None:
+    def __init__(self, runner: Krea2Runner, limits: RequestLimits) -> None:
         self.runner = runner
         self.limits = limits
 
@@ -177,16 +175,7 @@ class Krea2:
 
     def _begin(self, request: ImageRequest) -> DeviceState:
         prompts = [request.prompt, *([request.negative_prompt] if request.guidance else ())]
-        contexts = self.runner.encode(prompts)
-        return self.runner.start(
-            contexts[0],
-            request.width,
-            request.height,
-            request.seed,
-            self.runner.schedule(request.steps, request.width, request.height, request.mu),
-            request.guidance,
-            contexts[1] if request.guidance else None,
-        )
+        return self.runner.start_image(request, self.runner.encode(prompts))
 
 
 def device_of(name: str) -> torch.device:

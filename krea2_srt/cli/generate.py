@@ -19,13 +19,13 @@ from krea2_srt.request import (
     check_number,
     round_up_size,
 )
+from krea2_srt.runner.config import DTYPES
 from krea2_srt.threads import limit_spinning
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 COMMAND = "krea2-generate"
-DTYPES = ("bfloat16", "float32")
 
 # Where a request's field has another name on the command line than --like-this.
 _FLAGS = {"prompt": "prompt", "guidance": "--cfg"}

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from krea2_srt.errors import ConfigError
 
+DTYPES = ("bfloat16", "float32")
+"""What a model may be computed in where no SGLang decides it."""
+
 _CHOICES = {
     "kernels": ("auto", "triton", "torch"),
     "products": ("auto", "torch", "sglang", "triton"),

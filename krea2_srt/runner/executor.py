@@ -217,16 +217,7 @@ class RunnerExecutor:
         """Its tensors; allocated before its first step, so that those that wait take no memory."""
         denoising = self._sequences.get(sequence)
         if denoising is None:
-            image, branches = sequence.image, self._contexts[sequence]
-            denoising = self._runner.start(
-                branches[0],
-                image.width,
-                image.height,
-                image.seed,
-                self._runner.schedule(image.steps, image.width, image.height, image.mu),
-                image.guidance,
-                branches[1] if image.guidance else None,
-            )
+            denoising = self._runner.start_image(sequence.image, self._contexts[sequence])
             denoising.keep_velocity = sequence.wants_previews
             self._sequences[sequence] = denoising
         return denoising

@@ -18,6 +18,7 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.model.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.model.vae import VAEDecoder, load_vae
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
@@ -210,6 +211,23 @@ class Krea2Runner:
             schedule=schedule,
             modulation=ScheduleModulation(schedule, self._modulations, self._modulation),
             tokens=patchify(noise).float(),
+        )
+
+    def start_image(self, image: ImageRequest, contexts: Sequence[Tensor]) -> DeviceState:
+        """The sequence of a request for one image, before its first step.
+
+        Args:
+            image: checked.
+            contexts: from `encode`, of its prompt and, under guidance, of its negative prompt.
+        """
+        return self.start(
+            contexts[0],
+            image.width,
+            image.height,
+            image.seed,
+            self.schedule(image.steps, image.width, image.height, image.mu),
+            image.guidance,
+            contexts[1] if image.guidance else None,
         )
 
     @torch.inference_mode()

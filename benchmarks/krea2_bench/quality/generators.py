@@ -10,11 +10,11 @@ import numpy as np
 
 from krea2_srt.errors import Krea2Error
 from krea2_srt.request import ImageRequest
+from krea2_srt.runner.config import DTYPES
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("bfloat16", "float32")
 SYNTAX = (
     "ours[:dtype=bfloat16|float32][:quantization=fp8|int8|int8_rotated][:pack=N], "
     "diffusers[:dtype=…], or a server's URL"
