@@ -1,8 +1,29 @@
-"""Errors a user can act on. Command lines turn them into one line and exit code 2."""
+"""Errors a user can act on. Command lines turn them into one line and exit code 2.
+
+Each class says what a client of the server is told of it; `kind_of` finds the class of a code.
+"""
+
+from typing import ClassVar
 
 
 class Krea2Error(Exception):
-    """Base class: the message alone tells the user what to change."""
+    """Base class: the message alone tells the user what to change.
+
+    Attributes:
+        code: for programs; the same on the scheduler's channel and over HTTP.
+        status: of HTTP.
+        retry: whether the same request can succeed later; None leaves that to the client.
+        public_text: what a client is told in place of the message; "" is the message itself.
+        field: of the request that is wrong.
+        retry_after_s: when to try again, where that is known.
+    """
+
+    code: ClassVar[str] = "generation_failed"
+    status: ClassVar[int] = 500
+    retry: ClassVar[bool | None] = False
+    public_text: ClassVar[str] = ""
+    field: str | None = None
+    retry_after_s: float | None = None
 
 
 def first_line(error: BaseException) -> str:
@@ -32,6 +53,11 @@ class RequestError(Krea2Error):
         message: what is wrong with it, with the value.
     """
 
+    code = "invalid_value"
+    status = 400
+    retry = None
+    field: str
+
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
@@ -49,6 +75,10 @@ class ConfigError(Krea2Error):
 class OutOfMemoryError(ModelError):
     """The device's memory ran out for one request."""
 
+    code = "out_of_memory"
+    status = 503
+    public_text = "there is not enough memory for an image of this size"
+
 
 class QueueFullError(Krea2Error):
     """There is too much work in the engine.
@@ -58,6 +88,10 @@ class QueueFullError(Krea2Error):
         retry_after_s: when the request would be taken, if nothing else came.
     """
 
+    code = "queue_full"
+    status = 429
+    retry = True
+
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -66,9 +100,43 @@ class QueueFullError(Krea2Error):
 class DrainingError(Krea2Error):
     """The engine finishes what is in it and takes nothing new."""
 
+    code = "engine_unavailable"
+    status = 503
+    retry = True
+
 
 class DeadlineError(Krea2Error):
     """A request's deadline passed before it was done."""
+
+    code = "deadline_exceeded"
+    status = 504
+    field = "deadline_s"
+
+
+class RequestCancelledError(Krea2Error):
+    """A request was cancelled."""
+
+    code = "cancelled"
+    status = 499
+
+
+KINDS: dict[str, type[Krea2Error]] = {
+    kind.code: kind
+    for kind in (
+        RequestError,
+        QueueFullError,
+        DrainingError,
+        DeadlineError,
+        OutOfMemoryError,
+        RequestCancelledError,
+    )
+}
+"""What clients are told apart, by its code; all else is a failure."""
+
+
+def kind_of(code: str) -> type[Krea2Error]:
+    """The class of a code; `Krea2Error` itself of one that is not known."""
+    return KINDS.get(code, Krea2Error)
 
 
 class DeviceLostError(BaseException):

@@ -1,10 +1,11 @@
 """What crosses the scheduler's channel beside SGLang's own requests.
 
 All are pickled, as SGLang's are. A client, as our images server, sends `GenerateRequest` over a
-DEALER socket, any number at a time, and gets for each, if it asked for progress, an `Accepted` and
-any number of `ProgressUpdate`, and in any case a last `Generated`. Everything else it wraps in
-`ControlRequest`, answered by `ControlReply`. One that imports SGLang may also send `Cancel` and
-`GetStatistics` as they are, answered by an ``OutputBatch`` with the reply in ``output``.
+DEALER socket, any number at a time. Each is answered by an `Accepted`, any number of
+`ProgressUpdate` if it asked for progress, and a last `Generated`; one that is refused by that last
+one alone. `Cancel` has no answer: who sends it has stopped listening. Everything else is wrapped in
+`ControlRequest`, answered by `ControlReply`. A client that imports SGLang may also send
+`GetStatistics` as it is, answered by an ``OutputBatch`` with the reply in ``output``.
 """
 
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from krea2_srt.errors import Krea2Error, RequestError
 from krea2_srt.request import ImageRequest, RequestLimits
 
-VERSION = 4
+VERSION = 5
 """Version of these messages. A server and its engines are of one version: a scheduler refuses a
 message of another by name, and cannot even read one of a class that it does not know.
 """
@@ -22,7 +24,10 @@ message of another by name, and cannot even read one of a class that it does not
 
 @dataclass(frozen=True)
 class Cancel:
-    """End the requests of an id before their next step. Reply: {"cancelled": how many}."""
+    """End the requests of an id before their next step.
+
+    No reply. Where another client waits for such a request, it gets its `Generated`, cancelled.
+    """
 
     request_id: str
     version: int = VERSION
@@ -54,7 +59,7 @@ class GenerateRequest:
         quality: of JPEG and WebP, 0 to 100.
         priority: see `krea2_srt.engine.policy`.
         deadline_s: seconds from now after which nobody waits any more.
-        progress: whether to send `Accepted` and `ProgressUpdate`.
+        progress: whether to send `ProgressUpdate`.
         previews: how many pictures on the way to send of each image, evenly spread.
     """
 
@@ -138,11 +143,11 @@ class ControlRequest:
 
     Attributes:
         control_id: comes back with the reply.
-        command: `Cancel`, `GetStatistics` or `GetModel`.
+        command: `GetStatistics` or `GetModel`.
     """
 
     control_id: str
-    command: "Cancel | GetStatistics | GetModel"
+    command: "GetStatistics | GetModel"
     version: int = VERSION
 
 
@@ -184,10 +189,9 @@ class EngineError:
     """Why a request was refused or failed.
 
     Attributes:
-        code: ``invalid_request``, ``queue_full``, ``draining``, ``deadline``, ``out_of_memory``,
-            ``cancelled`` or ``failed``.
+        code: of the error's class; see `krea2_srt.errors.kind_of`.
         message: for a person.
-        field: that is wrong, in an invalid request.
+        field: of the `ImageRequest` or `GenerateRequest` that is wrong, or that says so.
         retry_after_s: when the queue is expected to have room.
     """
 
@@ -196,3 +200,11 @@ class EngineError:
     field: str | None = None
     retry_after_s: float | None = None
     version: int = VERSION
+
+    @classmethod
+    def of(cls, error: Exception) -> "EngineError":
+        """What a client is told of an error; a `ValueError` is taken for its request's fault."""
+        if isinstance(error, Krea2Error):
+            return cls(error.code, str(error), error.field, error.retry_after_s)
+        kind = RequestError if isinstance(error, ValueError) else Krea2Error
+        return cls(kind.code, str(error))

@@ -68,10 +68,18 @@ class ImageRequest:
     mu: float | None = None
 
     @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the model reads: of each of its branches."""
+        return [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
+
+    @property
     def estimated_tokens(self) -> tuple[int, ...]:
         """Tokens of each of its branches, before the prompts are tokenized."""
-        prompts = [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
-        return tuple(estimated_text_tokens(prompt) + self.image_tokens for prompt in prompts)
+        return tuple(estimated_text_tokens(prompt) + self.image_tokens for prompt in self.prompts)
 
     @property
     def seeds(self) -> range:

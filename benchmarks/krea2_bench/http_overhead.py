@@ -31,7 +31,7 @@ from krea2_bench.percentiles import percentile
 from krea2_bench.provenance import provenance
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import CheckpointError
-from krea2_srt.messages import Generated, GenerateRequest
+from krea2_srt.messages import Accepted, Generated, GenerateRequest
 from krea2_srt.request import ImageRequest
 from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.krea2_serve import Krea2Serve
@@ -299,8 +299,10 @@ def measure_real_engine(folder: Path, model: Path) -> list[Figure]:
             image = ImageRequest("x", 128, 128, 4, seed=number)
             start = time.perf_counter()
             channel.send_multipart([b"", pickle.dumps(GenerateRequest(uuid4().hex, image))])
+            accepted = pickle.loads(channel.recv_multipart()[-1])
             answer = pickle.loads(channel.recv_multipart()[-1])
             direct.append((time.perf_counter() - start) * 1e3)
+            assert isinstance(accepted, Accepted)
             assert isinstance(answer, Generated)
             assert answer.error is None
             start = time.perf_counter()

@@ -133,9 +133,4 @@ class Request:
     @property
     def prompts(self) -> list[str]:
         """What has to be encoded, each once; under guidance the negative prompts too."""
-        found: dict[str, None] = {}
-        for image in self.images:
-            found[image.prompt] = None
-            if image.guidance:
-                found[image.negative_prompt] = None
-        return list(found)
+        return list(dict.fromkeys(prompt for image in self.images for prompt in image.prompts))

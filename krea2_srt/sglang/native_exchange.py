@@ -1,65 +1,120 @@
 """Requests of clients that speak our own messages: from `GenerateRequest` to `Generated`."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
+from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request
-from krea2_srt.errors import RequestError
+from krea2_srt.errors import ModelError, RequestError
 from krea2_srt.images import FORMATS, encode_image
-from krea2_srt.messages import VERSION, Generated, GenerateRequest
+from krea2_srt.messages import (
+    VERSION,
+    Accepted,
+    EngineError,
+    Generated,
+    GenerateRequest,
+    ProgressUpdate,
+    preview_steps,
+)
 from krea2_srt.model.text_encoder import TextEncoder
-from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
-from krea2_srt.sglang.replies import engine_error, stage_ms
+from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
+from krea2_srt.sglang.exchange import stage_ms
+from krea2_srt.sglang.previews import Previews
+from krea2_srt.sglang.replies import Replies
+
+logger = init_logger(__name__)
 
 
-@dataclass(frozen=True)
 class NativeExchange:
-    """A `GenerateRequest` in the engine, to be answered once.
+    """An `Exchange` of a `GenerateRequest`.
 
-    Attributes:
+    Args:
         identity: of the client's socket.
         message: what it sent.
-        arrival: clock time in seconds.
+        replies: how it is answered.
+        previews: that it may ask for.
     """
 
-    identity: bytes
-    message: GenerateRequest
-    arrival: float = field(default_factory=time.monotonic)
+    def __init__(
+        self, identity: bytes, message: GenerateRequest, replies: Replies, previews: Previews
+    ) -> None:
+        self.identity = identity
+        self.message = message
+        self._replies = replies
+        self._previews = previews
 
     @property
     def request_id(self) -> str:
         return self.message.request_id
 
-    def check(self) -> None:
-        """Check what the engine does not look at.
+    @property
+    def priority(self) -> int:
+        return self.message.priority
 
-        Raises:
-            RequestError: naming the field.
-        """
-        if self.message.version != VERSION:
-            raise RequestError("version", f"must be {VERSION}, got {self.message.version}")
-        if not isinstance(self.message.image, ImageRequest):
+    @property
+    def deadline_s(self) -> float | None:
+        return self.message.deadline_s
+
+    def images(self, limits: RequestLimits) -> list[ImageRequest]:
+        message = self.message
+        if message.version != VERSION:
+            raise RequestError("version", f"must be {VERSION}, got {message.version}")
+        if not isinstance(message.image, ImageRequest):
             raise RequestError("image", "must be an ImageRequest")
-        if not isinstance(self.message.previews, int) or self.message.previews < 0:
+        if not isinstance(message.previews, int) or message.previews < 0:
             raise RequestError("previews", "must be a whole number from 0 on")
-        if self.message.output_format not in FORMATS:
+        if message.output_format not in FORMATS:
             raise RequestError("output_format", f"must be one of {', '.join(FORMATS)}")
+        return [message.image]
 
-    def failed(self, reason: Request | Exception) -> Generated:
-        """The answer to a request that was refused, failed or cancelled."""
-        return Generated(self.request_id, error=engine_error(reason))
+    def accepted(self, request: Request) -> None:
+        self._replies.send(self.identity, Accepted(self.request_id))
+        if self._sends_previews:
+            for sequence in request.sequences:
+                self._previews.enable(sequence)
 
-    def finished(
+    def started(self) -> None:
+        """The first step tells."""
+
+    def progress(self, event: Progress) -> None:
+        if not self.message.progress:
+            return
+        sequence = event.sequence
+        update = ProgressUpdate(self.request_id, sequence.index, event.step, event.total)
+        self._replies.send(self.identity, update)
+        if self._sends_previews and event.step in preview_steps(event.total, self.message.previews):
+            self._previews.add(
+                sequence,
+                lambda pixels: self._replies.send(self.identity, replace(update, preview=pixels)),
+            )
+
+    def failed(self, error: Exception) -> None:
+        self._replies.send(self.identity, Generated(self.request_id, error=EngineError.of(error)))
+
+    def finished(self, request: Request, pixels: Sequence[np.ndarray | None]) -> "Future[None]":
+        return self._replies.submit(lambda: self._send_generated(request, pixels))
+
+    @property
+    def _sends_previews(self) -> bool:
+        return self.message.progress and self.message.previews > 0
+
+    def _send_generated(self, request: Request, pixels: Sequence[np.ndarray | None]) -> None:
+        try:
+            text_encoder = self._replies.worker.pipeline.runner.text_encoder
+            generated = self._generated(request, pixels, text_encoder)
+        except Exception as error:
+            logger.exception("krea2-srt: request %s: not encoded", self.request_id)
+            self.failed(ModelError(f"the picture could not be encoded: {error}"))
+            return
+        self._replies.send(self.identity, generated)
+
+    def _generated(
         self, request: Request, pixels: Sequence[np.ndarray | None], text_encoder: TextEncoder
     ) -> Generated:
-        """The answer to one that is done; encodes its pictures.
-
-        Args:
-            pixels: uint8 [height, width, 3] of each of its images.
-        """
         message, first = self.message, request.sequences[0]
         image_tokens = first.image.image_tokens
         text_tokens = [tokens - image_tokens for tokens in first.tokens]

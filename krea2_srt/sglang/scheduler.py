@@ -7,17 +7,14 @@ sent, metrics. For a model that our pipeline does not serve, the loop is SGLang'
 import gc
 import logging
 import os
-import pickle
 import signal
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sglang.multimodal_gen.runtime.entrypoints.control_requests import ShutdownReq
 from sglang.multimodal_gen.runtime.entrypoints.post_training.io_struct import (
     ReleaseMemoryOccupationReqInput,
@@ -31,10 +28,9 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.turn_log import TurnLog
-from krea2_srt.errors import DrainingError, Krea2Error, ModelError, RequestError
+from krea2_srt.errors import DrainingError, Krea2Error, RequestCancelledError, RequestError
 from krea2_srt.messages import (
     VERSION,
-    Accepted,
     Cancel,
     ControlReply,
     ControlRequest,
@@ -47,20 +43,13 @@ from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
-from krea2_srt.sglang.compat import check_group
+from krea2_srt.sglang.exchange import Exchange, summary
 from krea2_srt.sglang.native_exchange import NativeExchange
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
-from krea2_srt.sglang.progress import Subscriptions, report_to_sglang
-from krea2_srt.sglang.replies import (
-    ReplyThreads,
-    SglangExchange,
-    engine_error,
-    failed,
-    finished,
-    summary,
-)
-from krea2_srt.sglang.requests import check_envelope, image_requests
+from krea2_srt.sglang.previews import Previews
+from krea2_srt.sglang.replies import Replies
 from krea2_srt.sglang.served import serves_krea2
+from krea2_srt.sglang.sglang_exchange import SglangExchange
 
 logger = init_logger(__name__)
 
@@ -125,13 +114,12 @@ class Krea2Scheduler(Scheduler):
         self._limits = config.limits
         self._max_turn_ms = config.max_turn_ms
         self.receiver = WatchedRouter(self.receiver)
-        self._exchanges: dict[Request, SglangExchange | NativeExchange] = {}
-        self._subscriptions = Subscriptions(self._executor, self._send)
+        self._exchanges: dict[Request, Exchange] = {}
+        self._previews = Previews(self._executor)
         self._numbers = count()
-        self._replies = ReplyThreads(self.worker, self._reply)
+        self._replies = Replies(self.worker, self._send, self._return_item_result)
         self.request_handlers |= {
             ShutdownReq: self._drain,
-            Cancel: self._cancel,
             GetStatistics: self._statistics,
             GetModel: self._model,
         }
@@ -174,7 +162,7 @@ class Krea2Scheduler(Scheduler):
                 self._cancel_lost()
                 if (events := self._turn()) is not None:
                     self._handle(events)
-                if not self._subscriptions.render(self._max_turn_ms) and events is None:
+                if not self._previews.render(self._max_turn_ms) and events is None:
                     self._rest()
         finally:
             self._stop()
@@ -223,95 +211,82 @@ class Krea2Scheduler(Scheduler):
     def _reply_failure(self, identity: bytes, payload: Any, error: Exception) -> None:
         match payload:
             case GenerateRequest():
-                reply = NativeExchange(identity, payload).failed(error)
-                self._send(identity, pickle.dumps(reply))
+                self._native_exchange(identity, payload).failed(error)
             case ControlRequest(control_id):
-                self._send(identity, pickle.dumps(ControlReply(control_id, error=str(error))))
+                self._replies.send(identity, ControlReply(control_id, error=str(error)))
+            case Cancel():
+                pass  # nobody waits for an answer
             case _:
-                self._reply(SglangExchange(identity, payload), OutputBatch(error=str(error)))
+                self._replies.reply(identity, payload, OutputBatch(error=str(error)))
 
     def _accept(self, identity: bytes, payload: Any) -> None:
         reqs = payload if isinstance(payload, list) else [payload]
         if reqs and all(isinstance(req, Req) for req in reqs):
-            exchange = SglangExchange(identity, payload, tuple(reqs))
-            if self.metrics is not None:
-                self.metrics.enqueue(id(payload), is_warmup=reqs[0].is_warmup, now=exchange.arrival)
-            self._submit(exchange)
+            exchange = SglangExchange(
+                identity, payload, reqs, self._replies, self.server_args, self.metrics
+            )
+            if exchange.profiled:
+                self._run_profiled(exchange)
+            else:
+                self._submit(exchange)
             return
         match payload:
             case GenerateRequest():
-                self._submit_native(NativeExchange(identity, payload))
+                self._submit(self._native_exchange(identity, payload))
             case ControlRequest():
                 self._reply_control(identity, payload)
+            case Cancel():
+                self._cancel(identity, payload)
             case _ if (error := _wrong_version(payload)) is not None:
-                self._reply(SglangExchange(identity, payload), OutputBatch(error=error))
+                self._replies.reply(identity, payload, OutputBatch(error=error))
             case _:
                 if isinstance(payload, ReleaseMemoryOccupationReqInput):
                     # Before SGLang moves the weights and empties the allocator's cache.
                     self._executor.release_memory()
-                self._reply(
-                    SglangExchange(identity, payload), self._dispatch_single_request(payload)
-                )
+                self._replies.reply(identity, payload, self._dispatch_single_request(payload))
                 if self.worker.is_sleeping():
                     # The weights have moved, and graphs would read where they were.
                     self._executor.release_graphs()
 
-    def _submit(self, exchange: SglangExchange) -> None:
-        if self.worker.is_sleeping():
-            error = "Server is sleeping. Call resume_memory_occupation first."
-            self._reply(exchange, OutputBatch(error=error))
-            return
+    def _native_exchange(self, identity: bytes, message: GenerateRequest) -> NativeExchange:
+        return NativeExchange(identity, message, self._replies, self._previews)
+
+    def _submit(self, exchange: Exchange) -> None:
         try:
-            for req in exchange.reqs:
-                check_envelope(req)
-            images = [image_requests(req, self._limits) for req in exchange.reqs]
-            if any(req.profile for req in exchange.reqs):
-                self._run_profiled(exchange)
-                return
-            check_group(self.worker, exchange.reqs)
+            self._refuse_asleep()
             request = self._engine.submit(
                 f"{exchange.request_id}#{next(self._numbers)}",
-                [image for some in images for image in some],
+                exchange.images(self._limits),
+                exchange.priority,
+                exchange.deadline_s,
             )
         except (Krea2Error, ValueError) as error:
-            logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
-            self._reply(exchange, failed(exchange, error))
-            return
-        self._exchanges[request] = replace(exchange, counts=tuple(map(len, images)))
-        report_to_sglang(exchange, request)
-        for req in exchange.reqs:
-            req.log(server_args=self.server_args)
-
-    def _submit_native(self, exchange: NativeExchange) -> None:
-        message = exchange.message
-        try:
-            exchange.check()
-            if self.worker.is_sleeping():
-                raise DrainingError("the engine is asleep")
-            request = self._engine.submit(
-                f"{exchange.request_id}#{next(self._numbers)}",
-                [message.image],
-                message.priority,
-                message.deadline_s,
-            )
-        except Krea2Error as error:
-            logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
-            self._send(exchange.identity, pickle.dumps(exchange.failed(error)))
+            self._refuse(exchange, error)
             return
         self._exchanges[request] = exchange
-        if message.progress:
-            self._send(exchange.identity, pickle.dumps(Accepted(exchange.request_id)))
-            self._subscriptions.add(exchange.identity, message, request)
+        exchange.accepted(request)
 
     def _run_profiled(self, exchange: SglangExchange) -> None:
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
-        if not self._engine.idle or self._engine.draining:
-            raise RequestError("profile", "is only possible while nothing else is in the engine")
+        try:
+            self._refuse_asleep()
+            exchange.images(self._limits)
+            if not self._engine.idle or self._engine.draining:
+                text = "is only possible while nothing else is in the engine"
+                raise RequestError("profile", text)
+        except (Krea2Error, ValueError) as error:
+            self._refuse(exchange, error)
+            return
         with self.worker.pipeline.runner.on_stream():
-            self._reply(exchange, self.worker.execute_forward(list(exchange.reqs)))
+            exchange.reply(self.worker.execute_forward(exchange.reqs))
 
-    def _requests_of(self, request_id: str) -> list[Request]:
-        return [r for r, exchange in self._exchanges.items() if exchange.request_id == request_id]
+    def _refuse(self, exchange: Exchange, error: Exception) -> None:
+        logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
+        exchange.failed(error)
+
+    def _refuse_asleep(self) -> None:
+        if self.worker.is_sleeping():
+            raise DrainingError("Server is sleeping. Call resume_memory_occupation first.")
 
     # Turning events into replies.
 
@@ -326,59 +301,28 @@ class Krea2Scheduler(Scheduler):
     def _dispatch_event(self, event: Event) -> None:
         match event:
             case Started(request):
-                exchange = self._exchanges[request]
-                if self.metrics is not None and isinstance(exchange, SglangExchange):
-                    self.metrics.dispatch(id(exchange.payload))
+                self._exchanges[request].started()
             case Progress(sequence):
-                self._subscriptions.step(event)
-                exchange = self._exchanges[sequence.request]
-                if isinstance(exchange, SglangExchange):
-                    report_to_sglang(exchange, sequence.request)
+                self._exchanges[sequence.request].progress(event)
             case Ended(request):
                 self._end(request, self._exchanges.pop(request))
 
-    def _end(self, request: Request, exchange: SglangExchange | NativeExchange) -> None:
-        self._subscriptions.end(request)
+    def _end(self, request: Request, exchange: Exchange, reply: bool = True) -> None:
+        """A request has ended.
+
+        Args:
+            reply: whether its client still listens.
+        """
         pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
-        if request.state is not State.DONE:
-            level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
-            reason = engine_error(request).message
-            logger.log(level, "krea2-srt: request %s: %s", exchange.request_id, reason)
-            if isinstance(exchange, SglangExchange):
-                self._reply(exchange, failed(exchange, request))
-            else:
-                self._send(exchange.identity, pickle.dumps(exchange.failed(request)))
+        if request.state is State.DONE:
+            logger.info("krea2-srt: request %s %s", exchange.request_id, summary(request))
+            self._inflight_finalizes.append(exchange.finished(request, pixels))
             return
-        logger.info("krea2-srt: request %s %s", exchange.request_id, summary(request))
-        if isinstance(exchange, SglangExchange):
-            self._submit_reply(exchange, finished(exchange, request, pixels))
-        else:
-            reply = partial(self._reply_generated, exchange, request, pixels)
-            self._inflight_finalizes.append(self._replies.submit(reply))
-
-    def _reply_generated(
-        self, exchange: NativeExchange, request: Request, pixels: list[np.ndarray | None]
-    ) -> None:
-        """Runs in a thread; raises nothing."""
-        try:
-            text_encoder = self.worker.pipeline.runner.text_encoder
-            reply = exchange.finished(request, pixels, text_encoder)
-        except Exception as error:
-            logger.exception("krea2-srt: request %s: not encoded", exchange.request_id)
-            reply = exchange.failed(ModelError(f"the picture could not be encoded: {error}"))
-        self._send(exchange.identity, pickle.dumps(reply))
-
-    def _submit_reply(self, exchange: SglangExchange, output: OutputBatch) -> None:
-        """Encode and save the pictures in a thread, and reply from there."""
-        self._inflight_finalizes.append(self._replies.start(exchange, output))
-
-    def _reply(self, exchange: SglangExchange, output: OutputBatch) -> None:
-        try:
-            self._return_item_result((exchange.identity, exchange.payload), output)
-        except Exception:
-            logger.exception("krea2-srt: request %s: its reply failed", exchange.request_id)
-            reply = OutputBatch(error=output.error or "the reply could not be sent")
-            self._send(exchange.identity, pickle.dumps(reply))
+        error = request.error or RequestCancelledError("the request was cancelled")
+        level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
+        logger.log(level, "krea2-srt: request %s: %s", exchange.request_id, error)
+        if reply:
+            exchange.failed(error)
 
     def _send(self, identity: bytes, payload: bytes) -> None:
         with self._socket_lock:
@@ -393,7 +337,7 @@ class Krea2Scheduler(Scheduler):
         else:
             output = self._dispatch_single_request(request.command)
             reply = ControlReply(request.control_id, output.output, output.error)
-        self._send(identity, pickle.dumps(reply))
+        self._replies.send(identity, reply)
 
     def _model(self, _reqs: list[Any]) -> OutputBatch:
         return OutputBatch(output=self._model_info)
@@ -402,29 +346,39 @@ class Krea2Scheduler(Scheduler):
         self._engine.drain()
         return OutputBatch()
 
-    def _cancel(self, reqs: list[Any]) -> OutputBatch:
-        requests = self._requests_of(reqs[0].request_id)
-        for request in requests:
-            self._handle(self._engine.cancel(request.id))
-        return OutputBatch(output={"cancelled": len(requests)})
-
     def _statistics(self, _reqs: list[Any]) -> OutputBatch:
         where = {"replica": self.dp_replica, "pid": os.getpid()}
         engine, runner = self._engine.statistics(), self._executor.statistics()
         return OutputBatch(output=where | engine | runner)
 
+    # Cancelling.
+
+    def _cancel(self, identity: bytes, message: Cancel) -> None:
+        """A client cancels: its own request, for which it no longer listens, or another's."""
+        if (error := _wrong_version(message)) is not None:
+            logger.warning("krea2-srt: %s", error)
+            return
+        for request, exchange in list(self._exchanges.items()):
+            if exchange.request_id == message.request_id:
+                self._end_early(request, reply=exchange.identity != identity)
+
     def _cancel_lost(self) -> None:
+        """Cancel what clients have left behind that are gone."""
         lost = self.receiver.pop_disconnected()
         if not lost:
             return
-        self._subscriptions.drop(lost)
-        for request in [r for r, exchange in self._exchanges.items() if exchange.identity in lost]:
-            self._handle(self._engine.cancel(request.id))
+        for request, exchange in list(self._exchanges.items()):
+            if exchange.identity in lost:
+                self._end_early(request, reply=False)
+
+    def _end_early(self, request: Request, reply: bool) -> None:
+        self._engine.cancel(request.id)
+        self._end(request, self._exchanges.pop(request), reply)
 
     # Waiting and ending.
 
     def _rest(self) -> None:
-        overlapped = self._engine.has_overlapped_decodes or self._subscriptions.rendering
+        overlapped = self._engine.has_overlapped_decodes or self._previews.rendering
         if overlapped and not self.worker.is_sleeping():
             self._wait_idle(_DECODE_POLL_S)
             return

@@ -120,16 +120,11 @@ class FakeEngine:
                 if self.refuse is not None:
                     send(Generated(message.request_id, error=self.refuse))
                     return
-                if message.progress:
-                    send(Accepted(message.request_id))
+                send(Accepted(message.request_id))
                 self._running[identity, message.request_id] = _Running(message, send)
-            case ControlRequest(control_id, Cancel(request_id)):
-                found = self._running.pop((identity, request_id), None)
-                if found is not None:
+            case Cancel(request_id):
+                if self._running.pop((identity, request_id), None) is not None:
                     self.cancelled.append(request_id)
-                    error = EngineError("cancelled", "the request was cancelled")
-                    send(Generated(request_id, error=error))
-                send(ControlReply(control_id, {"cancelled": int(found is not None)}))
             case ControlRequest(control_id, GetModel()):
                 send(ControlReply(control_id, MODEL))
             case ControlRequest(control_id, GetStatistics()):

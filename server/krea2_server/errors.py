@@ -9,6 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from krea2_srt.errors import kind_of
 from krea2_srt.messages import EngineError
 
 MAX_RETRY_AFTER_S = 120.0
@@ -31,6 +32,7 @@ class ApiError(Exception):
         retry_after_s: when to try again.
         retry: whether the same request can succeed later; None leaves it to the client.
         headers: further ones.
+        cause: what the engine said.
     """
 
     status: int
@@ -41,6 +43,7 @@ class ApiError(Exception):
     retry_after_s: float | None = None
     retry: bool | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    cause: EngineError | None = None
 
     def __post_init__(self) -> None:
         # Whatever clients and engines send, it must get into JSON.
@@ -115,28 +118,25 @@ def field_name(engine_field: str) -> str:
 
 
 def from_engine(error: EngineError) -> ApiError:
-    """What the engine says, as HTTP says it."""
-    message = error.message
-    match error.code:
-        case "invalid_request":
-            name = field_name(error.field or "")
-            message = message.removeprefix(f"{error.field}: ")
-            return invalid(name or None, f"{name}: {message}" if name else message)
-        case "queue_full":
-            wait_s = ENGINE_RETRY_S if error.retry_after_s is None else error.retry_after_s
-            return ApiError(429, message, "queue_full", retry_after_s=wait_s, retry=True)
-        case "draining":
-            return engine_unavailable(message)
-        case "deadline":
-            return ApiError(504, message, "deadline_exceeded", "deadline_ms", retry=False)
-        case "out_of_memory":
-            text = "there is not enough memory for an image of this size"
-            return ApiError(503, text, "out_of_memory", retry=False)
-        case "cancelled":
-            return ApiError(499, message, "cancelled", retry=False)
-        case _:
-            # The engine has tried it again alone where others may have been to blame.
-            return ApiError(500, message, "generation_failed", retry=False)
+    """What the engine says, as HTTP says it; see `krea2_srt.errors`."""
+    kind = kind_of(error.code)
+    message, param = kind.public_text or error.message, None
+    if error.field:
+        param = field_name(error.field)
+        if message.startswith(f"{error.field}: "):
+            message = param + message.removeprefix(error.field)
+    wait_s = None
+    if kind.retry:
+        wait_s = ENGINE_RETRY_S if error.retry_after_s is None else error.retry_after_s
+    return ApiError(
+        kind.status,
+        message,
+        kind.code,
+        param,
+        retry_after_s=wait_s,
+        retry=kind.retry,
+        cause=error,
+    )
 
 
 def _printable(text: str) -> str:

@@ -3,19 +3,20 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from krea2_server.api.parameters import GenerationParams
-from krea2_server.engine.base import Engine, QueuePosition
+from krea2_server.api.schemas import ImageGenerationRequest
+from krea2_server.engine.base import Engine, Job
 from krea2_server.errors import ApiError, from_engine
 from krea2_server.keys import Client, check_rights
 from krea2_server.middleware.rate_limits import RateLimits
 from krea2_server.moderation.moderator import ModerationUnavailableError, Moderator
 from krea2_server.observability.metrics import Metrics
-from krea2_server.observability.tracing import RequestSpan, Tracing
+from krea2_server.observability.tracing import RequestSpan, Tracing, outcome_of
 from krea2_server.storage.store import (
     ImageStore,
     ImageTooLargeError,
@@ -23,7 +24,8 @@ from krea2_server.storage.store import (
     StorageFullError,
 )
 from krea2_srt.images import encode_image
-from krea2_srt.messages import Accepted, Generated, ProgressUpdate
+from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
+from krea2_srt.request import ImageRequest
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +61,112 @@ class Result:
     urls: tuple[str, ...] | None
 
 
-Update = QueuePosition | Accepted | ProgressUpdate | Preview | Result
+Update = ProgressUpdate | Preview | Result
 """What there is to know of a request on its way."""
+
+
+class Generation:
+    """A request that the engine has taken, on its way to its `Result`: iterate over `updates`, or
+    await `result`, once; `close` in any case.
+
+    Args:
+        service: that it belongs to.
+        asked: what the client sent.
+        message: what the engine was asked for.
+        base_url: how the client reaches this server.
+        job: it in the engine.
+        span: its trace.
+        resources: what is held for it, in the order to be given back.
+        started: clock time in seconds at which it was submitted.
+    """
+
+    def __init__(
+        self,
+        service: "ImageService",
+        asked: ImageGenerationRequest,
+        message: GenerateRequest,
+        base_url: str,
+        job: Job,
+        span: RequestSpan,
+        resources: ExitStack,
+        started: float,
+    ) -> None:
+        self._service = service
+        self._asked = asked
+        self._message = message
+        self._base_url = base_url
+        self._job = job
+        self._span = span
+        self._resources = resources
+        self._started = started
+
+    @property
+    def ahead(self) -> int:
+        """Requests that will probably be generated before this one."""
+        return self._job.ahead
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Steps and previews as they come; the last update is the `Result`.
+
+        Raises:
+            ApiError: it has failed.
+        """
+        previews: Counter[int] = Counter()
+        with self._ending():
+            async for update in self._job:
+                match update:
+                    case Generated():
+                        yield await self._result(update)
+                    case ProgressUpdate(preview=pixels) if pixels is not None:
+                        yield await self._preview(update, previews[update.sequence], pixels)
+                        previews[update.sequence] += 1
+                    case _:
+                        yield update
+
+    async def result(self) -> Result:
+        """What was generated, of a request that does not ask for progress.
+
+        Raises:
+            ApiError: it has failed.
+        """
+        with self._ending():
+            update = await anext(self._job)
+            assert isinstance(update, Generated), "nobody has asked for progress"
+            return await self._result(update)
+
+    def close(self) -> None:
+        """Nobody waits any more: unless it has ended, it ends in the engine too."""
+        self._resources.close()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        with self._resources, outcome_of(self._span):
+            yield
+
+    async def _result(self, generated: Generated) -> Result:
+        self._span.add_stages(generated)
+        if generated.error is not None:
+            raise from_engine(generated.error)
+        count, expected = len(generated.images), self._message.image.num_images
+        if count != expected:
+            raise AssertionError(f"the engine returned {count} images, expected {expected}")
+        service = self._service
+        await service.check_images(list(generated.images), self._asked.low_moderation)
+        urls = None
+        if self._asked.wants_urls:
+            output_format = self._message.output_format
+            urls = await service.store(generated.images, output_format, self._base_url)
+        self._span.outcome = "done"
+        service.metrics.done(self._message, generated, time.monotonic() - self._started)
+        return Result(generated, urls)
+
+    async def _preview(self, update: ProgressUpdate, index: int, pixels: Any) -> Preview:
+        message = self._message
+        data = await asyncio.to_thread(encode_image, pixels, message.output_format, message.quality)
+        # What may not be shown at the end may not be shown on the way there.
+        await self._service.check_images([data], self._asked.low_moderation)
+        self._service.metrics.previews.inc()
+        return Preview(update.sequence, index, update.step, update.total, data)
 
 
 class ImageService:
@@ -69,7 +175,7 @@ class ImageService:
     Args:
         engine: generates.
         limits: of each client.
-        store: where images with URLs go; None where nobody may ask for them.
+        images: where images with URLs go; None where nobody may ask for them.
         moderator: checks content; None checks nothing.
         metrics, tracing: told of every request.
 
@@ -81,93 +187,69 @@ class ImageService:
         self,
         engine: Engine,
         limits: RateLimits,
-        store: ImageStore | None,
+        images: ImageStore | None,
         moderator: Moderator | None,
         metrics: Metrics,
         tracing: Tracing,
     ) -> None:
         self.draining = False
+        self.metrics = metrics
         self._engine = engine
         self._limits = limits
-        self._store = store
+        self._images = images
         self._moderator = moderator
-        self._metrics = metrics
         self._tracing = tracing
 
-    async def generate(
-        self, params: GenerationParams, client: Client, request_id: str, base_url: str
-    ) -> AsyncGenerator[Update, None]:
-        """A request from here to its `Result`, the last that is yielded.
+    async def submit(
+        self,
+        asked: ImageGenerationRequest,
+        message: GenerateRequest,
+        client: Client,
+        base_url: str,
+    ) -> Generation:
+        """Have a request generated that is checked completely.
 
         Args:
+            asked: what the client sent.
+            message: what the engine is asked for.
             client: who asks.
             base_url: how the client reaches this server.
 
+        Returns:
+            Once the engine has taken it.
+
         Raises:
-            ApiError: it is not allowed, not possible, or has failed.
+            ApiError: it is not allowed, or the engine refuses it.
         """
         started = time.monotonic()
-        with self._tracing.request(request_id, params) as span:
-            updates = self._updates(params, client, request_id, base_url, span)
-            try:
-                async with aclosing(updates):
-                    async for update in updates:
-                        if isinstance(update, Result):
-                            span.outcome = "done"
-                            seconds = time.monotonic() - started
-                            self._metrics.done(params, update.generated, seconds)
-                        yield update
-            except ApiError as error:
-                span.outcome = error.code or str(error.status)
-                raise
-            except Exception:
-                span.outcome = "internal_error"
-                raise
+        with ExitStack() as resources:
+            span = resources.enter_context(self._tracing.request(message))
+            with outcome_of(span):
+                if self.draining:
+                    text = "the server is shutting down"
+                    raise ApiError(503, text, "draining", retry_after_s=5.0, retry=True)
+                check_rights(client, message.priority, asked.low_moderation)
+                resources.enter_context(self._limits.request(client))
+                await self._check_prompts(message.image, asked.low_moderation)
+                job = await self._engine.submit(message)
+                resources.callback(job.close)
+            kept = resources.pop_all()
+            return Generation(self, asked, message, base_url, job, span, kept, started)
 
-    async def _updates(
-        self,
-        params: GenerationParams,
-        client: Client,
-        request_id: str,
-        base_url: str,
-        span: RequestSpan,
-    ) -> AsyncGenerator[Update, None]:
-        if self.draining:
-            raise ApiError(
-                503, "the server is shutting down", "draining", retry_after_s=5.0, retry=True
-            )
-        check_rights(client, params.priority, params.low_moderation)
-        with self._limits.request(client):
-            await self._check_prompts(params)
-            async with aclosing(self._engine.generate(params.message(request_id))) as updates:
-                previews: dict[int, int] = {}
-                async for update in updates:
-                    match update:
-                        case Generated():
-                            span.add_stages(update)
-                            yield await self._result(params, update, base_url)
-                        case ProgressUpdate(preview=pixels) if pixels is not None:
-                            index = previews.get(update.sequence, 0)
-                            previews[update.sequence] = index + 1
-                            yield await self._preview(params, update, index, pixels)
-                        case _:
-                            yield update
+    async def store(
+        self, images: Sequence[bytes], output_format: str, base_url: str
+    ) -> tuple[str, ...] | None:
+        """Put images where they have URLs; None where there is no such place.
 
-    async def _result(
-        self, params: GenerationParams, generated: Generated, base_url: str
-    ) -> Result:
-        if generated.error is not None:
-            raise from_engine(generated.error)
-        count, expected = len(generated.images), params.image.num_images
-        if count != expected:
-            raise AssertionError(f"the engine returned {count} images, expected {expected}")
-        await self._check_images(params, list(generated.images))
-        store = self._store
-        if not params.as_url or store is None:
-            return Result(generated, None)
+        Raises:
+            ApiError: 503, they could not be stored.
+        """
+        store = self._images
+        if store is None:
+            return None
         try:
-            puts = [store.put(data, params.output_format, base_url) for data in generated.images]
-            return Result(generated, tuple(await asyncio.gather(*puts)))
+            puts = [store.put(data, output_format, base_url) for data in images]
+            return tuple(await asyncio.gather(*puts))
         except StorageError as error:
             logger.error("an image could not be stored: %s", error)
             text = f"{error}; ask for response_format b64_json"
@@ -177,36 +259,34 @@ class ImageService:
             text += ", or try again later"
             raise ApiError(503, text, code, retry_after_s=30.0, retry=True) from None
 
-    async def _preview(
-        self, params: GenerationParams, update: ProgressUpdate, index: int, pixels: Any
-    ) -> Preview:
-        data = await asyncio.to_thread(
-            encode_image, pixels, params.output_format, params.compression
-        )
-        # What may not be shown at the end may not be shown on the way there.
-        await self._check_images(params, [data])
-        self._metrics.previews.inc()
-        return Preview(update.sequence, index, update.step, update.total, data)
+    async def check_images(self, images: list[bytes], low: bool) -> None:
+        """Check images by the content policy.
 
-    async def _check_prompts(self, params: GenerationParams) -> None:
+        Args:
+            low: whether less strictly.
+
+        Raises:
+            ApiError: it refuses them, or they could not be checked.
+        """
         if self._moderator is None:
             return
         try:
-            verdict = await self._moderator.check_prompts(params.prompts, params.low_moderation)
-        except ModerationUnavailableError as error:
-            raise _unchecked(error) from None
-        if not verdict.allowed:
-            raise _refused("prompt", "the prompt", verdict.categories, verdict.checker)
-
-    async def _check_images(self, params: GenerationParams, images: list[bytes]) -> None:
-        if self._moderator is None:
-            return
-        try:
-            verdict = await self._moderator.check_images(images, params.low_moderation)
+            verdict = await self._moderator.check_images(images, low)
         except ModerationUnavailableError as error:
             raise _unchecked(error) from None
         if not verdict.allowed:
             raise _refused(None, "the image", verdict.categories, verdict.checker)
+
+    async def _check_prompts(self, image: ImageRequest, low: bool) -> None:
+        if self._moderator is None:
+            return
+        prompts = [prompt for prompt in image.prompts if prompt]
+        try:
+            verdict = await self._moderator.check_prompts(prompts, low)
+        except ModerationUnavailableError as error:
+            raise _unchecked(error) from None
+        if not verdict.allowed:
+            raise _refused("prompt", "the prompt", verdict.categories, verdict.checker)
 
 
 def _refused(param: str | None, what: str, categories: tuple[str, ...], checker: str) -> ApiError:

@@ -13,6 +13,7 @@ from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.keys import Keys
 from krea2_server.moderation.policy import load_policy
 from krea2_server.settings import EngineSettings, Settings, load_settings
+from krea2_srt.errors import KINDS, Krea2Error
 from tests.unit.server.test_parameters import RAW, resolved
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +25,8 @@ _MAKERS = {"ApiError": 2, "invalid": 2, "_unauthorized": 1}
 
 
 def codes_in_use() -> set[str]:
-    """All codes that the server's source has."""
-    found = {"invalid_value", "engine_unavailable"}  # defaults
+    """All codes that the server's source has, and those of the engine's errors."""
+    found = {kind.code for kind in (Krea2Error, *KINDS.values())}
     for file in Path(krea2_server.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -55,7 +56,7 @@ def test_every_field_is_explained():
 def test_the_table_of_qualities_is_true(quality):
     row = next(line for line in SERVER.splitlines() if re.match(rf"\| .*`{quality}`.*x", line))
     turbo, raw = resolved(quality=quality), resolved(RAW, quality=quality)
-    assert f"| {turbo.image.steps} ({raw.image.steps}) | {turbo.size} |" in row
+    assert f"| {turbo.image.steps} ({raw.image.steps}) | {turbo.image.size} |" in row
 
 
 @pytest.mark.parametrize("text", [SERVER, MODERATION])

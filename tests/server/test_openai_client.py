@@ -191,8 +191,8 @@ def test_mistakes_are_the_clients_exceptions(fake_server, engine, stream, fields
     ("code", "status", "error"),
     [
         ("queue_full", 429, openai.RateLimitError),
-        ("draining", 503, openai.InternalServerError),
-        ("invalid_request", 400, openai.BadRequestError),
+        ("engine_unavailable", 503, openai.InternalServerError),
+        ("invalid_value", 400, openai.BadRequestError),
     ],
 )
 def test_a_refusal_of_the_engine_has_its_status(fake_server, engine, stream, code, status, error):
@@ -206,8 +206,8 @@ def test_a_refusal_of_the_engine_has_its_status(fake_server, engine, stream, cod
     ("code", "status", "retry"),
     [
         ("out_of_memory", 503, "false"),
-        ("failed", 500, "false"),
-        ("deadline", 504, "false"),
+        ("generation_failed", 500, "false"),
+        ("deadline_exceeded", 504, "false"),
         ("cancelled", 499, "false"),
     ],
 )

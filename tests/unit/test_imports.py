@@ -20,7 +20,7 @@ PACKAGES = {
 BELOW = {
     "errors": set(),
     "request": {"errors"},
-    "messages": {"request"},
+    "messages": {"errors", "request"},
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
     "engine": {"errors", "request"},

@@ -1,8 +1,7 @@
 """Server-sent events: the text of an event, and the response that sends them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -29,20 +28,18 @@ class EventStreamResponse(Response):
     Args:
         chunks: closed in any case; what it raises breaks the connection, so it should tell the
             client of any failure itself.
-        source: of the chunks; closed after them, also where they have not begun to use it.
+        close: called after that in any case, also where they have not begun.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(
-        self, chunks: AsyncGenerator[bytes, None], source: AsyncGenerator[Any, None]
-    ) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         # Proxies must neither keep it nor collect it.
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(headers=headers)
         del self.headers["content-length"]
         self._chunks = chunks
-        self._source = source
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sender = asyncio.create_task(self._send_all(send))
@@ -56,7 +53,7 @@ class EventStreamResponse(Response):
             await asyncio.gather(watcher, sender, return_exceptions=True)
             # A task that is cancelled before its first step closes nothing.
             await self._chunks.aclose()
-            await self._source.aclose()
+            self._close()
         if not sender.cancelled():
             sender.result()
 

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated, Any, BinaryIO
 
 import orjson
@@ -13,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.event_schemas import event_stream_content
 from krea2_server.api.event_stream import EventStreamResponse, comment, event
-from krea2_server.api.parameters import GenerationParams, resolve
+from krea2_server.api.parameters import resolve
 from krea2_server.api.responses import ResponseBuilder
 from krea2_server.api.schemas import (
     ErrorResponse,
@@ -22,10 +21,11 @@ from krea2_server.api.schemas import (
     LenientImageGenerationRequest,
 )
 from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
-from krea2_server.image_service import Result, Update
+from krea2_server.image_service import Generation, Result, Update
 from krea2_server.keys import Client
 from krea2_server.services import Services
 from krea2_server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
+from krea2_srt.messages import GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +62,18 @@ def images_router(services: Services) -> APIRouter:
         request: Request,
         body: Annotated[body_model, Body()],  # type: ignore[valid-type]
     ) -> Response:
-        params = _resolve(services, body)
+        asked: ImageGenerationRequest = body
+        message = _resolve(services, asked, request.state.request_id)
         client: Client = request.state.client
-        updates = services.images.generate(
-            params, client, request.state.request_id, _base_url(services, request)
-        )
-        builder = ResponseBuilder(params, services.settings.model_name)
-        if not params.stream:
-            async with aclosing(updates):
-                async for update in updates:
-                    if isinstance(update, Result):
-                        set_outcome(request.scope, "done")
-                        return ChunkedJSONResponse(builder.response(update))
-            raise AssertionError("a generation ends with its result or an error")
-        # The first words of the engine come before ours: a refusal is a refusal still.
-        beginning = [update async for update in _until_accepted(updates)]
-        events = _events(request, beginning, updates, builder, services.settings.keepalive_s)
-        return EventStreamResponse(events, updates)
+        base_url = _base_url(services, request)
+        generation = await services.images.submit(asked, message, client, base_url)
+        builder = ResponseBuilder(asked, message, services.settings.model_name)
+        if asked.stream:
+            events = _events(request, generation, builder, services.settings.keepalive_s)
+            return EventStreamResponse(events, generation.close)
+        result = await generation.result()
+        set_outcome(request.scope, "done")
+        return ChunkedJSONResponse(builder.response(result))
 
     if isinstance(services.store, LocalStore):
         _add_files(router, services.store)
@@ -120,48 +115,48 @@ async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
             yield chunk
 
 
-def _resolve(services: Services, body: ImageGenerationRequest) -> GenerationParams:
+def _resolve(services: Services, body: ImageGenerationRequest, request_id: str) -> GenerateRequest:
     settings, model = services.settings, services.engine.model
     names = {settings.model_name, settings.model_path, *settings.model_aliases}
     if body.model is not None and body.model not in names:
         text = f"model: {body.model!r} is not served here; {settings.model_name} is"
         raise ApiError(404, text, "model_not_found", "model")
-    if services.store is None and body.response_format == "url":
+    if services.store is None and body.wants_urls:
         text = "response_format: must be b64_json; this server keeps no images"
         raise invalid("response_format", text, "unsupported_value")
     if model is None:
         raise services.engine.unavailable()
-    return resolve(body, model, max_n=settings.max_n, max_prompt=settings.max_prompt)
+    limits = {"max_n": settings.max_n, "max_prompt": settings.max_prompt}
+    return resolve(body, request_id, model, **limits)
 
 
 def _base_url(services: Services, request: Request) -> str:
     return services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
-async def _until_accepted(updates: AsyncGenerator[Update, None]) -> AsyncGenerator[Update, None]:
-    """Updates up to the engine's first word."""
-    for _ in range(2):  # a `QueuePosition`, and then `Accepted` or, of a refused request, an error
-        yield await anext(updates)
-
-
 async def _events(
-    request: Request,
-    beginning: list[Update],
-    updates: AsyncGenerator[Update, None],
-    builder: ResponseBuilder,
-    keepalive_s: float,
+    request: Request, generation: Generation, builder: ResponseBuilder, keepalive_s: float
 ) -> AsyncGenerator[bytes, None]:
     """The stream of a request that was accepted; a failure is its last event."""
+    updates = generation.updates()
+    upcoming: asyncio.Task[Update] | None = None
     try:
-        for update in beginning:
+        yield builder.waiting(generation.ahead)
+        while True:
+            if upcoming is None:
+                upcoming = asyncio.create_task(anext(updates))
+            await asyncio.wait((upcoming,), timeout=keepalive_s)
+            if not upcoming.done():
+                yield builder.waiting(generation.ahead)
+                continue
+            task, upcoming = upcoming, None
+            update = task.result()
+            if isinstance(update, Result):
+                set_outcome(request.scope, "done")
             for chunk in builder.events(update):
                 yield chunk
-        async with aclosing(_with_silences(updates, keepalive_s)) as all_updates:
-            async for known in all_updates:
-                if isinstance(known, Result):
-                    set_outcome(request.scope, "done")
-                for chunk in [builder.waiting()] if known is None else builder.events(known):
-                    yield chunk
+            if isinstance(update, Result):
+                break
     except ApiError as error:
         set_outcome(request.scope, error.code)
         yield event("error", orjson.dumps(error.body()))
@@ -170,29 +165,9 @@ async def _events(
         set_outcome(request.scope, "internal_error")
         body = internal_error(request.state.request_id).body()
         yield event("error", orjson.dumps(body))
-    yield comment("end")
-
-
-async def _with_silences(
-    updates: AsyncGenerator[Update, None], silence_s: float
-) -> AsyncGenerator[Update | None, None]:
-    """The same updates, and None wherever none has come for a while."""
-    upcoming: asyncio.Task[Update] | None = None
-    try:
-        while True:
-            if upcoming is None:
-                upcoming = asyncio.create_task(anext(updates))
-            done, _ = await asyncio.wait((upcoming,), timeout=silence_s)
-            if not done:
-                yield None
-                continue
-            task, upcoming = upcoming, None
-            try:
-                yield task.result()
-            except StopAsyncIteration:
-                return
     finally:
         if upcoming is not None:
             upcoming.cancel()
             await asyncio.gather(upcoming, return_exceptions=True)
         await updates.aclose()
+    yield comment("end")

@@ -1,10 +1,15 @@
 """From a client's request to the engine's: defaults filled in, everything checked."""
 
 import secrets
-from dataclasses import dataclass
 
-from krea2_server.api.quality import PRESETS, automatic_size, check_aspect, parse_size, steps_of
-from krea2_server.api.schemas import ImageGenerationRequest, OutputFormat
+from krea2_server.api.quality import (
+    automatic_size,
+    check_aspect,
+    parse_size,
+    preset_of,
+    steps_of,
+)
+from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.errors import field_name, invalid
 from krea2_srt.errors import RequestError
 from krea2_srt.messages import GenerateRequest, ModelInfo
@@ -17,71 +22,25 @@ _RANDOM_SEEDS = 2**32
 """Random seeds stay below, so that every JSON parser keeps them."""
 
 
-@dataclass(frozen=True)
-class GenerationParams:
-    """A request that is checked completely.
-
-    Attributes:
-        image: what the engine generates.
-        quality: as responses name it.
-        output_format, compression: of the files.
-        as_url: whether images are answered as URLs.
-        stream: whether to answer with events.
-        previews: of each image, in a stream.
-        safety_identifier: the client's name for its user.
-        low_moderation: whether ``moderation: low`` is asked for.
-        priority, deadline_s: see `krea2_srt.messages.GenerateRequest`.
-    """
-
-    image: ImageRequest
-    quality: str
-    output_format: OutputFormat
-    compression: int
-    as_url: bool
-    stream: bool
-    previews: int
-    safety_identifier: str | None
-    low_moderation: bool
-    priority: int
-    deadline_s: float | None
-
-    @property
-    def size(self) -> str:
-        return f"{self.image.width}x{self.image.height}"
-
-    @property
-    def prompts(self) -> list[str]:
-        """What the model reads."""
-        used = self.image.guidance and self.image.negative_prompt
-        return [self.image.prompt, self.image.negative_prompt] if used else [self.image.prompt]
-
-    def message(self, request_id: str) -> GenerateRequest:
-        """For the engine."""
-        return GenerateRequest(
-            request_id,
-            self.image,
-            self.output_format,
-            self.compression,
-            self.priority,
-            self.deadline_s,
-            self.stream,
-            self.previews,
-        )
-
-
 def resolve(
-    request: ImageGenerationRequest, model: ModelInfo, *, max_n: int, max_prompt: int
-) -> GenerationParams:
+    request: ImageGenerationRequest,
+    request_id: str,
+    model: ModelInfo,
+    *,
+    max_n: int,
+    max_prompt: int,
+) -> GenerateRequest:
     """Fill in what a request leaves open, and check the whole.
 
     Args:
+        request_id: what the engine is to call it.
         max_n, max_prompt: this server's own limits.
 
     Raises:
         ApiError: 400, naming the field.
     """
     _refuse_impossible(request)
-    preset = PRESETS[request.quality or "auto"]
+    preset = preset_of(request.quality)
     steps, guidance = request.num_inference_steps, request.guidance_scale
     n = request.n or 1
     if n > max_n:
@@ -110,18 +69,15 @@ def resolve(
         name = field_name(name)
         raise invalid(name, f"{name}: {error.message}") from None
     check_aspect(width, height, _longer_side(request))
-    return GenerationParams(
-        image=image,
-        quality=preset.label,
+    return GenerateRequest(
+        request_id,
+        image,
         output_format=request.output_format or "png",
-        compression=100 if request.output_compression is None else request.output_compression,
-        as_url=request.response_format == "url",
-        stream=bool(request.stream),
-        previews=request.partial_images or 0,
-        safety_identifier=request.safety_identifier or request.user or None,
-        low_moderation=request.moderation == "low",
+        quality=100 if request.output_compression is None else request.output_compression,
         priority=request.priority or 0,
         deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
+        progress=bool(request.stream),
+        previews=request.partial_images or 0,
     )
 
 

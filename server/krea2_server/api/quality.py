@@ -42,6 +42,11 @@ PRESETS = {
 }
 
 
+def preset_of(quality: str | None) -> Preset:
+    """What a request's quality stands for."""
+    return PRESETS[quality or "auto"]
+
+
 def steps_of(preset: Preset, model: ModelInfo) -> int:
     """Denoising steps, within the model's limits."""
     return max(1, min(round(preset.steps * model.default_steps), model.limits.max_steps))

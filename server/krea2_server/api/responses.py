@@ -8,35 +8,36 @@ import orjson
 import pybase64
 
 from krea2_server.api.event_stream import comment, event
-from krea2_server.api.parameters import GenerationParams
-from krea2_server.api.schemas import Timings, Usage
-from krea2_server.engine.base import QueuePosition
+from krea2_server.api.quality import preset_of
+from krea2_server.api.schemas import ImageGenerationRequest, Timings, Usage
 from krea2_server.image_service import Preview, Result, Update
-from krea2_srt.messages import Accepted, Generated, ProgressUpdate
+from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
 
 
 class ResponseBuilder:
     """Builds the response to one request, or its events.
 
     Args:
-        params: what was asked for.
+        asked: what the client sent.
+        message: what the engine was asked for.
         model: its name.
     """
 
-    def __init__(self, params: GenerationParams, model: str) -> None:
-        self._params = params
+    def __init__(self, asked: ImageGenerationRequest, message: GenerateRequest, model: str) -> None:
+        self._asked = asked
+        self._message = message
+        self._image = message.image
         self._model = model
-        self._position: QueuePosition | None = None
         self._stepped = False
 
     def response(self, result: Result) -> Iterator[bytes]:
         """Body of the response, an `ImagesResponse`, in pieces: each may be many megabytes."""
         generated = result.generated
         usage = Usage.of(generated.text_tokens, generated.image_tokens)
-        first = self._metadata(self._params.image.seed)
+        first = self._metadata(self._image.seed)
         common = {"created": _now(), **first, **_accounts(generated, usage)}
         yield _opened(common) + b',"data":['
-        for index, seed in enumerate(self._params.image.seeds):
+        for index, seed in enumerate(self._image.seeds):
             yield b"," if index else b""
             if result.urls is not None:
                 yield orjson.dumps({"url": result.urls[index], "seed": seed})
@@ -47,10 +48,6 @@ class ResponseBuilder:
     def events(self, update: Update) -> Iterator[bytes]:
         """What a stream says of an update."""
         match update:
-            case QueuePosition():
-                self._position = update
-            case Accepted():
-                yield self.waiting()
             case ProgressUpdate():
                 self._stepped = True
                 image, step, total = update.sequence, update.step, update.total
@@ -65,11 +62,13 @@ class ResponseBuilder:
                     )
                     yield event("image_generation.completed", b"".join(data))
 
-    def waiting(self) -> bytes:
-        """A comment that keeps a silent stream open."""
-        if self._stepped or self._position is None:
-            return comment("generating")
-        return comment(f"queued ahead={self._position.ahead}")
+    def waiting(self, ahead: int) -> bytes:
+        """A comment that begins a stream, and that keeps a silent one open.
+
+        Args:
+            ahead: requests that will probably be generated before this one.
+        """
+        return comment("generating" if self._stepped else f"queued ahead={ahead}")
 
     def _partial(self, preview: Preview) -> dict[str, Any]:
         return {
@@ -79,7 +78,7 @@ class ResponseBuilder:
             "image_index": preview.image,
             "step": preview.step,
             "total_steps": preview.total,
-            **self._metadata(self._params.image.seeds[preview.image]),
+            **self._metadata(self._image.seeds[preview.image]),
         }
 
     def _completed(self, index: int, result: Result) -> dict[str, Any]:
@@ -94,25 +93,25 @@ class ResponseBuilder:
             **({} if result.urls is None else {"url": result.urls[index]}),
             "created_at": _now(),
             "image_index": index,
-            **self._metadata(self._params.image.seeds[index]),
+            **self._metadata(self._image.seeds[index]),
             **_accounts(generated, usage),
         }
 
     def _metadata(self, seed: int) -> dict[str, Any]:
         """Fields of `schemas.ImageMetadata`."""
-        params = self._params
+        image = self._image
         fields = {
             "background": "opaque",
-            "output_format": params.output_format,
-            "quality": params.quality,
-            "size": params.size,
+            "output_format": self._message.output_format,
+            "quality": preset_of(self._asked.quality).label,
+            "size": image.size,
             "model": self._model,
             "seed": seed,
-            "num_inference_steps": params.image.steps,
-            "guidance_scale": params.image.guidance,
+            "num_inference_steps": image.steps,
+            "guidance_scale": image.guidance,
         }
-        if params.safety_identifier is not None:
-            fields["safety_identifier"] = params.safety_identifier
+        if self._asked.end_user is not None:
+            fields["safety_identifier"] = self._asked.end_user
         return fields
 
 

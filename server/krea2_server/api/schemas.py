@@ -124,6 +124,20 @@ class ImageGenerationRequest(BaseModel):
     width: int | None = Field(default=None, description="With height, in place of size.")
     height: int | None = Field(default=None, description="With width, in place of size.")
 
+    @property
+    def wants_urls(self) -> bool:
+        """Whether images are answered as URLs."""
+        return self.response_format == "url"
+
+    @property
+    def low_moderation(self) -> bool:
+        return self.moderation == "low"
+
+    @property
+    def end_user(self) -> str | None:
+        """The client's name for its user."""
+        return self.safety_identifier or self.user or None
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:

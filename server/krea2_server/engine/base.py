@@ -1,30 +1,32 @@
 """The engine, as the rest of the server sees it, wherever it runs."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
 from krea2_server.errors import ApiError
-from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
-
-Update = Accepted | ProgressUpdate | Generated
-"""What the engine says of a request on its way."""
+from krea2_srt.messages import Generated, GenerateRequest, ModelInfo, ProgressUpdate
 
 
-@dataclass(frozen=True)
-class QueuePosition:
-    """A request's place in the engine.
-
-    Attributes:
-        count_ahead: see `ahead`.
+class Job(Protocol):
+    """A request that the engine has taken: an async iterator of what the engine says of it, of
+    which `Generated` is the last.
     """
-
-    count_ahead: Callable[[], int]
 
     @property
     def ahead(self) -> int:
         """Requests that will probably be generated before this one."""
-        return self.count_ahead()
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> ProgressUpdate | Generated:
+        """What the engine says next.
+
+        Raises:
+            ApiError: 503, the replica that had it has gone.
+        """
+
+    def close(self) -> None:
+        """Nobody listens any more: unless it has ended, it ends in the engine too."""
 
 
 class Engine(Protocol):
@@ -46,13 +48,14 @@ class Engine(Protocol):
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         """What each replica that is there last said of itself, by its name."""
 
-    def generate(self, message: GenerateRequest) -> AsyncGenerator[QueuePosition | Update, None]:
-        """First the request's `QueuePosition`, then what the engine says; the last is `Generated`.
+    async def submit(self, message: GenerateRequest) -> Job:
+        """Have a request generated.
 
-        Whoever stops listening before it, or is cancelled, ends the request in the engine too.
+        Returns:
+            Once the engine has taken it.
 
         Raises:
-            ApiError: 503, no replica is there, or the one that had it has gone.
+            ApiError: it refuses, no replica is there, or the one that was asked has gone.
         """
 
     def unavailable(self) -> ApiError:

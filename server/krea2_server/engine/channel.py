@@ -5,14 +5,13 @@ import io
 import itertools
 import logging
 import pickle
-from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Self
 
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from krea2_server.engine.base import Update
+from krea2_server.errors import from_engine
 from krea2_srt.messages import (
     Accepted,
     Cancel,
@@ -60,35 +59,45 @@ class EngineChannel:
         except zmq.ZMQError as error:
             self._close_sockets()
             raise EngineExitedError(f"{endpoint} cannot be connected to: {error}") from None
-        self._queues: dict[str, asyncio.Queue[Any]] = {}
+        self._jobs: dict[str, ChannelJob] = {}
         self._replies: dict[str, asyncio.Future[ControlReply]] = {}
         self._numbers = itertools.count()
         self._reader = asyncio.create_task(self._read())
 
-    async def generate(self, message: GenerateRequest) -> AsyncGenerator[Update, None]:
-        """Generate; the last message is `Generated`.
-
-        Whoever stops listening before it, or is cancelled, ends the request in the engine too.
+    async def submit(self, message: GenerateRequest) -> "ChannelJob":
+        """Have a request generated; see `Engine.submit`.
 
         Raises:
-            EngineExitedError: the scheduler has gone meanwhile.
+            ApiError: the scheduler refuses it.
+            EngineExitedError: the scheduler has gone.
         """
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._queues[message.request_id] = queue
-        ended = False
+        job = ChannelJob(self, message.request_id)
         try:
             await self._send(message)
-            while not ended:
-                update = await queue.get()
-                if isinstance(update, EngineExitedError):
-                    ended = True
-                    raise update
-                ended = isinstance(update, Generated)
-                yield update
-        finally:
-            self._queues.pop(message.request_id, None)
-            if not ended:
-                self._send_nowait(ControlRequest(self._control_id(), Cancel(message.request_id)))
+            first = await job.receive()
+        except BaseException:
+            job.close()
+            raise
+        if isinstance(first, Generated):
+            job.close()
+            assert first.error is not None, "a request that is done was accepted first"
+            raise from_engine(first.error)
+        return job
+
+    def add(self, job: "ChannelJob") -> None:
+        """Give a job what comes for its request."""
+        self._jobs[job.request_id] = job
+
+    def remove(self, job: "ChannelJob", cancel: bool) -> None:
+        """Nobody listens to it any more.
+
+        Args:
+            cancel: whether its request is still in the scheduler.
+        """
+        self._jobs.pop(job.request_id, None)
+        if cancel and not self._socket.closed:
+            # Nothing may be awaited where one is cancelled: without a limit it is sent at once.
+            self._socket.send_multipart([b"", pickle.dumps(Cancel(job.request_id))])
 
     async def model(self, timeout_s: float) -> ModelInfo:
         """What is served there.
@@ -122,8 +131,8 @@ class EngineChannel:
             return
         self._reader.cancel()
         self._close_sockets()
-        for queue in self._queues.values():
-            queue.put_nowait(EngineExitedError(reason))
+        for job in self._jobs.values():
+            job.put(EngineExitedError(reason))
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(EngineExitedError(reason))
@@ -155,11 +164,6 @@ class EngineChannel:
             raise EngineExitedError("the engine has exited")
         await self._socket.send_multipart([b"", pickle.dumps(message)])
 
-    def _send_nowait(self, message: object) -> None:
-        """For clean-up, where nothing may be awaited: without a limit it is sent at once."""
-        if not self._socket.closed:
-            self._socket.send_multipart([b"", pickle.dumps(message)])
-
     async def _read(self) -> None:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
@@ -175,10 +179,60 @@ class EngineChannel:
                 if future is not None and not future.done():
                     future.set_result(message)
             case Accepted(request_id) | ProgressUpdate(request_id) | Generated(request_id):
-                if (queue := self._queues.get(request_id)) is not None:
-                    queue.put_nowait(message)
+                if (job := self._jobs.get(request_id)) is not None:
+                    job.put(message)
             case _:
                 logger.warning("%s sent a %s", self.endpoint, type(message).__name__)
+
+
+class ChannelJob:
+    """A request on its way to a scheduler, or there; as `Job`, but for its place in the queue.
+
+    Args:
+        channel: to the scheduler.
+        request_id: of the request.
+    """
+
+    def __init__(self, channel: EngineChannel, request_id: str) -> None:
+        self.request_id = request_id
+        self._channel = channel
+        self._messages: asyncio.Queue[_Message | EngineExitedError] = asyncio.Queue()
+        self._ended = self._closed = False
+        channel.add(self)
+
+    def put(self, message: "_Message | EngineExitedError") -> None:
+        """A message has come, or nothing will come any more."""
+        self._messages.put_nowait(message)
+
+    async def receive(self) -> "_Message":
+        """The next message.
+
+        Raises:
+            EngineExitedError: the scheduler has gone.
+        """
+        message = await self._messages.get()
+        self._ended = isinstance(message, Generated | EngineExitedError)
+        if isinstance(message, EngineExitedError):
+            raise message
+        return message
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ProgressUpdate | Generated:
+        if self._ended:
+            raise StopAsyncIteration
+        message = await self.receive()
+        assert not isinstance(message, Accepted), "a request is accepted once"
+        return message
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._channel.remove(self, cancel=not self._ended)
+
+
+_Message = Accepted | ProgressUpdate | Generated
 
 
 class _Unpickler(pickle.Unpickler):

@@ -3,18 +3,17 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import zmq.asyncio
 
-from krea2_server.engine.base import QueuePosition, Update
-from krea2_server.engine.channel import EngineChannel, EngineExitedError
+from krea2_server.engine.channel import ChannelJob, EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
-from krea2_srt.messages import GenerateRequest, ModelInfo
+from krea2_srt.messages import Generated, GenerateRequest, ModelInfo, ProgressUpdate
 from krea2_srt.routing import ReplicaExited, Replicas, image_ms
 
 logger = logging.getLogger(__name__)
@@ -115,23 +114,24 @@ class EngineClient:
         replica = self.replicas[index]
         return time.monotonic() - replica.answered if replica.channel is not None else 0.0
 
-    async def generate(
-        self, message: GenerateRequest
-    ) -> AsyncGenerator[QueuePosition | Update, None]:
+    async def submit(self, message: GenerateRequest) -> "ClientJob":
         """See `Engine`; it is generated where it waits least."""
         work = image_ms(message.image, message.image.num_images)
+        place = ExitStack()
         try:
-            with self.routing.place(work) as assignment:
-                channel = self.replicas[assignment.index].channel
-                assert channel is not None
-                yield QueuePosition(partial(self.routing.ahead, assignment))
-                async with aclosing(channel.generate(message)) as updates:
-                    async for update in updates:
-                        yield update
-        except ReplicaExited:
-            raise self.unavailable() from None
-        except EngineExitedError as error:
-            raise engine_unavailable(f"{error}; send the request again") from None
+            assignment = place.enter_context(self.routing.place(work))
+            channel = self.replicas[assignment.index].channel
+            assert channel is not None
+            job = await channel.submit(message)
+        except BaseException as error:
+            place.close()
+            match error:
+                case ReplicaExited():
+                    raise self.unavailable() from None
+                case EngineExitedError():
+                    raise _exited(error) from None
+            raise
+        return ClientJob(job, place, partial(self.routing.ahead, assignment))
 
     def unavailable(self) -> ApiError:
         if self.routing.live:
@@ -159,6 +159,42 @@ class EngineClient:
             except (TimeoutError, EngineExitedError) as error:
                 logger.debug("%s has not answered: %s", replica.channel.endpoint, error)
             await asyncio.sleep(POLL_S)
+
+
+class ClientJob:
+    """A `Job` of an `EngineClient`.
+
+    Args:
+        job: on the channel of its replica.
+        place: its place among that replica's requests, given up when it is closed.
+        count_ahead: see `ahead`.
+    """
+
+    def __init__(self, job: ChannelJob, place: ExitStack, count_ahead: Callable[[], int]) -> None:
+        self._job = job
+        self._place = place
+        self._count_ahead = count_ahead
+
+    @property
+    def ahead(self) -> int:
+        return self._count_ahead()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ProgressUpdate | Generated:
+        try:
+            return await anext(self._job)
+        except EngineExitedError as error:
+            raise _exited(error) from None
+
+    def close(self) -> None:
+        self._job.close()
+        self._place.close()
+
+
+def _exited(error: EngineExitedError) -> ApiError:
+    return engine_unavailable(f"{error}; send the request again")
 
 
 async def _model(channel: EngineChannel) -> ModelInfo:

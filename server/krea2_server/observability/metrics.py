@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from krea2_server.api.parameters import GenerationParams
 from krea2_server.engine.base import Engine
 from krea2_server.moderation.moderator import Moderator
-from krea2_srt.messages import Generated
+from krea2_srt.messages import Generated, GenerateRequest
+from krea2_srt.request import ImageRequest
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _SIDES = (256, 512, 768, 1024, 1536, 2048)
@@ -157,18 +157,18 @@ class Metrics:
         """
         self._requests.labels(outcome).inc()
 
-    def done(self, params: GenerationParams, generated: Generated, seconds: float) -> None:
+    def done(self, message: GenerateRequest, generated: Generated, seconds: float) -> None:
         """Count what one that is done has taken.
 
         Args:
             seconds: from its validation until its images were there.
         """
-        size = _size_class(params)
+        size = _size_class(message.image)
         self._request_seconds.labels(size).observe(seconds)
         self._images.labels(size).inc(len(generated.images))
         for stage, ms in generated.stage_ms.items():
             self._stage_seconds.labels(stage).observe(ms / 1e3)
-        step_ms = generated.stage_ms.get("denoise", 0.0) / params.image.steps
+        step_ms = generated.stage_ms.get("denoise", 0.0) / message.image.steps
         self._step_seconds.observe(step_ms / 1e3)
 
     def text(self) -> bytes:
@@ -176,9 +176,9 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-def _size_class(params: GenerationParams) -> str:
+def _size_class(image: ImageRequest) -> str:
     # Not the size itself: clients could make as many series as there are sizes.
-    pixels = params.image.width * params.image.height
+    pixels = image.width * image.height
     side = next((side for side in _SIDES if pixels <= side**2), None)
     return _class_of(side) if side else "more"
 

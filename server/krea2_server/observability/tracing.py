@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from krea2_server.api.parameters import GenerationParams
+from krea2_server.errors import ApiError
 from krea2_srt.errors import ConfigError, how_to_install
-from krea2_srt.messages import Generated
+from krea2_srt.messages import Generated, GenerateRequest
 
 
 class RequestSpan:
@@ -51,6 +51,19 @@ class RequestSpan:
         self._span.end()
 
 
+@contextmanager
+def outcome_of(span: RequestSpan) -> Iterator[None]:
+    """Tell a span of the error that a part of its request ends in."""
+    try:
+        yield
+    except ApiError as error:
+        span.outcome = error.code or str(error.status)
+        raise
+    except Exception:
+        span.outcome = "internal_error"
+        raise
+
+
 class Tracing:
     """Where traces go.
 
@@ -79,19 +92,19 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     @contextmanager
-    def request(self, request_id: str, params: GenerationParams) -> Iterator[RequestSpan]:
+    def request(self, message: GenerateRequest) -> Iterator[RequestSpan]:
         """The span of a request; never the prompt's text."""
         if self._provider is None:
             yield RequestSpan()
             return
         tracer = self._provider.get_tracer("krea2_srt.server")
-        image = params.image
+        image = message.image
         attributes = {
-            "krea2.request_id": request_id,
-            "krea2.size": params.size,
+            "krea2.request_id": message.request_id,
+            "krea2.size": image.size,
             "krea2.steps": image.steps,
             "krea2.images": image.num_images,
-            "krea2.stream": params.stream,
+            "krea2.stream": message.progress,
         }
         span = RequestSpan(tracer, tracer.start_span("images.generations", attributes=attributes))
         try:

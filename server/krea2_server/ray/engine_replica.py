@@ -4,20 +4,19 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ray import serve
 from ray.serve.request_router import ReplicaID
 
-from krea2_server.engine.base import QueuePosition, Update
 from krea2_server.engine.client import EngineClient
 from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_srt.messages import GenerateRequest
+from krea2_srt.messages import Accepted, Generated, GenerateRequest, ProgressUpdate
 from krea2_srt.routing import image_ms
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,8 @@ class EngineReplica:
 
     async def generate(
         self, message: GenerateRequest, source: str
-    ) -> AsyncGenerator[Update | Unavailable, None]:
-        """Generate; see `Engine`. The last message is `Generated` or `Unavailable`.
+    ) -> AsyncGenerator[Accepted | ProgressUpdate | Generated | Unavailable, None]:
+        """Generate: the messages of an engine; the last is `Generated` or `Unavailable`.
 
         Args:
             source: whose request it is, for `record_routing_stats`.
@@ -75,13 +74,15 @@ class EngineReplica:
         work = image_ms(message.image, message.image.num_images)
         self._sent[source] += work
         try:
-            async with aclosing(self._client.generate(message)) as updates:
-                async for update in updates:
-                    # Where it stands, the router that sent it knows as well.
-                    if not isinstance(update, QueuePosition):
-                        yield update
+            with closing(await self._client.submit(message)) as job:
+                yield Accepted(message.request_id)
+                async for update in job:
+                    yield update
         except ApiError as error:
-            yield Unavailable(serve.get_replica_context().replica_id, error.message)
+            if error.cause is not None:
+                yield Generated(message.request_id, error=error.cause)
+            else:
+                yield Unavailable(serve.get_replica_context().replica_id, error.message)
         finally:
             self._sent[source] -= work
             if not self._sent[source]:

@@ -2,17 +2,16 @@
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Self
 
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.request_router import ReplicaID
 
-from krea2_server.engine.base import QueuePosition, Update
-from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
+from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable, from_engine
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
 from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
@@ -21,6 +20,8 @@ from krea2_srt.request import RequestLimits
 logger = logging.getLogger(__name__)
 
 _MODEL_FIELDS = {field.name for field in fields(ModelInfo)}
+
+Message = Accepted | ProgressUpdate | Generated
 
 _LOST = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
 """A replica has gone, with what it generated."""
@@ -64,66 +65,133 @@ class RayEngine:
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         return {_name(replica): _report(member) for replica, member in self._fleet.members.items()}
 
-    async def generate(
-        self, message: GenerateRequest
-    ) -> AsyncGenerator[QueuePosition | Update, None]:
+    async def submit(self, message: GenerateRequest) -> "RayJob":
         """See `Engine`."""
-        yield QueuePosition(lambda: self._fleet.ahead(message.request_id))
-        started = time.monotonic()
-        seen: set[object] = set()
-        for last in (False, True):
-            if not self._fleet.members:
-                # Ray would keep it until there is one again.
-                raise self.unavailable()
-            try:
-                async with aclosing(self._generate(message, seen)) as updates:
-                    async for update in updates:
-                        yield update
-                return
-            except ApiError as error:
-                if last or error.code != "engine_unavailable":
-                    raise
-                logger.warning("%s: %s; trying another replica", message.request_id, error)
-            except _LOST as error:
-                if last:
-                    text = "the engine has exited; send the request again"
-                    raise engine_unavailable(text) from None
-                name = type(error).__name__
-                logger.warning("%s: %s; generating it again", message.request_id, name)
-            message = _again(message, time.monotonic() - started)
+        job = RayJob(self, message)
+        try:
+            first = await job.receive()
+        except BaseException:
+            job.close()
+            raise
+        if isinstance(first, Generated):
+            job.close()
+            assert first.error is not None, "a request that is done was accepted first"
+            raise from_engine(first.error)
+        return job
+
+    def send(self, message: GenerateRequest) -> DeploymentResponseGenerator[Any]:
+        """Give a request to a replica.
+
+        Raises:
+            ApiError: 503, none is there.
+        """
+        if not self._fleet.members:
+            # Ray would keep it until there is one again.
+            raise self.unavailable()
+        return self._handle.generate.remote(message, SOURCE)
+
+    def mark_suspect(self, replica: ReplicaID) -> None:
+        """A replica has refused a request, as its engine was away."""
+        self._fleet.mark_suspect(replica)
+
+    def ahead(self, request_id: str) -> int:
+        """See `Job.ahead`."""
+        return self._fleet.ahead(request_id)
 
     def unavailable(self) -> ApiError:
         again = "" if self._model is None else " again"
         return engine_unavailable(f"the model is being loaded{again}", ENGINE_RETRY_S)
 
-    async def _generate(
-        self, message: GenerateRequest, seen: set[object]
-    ) -> AsyncGenerator[Update, None]:
-        """One attempt, without what an earlier one has sent."""
-        response = self._handle.generate.remote(message, SOURCE)
-        ended = False
+
+class RayJob:
+    """A `Job` of a `RayEngine`: its messages, each once, from the first attempt or the second.
+
+    Args:
+        engine: whose request it is.
+        message: what is to be generated.
+    """
+
+    def __init__(self, engine: RayEngine, message: GenerateRequest) -> None:
+        self._engine = engine
+        self._message = message
+        self._started = time.monotonic()
+        self._seen: set[object] = set()
+        self._response: DeploymentResponseGenerator[Any] | None = None
+        self._second = self._ended = False
+
+    @property
+    def ahead(self) -> int:
+        return self._engine.ahead(self._message.request_id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ProgressUpdate | Generated:
+        if self._ended:
+            raise StopAsyncIteration
+        update = await self.receive()
+        assert not isinstance(update, Accepted), "a request is accepted once"
+        return update
+
+    def close(self) -> None:
+        response, self._response = self._response, None
+        if response is not None:
+            response.cancel()
+
+    async def receive(self) -> Message:
+        """The next message that has not been received.
+
+        Raises:
+            ApiError: there is no replica, or two have gone.
+        """
+        while True:
+            try:
+                update = await self._receive()
+            except ApiError as error:
+                if self._second or error.code != "engine_unavailable" or self._response is None:
+                    raise
+                logger.warning("%s: %s; trying another replica", self._message.request_id, error)
+                self._try_again()
+            except _LOST as error:
+                if self._second:
+                    text = "the engine has exited; send the request again"
+                    raise engine_unavailable(text) from None
+                name = type(error).__name__
+                logger.warning("%s: %s; generating it again", self._message.request_id, name)
+                self._try_again()
+            else:
+                if (key := _identity(update)) not in self._seen:
+                    self._seen.add(key)
+                    return update
+
+    async def _receive(self) -> Message:
+        """The next message of this attempt."""
+        if self._response is None:
+            self._response = self._engine.send(self._message)
         try:
-            async for update in response:
-                ended = isinstance(update, Generated | Unavailable)
-                if isinstance(update, Unavailable):
-                    self._fleet.mark_suspect(update.replica)
-                    raise engine_unavailable(update.reason)
-                if (key := _identity(update)) not in seen:
-                    seen.add(key)
-                    yield update
+            update: Message | Unavailable = await anext(self._response)
+        except StopAsyncIteration:
+            text = "the engine has stopped in the middle of a request"
+            raise engine_unavailable(text) from None
         except BackPressureError:
             text = "too many requests are waiting; try again later"
             raise ApiError(
                 503, text, "too_many_requests", retry_after_s=ENGINE_RETRY_S, retry=True
             ) from None
-        finally:
-            if not ended:
-                response.cancel()
-        if not ended:
-            raise engine_unavailable("the engine has stopped in the middle of a request")
+        if isinstance(update, Unavailable):
+            self._engine.mark_suspect(update.replica)
+            raise engine_unavailable(update.reason)
+        if isinstance(update, Generated):
+            self._ended, self._response = True, None
+        return update
+
+    def _try_again(self) -> None:
+        self.close()
+        self._second = True
+        self._message = _again(self._message, time.monotonic() - self._started)
 
 
-def _identity(update: Update) -> object:
+def _identity(update: Message) -> object:
     match update:
         case ProgressUpdate():
             return update.sequence, update.step, update.preview is not None

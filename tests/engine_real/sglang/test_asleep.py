@@ -25,9 +25,9 @@ def scheduler(harness):
             self._engine = harness.engine
             self._inflight_finalizes = []
             self.replies = []
-
-        def _reply(self, item, output):
-            self.replies.append(output.error)
+            self._replies = SimpleNamespace(
+                reply=lambda identity, payload, output: self.replies.append(output.error)
+            )
 
     return Asleep()
 
@@ -77,8 +77,10 @@ def test_deadlines_pass_all_the_same(scheduler, harness):
 
 
 def test_new_requests_are_refused(scheduler, harness):
-    scheduler._submit(SimpleNamespace(reqs=()))
-    assert scheduler.replies == ["Server is sleeping. Call resume_memory_occupation first."]
+    refused = []
+    scheduler._submit(SimpleNamespace(request_id="x", failed=refused.append))
+    assert [error.code for error in refused] == ["engine_unavailable"]
+    assert "sleeping" in str(refused[0])
     assert harness.engine.idle
 
 

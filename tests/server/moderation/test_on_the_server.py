@@ -149,7 +149,7 @@ def test_without_its_checker_nothing_is_generated(moderated, engine, watched):
 
 
 def test_a_failed_request_has_no_images_to_check(moderated, engine, judge):
-    engine.error = EngineError("failed", "it went wrong")
+    engine.error = EngineError("generation_failed", "it went wrong")
     assert moderated.post(OTHER, **FIELDS).status_code == 500
     assert judge.images == 0
 

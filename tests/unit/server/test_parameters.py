@@ -16,18 +16,22 @@ from krea2_srt.testing.fake_engine import MODEL
 RAW = dataclasses.replace(MODEL, distilled=False, default_steps=52, default_guidance=3.5)
 
 
+def asked(**fields) -> ImageGenerationRequest:
+    return ImageGenerationRequest.model_validate({"prompt": "a fox", **fields})
+
+
 def resolved(model=MODEL, max_n=10, max_prompt=32_000, **fields):
-    request = ImageGenerationRequest.model_validate({"prompt": "a fox", **fields})
-    return resolve(request, model, max_n=max_n, max_prompt=max_prompt)
+    request = asked(**fields)
+    return resolve(request, "id", model, max_n=max_n, max_prompt=max_prompt)
 
 
 def test_defaults_are_the_models():
     turbo, raw = resolved(), resolved(RAW)
-    assert (turbo.image.steps, turbo.image.guidance, turbo.size) == (8, 0.0, "1024x1024")
+    assert (turbo.image.steps, turbo.image.guidance, turbo.image.size) == (8, 0.0, "1024x1024")
     assert (raw.image.steps, raw.image.guidance) == (52, 3.5)
-    assert (turbo.output_format, turbo.compression, turbo.quality) == ("png", 100, "medium")
-    assert not turbo.stream
-    assert not turbo.as_url
+    assert (turbo.output_format, turbo.quality) == ("png", 100)
+    assert not turbo.progress
+    assert not asked().wants_urls
 
 
 def test_null_is_as_good_as_absent():
@@ -51,9 +55,9 @@ def test_null_is_as_good_as_absent():
 )
 def test_a_quality_is_steps_and_a_size(quality, steps, size):
     found = resolved(quality=quality)
-    assert (found.image.steps, found.size) == (steps, size)
+    assert (found.image.steps, found.image.size) == (steps, size)
     assert resolved(quality=quality, num_inference_steps=3).image.steps == 3
-    assert resolved(quality=quality, size="256x512").size == "256x512"
+    assert resolved(quality=quality, size="256x512").image.size == "256x512"
 
 
 def test_every_quality_fits_any_limits():
@@ -65,8 +69,8 @@ def test_every_quality_fits_any_limits():
 
 def test_no_quality_is_larger_than_what_the_model_was_trained_on():
     demo = dataclasses.replace(MODEL, trained_side=256)
-    assert {resolved(demo, quality=quality).size for quality in PRESETS} == {"256x256"}
-    assert resolved(demo, size="512x512").size == "512x512"
+    assert {resolved(demo, quality=quality).image.size for quality in PRESETS} == {"256x256"}
+    assert resolved(demo, size="512x512").image.size == "512x512"
 
 
 def test_a_random_seed_is_chosen_where_none_is_given():
@@ -77,8 +81,8 @@ def test_a_random_seed_is_chosen_where_none_is_given():
 
 
 def test_width_and_height_are_another_way_to_say_size():
-    assert resolved(width=512, height=256).size == "512x256"
-    assert resolved(width=512, height=256, size="512x256").size == "512x256"
+    assert resolved(width=512, height=256).image.size == "512x256"
+    assert resolved(width=512, height=256, size="512x256").image.size == "512x256"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,6 @@ def test_what_the_model_cannot_do_is_told(field, value, code):
 
 
 def test_the_identifier_of_a_user_may_have_its_older_name():
-    assert resolved(user="u").safety_identifier == "u"
-    assert resolved(user="u", safety_identifier="s").safety_identifier == "s"
-    assert resolved(user="u", safety_identifier="").safety_identifier == "u"
+    assert asked(user="u").end_user == "u"
+    assert asked(user="u", safety_identifier="s").end_user == "s"
+    assert asked(user="u", safety_identifier="").end_user == "u"

@@ -1,18 +1,24 @@
 """Requests over Ray, and what a replica's death does to them: on a handle that does as told."""
 
 import asyncio
+from contextlib import closing
 
 import numpy as np
 import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from krea2_server.engine.base import QueuePosition
 from krea2_server.errors import ApiError
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import Fleet
 from krea2_server.ray.ray_engine import RayEngine
-from krea2_srt.messages import Accepted, Generated, GenerateRequest, ProgressUpdate
+from krea2_srt.messages import (
+    Accepted,
+    EngineError,
+    Generated,
+    GenerateRequest,
+    ProgressUpdate,
+)
 from krea2_srt.request import ImageRequest
 
 DEATH = DeploymentUnavailableError(None)
@@ -74,30 +80,30 @@ def fleet_of(*replicas: str) -> Fleet:
     return fleet
 
 
-async def collect(handle: Handle, wanted: GenerateRequest | None = None) -> list:
-    engine = RayEngine(handle, fleet_of("a"))
-    return [update async for update in engine.generate(wanted or message())]
+async def collect(engine: RayEngine, wanted: GenerateRequest | None = None) -> list:
+    """What comes after it was accepted."""
+    with closing(await engine.submit(wanted or message())) as job:
+        return [update async for update in job]
 
 
 def run(handle: Handle, wanted: GenerateRequest | None = None) -> list:
-    position, *updates = asyncio.run(collect(handle, wanted))
-    assert isinstance(position, QueuePosition)
-    return updates
+    return asyncio.run(collect(RayEngine(handle, fleet_of("a")), wanted))
 
 
-WHOLE = [Accepted("id"), progress(1), progress(2), progress(2, True), progress(3), Generated("id")]
+UPDATES = [progress(1), progress(2), progress(2, True), progress(3), Generated("id")]
+WHOLE = [Accepted("id"), *UPDATES]
 
 
 def test_updates_pass():
     handle = Handle(WHOLE)
-    assert run(handle) == WHOLE
+    assert run(handle) == UPDATES
     assert not handle.responses[0].cancelled
 
 
 @pytest.mark.parametrize("seen", range(6))
 def test_after_a_death_the_client_sees_each_update_once(seen):
     handle = Handle([*WHOLE[:seen], DEATH], WHOLE)
-    assert run(handle) == WHOLE
+    assert run(handle) == UPDATES
     assert [response.cancelled for response in handle.responses] == [True, False]
 
 
@@ -111,7 +117,7 @@ def test_a_second_death_is_the_clients_error():
 
 def test_a_replica_whose_engine_is_down_is_left_for_another():
     lost = Unavailable("a", "the engine has exited")
-    assert run(Handle([*WHOLE[:2], lost], WHOLE)) == WHOLE
+    assert run(Handle([*WHOLE[:2], lost], WHOLE)) == UPDATES
     with pytest.raises(ApiError, match="the engine has exited") as raised:
         run(Handle([lost], [lost], WHOLE))
     assert (raised.value.status, raised.value.code) == (503, "engine_unavailable")
@@ -122,12 +128,7 @@ def test_such_a_replica_is_doubted_though_its_last_report_was_good():
     fleet.update({"a": {"ready": True}, "b": {"ready": True, "outstanding_ms": {"other": 999}}})
     assert fleet.ranking(1, ["a", "b"]) == ["a", "b"]
     engine = RayEngine(Handle([Unavailable("a", "the engine has exited")], WHOLE), fleet)
-
-    async def generate() -> None:
-        async for _ in engine.generate(message()):
-            pass
-
-    asyncio.run(generate())
+    asyncio.run(collect(engine))
     assert fleet.ranking(1, ["a", "b"]) == ["b", "a"]
     assert engine.num_ready == 1
 
@@ -140,17 +141,13 @@ def test_a_fault_of_the_replica_is_not_tried_again():
 
 
 def test_a_stream_that_ends_in_the_middle_is_tried_again():
-    assert run(Handle(WHOLE[:3], WHOLE)) == WHOLE
+    assert run(Handle(WHOLE[:3], WHOLE)) == UPDATES
 
 
 def test_without_a_replica_nobody_is_kept_waiting():
     handle = Handle(WHOLE)
-
-    async def generate() -> list:
-        return [update async for update in RayEngine(handle, Fleet()).generate(message())]
-
     with pytest.raises(ApiError, match="the model is being loaded"):
-        asyncio.run(generate())
+        asyncio.run(collect(RayEngine(handle, Fleet())))
     assert not handle.messages
 
 
@@ -173,13 +170,20 @@ def test_whoever_stops_listening_cancels():
     handle = Handle(WHOLE)
 
     async def listen() -> None:
-        updates = RayEngine(handle, fleet_of("a")).generate(message())
-        assert isinstance(await anext(updates), QueuePosition)
-        assert await anext(updates) == Accepted("id")
-        await updates.aclose()
+        with closing(await RayEngine(handle, fleet_of("a")).submit(message())) as job:
+            assert await anext(job) == progress(1)
 
     asyncio.run(listen())
     assert handle.responses[0].cancelled
+
+
+def test_a_refusal_is_raised_and_not_tried_again():
+    refused = Generated("id", error=EngineError("queue_full", "full", retry_after_s=2.0))
+    handle = Handle([refused], WHOLE)
+    with pytest.raises(ApiError, match="full") as raised:
+        run(handle)
+    assert (raised.value.status, raised.value.retry_after_s) == (429, 2.0)
+    assert len(handle.messages) == 1
 
 
 def test_the_model_is_what_the_first_replica_says_and_stays():
