@@ -55,12 +55,12 @@ def statistics(endpoint: str, timeout_s: float = PATIENCE_S) -> dict:
         return channel.ask(GetStatistics(), timeout_s).output
 
 
-def wait_until(condition, timeout_s: float = PATIENCE_S):
+def wait_until(condition, timeout_s: float = PATIENCE_S, poll_s: float = 0.02):
     """Ask until an answer is true; returns it."""
     deadline = time.monotonic() + timeout_s
     while not (answer := condition()):
         assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+        time.sleep(poll_s)
     return answer
 
 
