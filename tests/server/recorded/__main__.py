@@ -3,12 +3,16 @@
 import tempfile
 from pathlib import Path
 
-from tests.server.recorded.recording import play_all, save
+from tests.server.recorded.recording import FAILED, play_all, save
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name, records in play_all(Path(folder)).items():
+        played = play_all(Path(folder))
+        for name, records in played.items():
+            if FAILED in records[-1]:
+                raise SystemExit(f"nothing is recorded: on the server {name!r}, {records[-1]}")
+        for name, records in played.items():
             save(name, records)
             print(f"{name}: {len(records)} exchanges")
 

@@ -57,19 +57,19 @@ class Connection:
         head = self._head()
         assert head == ("HTTP/1.1 100 Continue",), head
 
-    def read_until(self, text: bytes, times: int = 1) -> None:
+    def read_until(self, text: str, times: int = 1) -> None:
         """Read until a text has come so often."""
-        while self._received.count(text) < times:
+        while self._received.count(text.encode()) < times:
             self._more()
 
-    def so_far(self, text: bytes, times: int) -> Answer:
-        """What has come, up to a text's end."""
+    def so_far(self, text: str, times: int) -> Answer:
+        """What has come, up to a text's end; nothing if it is empty."""
         if not text:
             return Answer((), (), False)
         end = -1
         for _ in range(times):
-            end = self._received.index(text, end + 1)
-        self._received = self._received[: end + len(text)]
+            end = self._received.index(text.encode(), end + 1)
+        self._received = self._received[: end + len(text.encode())]
         head = self._head()
         return Answer(head, tuple(self._chunks(partial=True)), False)
 
@@ -96,14 +96,14 @@ class Connection:
         return Answer(head, body, closed)
 
     def _head(self) -> tuple[str, ...]:
-        self.read_until(b"\r\n\r\n")
+        self.read_until("\r\n\r\n")
         head, _, self._received = self._received.partition(b"\r\n\r\n")
         return tuple(head.decode("latin-1").split("\r\n"))
 
     def _chunks(self, partial: bool = False) -> list[bytes]:
         chunks: list[bytes] = []
         while not (partial and b"\r\n" not in self._received):
-            self.read_until(b"\r\n")
+            self.read_until("\r\n")
             size, _, self._received = self._received.partition(b"\r\n")
             if partial and len(self._received) < int(size, 16) + 2:
                 return [*chunks, self._received]

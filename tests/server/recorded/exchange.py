@@ -14,6 +14,10 @@ JSON = {"content-type": "application/json"}
 LAST_URL = "the path of the last URL that the server gave"
 DEFAULTS = {"prompt": "a red fox", "size": "64x64", "seed": 7}
 
+HOLD = {"hold": True}
+TWO_STEPS = {"num_inference_steps": 2, "partial_images": 1}
+ACCEPTED = ": queued ahead=0\n\n"
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -50,6 +54,11 @@ class Exchange:
     hangs_up: bool = False
     logged: bool = True
     counted: bool = True
+
+    @property
+    def has_seed(self) -> bool:
+        """Whether the client chooses it."""
+        return b'"seed"' in (self.raw or self.body or b"")
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -91,3 +100,7 @@ def stream(name: str, fields: Mapping[str, object] | None = None, **options: Any
 def get(path: str, name: str = "", method: str = "GET", **options: Any) -> Exchange:
     """A request without a body."""
     return Exchange(name or f"{method} {path}", method, path, **options)
+
+
+HELD = generate("held")
+"""To be beside another."""

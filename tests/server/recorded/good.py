@@ -60,7 +60,6 @@ def _fields() -> list[Exchange]:
         {"model": "krea-2-turbo"},
         {"model": "krea/Krea-2-Turbo"},
         {"model": "gpt-image-1"},
-        {"prompt": "狐狸 🦊 «renard» \u202e\x00\x1b[2J"},
         {"prompt": "x" * 32_000},
         {**_GUIDED, "negative_prompt": "y" * 32_000},
     ]
@@ -177,6 +176,7 @@ def _name(fields: dict[str, object]) -> str:
 GOOD = [
     generate("nothing but the usual"),
     generate("every field null", fields=_ALL_NULL),
+    generate("a prompt of odd signs", fields={"prompt": "狐狸 🦊 «renard» \u202e\x00\x1b[2J"}),
     *_fields(),
     *_qualities(),
     *_seeds(),

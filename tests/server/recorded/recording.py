@@ -6,27 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tests.server.recorded.bounds import BOUNDS
 from tests.server.recorded.engine_errors import ENGINE_ERRORS
 from tests.server.recorded.exchange import Exchange
 from tests.server.recorded.good import GOOD
+from tests.server.recorded.guarded import KEYS, KEYS_FILE, MODERATED, POLICY
+from tests.server.recorded.hang_ups import HANG_UPS
+from tests.server.recorded.leaving import LEAVING
+from tests.server.recorded.operations import FILES, METRICS, OPERATIONS, QUEUES, STORAGE_KEY
 from tests.server.recorded.refusals import REFUSALS
-from tests.server.recorded.scenes import (
-    BOUNDS,
-    FILES,
-    HANG_UPS,
-    KEYS,
-    KEYS_FILE,
-    LEAVING,
-    METRICS,
-    MODERATED,
-    OPERATIONS,
-    POLICY,
-    QUEUES,
-    STORAGE_KEY,
-)
 from tests.server.recorded.stage import Setting, stage
 
 Record = dict[str, Any]
+
+FAILED = "failed"
 
 FOLDER = Path(__file__).parent
 
@@ -43,10 +36,16 @@ SETTINGS = {
             *("--storage", "none", "--no-playground", "--allow-unknown-fields"),
             *("--served-model-name", "foxes", "--max-n", "2", "--max-prompt", "40"),
             *("--max-requests", "1", "--max-body-bytes", "2000", "--max-header-bytes", "2000"),
-            *("--body-timeout-s", "0.5", "--header-timeout-s", "0.5", "--keepalive-s", "0.5"),
+            *("--body-timeout-s", "1", "--header-timeout-s", "1", "--keepalive-s", "1"),
         )
     ),
-    "leaving": Setting(("--drain-timeout-s", "1"), engine=False),
+    "leaving": Setting(
+        (
+            *("--drain-timeout-s", "1", "--max-storage-bytes", "150"),
+            *("--public-url", "https://pictures.test/base/"),
+        ),
+        engine=False,
+    ),
 }
 
 EXCHANGES: dict[str, list[Exchange]] = {
@@ -69,13 +68,23 @@ EXCHANGES: dict[str, list[Exchange]] = {
 def play_all(folder: Path) -> dict[str, list[Record]]:
     """What comes of every exchange now, by the server's name; all servers run at a time.
 
+    A server's last record is of an exchange that has failed, with the reason, if one has.
+
     Args:
         folder: for their files.
     """
 
     def play(name: str) -> list[Record]:
+        records: list[Record] = []
         with stage(SETTINGS[name], folder / name) as playing:
-            return [playing.play(exchange) for exchange in EXCHANGES[name]]
+            for exchange in EXCHANGES[name]:
+                try:
+                    records.append(playing.play(exchange))
+                except (AssertionError, OSError, ValueError) as error:
+                    records.append({"name": exchange.name, FAILED: repr(error)})
+                    playing.stop_engine()  # whatever is under way ends with it
+                    break
+        return records
 
     with ThreadPoolExecutor(len(SETTINGS)) as threads:
         return dict(zip(SETTINGS, threads.map(play, SETTINGS), strict=True))

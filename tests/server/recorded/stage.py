@@ -121,7 +121,7 @@ class Stage:
         self._engine.tell(told)
 
     def end(self) -> None:
-        """Wait for a server that was told to end: to be told again would kill it."""
+        """Wait for a server that was told to end: told again, it would end at once."""
         if self._drained:
             self.server.process.wait()
 
@@ -160,29 +160,31 @@ class Stage:
 
     def _answer(self, exchange: Exchange, connection: Connection) -> Answer:
         if exchange.until is not None:
-            text, times = exchange.until[0].encode(), exchange.until[1]
-            connection.read_until(text, times)
-        elif exchange.hangs_up:
-            text, times = b"", 0
-            wait_until(lambda: self._engine.waiting == 1)
+            connection.read_until(*exchange.until)
         if exchange.hangs_up:
-            answer = connection.so_far(text, times)
-            connection.close()
-            wait_until(lambda: self._engine.cancelled)
-            return answer
+            return self._hang_up(exchange, connection)
         if exchange.until is not None:
             self._engine.hold.clear()
         return connection.answer(to_head=exchange.method == "HEAD")
+
+    def _hang_up(self, exchange: Exchange, connection: Connection) -> Answer:
+        if exchange.raw is not None:  # a part of a request, which reaches no engine
+            connection.close()
+            return Answer((), (), False)
+        wait_until(lambda: self._engine.waiting == 1)
+        answer = connection.so_far(*exchange.until or ("", 0))
+        connection.close()
+        wait_until(lambda: self._engine.cancelled)
+        return answer
 
     def _recorded(self, exchange: Exchange, answer: Answer, beside: list[Answer]) -> dict[str, Any]:
         log = self._new_log_lines(exchange)
         requests, cancelled = list(self._engine.requests), list(self._engine.cancelled)
         own_id = answer.header("x-request-id")
-        if exchange.hangs_up:
+        if exchange.hangs_up and requests:
             own_id = own_id or requests[-1].request_id
             assert cancelled == [own_id]
-        chosen = requests and "seed" not in exchange.fields
-        seed = requests[-1].image.seed if chosen else None
+        seed = requests[-1].image.seed if requests and not exchange.has_seed else None
         file_name = self._last_url.partition("?")[0].rpartition("/")[2].partition(".")[0]
         normal = Normaliser(exchange, own_id, seed, file_name)
         values: dict[str, Any] = {"name": exchange.name, "request": describe(exchange)}
