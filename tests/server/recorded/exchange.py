@@ -56,6 +56,11 @@ class Exchange:
     counted: bool = True
 
     @property
+    def may_count(self) -> bool:
+        """Whether there may be a request for images in it, and the server can be asked."""
+        return self.counted and (self.path.startswith(IMAGES) or bool(self.beside))
+
+    @property
     def has_seed(self) -> bool:
         """Whether the client chooses it."""
         return b'"seed"' in (self.raw or self.body or b"")

@@ -101,7 +101,7 @@ class Stage:
             self._engine.hold.clear()
         answers = [other.answer() for other in beside]
         values = self._recorded(exchange, answer, answers)
-        if exchange.counted:
+        if exchange.may_count:
             before, self._counted = self._counted, self._counts()
             changes = {name: n - before.get(name, 0) for name, n in self._counted.items()}
             if any(changes.values()):
