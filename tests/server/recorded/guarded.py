@@ -1,12 +1,15 @@
 """A server with keys, whose rights and limits differ, and with content checks."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from tests.server.recorded.exchange import JSON, TWO_STEPS, Exchange, generate, get, stream
 from tests.server.recorded.operations import METRICS
 
 TEAM, BATCH, SLOW = "sk-team-0123456789", "sk-batch-0123456789", "sk-slow-0123456789"
 
 
-def _with_key(key: str, name: str, fields: dict[str, object], **options: object) -> Exchange:
+def _with_key(key: str, name: str, fields: Mapping[str, object], **options: Any) -> Exchange:
     return generate(name, headers={"authorization": f"Bearer {key}"}, fields=fields, **options)
 
 
