@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from krea2_srt.errors import RequestError
+from krea2_srt.setting import check_settings, setting
 
 SIZE_MULTIPLE = 16
 """Widths and heights are multiples of this many pixels: the VAE's 8 times the DiT's patch of 2."""
@@ -23,23 +24,25 @@ MU_RANGE = (-10.0, 10.0)
 
 @dataclass(frozen=True)
 class RequestLimits:
-    """The largest request that is accepted.
+    """The largest request that is accepted. All but the last are settings of the engine too."""
 
-    Attributes:
-        max_side: pixels of the longer side.
-        max_pixels: width times height. The model is meant for up to 2048 x 2048.
-        max_steps: denoising steps.
-        max_images: images of one request.
-        max_guidance: guidance scale, Krea's convention (0 is off).
-        max_prompt: characters of a prompt; the model reads the first 512 tokens.
-    """
+    max_side: int = setting(4096, "pixels of an image's longer side", above=0)
+    max_pixels: int = setting(
+        2048 * 2048,
+        "width times height of an image, which the model is meant for up to 2048x2048",
+        above=0,
+    )
+    max_steps: int = setting(200, "denoising steps of an image", above=0)
+    max_images: int = setting(64, "images of one request, whoever asks", above=0)
+    max_guidance: float = setting(
+        100.0, "largest guidance scale, Krea's; 0 allows no guidance", least=0
+    )
+    max_prompt: int = setting(
+        65_536, "characters of a prompt; the model reads the first 512 tokens", above=0
+    )
 
-    max_side: int = 4096
-    max_pixels: int = 2048 * 2048
-    max_steps: int = 200
-    max_images: int = 64
-    max_guidance: float = 100.0
-    max_prompt: int = 65_536
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -2,52 +2,59 @@
 
 from dataclasses import dataclass
 
-from krea2_srt.errors import ConfigError
+from krea2_srt.setting import check_settings, setting
 
 DTYPES = ("bfloat16", "float32")
 """What a model may be computed in where no SGLang decides it."""
 
-_CHOICES = {
-    "kernels": ("auto", "triton", "torch"),
-    "products": ("auto", "torch", "sglang", "triton"),
-    "fused_mlp": ("auto", "on", "off"),
-    "cuda_graphs": ("auto", "on", "off"),
-    "text_encoder": ("auto", "resident", "offload"),
-}
-
 
 @dataclass(frozen=True)
 class RunnerConfig:
-    """Fields, with their units and bounds. "auto" is the best that the device has.
-
-    Attributes:
-        attention: a back end of `krea2_srt.runner.attention`, or ``auto``.
-        kernels: what runs between the matrix multiplications: ``triton`` or ``torch``.
-        products: what multiplies in 8 bits: see `krea2_srt.runner.products`.
-        fused_mlp: ``on``: SwiGLU is computed by the product before it, from `kernels`; ``off``: by
-            a kernel of its own.
-        cuda_graphs: ``on`` or ``off``; on a CPU there are none.
-        max_graph_tokens: of a pack that is replayed; 0 is what memory allows.
-        warm_up_s: seconds of the start that captures and the like may take; what is not captured
-            then is when it comes.
-        text_encoder: ``resident``, or ``offload``: in host memory between uses.
-        gpu_memory_gib: that the model and its work may take; 0 is all that is free at the start.
+    """The model runner's settings, each of which says what it is for. "auto" is the best that the
+    device has.
     """
 
-    attention: str = "auto"
-    kernels: str = "auto"
-    products: str = "auto"
-    fused_mlp: str = "auto"
-    cuda_graphs: str = "auto"
-    max_graph_tokens: int = 0
-    warm_up_s: float = 20.0
-    text_encoder: str = "auto"
-    gpu_memory_gib: float = 0.0
+    attention: str = setting("auto", "attention back end; a name is taken without a race")
+    kernels: str = setting(
+        "auto",
+        "kernels between the matrix multiplications; torch has the references of Triton's",
+        choices=("auto", "triton", "torch"),
+    )
+    products: str = setting(
+        "auto",
+        "what multiplies in 8 bits; a name is taken without a race, sglang needs sglang-kernel",
+        choices=("auto", "torch", "sglang", "triton"),
+    )
+    fused_mlp: str = setting(
+        "auto",
+        "SwiGLU in the product before it; off on a CPU, with kernels torch and with int8",
+        choices=("auto", "on", "off"),
+    )
+    cuda_graphs: str = setting(
+        "auto",
+        "CUDA graphs; on refuses to start without them, and takes them without a race",
+        choices=("auto", "on", "off"),
+    )
+    max_graph_tokens: int = setting(
+        0,
+        "most tokens in a pack that is replayed, without a race; 0 is what a turn and memory allow",
+        least=0,
+    )
+    warm_up_s: float = setting(
+        20.0,
+        "seconds of the start for captures and first pictures; sglang generate and krea2-generate "
+        "take none",
+        least=0,
+    )
+    text_encoder: str = setting(
+        "auto",
+        "where the text encoder is between uses, offload is host memory; SGLang's "
+        "--text-encoder-cpu-offload says the same",
+        choices=("auto", "resident", "offload"),
+    )
+    gpu_memory_gib: float = setting(
+        0.0, "GiB of the GPU to take; 0 is all that is free at the start", least=0
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ConfigError(f"{name}: must be one of {', '.join(choices)}, got {value!r}")
-        for name in ("max_graph_tokens", "warm_up_s", "gpu_memory_gib"):
-            if not 0 <= (value := getattr(self, name)) < float("inf"):
-                raise ConfigError(f"{name}: must be 0 or greater, got {value}")
+        check_settings(self)

@@ -19,12 +19,13 @@ PACKAGES = {
 }
 BELOW = {
     "errors": set(),
-    "request": {"errors"},
+    "setting": {"errors"},
+    "request": {"errors", "setting"},
     "messages": {"errors", "request"},
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
-    "engine": {"errors", "request"},
-    "runner": {"errors", "request", "kernels", "model", "engine"},
+    "engine": {"errors", "setting", "request"},
+    "runner": {"errors", "setting", "request", "kernels", "model", "engine"},
     "routing": {"request", "engine"},
 }
 """What the lower rooms of krea2_srt may import of it."""
@@ -136,7 +137,8 @@ def test_only_the_adapters_import_sglang():
 
 
 def test_the_engine_and_the_shared_nouns_need_no_torch():
-    light = {f"krea2_srt.{name}" for name in ("engine", "errors", "request", "messages", "routing")}
+    shared = ("errors", "setting", "request", "messages", "routing", "environment")
+    light = {f"krea2_srt.{name}" for name in ("engine", *shared)}
     for module, file in modules().items():
         if room(module) in light:
             assert not HEAVY & {source.split(".")[0] for source, _ in names(file)}, module
