@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -18,13 +18,12 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.yaml_files import YamlFileError, read_yaml
 from krea2_srt.cli.errors import add_version
-from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
-from krea2_srt.runner.config import RunnerConfig
 
 COMMAND = "krea2-serve"
 PREFIX = "KREA2_SERVE_"
@@ -32,84 +31,6 @@ PREFIX = "KREA2_SERVE_"
 
 _NESTED = "__"
 _CONFIG = "config"
-
-
-_ENGINE_DEFAULTS = EngineConfig()
-_RUNNER_DEFAULTS = RunnerConfig()
-
-
-def _of_engine(text: str, name: str) -> Any:
-    """A setting whose default is the engine's own."""
-    return Field(None, description=f"{text}; default {getattr(_ENGINE_DEFAULTS, name)}")
-
-
-def _of_runner(text: str, name: str) -> Any:
-    """A setting whose default is the model runner's own."""
-    return Field(None, description=f"{text}; default {getattr(_RUNNER_DEFAULTS, name)}")
-
-
-class SchedulerSettings(BaseModel):
-    """What a scheduler process reads from its environment."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    def environment(self) -> dict[str, str]:
-        """As it reads them."""
-        return {
-            ENGINE_PREFIX + name.upper(): str(value)
-            for name, value in self.model_dump(exclude_none=True).items()
-        }
-
-
-class EngineSettings(SchedulerSettings):
-    """of the engine's step scheduler; see docs/scheduling.md"""
-
-    policy: str | None = _of_engine("order of the queue: edf or srpt", "policy")
-    max_turn_ms: float | None = _of_engine("longest planned unit of work", "max_turn_ms")
-    max_pack_tokens: int | None = _of_engine("most tokens in one forward", "max_pack_tokens")
-    max_pack_sequences: int | None = _of_engine("most images in one forward", "max_pack_sequences")
-    max_active_sequences: int | None = _of_engine(
-        "most images begun and not ended", "max_active_sequences"
-    )
-    max_paused_steps: int | None = _of_engine(
-        "most steps waiting between two slices", "max_paused_steps"
-    )
-    max_queue_s: float | None = _of_engine(
-        "estimated seconds of work beyond which requests are refused with 429", "max_queue_s"
-    )
-    max_side: int | None = _of_engine("pixels of an image's longer side", "max_side")
-    max_pixels: int | None = _of_engine("width times height of an image", "max_pixels")
-    max_steps: int | None = _of_engine("denoising steps of an image", "max_steps")
-    max_images: int | None = _of_engine("images of one request, whoever asks", "max_images")
-    max_guidance: float | None = _of_engine("largest guidance scale", "max_guidance")
-    turn_log: str | None = Field(
-        None, description="file that gets a line for each unit of work, for krea2-bench report"
-    )
-
-
-class RunnerSettings(SchedulerSettings):
-    """of the model runner; see docs/gpu.md"""
-
-    attention: str | None = _of_runner("attention back end", "attention")
-    kernels: str | None = _of_runner("triton or torch between matrix multiplications", "kernels")
-    products: str | None = _of_runner(
-        "torch, sglang or triton, which multiply in 8 bits", "products"
-    )
-    fused_mlp: str | None = _of_runner("on or off: SwiGLU in the product before it", "fused_mlp")
-    cuda_graphs: str | None = _of_runner("on or off", "cuda_graphs")
-    max_graph_tokens: int | None = _of_runner(
-        "most tokens in a pack that is replayed, 0 for what memory allows", "max_graph_tokens"
-    )
-    warm_up_s: float | None = _of_runner(
-        "seconds of the start for capturing graphs and the like", "warm_up_s"
-    )
-    text_encoder: str | None = _of_runner(
-        "resident, or offload to host memory between uses", "text_encoder"
-    )
-    gpu_memory_gib: float | None = _of_runner(
-        "memory of the GPU to take, 0 for all that is free", "gpu_memory_gib"
-    )
-
 
 # Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
 Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]

@@ -12,7 +12,8 @@ from krea2_server.api.quality import PRESETS
 from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.keys import Keys
 from krea2_server.moderation.policy import load_policy
-from krea2_server.settings import EngineSettings, Settings, load_settings
+from krea2_server.scheduler_settings import EngineSettings
+from krea2_server.settings import Settings, load_settings
 from krea2_srt.errors import KINDS, Krea2Error
 from tests.unit.server.test_parameters import RAW, resolved
 

@@ -5,7 +5,8 @@ import subprocess
 
 import pytest
 
-from krea2_server.settings import EngineSettings, RunnerSettings, Settings, load_settings
+from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
+from krea2_server.settings import Settings, load_settings
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
