@@ -9,6 +9,7 @@ from typing import Any
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.errors import ConfigError
 from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.service_links import is_service_link
 
 PREFIX = "KREA2_SRT_"
 
@@ -22,7 +23,7 @@ class Environment:
 
 
 def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
-    """Read ``KREA2_SRT_*``.
+    """Read ``KREA2_SRT_*``, but for Kubernetes' service links.
 
     Raises:
         ConfigError: naming the variable whose value is wrong, or that is unknown.
@@ -31,7 +32,7 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
     owners = {f.name: part for part, c in configs.items() for f in dataclasses.fields(c)}
     values: dict[str, dict[str, str | int | float]] = {part: {} for part in configs}
     for variable, text in variables.items():
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or is_service_link(variable, text):
             continue
         name = variable.removeprefix(PREFIX).lower()
         if name not in owners:

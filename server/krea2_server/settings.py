@@ -19,11 +19,13 @@ from pydantic_settings import (
 )
 
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
+from krea2_server.variables import Variables
 from krea2_server.yaml_files import YamlFileError, read_yaml
 from krea2_srt.cli.errors import add_version
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.service_links import is_service_link
 
 COMMAND = "krea2-serve"
 PREFIX = "KREA2_SERVE_"
@@ -163,7 +165,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # What is passed to the constructor is the file's.
-        return env_settings, init_settings
+        return Variables(settings_cls), init_settings
 
     @property
     def model_name(self) -> str:
@@ -315,8 +317,8 @@ def _read_file(path: str) -> dict[str, Any]:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    for variable in environment:
-        if not variable.startswith(PREFIX):
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX) or is_service_link(variable, text):
             continue
         name, *parts = variable.removeprefix(PREFIX).lower().split(_NESTED)
         field = Settings.model_fields.get(name)

@@ -8,6 +8,29 @@ from krea2_srt.errors import ConfigError
 from krea2_srt.request import RequestLimits
 from krea2_srt.runner.config import RunnerConfig
 
+
+def service_links(service: str, host: str = "10.0.0.1") -> dict[str, str]:
+    """What Kubernetes sets for a Service with the ports http (80) and dns (53, UDP)."""
+    name = service.upper().replace("-", "_")
+    address = f"[{host}]" if ":" in host else host
+    found = {
+        f"{name}_SERVICE_HOST": host,
+        f"{name}_SERVICE_PORT": "80",
+        f"{name}_SERVICE_PORT_HTTP": "80",
+        f"{name}_SERVICE_PORT_DNS": "53",
+        f"{name}_PORT": f"tcp://{address}:80",
+    }
+    for number, protocol in (("80", "tcp"), ("53", "udp")):
+        port = f"{name}_PORT_{number}_{protocol.upper()}"
+        found |= {
+            port: f"{protocol}://{address}:{number}",
+            f"{port}_PROTO": protocol,
+            f"{port}_PORT": number,
+            f"{port}_ADDR": host,
+        }
+    return found
+
+
 VARIABLES = {
     "KREA2_SRT_POLICY": ("edf", "edf"),
     "KREA2_SRT_MAX_TURN_MS": ("150.5", 150.5),
@@ -108,6 +131,26 @@ def test_an_unknown_variable_is_named_with_those_that_exist():
         read_environment({"KREA2_SRT_MAX_TURNS_MS": "5"})
     assert str(error.value).startswith("unknown setting KREA2_SRT_MAX_TURNS_MS")
     assert all(variable in str(error.value) for variable in VARIABLES)
+
+
+def test_service_links_of_kubernetes_are_no_settings():
+    for service in ("krea2-srt", "krea2-srt-metrics", "krea2-srt-max-side"):
+        assert read_environment(service_links(service)) == read_environment({})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("KREA2_SRT_PORT", "80"),
+        ("KREA2_SRT_PROT", "tcp://10.0.0.1:80"),
+        ("KREA2_SRT_SERVICE_HOST", "yes"),
+        ("KREA2_SRT_PORT_TCP", "tcp://10.0.0.1:80"),
+        ("KREA2_SRT_SERVICE_PORTS", "80"),
+    ],
+)
+def test_what_only_resembles_a_service_link_is_unknown(variable, text):
+    with pytest.raises(ConfigError, match=f"^unknown setting {variable}; known"):
+        read_environment({variable: text})
 
 
 def test_a_config_does_not_change():

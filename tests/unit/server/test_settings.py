@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from krea2_server.ray.arguments import RaySettings
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.settings import Settings, load_settings
 from krea2_srt.engine.config import EngineConfig
@@ -12,6 +13,7 @@ from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.runner.config import RunnerConfig
 from tests.server.serving import SERVE
+from tests.unit.test_environment import service_links
 
 
 def test_flags_come_before_the_environment_before_the_file(tmp_path, monkeypatch):
@@ -104,6 +106,25 @@ def test_nested_settings_and_lists_have_variables_too(monkeypatch):
     monkeypatch.setenv("KREA2_SERVE_MODEL_ALIASES", '["a", "b"]')
     settings = load_settings([])
     assert (settings.engine.policy, settings.model_aliases) == ("srpt", ["a", "b"])
+
+
+@pytest.mark.parametrize("host", ["10.0.0.1", "fd00::1"])
+@pytest.mark.parametrize(
+    "service", ["krea2-serve", "krea2-srt", "krea2-serve-metrics", "krea2-serve-engine--policy"]
+)
+def test_service_links_of_kubernetes_are_no_settings(service, host, monkeypatch):
+    plain = load_settings([])
+    for variable, text in service_links(service, host).items():
+        monkeypatch.setenv(variable, text)
+    assert load_settings([]) == plain
+    assert RaySettings().model_dump() == plain.model_dump()
+    assert load_settings(["--port", "5"]).port == 5
+
+
+def test_a_port_that_is_neither_number_nor_service_link_is_refused(monkeypatch):
+    monkeypatch.setenv("KREA2_SERVE_PORT", "http://10.0.0.1:80")
+    with pytest.raises(ConfigError, match=r"^port: "):
+        load_settings([])
 
 
 def test_of_two_configuration_files_the_last_counts(tmp_path):
