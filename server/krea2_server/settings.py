@@ -18,6 +18,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from krea2_server.comma_lists import CommaList
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.variables import Variables
 from krea2_server.yaml_files import YamlFileError, read_yaml
@@ -46,8 +47,7 @@ class Settings(BaseSettings):
     # The text that `--help` begins with; each description is what it says of a setting.
     """Serve a Krea 2 checkpoint behind OpenAI's images API, with a playground at /. Every flag is
     also a setting in the file of --config, max_n: 4, and a variable, KREA2_SERVE_MAX_N=4; flags
-    come first, then variables, then the file. Lists are given by repeating the flag, and as JSON in
-    a variable.
+    come first, then variables, then the file. Lists are a,b or JSON; a flag may also be repeated.
     """
 
     model_config = SettingsConfigDict(
@@ -63,7 +63,7 @@ class Settings(BaseSettings):
     served_model_name: str = Field(
         "", description="what clients call the model; by default the last part of its path"
     )
-    model_aliases: list[str] = Field([], description="other names that clients may use for it")
+    model_aliases: CommaList[str] = Field([], description="other names that clients may use for it")
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
     quantization: Literal["none", "fp8"] = Field(
         "none", description="of the transformer's matrices; see docs/gpu.md"
@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     sglang_args: str = Field(
         "", description="further options of SGLang for them, as on a command line"
     )
-    engine_endpoints: list[Endpoint] = Field(
+    engine_endpoints: CommaList[Endpoint] = Field(
         [], description="start no schedulers, but use those that listen at tcp://host:port"
     )
     engine: EngineSettings = EngineSettings()
@@ -283,7 +283,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
     except SettingsError as error:
-        raise ConfigError(str(error).splitlines()[0].removeprefix("error parsing CLI: ")) from None
+        raise ConfigError(_settings_problem(error)) from None
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -338,6 +338,14 @@ def _first_problem(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _settings_problem(error: SettingsError) -> str:
+    text = str(error).splitlines()[0].removeprefix("error parsing CLI: ")
+    undecoded = re.match(
+        r'(?:error parsing value for field "|Parsing error encountered for )([\w.]+)', text
+    )
+    return f"{undecoded[1]}: must be JSON" if undecoded else text
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,6 +1,7 @@
 """One configuration from flags, the environment and a file, whose mistakes name themselves."""
 
 import dataclasses
+import json
 import subprocess
 
 import pytest
@@ -101,11 +102,50 @@ def test_a_nested_setting_has_a_variable(name, value, monkeypatch):
     assert load_settings([]) == by_flag
 
 
-def test_nested_settings_and_lists_have_variables_too(monkeypatch):
-    monkeypatch.setenv("KREA2_SERVE_ENGINE__POLICY", "srpt")
-    monkeypatch.setenv("KREA2_SERVE_MODEL_ALIASES", '["a", "b"]')
-    settings = load_settings([])
-    assert (settings.engine.policy, settings.model_aliases) == ("srpt", ["a", "b"])
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("a,b", ["a", "b"]),
+        (" a , b ", ["a", "b"]),
+        ('["a", "b"]', ["a", "b"]),
+        ('["a,b"]', ["a,b"]),
+        ("true,1", ["true", "1"]),
+        ("", []),
+        ("[]", []),
+    ],
+)
+def test_a_list_is_the_same_as_a_flag_a_variable_and_a_text_in_the_file(
+    text, items, tmp_path, monkeypatch
+):
+    (tmp_path / "config.yaml").write_text(json.dumps({"model_aliases": text}))
+    assert load_settings(["--config", str(tmp_path / "config.yaml")]).model_aliases == items
+    assert load_settings(["--model-aliases", text]).model_aliases == items
+    monkeypatch.setenv("KREA2_SERVE_MODEL_ALIASES", text)
+    assert load_settings([]).model_aliases == items
+
+
+def test_flags_of_lists_may_be_repeated():
+    flags = ["--model-aliases", "a", "--model-aliases", '["b", "c,d"]', "--model-aliases", "e,f"]
+    assert load_settings(flags).model_aliases == ["a", "b", "c,d", "e", "f"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("model_aliases", '["a"'),
+        ("model_aliases", '["a"] b'),
+        ("storage_options", "endpoint"),
+        ("storage_options", "{"),
+        ("engine", "policy"),
+    ],
+)
+def test_what_is_no_json_is_named(name, text, monkeypatch):
+    monkeypatch.setenv(f"KREA2_SERVE_{name.upper()}", text)
+    with pytest.raises(ConfigError, match=rf"^{name}: must be "):
+        load_settings([])
+    monkeypatch.delenv(f"KREA2_SERVE_{name.upper()}")
+    with pytest.raises(ConfigError, match=rf"^{name}: must be "):
+        load_settings([f"--{name.replace('_', '-')}", text])
 
 
 @pytest.mark.parametrize("host", ["10.0.0.1", "fd00::1"])
