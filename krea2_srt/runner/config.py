@@ -7,6 +7,19 @@ from krea2_srt.setting import check_settings, setting
 DTYPES = ("bfloat16", "float32")
 """What a model may be computed in where no SGLang decides it."""
 
+ATTENTION_BACKENDS = (
+    "sdpa",
+    "torch_varlen",
+    "torch_varlen_repeated",
+    "cudnn",
+    "cudnn_repeated",
+    "triton_gated",
+    "fa3",
+    "fa3_fp8",
+    "fa4",
+)
+"""All that `krea2_srt.runner.attention_backends` knows, installed or not."""
+
 
 @dataclass(frozen=True)
 class RunnerConfig:
@@ -14,7 +27,11 @@ class RunnerConfig:
     device has.
     """
 
-    attention: str = setting("auto", "attention back end; a name is taken without a race")
+    attention: str = setting(
+        "auto",
+        "attention back end; a name is taken without a race, fa3_fp8 generates other pictures",
+        choices=("auto", *ATTENTION_BACKENDS),
+    )
     kernels: str = setting(
         "auto",
         "kernels between the matrix multiplications; torch has the references of Triton's",

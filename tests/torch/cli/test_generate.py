@@ -210,5 +210,5 @@ def test_settings_of_the_runner_are_read_from_the_environment(
     with pytest.raises(SystemExit) as ended:
         main(["x", "--checkpoint", str(demo_model), "--width", "64", "--height", "64"])
     assert ended.value.code == 2
-    assert "error: attention: must be one of auto, sdpa" in capsys.readouterr().err
+    assert "error: KREA2_SRT_ATTENTION: must be one of auto, sdpa" in capsys.readouterr().err
     assert not list(folder.iterdir())

@@ -44,6 +44,7 @@ def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
         (["--no-such-flag", "1"], "--no-such-flag"),
         (["--engine.policy", "lifo"], "engine.policy:"),
         (["--engine.max-turn-ms", "-1"], "engine.max_turn_ms:"),
+        (["--runner.attention", "fa9"], "runner.attention: must be one of auto, sdpa"),
         (["--sglang-args", "'unbalanced"], "sglang_args"),
         (["--config", "/nonexistent.yaml"], "config"),
         (["--host", "0.0.0.0"], "--allow-anonymous"),
