@@ -1,8 +1,8 @@
 """Settings of the scheduler processes, as `krea2_srt` declares them."""
 
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import PREFIX
@@ -36,10 +36,21 @@ def _settings_model(name: str, config: type[Any], help: str) -> type[SchedulerSe
     """
     hints = get_type_hints(config)
     fields: dict[str, Any] = {
-        name: (hints[name] | None, Field(None, description=_description(declared)))
+        name: (_type(hints[name] | None, declared), Field(None, description=_description(declared)))
         for name, declared in settings_of(config).items()
     }
     return create_model(name, __base__=SchedulerSettings, __doc__=help, **fields)
+
+
+def _type(hint: Any, declared: Setting) -> Any:
+    if {"on", "off"} <= set(declared.choices):
+        return Annotated[hint, BeforeValidator(_on_or_off)]
+    return hint
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML reads on and off, without quotes, as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 def _description(declared: Setting) -> str:

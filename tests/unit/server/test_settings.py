@@ -28,6 +28,12 @@ def test_flags_come_before_the_environment_before_the_file(tmp_path, monkeypatch
     assert settings.replicas == 1
 
 
+def test_on_and_off_need_no_quotes_in_the_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("runner: {cuda_graphs: off, fused_mlp: on}\n")
+    runner = load_settings(["--config", str(tmp_path / "config.yaml")]).runner
+    assert (runner.cuda_graphs, runner.fused_mlp) == ("off", "on")
+
+
 def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text("max_n: 4\n")
     monkeypatch.setenv("KREA2_SERVE_CONFIG", str(tmp_path / "config.yaml"))
