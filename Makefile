@@ -92,7 +92,7 @@ bench: $(STAMP) $(DEMO)
 bench-check: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench micro --checkpoint $(DEMO) --check benchmarks/results/micro.json
 
-# Puts the figures of benchmarks/results/ into the pages.
+# Puts the figures of benchmarks/results/ and the tables of settings into the pages.
 docs: $(STAMP)
 	$(BIN)/python -m krea2_bench.docs
 

@@ -1,5 +1,7 @@
 """Figures in the docs: ``python -m krea2_bench.docs`` writes them from benchmarks/results/.
 
+It writes tables of settings too, from their declarations.
+
 Between two comments that a page's reader does not see stands a figure, or a table, that nobody has
 typed:
 
@@ -115,7 +117,7 @@ def main() -> int:
             if not args.check:
                 path.write_text(new, encoding="utf-8")
     for name in stale:
-        what = "has figures that are not those of the results" if args.check else "written"
+        what = "has figures or tables that are stale" if args.check else "written"
         print(f"{name}: {what}")
     return int(args.check and bool(stale))
 

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from krea2_bench.settings_tables import settings_table
+from krea2_srt.engine.config import EngineConfig
+from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.threads import SPIN_COUNT
 
 FIGURES = {
@@ -166,5 +169,7 @@ def _cpu(results: Callable[[str], Any], short: bool = False) -> str:
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu": _cpu,
     "cpu-short": partial(_cpu, short=True),
+    "engine-settings": lambda _: settings_table(EngineConfig),
+    "runner-settings": lambda _: settings_table(RunnerConfig),
 }
-"""Tables, given what reads a file of results."""
+"""Tables, given what reads a file of results; settings are in none."""

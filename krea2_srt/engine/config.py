@@ -26,7 +26,8 @@ class EngineConfig:
     )
     max_paused_steps: int = setting(
         2,
-        "most packs between two slices of a step; each holds 0.2 GB for a 2048x2048 image",
+        "most packs that wait between two slices of a step; each holds 0.2 GB for a 2048x2048 "
+        "image",
         above=0,
     )
     max_queue_s: float = setting(

@@ -29,7 +29,7 @@ class RunnerConfig:
 
     attention: str = setting(
         "auto",
-        "attention back end; a name is taken without a race, fa3_fp8 generates other pictures",
+        "attention back end; a name is taken without a race, and fa3_fp8 generates other pictures",
         choices=("auto", *ATTENTION_BACKENDS),
     )
     kernels: str = setting(
@@ -39,12 +39,13 @@ class RunnerConfig:
     )
     products: str = setting(
         "auto",
-        "what multiplies in 8 bits; a name is taken without a race, sglang needs sglang-kernel",
+        "what multiplies in 8 bits; a name is taken without a race, and sglang needs sglang-kernel",
         choices=("auto", "torch", "sglang", "triton"),
     )
     fused_mlp: str = setting(
         "auto",
-        "SwiGLU in the product before it; off on a CPU, with kernels torch and with int8",
+        "SwiGLU at the end of the product before it; auto is off on a CPU, with kernels torch and "
+        "with int8",
         choices=("auto", "on", "off"),
     )
     cuda_graphs: str = setting(
