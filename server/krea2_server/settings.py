@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -268,22 +269,28 @@ def load_settings(argv: Sequence[str]) -> Settings:
     path = _config_path(argv)
     values = _read_file(path) if path else {}
     try:
-        flags: CliSettingsSource[Any] = CliSettingsSource(
-            Settings,
-            cli_prog_name=COMMAND,
-            cli_kebab_case=True,
-            cli_implicit_flags=True,
-            cli_avoid_json=True,
-            cli_hide_none_type=True,
-            cli_exit_on_error=False,
-            formatter_class=_HelpFormatter,
-        )
-        add_version(flags.root_parser)
-        return Settings(_cli_settings_source=flags(args=list(argv)), **values)
+        return Settings(_cli_settings_source=_flags()(args=list(argv)), **values)
     except ValidationError as error:
         raise ConfigError(_first_problem(error)) from None
     except SettingsError as error:
         raise ConfigError(_settings_problem(error)) from None
+
+
+@cache
+def _flags() -> CliSettingsSource[Any]:
+    """All flags, with their help; to make them takes longer than all the rest of loading."""
+    flags: CliSettingsSource[Any] = CliSettingsSource(
+        Settings,
+        cli_prog_name=COMMAND,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+        cli_exit_on_error=False,
+        formatter_class=_HelpFormatter,
+    )
+    add_version(flags.root_parser)
+    return flags
 
 
 class _HelpFormatter(argparse.HelpFormatter):
