@@ -79,7 +79,7 @@ def test_a_wrong_number_names_its_variable_and_the_value(variable, text):
 
 @pytest.mark.parametrize("variable", [v for v in NUMBERS if v not in CAN_BE_ZERO])
 def test_zero_is_no_limit(variable):
-    with pytest.raises(ConfigError, match=rf"^{variable}: must be greater than 0, got 0"):
+    with pytest.raises(ConfigError, match=rf"^{variable}: must be greater than "):
         read_environment({variable: "0"})
 
 
