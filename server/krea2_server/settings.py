@@ -265,7 +265,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         ConfigError: naming the setting.
         SystemExit: after ``--help`` or ``--version``.
     """
-    _refuse_unknown_variables(os.environ)
+    refuse_unknown_variables(os.environ)
     path = _config_path(argv)
     values = _read_file(path) if path else {}
     try:
@@ -317,13 +317,19 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"config: {path}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config: {path} must hold settings, name: value")
-    unknown = sorted(map(str, values.keys() - Settings.model_fields.keys() - {_CONFIG}))
+    # A file of settings names no other.
+    unknown = sorted(map(str, values.keys() - (Settings.model_fields.keys() - {_CONFIG})))
     if unknown:
         raise ConfigError(f"config: {path}: unknown setting {unknown[0]}")
-    return {name: value for name, value in values.items() if name != _CONFIG}
+    return values
 
 
-def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Refuse what looks like a setting and is none.
+
+    Raises:
+        ConfigError: naming the variable.
+    """
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or is_service_link(variable, text):
             continue

@@ -1,11 +1,13 @@
 """The application's arguments, as `serve run` and Serve's configuration files give them."""
 
+import os
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import PydanticBaseSettingsSource
 
-from krea2_server.settings import NO_STORAGE, Settings
+from krea2_server.settings import NO_STORAGE, Settings, refuse_unknown_variables
+from krea2_srt.errors import ConfigError
 
 _OF_RAY = (
     ("host", "http_options.host of Ray Serve"),
@@ -62,10 +64,16 @@ class Arguments(BaseModel):
     def _check(self) -> "Arguments":
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas: must be at least min_replicas")
+        try:
+            refuse_unknown_variables(os.environ)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         for name, instead in _OF_RAY:
             if name in self.settings:
                 raise ValueError(f"settings.{name}: has no effect here; {instead} has")
         settings = self.server_settings()
+        if settings.config is not None:
+            raise ValueError("settings.config: has no effect here; give the settings themselves")
         # Ray Serve listens where it is told to: as if that were all addresses.
         if not settings.has_keys and not settings.allow_anonymous:
             raise ValueError(

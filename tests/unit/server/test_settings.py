@@ -73,9 +73,10 @@ def test_a_bad_value_names_itself(flags, named):
 
 
 def test_an_unknown_name_in_the_environment_or_the_file_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "config.yaml").write_text("prot: 4\n")
-    with pytest.raises(ConfigError, match="unknown setting prot"):
-        load_settings(["--config", str(tmp_path / "config.yaml")])
+    for name in ("prot", "config"):
+        (tmp_path / "config.yaml").write_text(f"{name}: 4\n")
+        with pytest.raises(ConfigError, match=f"unknown setting {name}"):
+            load_settings(["--config", str(tmp_path / "config.yaml")])
     for variable in (
         "KREA2_SERVE_PROT",
         "KREA2_SERVE_PORT__X",

@@ -36,6 +36,16 @@ def test_what_has_no_effect_or_is_wrong_is_refused_by_name(arguments, text):
         Arguments(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [("KREA2_SERVE_MAX_M", "KREA2_SERVE_MAX_M"), ("KREA2_SERVE_CONFIG", "config")],
+)
+def test_a_variable_that_would_be_ignored_is_refused(monkeypatch, variable, text):
+    monkeypatch.setenv(variable, "4")
+    with pytest.raises(ValidationError, match=text):
+        Arguments(settings=OPEN)
+
+
 def test_keys_in_the_environment_will_do(monkeypatch):
     monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
     assert Arguments().server_settings().plain_api_keys
