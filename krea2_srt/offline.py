@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from krea2_srt.engine.lifecycle import lone_sequence
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError, RequestError
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
@@ -28,7 +29,6 @@ from krea2_srt.request import ImageRequest, RequestLimits
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import DTYPES
 from krea2_srt.runner.device_errors import device_errors
-from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 
 
@@ -165,17 +165,14 @@ class Krea2:
     ) -> list[np.ndarray]:
         runner = self.runner
         with runner.on_stream(), torch.inference_mode():
-            sequences = [self._begin(request) for request in requests]
-            while pending := [sequence for sequence in sequences if not sequence.done]:
+            states = runner.encode_sequences([lone_sequence(request) for request in requests])
+            runner.begin(states)
+            while pending := [state for state in states if not state.done]:
                 runner.step(pending)
                 if on_step is not None:
                     for _ in pending:
                         on_step()
-            return [to_uint8(runner.decode(sequence)) for sequence in sequences]
-
-    def _begin(self, request: ImageRequest) -> DeviceState:
-        prompts = [request.prompt, *([request.negative_prompt] if request.guidance else ())]
-        return self.runner.start_image(request, self.runner.encode(prompts))
+            return [to_uint8(runner.decode(state)) for state in states]
 
 
 def device_of(name: str) -> torch.device:

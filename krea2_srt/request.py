@@ -75,9 +75,9 @@ class ImageRequest:
         return f"{self.width}x{self.height}"
 
     @property
-    def prompts(self) -> list[str]:
-        """What the model reads: of each of its branches."""
-        return [self.prompt, self.negative_prompt] if self.guidance else [self.prompt]
+    def prompts(self) -> tuple[str, ...]:
+        """One for each of its branches: the prompt, and under guidance the negative prompt."""
+        return (self.prompt, self.negative_prompt) if self.guidance else (self.prompt,)
 
     @property
     def estimated_tokens(self) -> tuple[int, ...]:

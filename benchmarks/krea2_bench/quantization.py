@@ -20,7 +20,9 @@ from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention_trial import HEAD_DIM, HEADS, KV_HEADS, exact_attention
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.fp8_attention import emulated_flash_attention_3, fp8_attention
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -149,27 +151,29 @@ def picture_errors(model: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _start(runner: Krea2Runner) -> Any:
-    (context,) = runner.encode([PROMPT])
-    sequence = runner.start(context, SIDE, SIDE, 0, runner.schedule(STEPS, SIDE, SIDE))
-    sequence.keep_velocity = True
-    return sequence
+def _start(runner: Krea2Runner) -> DeviceState:
+    image = ImageRequest(PROMPT, SIDE, SIDE, STEPS)
+    state = runner.start(image, runner.encode(image.prompts))
+    state.sequence.wants_previews = True  # keeps its velocities
+    return state
 
 
 def _generate(runner: Krea2Runner) -> Tensor:
-    sequence = _start(runner)
-    while not sequence.done:
-        runner.step([sequence])
-    return runner.decode(sequence)
+    state = _start(runner)
+    while not state.done:
+        runner.step([state])
+    return runner.decode(state)
 
 
 def _step_errors(runner: Krea2Runner, reference: Krea2Runner) -> list[float]:
     """Errors of the velocity in every step, from the tokens that the reference has come to."""
     theirs, ours, errors = _start(reference), _start(runner), []
     while not theirs.done:
-        ours.tokens, ours.step = theirs.tokens, theirs.step
+        ours.tokens, ours.sequence.step = theirs.tokens, theirs.step
         runner.step([ours])
         reference.step([theirs])
+        assert ours.velocity is not None
+        assert theirs.velocity is not None
         errors.append(_relative(ours.velocity, theirs.velocity))
     return errors
 

@@ -114,12 +114,13 @@ def generate_ours(model: Path, settings: Message) -> Iterator[Message]:
     del settings
     runner = _load_runner(model)
     from krea2_srt.model.pixels import to_uint8
+    from krea2_srt.request import ImageRequest
 
-    (context,) = runner.encode([PROMPT])
-    sequence = runner.start(context, SIDE, SIDE, 0, runner.schedule(STEPS, SIDE, SIDE))
-    while not sequence.done:
-        runner.step([sequence])
-    to_uint8(runner.decode(sequence))
+    image = ImageRequest(PROMPT, SIDE, SIDE, STEPS)
+    state = runner.start(image, runner.encode(image.prompts))
+    while not state.done:
+        runner.step([state])
+    to_uint8(runner.decode(state))
     yield {"peak": peak_memory_mib(os.getpid())}
 
 

@@ -229,7 +229,6 @@ class Engine:
         self.counters.tokens += step.tokens * step.steps
         events: list[Event] = []
         for sequence in step.sequences:
-            sequence.step += step.steps
             self._scheduler.stepped(sequence)
             self.counters.steps += step.steps
             events.append(Progress(sequence))

@@ -55,7 +55,7 @@ class Sequence:
         tokens: of each of its branches (one, or two under guidance). An estimate until its prompt
             is encoded.
         state: where it is.
-        step: steps done.
+        step: steps done; counted by the executor that does them.
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.
@@ -134,3 +134,8 @@ class Request:
     def prompts(self) -> list[str]:
         """What has to be encoded, each once; under guidance the negative prompts too."""
         return list(dict.fromkeys(prompt for image in self.images for prompt in image.prompts))
+
+
+def lone_sequence(image: ImageRequest) -> Sequence:
+    """The sequence of a request for one image that is in no engine."""
+    return Request("", (image,), priority=0, arrival=0.0, deadline=None).sequences[0]

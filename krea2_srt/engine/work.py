@@ -94,7 +94,8 @@ class Executor(Protocol):
 
     def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         """Run some blocks of a step; with the last of them, step every sequence of the pack, as
-        many times as it says. The device may still be at it when this returns.
+        many times as it says, and count that in its `Sequence.step`. The device may still be at it
+        when this returns.
 
         Returns:
             What has become known since the last call: of this step, or of earlier ones. Each is

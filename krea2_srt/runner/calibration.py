@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from krea2_srt.engine.cost import CostModel, Sample, fit, fit_line, roofline
 from krea2_srt.engine.online_calibration import TOLERANCE
 from krea2_srt.errors import first_line
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -62,10 +64,9 @@ def _calibrate_once(runner: Krea2Runner) -> tuple[CostModel, list[Sample]]:
     """The model, and the packs that it is fitted to."""
     samples: list[Sample] = []
     (context,) = runner.encode(PROMPTS[:1])
-    schedule = runner.schedule(1, 256, 256)
     decode_points: list[tuple[float, float]] = []
     for side, count in PACKS:
-        pack = [runner.start(context, side, side, seed, schedule) for seed in range(count)]
+        pack = [_start(runner, context, side, seed) for seed in range(count)]
         runner.prepare(pack)  # as it will run when its size comes again
         ms = _fastest_ms(partial(_forward, runner, pack), runner.device)
         samples.append(Sample(tuple(s.num_tokens for s in pack), ms))
@@ -132,7 +133,7 @@ def _still_true(cost: CostModel, runner: Krea2Runner) -> bool:
     """
     (context,) = runner.encode(PROMPTS[:1])
     for side in CHECKED_SIDES:
-        pack = [runner.start(context, side, side, 0, runner.schedule(1, side, side))]
+        pack = [_start(runner, context, side)]
         runner.prepare(pack)
         measured_ms = _fastest_ms(partial(_forward, runner, pack), runner.device)
         ratio = measured_ms / cost.step([pack[0].num_tokens])
@@ -167,10 +168,15 @@ def _digest(runner: Krea2Runner, name: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def _start(runner: Krea2Runner, context: Tensor, side: int, seed: int = 0) -> DeviceState:
+    return runner.start(ImageRequest("", side, side, steps=1, seed=seed), [context])
+
+
 def _forward(runner: Krea2Runner, pack: list[DeviceState]) -> None:
     runner.step(pack)
-    for sequence in pack:
-        sequence.step = 0  # to be stepped again; what its tokens are by then does not matter
+    for state in pack:
+        # To be stepped again; what its tokens are by then does not matter.
+        state.sequence.step = 0
 
 
 def _encode_ms(runner: Krea2Runner, prompt: str) -> tuple[int, float]:

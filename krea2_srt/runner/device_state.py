@@ -1,54 +1,86 @@
 """What one image has on the device."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
+from krea2_srt.engine.lifecycle import Sequence
+from krea2_srt.model.latents import SIZE_MULTIPLE
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.runner.schedule_modulation import ScheduleModulation
+from krea2_srt.runner.side_stream import SideJob
 
 
-@dataclass
+@dataclass(eq=False)
 class DeviceState:
-    """One image on its way from noise to latents.
+    """All that one image has on the device, from the context of its prompt to its pixels.
 
     Attributes:
-        context: [text tokens, hidden], the fused prompt.
-        negative_context: the same of the negative prompt; None without guidance.
-        guidance: v = cond + guidance * (cond - uncond).
-        rows, columns: image tokens.
+        sequence: which image, how many steps are done, and whether somebody wants previews.
+        contexts: [text tokens, hidden] of each of its branches: the fused prompt, and under
+            guidance the negative one.
         schedule: its sigmas.
         modulation: the DiT's, a row per step of the schedule; it is not held here.
-        tokens: float32 [rows * columns, 64], the noisy patches at the current step.
-        step: steps already done.
-        keep_velocity: whether `velocity` is kept, for previews.
-        velocity: of the last step, like tokens.
+        tokens: float32 [rows * columns, 64], the noisy patches at the current step; None until the
+            first one begins, so that what waits takes no memory.
+        velocity: of the last step, like tokens; kept where somebody wants previews.
+        decode: what decodes it, while it is at it.
+        pixels: uint8 [height, width, 3] on the host, until they are taken.
     """
 
-    context: Tensor
-    negative_context: Tensor | None
-    guidance: float
-    rows: int
-    columns: int
+    sequence: Sequence
+    contexts: tuple[Tensor, ...]
     schedule: Schedule
     modulation: ScheduleModulation
-    tokens: Tensor
-    step: int = 0
-    keep_velocity: bool = False
+    tokens: Tensor | None = None
     velocity: Tensor | None = None
+    decode: SideJob | None = None
+    pixels: np.ndarray | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps already done."""
+        return self.sequence.step
 
     @property
     def done(self) -> bool:
         return self.step == self.schedule.steps
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that its next forward takes, both branches under guidance."""
-        return sum(len(context) + self.rows * self.columns for context in self.branches)
+    def rows(self) -> int:
+        """Rows of image tokens."""
+        return self.sequence.image.height // SIZE_MULTIPLE
 
     @property
-    def branches(self) -> list[Tensor]:
-        """Contexts of its forwards: one, or two under guidance."""
-        if self.negative_context is None:
-            return [self.context]
-        return [self.context, self.negative_context]
+    def columns(self) -> int:
+        """Columns of image tokens."""
+        return self.sequence.image.width // SIZE_MULTIPLE
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its next forward takes, both branches under guidance."""
+        return sum(self.sequence.tokens)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing of it is left: it is released, and its pixels are taken."""
+        return not self.contexts and self.pixels is None
+
+    def release(self) -> None:
+        """Let go of everything but pixels that wait to be taken."""
+        self.contexts, self.tokens, self.velocity, self.decode = (), None, None, None
+
+
+@contextmanager
+def all_or_none(states: Iterable[DeviceState]) -> Iterator[None]:
+    """Steps within are done by all of these, or where something fails, by none."""
+    before = [(state, state.tokens, state.velocity, state.step) for state in states]
+    try:
+        yield
+    except BaseException:
+        for state, tokens, velocity, step in before:
+            state.tokens, state.velocity, state.sequence.step = tokens, velocity, step
+        raise

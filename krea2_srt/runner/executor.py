@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,9 @@ from krea2_srt.engine.lifecycle import Request, Sequence
 from krea2_srt.engine.work import PackStep, StepResult
 from krea2_srt.errors import OutOfMemoryError, not_finite
 from krea2_srt.model.flops import step_flops, step_weight_bytes
-from krea2_srt.model.pixels import quantize, to_uint8
+from krea2_srt.model.pixels import quantize
 from krea2_srt.runner.device_errors import device_errors
-from krea2_srt.runner.device_state import DeviceState
+from krea2_srt.runner.device_state import DeviceState, all_or_none
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import PackForward
 from krea2_srt.runner.side_stream import SideJob, SideStream
@@ -43,12 +43,8 @@ class RunnerExecutor:
         self._tile = tile
         self._side_stream = side_stream
         self._max_overlapped_decodes = max_overlapped_decodes
-        self._contexts: dict[Sequence, list[Tensor]] = {}
-        self._sequences: dict[Sequence, DeviceState] = {}
+        self._states: dict[Sequence, DeviceState] = {}
         self._steps: dict[PackStep, PackForward] = {}
-        self._decodes: dict[Sequence, Iterator[Tensor | None]] = {}
-        self._overlapped: dict[Sequence, SideJob] = {}
-        self._pixels: dict[Sequence, np.ndarray] = {}
         self._in_flight = StepsInFlight(runner.device)
         self._flops = self._weight_bytes = 0.0
 
@@ -63,29 +59,23 @@ class RunnerExecutor:
     @property
     def empty(self) -> bool:
         """Whether it holds no tensors of any sequence."""
-        held = (self._contexts, self._sequences, self._steps, self._decodes, self._overlapped)
-        return not any(held) and not self._pixels
+        return not self._states and not self._steps
 
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
+        sequences = [sequence for request in requests for sequence in request.sequences]
         with self._working():
-            prompts = list(dict.fromkeys(p for request in requests for p in request.prompts))
-            contexts = dict(zip(prompts, self._runner.encode(prompts), strict=True))
-        for request in requests:
-            for sequence in request.sequences:
-                image = sequence.image
-                branches = [image.prompt, image.negative_prompt][: 2 if image.guidance else 1]
-                self._contexts[sequence] = [contexts[prompt] for prompt in branches]
-                sequence.tokens = tuple(
-                    len(context) + image.image_tokens for context in self._contexts[sequence]
-                )
+            states = self._runner.encode_sequences(sequences)
+        self._states.update(zip(sequences, states, strict=True))
 
     @torch.inference_mode()
     def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
         self._count_step(step, len(blocks) / step.total_blocks)
-        with self._working():
+        states = [self._states[sequence] for sequence in step.sequences]
+        with self._working(), all_or_none(states):
+            self._runner.begin(states)
             began = self._in_flight.begin()
-            flags = self._launch(step, blocks)
+            flags = self._launch(step, states, blocks)
             return self._in_flight.launched(step, blocks, flags, began)
 
     def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:
@@ -95,36 +85,49 @@ class RunnerExecutor:
         self._steps.pop(step, None)
 
     def decode(self, sequence: Sequence) -> bool:
-        if self._side_stream is not None:
-            return self._decode_overlapped(sequence, self._side_stream)
+        state = self._states[sequence]
+        if state.decode is None and self._decodes_overlapped >= self._max_overlapped_decodes:
+            return False
         try:
             with self._working():
-                return self._decode_slice(sequence)
+                if state.decode is None:
+                    state.decode = self._begun_decode(state)
+                found = state.decode.result()
         except Exception:
-            self._decodes.pop(sequence, None)  # the next try begins anew
+            state.decode = None  # the next try begins anew
             raise
+        if found is None:
+            return False
+        state.decode = None
+        pixels, finite = found
+        if not finite:
+            raise not_finite("the picture")
+        state.pixels = pixels.numpy()
+        return True
 
     def release(self, sequence: Sequence) -> None:
-        for held in (self._contexts, self._sequences, self._decodes, self._overlapped):
-            held.pop(sequence, None)
+        if (state := self._states.get(sequence)) is not None:
+            state.release()
+            self._forget_if_empty(state)
 
     def take_pixels(self, sequence: Sequence) -> np.ndarray | None:
         """uint8 [height, width, 3] of a decoded sequence, forgotten here; None of any other."""
-        return self._pixels.pop(sequence, None)
-
-    def enable_previews(self, sequence: Sequence) -> None:
-        """Keep, from its next step on, what `predict` needs."""
-        sequence.wants_previews = True
-        if (denoising := self._sequences.get(sequence)) is not None:
-            denoising.keep_velocity = True
+        state = self._states.get(sequence)
+        if state is None:
+            return None
+        pixels, state.pixels = state.pixels, None
+        self._forget_if_empty(state)
+        return pixels
 
     def predict(self, sequence: Sequence) -> Tensor | None:
-        """Small latents of the picture as its last step predicts it; None if unknown."""
-        denoising = self._sequences.get(sequence)
-        if denoising is None or denoising.velocity is None:
+        """Small latents of the picture as its last step predicts it; None if unknown: before that
+        step, nobody wanted previews.
+        """
+        state = self._states.get(sequence)
+        if state is None or state.velocity is None:
             return None
         with self._working():
-            return self._runner.predicted_latents(denoising)
+            return self._runner.predicted_latents(state)
 
     def render_preview(self, latents: Tensor) -> "Preview":
         """Decode, or where decodes are overlapped begin to decode, what `predict` has
@@ -188,16 +191,16 @@ class RunnerExecutor:
             self._runner.memory_freed()
             raise
 
-    def _launch(self, step: PackStep, blocks: range) -> Tensor | None:
+    def _launch(self, step: PackStep, states: list[DeviceState], blocks: range) -> Tensor | None:
         """Flags of the branches that are no longer finite; None before the last block.
 
         A function of its own: its frame goes with the tensors of a step that fails.
         """
         if len(blocks) == step.total_blocks:
-            return self._runner.launch([self._begun(s) for s in step.sequences], step.steps)
+            return self._runner.launch(states, step.steps)
         forward = self._steps.get(step)
         if forward is None:
-            forward = self._runner.begin_step([self._begun(s) for s in step.sequences])
+            forward = self._runner.begin_step(states)
         forward.run(blocks)
         if blocks.stop < step.total_blocks:
             self._steps[step] = forward
@@ -213,57 +216,32 @@ class RunnerExecutor:
         self._flops += share * sum(step_flops(dit.config, branches))
         self._weight_bytes += share * step_weight_bytes(dit.config) * dit.dtype.itemsize
 
-    def _begun(self, sequence: Sequence) -> DeviceState:
-        """Its tensors; allocated before its first step, so that those that wait take no memory."""
-        denoising = self._sequences.get(sequence)
-        if denoising is None:
-            denoising = self._runner.start_image(sequence.image, self._contexts[sequence])
-            denoising.keep_velocity = sequence.wants_previews
-            self._sequences[sequence] = denoising
-        return denoising
+    @property
+    def _decodes_overlapped(self) -> int:
+        """Decodes under way beside the steps."""
+        if self._side_stream is None:
+            return 0
+        return sum(state.decode is not None for state in self._states.values())
 
-    def _decode_slice(self, sequence: Sequence) -> bool:
-        slices = self._decodes.get(sequence)
-        if slices is None:
-            slices = self._runner.decode_slices(self._sequences[sequence], self._tile)
-            self._decodes[sequence] = slices
-        pixels = next(slices)
-        if pixels is None:
-            return False
-        if not torch.isfinite(pixels).all():
-            raise not_finite("the picture")
-        self._pixels[sequence] = to_uint8(pixels)
-        return True
+    def _begun_decode(self, state: DeviceState) -> SideJob:
+        """The decode of a sequence, in slices or beside the steps: pixels, and whether they are
+        finite.
+        """
+        if self._side_stream is None:
+            return _Slices(self._runner.decode_slices(state, self._tile))
+        # A copy: the sequence may be released while its decode is under way.
+        decoded = replace(state)
 
-    def _decode_overlapped(self, sequence: Sequence, stream: SideStream) -> bool:
-        job = self._overlapped.get(sequence)
-        if job is None:
-            if len(self._overlapped) < self._max_overlapped_decodes:
-                denoising = self._sequences[sequence]
-                with self._working():
-                    self._overlapped[sequence] = stream.start(
-                        lambda: self._decode_at_once(denoising), (denoising.tokens,)
-                    )
-            return False
-        try:
-            with self._working():
-                found = job.result()
-        except Exception:
-            del self._overlapped[sequence]  # the next try begins anew
-            raise
-        if found is None:
-            return False
-        del self._overlapped[sequence]
-        pixels, finite = found
-        if not finite:
-            raise not_finite("the picture")
-        self._pixels[sequence] = pixels.numpy()
-        return True
+        def decode() -> tuple[Tensor, ...]:
+            *_, pixels = self._runner.decode_slices(decoded, self._tile)
+            assert pixels is not None
+            return _checked(pixels)
 
-    def _decode_at_once(self, denoising: DeviceState) -> tuple[Tensor, ...]:
-        *_, pixels = self._runner.decode_slices(denoising, self._tile)
-        assert pixels is not None
-        return quantize(pixels), torch.isfinite(pixels).all()
+        return self._side_stream.start(decode, (state.tokens,))
+
+    def _forget_if_empty(self, state: DeviceState) -> None:
+        if state.empty:
+            del self._states[state.sequence]
 
 
 class Preview:
@@ -291,3 +269,19 @@ class _Done:
 
     def result(self) -> tuple[Tensor, ...]:
         return self.tensors
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """A decode of which a slice is done whenever somebody looks at it."""
+
+    slices: Iterator[Tensor | None]
+
+    def result(self) -> tuple[Tensor, ...] | None:
+        pixels = next(self.slices)
+        return None if pixels is None else tuple(found.cpu() for found in _checked(pixels))
+
+
+def _checked(pixels: Tensor) -> tuple[Tensor, ...]:
+    """uint8 [height, width, 3], and whether all of it is finite."""
+    return quantize(pixels), torch.isfinite(pixels).all()

@@ -56,39 +56,39 @@ class GraphRace:
         self._timer = timer or partial(_fastest_ms, device=runner.device)
 
     @torch.inference_mode()
-    def run(self, sequences: Iterable[DeviceState]) -> list[Lap]:
+    def run(self, states: Iterable[DeviceState]) -> list[Lap]:
         """Time them until one wins: in smaller ones, what launches cost weighs more.
 
         Args:
-            sequences: the largest first, each before its first step. Those too large for a graph,
+            states: the largest first, each before its first step. Those too large for a graph,
                 or that cannot be captured, are passed over.
         """
         laps: list[Lap] = []
-        for sequence in sequences:
-            if not self._runner.prepare([sequence]):
+        for state in states:
+            if not self._runner.prepare([state]):
                 continue
-            eager_ms = self._timer(partial(self._step_eagerly, sequence))
-            graph_ms = self._timer(partial(self._replay, sequence))
-            lap = Lap(sequence.rows * sequence.columns, sequence.num_tokens, eager_ms, graph_ms)
+            eager_ms = self._timer(partial(self._step_eagerly, state))
+            graph_ms = self._timer(partial(self._replay, state))
+            lap = Lap(state.sequence.image.image_tokens, state.num_tokens, eager_ms, graph_ms)
             laps.append(lap)
             if lap.wins:
                 break
         return laps
 
-    def _step_eagerly(self, sequence: DeviceState) -> None:
+    def _step_eagerly(self, state: DeviceState) -> None:
         for _ in range(_STEPS):
-            forward = self._runner.begin_step([sequence])
+            forward = self._runner.begin_step([state])
             forward.run(range(self._runner.num_blocks))
             forward.finish()
-            sequence.step = 0
+            state.sequence.step = 0
 
-    def _replay(self, sequence: DeviceState) -> None:
+    def _replay(self, state: DeviceState) -> None:
         graphs = self._runner.graphs
         assert graphs is not None
-        batch = ForwardBatch.of([sequence])
+        batch = ForwardBatch.of([state])
         for _ in range(_STEPS):
             graphs.step(batch, self._runner.packs.get(batch.shapes))
-            sequence.step = 0
+            state.sequence.step = 0
 
 
 def _fastest_ms(function: Callable[[], object], device: torch.device) -> float:

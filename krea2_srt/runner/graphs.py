@@ -418,9 +418,9 @@ class StepBuffers:
         torch._foreach_copy_(places, list(batch.contexts))
         self.context[n : key.tokens].zero_()
         if key.steps > 1:
-            (sequence,) = batch.sequences
-            rows = [sequence.modulation.row(step) for step in range(key.steps)]
-            sigmas = sequence.schedule.sigmas
+            (state,) = batch.states
+            rows = [state.modulation.row(step) for step in range(key.steps)]
+            sigmas = state.schedule.sigmas
             scalars = [[b - a for a, b in pairwise(sigmas)]]
             scalars.append([0.0] * key.steps)
         else:
@@ -557,7 +557,7 @@ class StepGraphs:
         self.record.replayed += 1
         n = pack.num_tokens
         tokens = buffers.tokens[:n].clone()
-        keep = any(s.keep_velocity for s in batch.sequences)
+        keep = any(s.sequence.wants_previews for s in batch.states)
         velocity = buffers.velocity[:n].clone() if keep else tokens
         return tokens, velocity, buffers.non_finite[: len(batch.shapes)]
 
@@ -625,9 +625,9 @@ class StepGraphs:
             return None
         if str(key) in self.failures:
             return Eager.FAILED
-        first = self._first.setdefault(key, [ref(sequence) for sequence in batch.sequences])
-        now = {id(sequence) for sequence in batch.sequences}
-        return Eager.FIRST_USE if any(id(sequence()) in now for sequence in first) else None
+        first = self._first.setdefault(key, [ref(state) for state in batch.states])
+        now = {id(state) for state in batch.states}
+        return Eager.FIRST_USE if any(id(state()) in now for state in first) else None
 
     def _count_eager(self, why: Eager | None, steps: int) -> None:
         # A schedule that is not replayed as a whole may be step by step: those are counted.

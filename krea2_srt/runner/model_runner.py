@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from krea2_srt.engine.lifecycle import Sequence as ImageSequence
+from krea2_srt.engine.lifecycle import lone_sequence
 from krea2_srt.errors import CheckpointError, not_finite
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.dit import Krea2DiT
@@ -22,7 +24,7 @@ from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
-from krea2_srt.runner.device_state import DeviceState
+from krea2_srt.runner.device_state import DeviceState, all_or_none
 from krea2_srt.runner.graphs import Capture, Eager, StepGraphs, TextGraphs
 from krea2_srt.runner.packing import ForwardBatch, PackCache, PackForward
 from krea2_srt.runner.prompt_encoder import PromptEncoder
@@ -179,95 +181,69 @@ class Krea2Runner:
         return self.sampling.schedule(steps, image_tokens, mu)
 
     @torch.inference_mode()
-    def start(
-        self,
-        context: Tensor,
-        width: int,
-        height: int,
-        seed: int,
-        schedule: Schedule,
-        guidance: float = 0.0,
-        negative_context: Tensor | None = None,
-    ) -> DeviceState:
-        """A sequence before its first step.
-
-        Args:
-            context: of its prompt, from `encode`.
-            width, height: pixels, multiples of 16.
-            seed: of its noise.
-            schedule: its sigmas.
-            guidance: 0 is off.
-            negative_context: of its negative prompt; needed with guidance, unused without.
+    def encode_sequences(self, sequences: Sequence[ImageSequence]) -> list[DeviceState]:
+        """Encode the prompts of some sequences, each once, and set their true `tokens`. They have
+        no latents before `begin`.
         """
-        if guidance > 0 and negative_context is None:
-            raise ValueError("guidance needs a negative_context")
-        noise = initial_noise(width, height, seed, self.device, self.dit.dtype)
-        return DeviceState(
-            context=context,
-            negative_context=negative_context if guidance > 0 else None,
-            guidance=guidance,
-            rows=height // SIZE_MULTIPLE,
-            columns=width // SIZE_MULTIPLE,
-            schedule=schedule,
-            modulation=ScheduleModulation(schedule, self._modulations, self._modulation),
-            tokens=patchify(noise).float(),
-        )
-
-    def start_image(self, image: ImageRequest, contexts: Sequence[Tensor]) -> DeviceState:
-        """The sequence of a request for one image, before its first step.
-
-        Args:
-            image: checked.
-            contexts: from `encode`, of its prompt and, under guidance, of its negative prompt.
-        """
-        return self.start(
-            contexts[0],
-            image.width,
-            image.height,
-            image.seed,
-            self.schedule(image.steps, image.width, image.height, image.mu),
-            image.guidance,
-            contexts[1] if image.guidance else None,
-        )
+        prompts = list(dict.fromkeys(p for s in sequences for p in s.image.prompts))
+        contexts = dict(zip(prompts, self.encode(prompts), strict=True))
+        return [self._state(s, [contexts[prompt] for prompt in s.image.prompts]) for s in sequences]
 
     @torch.inference_mode()
-    def step(self, sequences: Sequence[DeviceState], steps: int = 1) -> list[DeviceState]:
+    def begin(self, states: Sequence[DeviceState]) -> None:
+        """Sample the noise of those that have none yet."""
+        for state in states:
+            if state.tokens is None:
+                image = state.sequence.image
+                noise = initial_noise(
+                    image.width, image.height, image.seed, self.device, self.dit.dtype
+                )
+                state.tokens = patchify(noise).float()
+
+    def start(self, image: ImageRequest, contexts: Sequence[Tensor]) -> DeviceState:
+        """One image before its first step, of a request that is in no engine.
+
+        Args:
+            image: checked; for one image.
+            contexts: [text tokens, hidden], of its prompt and, under guidance, of its negative
+                prompt.
+        """
+        state = self._state(lone_sequence(image), contexts)
+        self.begin([state])
+        return state
+
+    @torch.inference_mode()
+    def step(self, states: Sequence[DeviceState], steps: int = 1) -> list[DeviceState]:
         """One Euler step of every sequence, each at its own step, in one packed forward.
 
         A sequence under guidance takes part twice, with its prompt and its negative prompt.
 
         Args:
-            sequences: the pack.
+            states: the pack.
             steps: more than one only for a lone sequence before its first step: all that it has.
 
         Returns:
             The sequences whose latents are no longer finite.
         """
-        flags = self.launch(sequences, steps).tolist()
-        return ForwardBatch.of(sequences).non_finite(flags)
+        flags = self.launch(states, steps).tolist()
+        return ForwardBatch.of(states).non_finite(flags)
 
     @torch.inference_mode()
-    def launch(self, sequences: Sequence[DeviceState], steps: int = 1) -> Tensor:
+    def launch(self, states: Sequence[DeviceState], steps: int = 1) -> Tensor:
         """The same without waiting for the device.
 
         Returns:
             int32 [branches], not 0 where latents are no longer finite; the next step may
             overwrite it.
         """
-        if steps > 1 and (flags := self._replay(sequences, steps)) is not None:
+        if steps > 1 and (flags := self._replay(states, steps)) is not None:
             return flags
-        before = [(s.tokens, s.velocity, s.step) for s in sequences]
         flags = None
-        try:
+        with all_or_none(states):
             for _ in range(steps):
-                flags = self._replay(sequences, 1)
+                flags = self._replay(states, 1)
                 if flags is None:
-                    flags = self._run(sequences)
-        except BaseException:
-            # Some of several steps are done: all, or none.
-            for s, (tokens, velocity, step) in zip(sequences, before, strict=True):
-                s.tokens, s.velocity, s.step = tokens, velocity, step
-            raise
+                    flags = self._run(states)
         assert flags is not None
         return flags
 
@@ -334,7 +310,7 @@ class Krea2Runner:
         }
 
     @torch.inference_mode()
-    def prepare(self, sequences: Sequence[DeviceState], steps: int = 1) -> bool:
+    def prepare(self, states: Sequence[DeviceState], steps: int = 1) -> bool:
         """Capture the graph that `step` would replay; the sequences stay as they are.
 
         Returns:
@@ -342,25 +318,25 @@ class Krea2Runner:
         """
         if self.graphs is None:
             return False
-        batch = ForwardBatch.of(sequences)
+        batch = ForwardBatch.of(states)
         return self.graphs.prepare(batch, self.packs.get(batch.shapes), steps)
 
-    def _replay(self, sequences: Sequence[DeviceState], steps: int) -> Tensor | None:
+    def _replay(self, states: Sequence[DeviceState], steps: int) -> Tensor | None:
         """The same on a graph; None where none serves."""
         if self.graphs is None:
             return None
-        batch = ForwardBatch.of(sequences)
+        batch = ForwardBatch.of(states)
         return self.graphs.step(batch, self.packs.get(batch.shapes), steps)
 
-    def _run(self, sequences: Sequence[DeviceState]) -> Tensor:
+    def _run(self, states: Sequence[DeviceState]) -> Tensor:
         """One step without a graph."""
-        forward = self.begin_step(sequences)
+        forward = self.begin_step(states)
         forward.run(range(self.num_blocks))
         return forward.finish()
 
-    def begin_step(self, sequences: Sequence[DeviceState]) -> PackForward:
+    def begin_step(self, states: Sequence[DeviceState]) -> PackForward:
         """The same, always eagerly, to be run in slices of blocks under `torch.inference_mode`."""
-        return PackForward(self.dit, self.attention.eager.attend, self.packs, sequences)
+        return PackForward(self.dit, self.attention.eager.attend, self.packs, states)
 
     @property
     def num_blocks(self) -> int:
@@ -368,51 +344,61 @@ class Krea2Runner:
         return len(self.dit.blocks)
 
     @torch.inference_mode()
-    def decode(self, sequence: DeviceState, tile: int | None = None) -> Tensor:
+    def decode(self, state: DeviceState, tile: int | None = None) -> Tensor:
         """Pixels of a finished sequence: float32 [3, height, width] in [0, 1].
 
         Args:
-            sequence: after its last step.
+            state: after its last step.
             tile: see `VAEDecoder.decode`; changes memory, not pixels.
 
         Raises:
             ModelError: there are NaNs or infinities in it.
         """
-        *_, pixels = self.decode_slices(sequence, tile)
+        *_, pixels = self.decode_slices(state, tile)
         assert pixels is not None
         if not torch.isfinite(pixels).all():
             raise not_finite("the picture")
         return pixels
 
     @torch.inference_mode()
-    def decode_slices(
-        self, sequence: DeviceState, tile: int | None = None
-    ) -> Iterator[Tensor | None]:
+    def decode_slices(self, state: DeviceState, tile: int | None = None) -> Iterator[Tensor | None]:
         """The same in slices, and unchecked: yields None after each but the last, then pixels."""
-        latents = unpatchify(sequence.tokens, sequence.rows, sequence.columns)
+        latents = unpatchify(state.tokens, state.rows, state.columns)
         return self.vae.decode_slices(latents, tile)
 
     @torch.inference_mode()
-    def predicted_latents(self, sequence: DeviceState) -> Tensor:
+    def predicted_latents(self, state: DeviceState) -> Tensor:
         """What the latents will be as far as the last step can tell: x0 = x - sigma * velocity.
 
         Small, for previews: averaged down to at most 32 x 32.
 
         Args:
-            sequence: after at least one step with `keep_velocity`.
+            state: after at least one step by which somebody wanted previews.
 
         Returns:
             float32 [16, h, w], to be decoded like any.
         """
-        if sequence.velocity is None:
-            raise ValueError("a preview needs a step with keep_velocity")
-        sigma = sequence.schedule.sigmas[sequence.step]
-        clean = sequence.tokens - sigma * sequence.velocity
-        latents = unpatchify(clean, sequence.rows, sequence.columns)
+        if state.velocity is None:
+            raise ValueError("a preview needs a step after `Sequence.wants_previews` is set")
+        sigma = state.schedule.sigmas[state.step]
+        clean = state.tokens - sigma * state.velocity
+        latents = unpatchify(clean, state.rows, state.columns)
         height, width = latents.shape[1:]
         shrink = max(1.0, max(height, width) / PREVIEW_LATENTS)
         size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
         return F.adaptive_avg_pool2d(latents, size)
+
+    def _state(self, sequence: ImageSequence, contexts: Sequence[Tensor]) -> DeviceState:
+        image = sequence.image
+        if len(contexts) != len(image.prompts):
+            raise ValueError(
+                f"contexts: of {len(image.prompts)} prompts with guidance {image.guidance:g}, "
+                f"got {len(contexts)}"
+            )
+        sequence.tokens = tuple(len(context) + image.image_tokens for context in contexts)
+        schedule = self.schedule(image.steps, image.width, image.height, image.mu)
+        modulation = ScheduleModulation(schedule, self._modulations, self._modulation)
+        return DeviceState(sequence, tuple(contexts), schedule, modulation)
 
     @torch.inference_mode()
     def _modulation(self, schedule: Schedule) -> Modulation:

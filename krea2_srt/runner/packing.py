@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -177,55 +178,56 @@ class ForwardBatch:
     """The forwards that a pack of sequences needs: one each, two under guidance.
 
     Attributes:
-        sequences: the pack, each at its own step.
+        states: the pack, each at its own step.
         shapes: of each branch.
         contexts: [text tokens, hidden] of each branch.
         owners: the sequence of each branch.
         first: the first branch of each sequence.
     """
 
-    sequences: Sequence[DeviceState]
+    states: Sequence[DeviceState]
     shapes: tuple[SequenceShape, ...]
     contexts: tuple[Tensor, ...]
-    owners: "tuple[DeviceState, ...]"
+    owners: tuple[DeviceState, ...]
     first: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[DeviceState]) -> "ForwardBatch":
+    def of(cls, states: Sequence[DeviceState]) -> "ForwardBatch":
         """The branches of these sequences, in order; a negative prompt's follows its own."""
         shapes: list[SequenceShape] = []
         contexts: list[Tensor] = []
         owners: list[DeviceState] = []
         first: list[int] = []
-        for s in sequences:
+        for s in states:
             first.append(len(shapes))
-            for context in s.branches:
-                guided = context is s.context and s.negative_context is not None
-                shapes.append(SequenceShape(len(context), s.rows, s.columns, guided))
+            rows, columns, last = s.rows, s.columns, len(s.contexts) - 1
+            for branch, context in enumerate(s.contexts):
+                shapes.append(SequenceShape(len(context), rows, columns, guided=branch < last))
                 contexts.append(context)
                 owners.append(s)
-        return cls(sequences, tuple(shapes), tuple(contexts), tuple(owners), tuple(first))
+        return cls(states, tuple(shapes), tuple(contexts), tuple(owners), tuple(first))
 
     @property
     def dt(self) -> list[float]:
         """The Euler step of each branch: the difference of its sigmas."""
-        return [s.schedule.sigmas[s.step + 1] - s.schedule.sigmas[s.step] for s in self.owners]
+        at = [(s.schedule.sigmas, s.sequence.step) for s in self.owners]
+        return [sigmas[step + 1] - sigmas[step] for sigmas, step in at]
 
     @property
     def guidance(self) -> list[float]:
         """Guidance of each branch; 0 for a negative prompt's, whose velocity is left as it is."""
         pairs = zip(self.owners, self.shapes, strict=True)
-        return [s.guidance if shape.guided else 0.0 for s, shape in pairs]
+        return [s.sequence.image.guidance if shape.guided else 0.0 for s, shape in pairs]
 
     @property
     def modulations(self) -> list[Modulation]:
         """One row for each branch, of its current step."""
-        return [s.modulation.row(s.step) for s in self.owners]
+        return [s.modulation.row(s.sequence.step) for s in self.owners]
 
     @property
     def tokens(self) -> list[Tensor]:
-        """float32 [image tokens, channels] of each branch."""
-        return [s.tokens for s in self.owners]
+        """float32 [image tokens, channels] of each branch; all have begun."""
+        return cast(list[Tensor], [s.tokens for s in self.owners])
 
     def advance(self, pack: Pack, tokens: Tensor, velocity: Tensor, steps: int = 1) -> None:
         """Give every sequence what it is after some steps. Cannot fail: all step, or none.
@@ -235,15 +237,15 @@ class ForwardBatch:
             tokens, velocity: float32 [T, channels], of which the sequences keep parts.
             steps: done.
         """
-        for s, branch in zip(self.sequences, self.first, strict=True):
+        for s, branch in zip(self.states, self.first, strict=True):
             start, end = pack.image_spans[branch]
             s.tokens = tokens[start:end]
-            s.velocity = velocity[start:end] if s.keep_velocity else None
-            s.step += steps
+            s.velocity = velocity[start:end] if s.sequence.wants_previews else None
+            s.sequence.step += steps
 
-    def non_finite(self, flags: list[int]) -> "list[DeviceState]":
+    def non_finite(self, flags: list[int]) -> list[DeviceState]:
         """The sequences whose branch has a flag that is not 0."""
-        return [s for s, branch in zip(self.sequences, self.first, strict=True) if flags[branch]]
+        return [s for s, branch in zip(self.states, self.first, strict=True) if flags[branch]]
 
 
 # One step of a pack, run in slices of transformer blocks.
@@ -259,7 +261,7 @@ class PackForward:
         dit: the model.
         attention: how the pack attends.
         packs: where layouts are remembered.
-        sequences: the pack, each at its own step.
+        states: the pack, each at its own step.
     """
 
     def __init__(
@@ -267,11 +269,11 @@ class PackForward:
         dit: Krea2DiT,
         attention: VarlenAttention,
         packs: PackCache,
-        sequences: Sequence[DeviceState],
+        states: Sequence[DeviceState],
     ) -> None:
         self._dit = dit
         self._attention = attention
-        self._batch = ForwardBatch.of(sequences)
+        self._batch = ForwardBatch.of(states)
         self._pack = packs.get(self._batch.shapes)
         self._modulation = Modulation.stack(self._batch.modulations)
         self._tokens = self._pack.place(self._pack.image_spans, self._batch.tokens)

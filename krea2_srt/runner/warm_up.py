@@ -9,7 +9,7 @@ import torch
 
 from krea2_srt.errors import OutOfMemoryError
 from krea2_srt.model.latents import LATENT_CHANNELS, VAE_SCALE
-from krea2_srt.request import MAX_TEXT_TOKENS
+from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.graph_race import GraphRace, Timer
@@ -112,7 +112,7 @@ def _sequence(runner: Krea2Runner, text: int, side: int, steps: int) -> DeviceSt
     context = torch.zeros(
         text, runner.dit.config.hidden_size, dtype=runner.dit.dtype, device=runner.device
     )
-    return runner.start(context, side, side, 0, runner.schedule(steps, side, side))
+    return runner.start(ImageRequest("", side, side, steps), [context])
 
 
 def _decode(runner: Krea2Runner, side: int) -> None:

@@ -75,7 +75,7 @@ class NativeExchange:
         self._replies.send(self.identity, Accepted(self.request_id))
         if self._sends_previews:
             for sequence in request.sequences:
-                self._previews.enable(sequence)
+                sequence.wants_previews = True
 
     def started(self) -> None:
         """The first step tells."""

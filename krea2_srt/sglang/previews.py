@@ -38,10 +38,6 @@ class Previews:
         self._due: deque[_Due] = deque()
         self._rendering: deque[tuple[_Due, Preview]] = deque()
 
-    def enable(self, sequence: Sequence) -> None:
-        """There will be previews of this sequence, from its next step on."""
-        self._executor.enable_previews(sequence)
-
     def add(self, sequence: Sequence, send: Callable[[np.ndarray], None]) -> None:
         """Have a picture made of the last step of a sequence.
 

@@ -12,6 +12,7 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.perf_logger import StageProfiler
 from sglang.multimodal_gen.runtime.utils.profiler import SGLDiffusionProfiler
 
+from krea2_srt.engine.lifecycle import lone_sequence
 from krea2_srt.model.pixels import to_uint8
 from krea2_srt.request import RequestLimits
 from krea2_srt.runner.device_state import DeviceState
@@ -21,12 +22,12 @@ from krea2_srt.sglang.requests import image_requests
 
 logger = init_logger(__name__)
 
-_SEQUENCES = "krea2_sequences"
+_STATES = "krea2_states"
 
 
-def sequences_of(batch: Req) -> list[DeviceState]:
-    """The sequences that the encode stage made of a request."""
-    return batch.extra[_SEQUENCES]
+def states_of(batch: Req) -> list[DeviceState]:
+    """What the encode stage made of a request, one for each of its images."""
+    return batch.extra[_STATES]
 
 
 class EncodeStage(PipelineStage):
@@ -39,20 +40,9 @@ class EncodeStage(PipelineStage):
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         requests = image_requests(batch, self.limits)
-        prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests if r.guidance]
-        contexts = dict(zip(prompts, self.runner.encode(prompts), strict=True))
-        batch.extra[_SEQUENCES] = [
-            self.runner.start(
-                contexts[request.prompt],
-                request.width,
-                request.height,
-                request.seed,
-                self.runner.schedule(request.steps, request.width, request.height),
-                request.guidance,
-                contexts.get(request.negative_prompt),
-            )
-            for request in requests
-        ]
+        states = self.runner.encode_sequences([lone_sequence(request) for request in requests])
+        self.runner.begin(states)
+        batch.extra[_STATES] = states
         return batch
 
 
@@ -71,7 +61,7 @@ class DenoiseStage(PipelineStage):
 
     def forward(self, batch: Req, server_args: ServerArgs) -> Req:
         with self.progress_bar(total=batch.num_inference_steps, batch=batch) as progress:
-            while pending := [s for s in sequences_of(batch) if not s.done]:
+            while pending := [s for s in states_of(batch) if not s.done]:
                 with StageProfiler(
                     f"denoising_step_{pending[0].step}",
                     logger=logger,
@@ -79,7 +69,7 @@ class DenoiseStage(PipelineStage):
                     perf_dump_path_provided=batch.perf_dump_path is not None,
                     record_as_step=True,
                 ):
-                    tokens = [sequence.num_tokens for sequence in pending]
+                    tokens = [state.num_tokens for state in pending]
                     for pack in split_by_tokens(tokens, self.max_pack_tokens):
                         self.runner.step([pending[i] for i in pack])
                 progress.update()
@@ -99,7 +89,6 @@ class DecodeStage(PipelineStage):
     def forward(self, batch: Req, server_args: ServerArgs) -> OutputBatch:
         # 8-bit here, rounded: SGLang would truncate, which darkens every picture by half a level.
         images: list[np.ndarray] = [
-            to_uint8(self.runner.decode(sequence, self.tile))
-            for sequence in batch.extra.pop(_SEQUENCES)
+            to_uint8(self.runner.decode(state, self.tile)) for state in batch.extra.pop(_STATES)
         ]
         return OutputBatch(output=images, metrics=batch.metrics, usage=batch.usage)

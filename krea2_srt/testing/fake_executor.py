@@ -56,6 +56,9 @@ class FakeExecutor:
         if self.cost is not None:
             ms = self.cost.step(branch for sequence in step.sequences for branch in sequence.tokens)
             self.spend(ms * len(blocks) / step.total_blocks)
+        if blocks.stop == step.total_blocks:
+            for sequence in step.sequences:
+                sequence.step += step.steps
         return [StepResult(step, blocks)]
 
     def settle(self, sequence: Sequence | None = None) -> Collection[StepResult]:

@@ -35,8 +35,8 @@ def run_compiled(context: Context) -> None:
     for side in SMOKE_SIDES[:1] if context.smoke else COMPILED_SIDES:
         with context.findings.attempt("compile", name_of(side)):
             start = time.perf_counter()
-            (sequence,) = images(context.runner, ((side, side),))
-            _plain(context, compiled, sequence)
+            (state,) = images(context.runner, ((side, side),))
+            _plain(context, compiled, state)
             note = f"compiled in {time.perf_counter() - start:.1f} s"
             _against(context, "compile", "compiled", compiled, side, note)
 
@@ -44,24 +44,24 @@ def run_compiled(context: Context) -> None:
 def _against(
     context: Context, part: str, name: str, other: PlainDiT, side: int, note: str = ""
 ) -> None:
-    (sequence,) = images(context.runner, ((side, side),))
+    (state,) = images(context.runner, ((side, side),))
     size = name_of(side)
-    works = ways(context, part, context.runner, [sequence], f"{size} ")
-    works.append(Way(f"{size} {name}", "eager, sdpa", _call(context, other, sequence)))
+    works = ways(context, part, context.runner, [state], f"{size} ")
+    works.append(Way(f"{size} {name}", "eager, sdpa", _call(context, other, state)))
     found = timings([way.run for way in works], context.device, context.seconds, warm_ups=2)
-    floor = context.step_floor_ms([sequence.num_tokens])
+    floor = context.step_floor_ms([state.num_tokens])
     for way, timing in zip(works, found, strict=True):
         said = note if way is works[-1] else ""
         context.findings.add(timed(part, way.name, timing, floor, said, way.how))
 
 
-def _call(context: Context, other: PlainDiT, sequence: DeviceState) -> Callable[[], object]:
-    return lambda: _plain(context, other, sequence)
+def _call(context: Context, other: PlainDiT, state: DeviceState) -> Callable[[], object]:
+    return lambda: _plain(context, other, state)
 
 
-def _plain(context: Context, plain: PlainDiT, sequence: DeviceState) -> None:
-    rope = context.runner.packs.get(ForwardBatch.of([sequence]).shapes).rope
-    sigmas = sequence.schedule.sigmas
-    velocity = plain(sequence.tokens, sequence.context, sigmas[0], rope)
-    stepped = sequence.tokens + (sigmas[1] - sigmas[0]) * velocity.float()
+def _plain(context: Context, plain: PlainDiT, state: DeviceState) -> None:
+    rope = context.runner.packs.get(ForwardBatch.of([state]).shapes).rope
+    sigmas = state.schedule.sigmas
+    velocity = plain(state.tokens, state.context, sigmas[0], rope)
+    stepped = state.tokens + (sigmas[1] - sigmas[0]) * velocity.float()
     torch.isfinite(stepped).all().item()

@@ -22,9 +22,9 @@ def how_it_runs(runner: Krea2Runner, tokens: int, graph: bool) -> str:
     return f"{'graph' if graph else 'eager'}, {attention.name}" + (", fused MLP" if fused else "")
 
 
-def why_eager(runner: Krea2Runner, sequences: list[DeviceState], steps: int = 1) -> str:
+def why_eager(runner: Krea2Runner, states: list[DeviceState], steps: int = 1) -> str:
     """Capture what a runner's step would replay; empty, or why it will run eagerly."""
     if runner.graphs is None:
         return f"attention {runner.attention.name} cannot be captured"
-    batch = ForwardBatch.of(sequences)
+    batch = ForwardBatch.of(states)
     return captured(runner.graphs, batch, runner.packs.get(batch.shapes), steps)

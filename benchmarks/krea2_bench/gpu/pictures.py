@@ -8,6 +8,7 @@ from krea2_bench.gpu.rows import LEFT_OUT, Missing, Row, timed
 from krea2_bench.gpu.sequences import images, name_of
 from krea2_bench.gpu.timing import timings
 from krea2_srt.errors import ConfigError, first_line
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.model_runner import Krea2Runner
 
 SIDES, LARGE_SIDES = (1024, 512, 256), (2048,)
@@ -59,19 +60,18 @@ def _generate_all(context: Context, sides: tuple[int, ...]) -> None:
 
 def _how(runner: Krea2Runner, side: int) -> str:
     """How the steps of a picture run, and why if not on a graph."""
-    sequences = images(runner, ((side, side),))
-    reason = why_eager(runner, sequences)
-    how = how_it_runs(runner, sequences[0].num_tokens, graph=not reason)
+    states = images(runner, ((side, side),))
+    reason = why_eager(runner, states)
+    how = how_it_runs(runner, states[0].num_tokens, graph=not reason)
     return f"{how}: {reason}" if reason else how
 
 
 def _generate(runner: Krea2Runner, side: int) -> None:
     runner.contexts.clear()
-    (prompt,) = runner.encode([PROMPT])
-    schedule = runner.schedule(runner.sampling.default_steps, side, side)
-    sequence = runner.start(prompt, side, side, 1, schedule)
+    image = ImageRequest(PROMPT, side, side, runner.sampling.default_steps, seed=1)
+    state = runner.start(image, runner.encode(image.prompts))
     if side <= WHOLE_SIDE:
-        runner.step([sequence], schedule.steps)
-    while not sequence.done:
-        runner.step([sequence])
-    runner.decode(sequence)
+        runner.step([state], image.steps)
+    while not state.done:
+        runner.step([state])
+    runner.decode(state)

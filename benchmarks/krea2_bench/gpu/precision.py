@@ -51,23 +51,23 @@ def _runner(context: Context, quantization: Quantization) -> Krea2Runner:
 
 def _generate(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """(tokens before, velocity) of every step, and the pixels."""
-    (sequence,) = images(runner, ((side, side),))
-    sequence.keep_velocity = True
+    (state,) = images(runner, ((side, side),))
+    state.sequence.wants_previews = True  # keeps its velocities
     found = []
-    while not sequence.done:
-        before = sequence.tokens
-        runner.step([sequence])
-        assert sequence.velocity is not None
-        found.append((before, sequence.velocity))
-    return found, runner.decode(sequence)
+    while not state.done:
+        before = state.tokens
+        runner.step([state])
+        assert state.velocity is not None
+        found.append((before, state.velocity))
+    return found, runner.decode(state)
 
 
 def _velocity_error(
     runner: Krea2Runner, side: int, step: int, theirs: list[tuple[Tensor, Tensor]]
 ) -> float:
-    (sequence,) = images(runner, ((side, side),))
-    sequence.keep_velocity = True
-    sequence.tokens, sequence.step = theirs[step][0], step
-    runner.step([sequence])
-    assert sequence.velocity is not None
-    return relative(sequence.velocity, theirs[step][1])
+    (state,) = images(runner, ((side, side),))
+    state.sequence.wants_previews = True  # keeps its velocities
+    state.tokens, state.sequence.step = theirs[step][0], step
+    runner.step([state])
+    assert state.velocity is not None
+    return relative(state.velocity, theirs[step][1])

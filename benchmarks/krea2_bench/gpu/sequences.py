@@ -3,6 +3,7 @@
 import torch
 
 from krea2_bench.gpu.context import TEXT_TOKENS
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 
@@ -24,18 +25,19 @@ def images(
         context = torch.randn(
             text, hidden, generator=generator, device=runner.device, dtype=runner.dit.dtype
         )
-        schedule = runner.schedule(runner.sampling.default_steps, width, height)
-        found.append(runner.start(context, width, height, seed, schedule))
+        image = ImageRequest("", width, height, runner.sampling.default_steps, seed=seed)
+        found.append(runner.start(image, [context]))
     return found
 
 
-def stepped(runner: Krea2Runner, sequences: list[DeviceState]) -> list[torch.Tensor]:
+def stepped(runner: Krea2Runner, states: list[DeviceState]) -> list[torch.Tensor]:
     """Their tokens after one step; the sequences stay as they were."""
-    before = [sequence.tokens for sequence in sequences]
-    runner.step(sequences)
-    after = [sequence.tokens for sequence in sequences]
-    for sequence, tokens in zip(sequences, before, strict=True):
-        sequence.tokens, sequence.step = tokens, sequence.step - 1
+    before = [state.tokens for state in states]
+    runner.step(states)
+    after = [state.tokens for state in states]
+    for state, tokens in zip(states, before, strict=True):
+        state.tokens = tokens
+        state.sequence.step -= 1
     return after
 
 

@@ -96,10 +96,10 @@ def measure(
         format: of its matrices, as rows name it, with a space after it; empty is bf16.
         sides: width and height of every image.
     """
-    sequences = images(runner, sides)
+    states = images(runner, sides)
     size = name_of(sides[0][0], len(sides))
-    branches = [sequence.num_tokens for sequence in sequences]
-    works = ways(context, part, runner, sequences, f"{size} {format}")
+    branches = [state.num_tokens for state in states]
+    works = ways(context, part, runner, states, f"{size} {format}")
     seconds, least = context.seconds, 2 if max(branches) > 8192 else 3
     found = timings([way.run for way in works], context.device, seconds, warm_ups=2, least=least)
     floor = context.step_floor_ms(branches, fp8=bool(format))
@@ -112,17 +112,17 @@ def ways(
     context: Context,
     part: str,
     runner: Krea2Runner,
-    sequences: list[DeviceState],
+    states: list[DeviceState],
     name: str,
 ) -> list[Way]:
     """Eagerly, and on a graph where one can be captured; else the reason is noted."""
-    tokens = sum(sequence.num_tokens for sequence in sequences)
+    tokens = sum(state.num_tokens for state in states)
     how = how_it_runs(runner, tokens, graph=False)
-    eager = Way(f"{name}eager", how, lambda: _eager(runner, sequences))
+    eager = Way(f"{name}eager", how, lambda: _eager(runner, states))
     context.use_graphs(runner)
     wait(context.device)
     before, start = _reserved(context), time.perf_counter()
-    reason = why_eager(runner, sequences)
+    reason = why_eager(runner, states)
     wait(context.device)
     if reason:
         context.findings.miss(Missing(part, f"{name}graph", LEFT_OUT, f"ran eagerly: {reason}"))
@@ -131,22 +131,22 @@ def ways(
     note = f"takes {taken:.0f} MiB more" if context.on_gpu else ""
     how = how_it_runs(runner, tokens, graph=True)
     context.findings.add(Row(part, f"{name}capture", ms, "ms", note=note, how=how))
-    return [eager, Way(f"{name}graph", how, lambda: step(runner, sequences))]
+    return [eager, Way(f"{name}graph", how, lambda: step(runner, states))]
 
 
-def step(runner: Krea2Runner, sequences: list[DeviceState]) -> None:
+def step(runner: Krea2Runner, states: list[DeviceState]) -> None:
     """As a server steps: on a graph where there is one."""
-    runner.step(sequences)
-    for sequence in sequences:
-        sequence.step = 0
+    runner.step(states)
+    for state in states:
+        state.sequence.step = 0
 
 
-def _eager(runner: Krea2Runner, sequences: list[DeviceState]) -> None:
-    forward = runner.begin_step(sequences)
+def _eager(runner: Krea2Runner, states: list[DeviceState]) -> None:
+    forward = runner.begin_step(states)
     forward.run(range(runner.num_blocks))
     forward.finish()
-    for sequence in sequences:
-        sequence.step = 0
+    for state in states:
+        state.sequence.step = 0
 
 
 def _reserved(context: Context) -> int:
@@ -158,10 +158,10 @@ def _host_time(context: Context, side: int) -> None:
     between two steps.
     """
     runner = context.runner
-    sequences = images(runner, ((side, side),))
-    if runner.graphs is None or why_eager(runner, sequences):
+    states = images(runner, ((side, side),))
+    if runner.graphs is None or why_eager(runner, states):
         return
-    batch, name = ForwardBatch.of(sequences), name_of(side)
+    batch, name = ForwardBatch.of(states), name_of(side)
     pack = runner.packs.get(batch.shapes)
     times = []
     for number in range(23):
@@ -170,7 +170,7 @@ def _host_time(context: Context, side: int) -> None:
         runner.graphs.launch(batch, pack)
         if number >= 3:
             times.append((time.perf_counter() - start) * 1e3)
-    how = how_it_runs(runner, sequences[0].num_tokens, graph=True)
+    how = how_it_runs(runner, states[0].num_tokens, graph=True)
     low, high = min(times), max(times)
     context.findings.add(Row("steps", f"{name} host", median(times), "ms", low, high, how=how))
 
@@ -178,7 +178,7 @@ def _host_time(context: Context, side: int) -> None:
     count = 3 if context.smoke else 20
     stepped, queued = timings(
         [
-            lambda: _in_flight(runner, sequences, count),
+            lambda: _in_flight(runner, states, count),
             lambda: [runner.graphs.launch(batch, pack) for _ in range(count)],
         ],
         context.device,
@@ -191,13 +191,13 @@ def _host_time(context: Context, side: int) -> None:
     )
 
 
-def _in_flight(runner: Krea2Runner, sequences: list[DeviceState], count: int) -> None:
+def _in_flight(runner: Krea2Runner, states: list[DeviceState], count: int) -> None:
     """Steps as a server runs them: what became of one is looked at while the next one runs."""
     before = None
     for _ in range(count):
-        flags = runner.launch(sequences)
-        for sequence in sequences:
-            sequence.step = 0
+        flags = runner.launch(states)
+        for state in states:
+            state.sequence.step = 0
         if flags.is_cuda:
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             host.copy_(flags, non_blocking=True)

@@ -7,6 +7,7 @@ import torch
 
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.model.dit_files import load_dit
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, relative_error
 
@@ -19,9 +20,8 @@ IMAGES = [("a cat", 64, 32, 1, 0.0), ("a dog in the rain", 32, 32, 2, 3.5), ("",
 def stepped(runner: Krea2Runner, steps: int) -> list[torch.Tensor]:
     sequences = []
     for number, (prompt, width, height, seed, guidance) in enumerate(IMAGES):
-        context, negative = runner.encode([prompt, "blurry"])
-        schedule = runner.schedule(3 + number, width, height)
-        sequences.append(runner.start(context, width, height, seed, schedule, guidance, negative))
+        image = ImageRequest(prompt, width, height, 3 + number, guidance, "blurry", seed)
+        sequences.append(runner.start(image, runner.encode(image.prompts)))
     for _ in range(steps):
         runner.step(sequences)
     return [s.tokens for s in sequences]

@@ -13,6 +13,7 @@ from krea2_srt.model import quantization as module
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.quantization import MATRICES, Quantization, QuantizedLinear
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 
@@ -182,8 +183,8 @@ def pictures(demo_model: Path):
     def draw(quantization: Quantization | None) -> torch.Tensor:
         if quantization not in known:
             runner = Krea2Runner.load(checkpoint, CPU, BF16, quantization=quantization)
-            (context,) = runner.encode([PROMPT])
-            sequence = runner.start(context, 256, 256, 3, runner.schedule(8, 256, 256))
+            image = ImageRequest(PROMPT, 256, 256, 8, seed=3)
+            sequence = runner.start(image, runner.encode(image.prompts))
             while not sequence.done:
                 runner.step([sequence])
             known[quantization] = runner.decode(sequence)

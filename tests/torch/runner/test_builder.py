@@ -39,8 +39,7 @@ def asked(builder: RunnerBuilder, **config) -> RunnerBuilder:
 
 
 def generate(runner) -> torch.Tensor:
-    (context,) = runner.encode(["a cat"])
-    sequence = runner.start(context, 64, 48, 3, runner.schedule(4, 64, 48))
+    sequence = runner.start(ImageRequest("a cat", 64, 48, 4, seed=3), runner.encode(["a cat"]))
     runner.step([sequence], 4)
     return sequence.tokens
 
@@ -281,7 +280,7 @@ def test_the_engine_generates_on_graphs_what_it_generates_without(
         engine = Engine(executor, replace(roofline(), blocks=each.num_blocks))
         request = engine.submit("r", [ImageRequest("a cat", 32, 32, steps=8, seed=5)])
         if wants_previews:
-            executor.enable_previews(request.sequences[0])
+            request.sequences[0].wants_previews = True
         while engine.turn() is not None:
             pass
         # All steps at once where there are graphs, and nobody who wants to see them.

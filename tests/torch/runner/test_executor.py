@@ -42,7 +42,7 @@ class Recording(RunnerExecutor):
 
     def release(self, sequence):
         if sequence.state is State.DONE:
-            self.latents[sequence] = self._sequences[sequence].tokens
+            self.latents[sequence] = self._states[sequence].tokens
         super().release(sequence)
 
 
@@ -168,7 +168,7 @@ def test_a_forward_that_is_dropped_changes_nothing(runner):
 def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     wanted = image(width=64, height=48, steps=4)
     request = engine.submit("a", [wanted])
-    executor.enable_previews(request.sequences[0])
+    request.sequences[0].wants_previews = True
     previews = []
     while request.sequences[0].step < 3:
         if any(isinstance(event, Progress) for event in engine.turn()):
@@ -177,7 +177,7 @@ def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
     assert [preview.shape for preview in previews] == [(48, 64, 3)] * 3
     # After all but the last step, the prediction is what the last step makes of it.
     sequence = start(runner, "x", 64, 48, 4, 0)
-    sequence.keep_velocity = True
+    sequence.sequence.wants_previews = True
     for _ in range(4):
         runner.step([sequence])
     predicted = runner.vae.decode(runner.predicted_latents(sequence)[None])[0]
@@ -186,7 +186,7 @@ def test_a_preview_is_the_predicted_clean_image(engine, executor, runner):
 
 def test_a_preview_is_at_most_256_pixels_wide(runner):
     sequence = start(runner, "x", 640, 320, 2, 1)
-    sequence.keep_velocity = True
+    sequence.sequence.wants_previews = True
     runner.step([sequence])
     assert runner.predicted_latents(sequence).shape == (16, 16, 32)
 
@@ -210,7 +210,7 @@ def test_nan_latents_fail_their_request_alone(engine, executor, runner):
     engine.turn()  # encodes both
     engine.turn()  # the first of two steps
     (broken,) = engine.requests["broken"].sequences
-    executor._sequences[broken].tokens = spoilt(executor._sequences[broken].tokens)
+    executor._states[broken].tokens = spoilt(executor._states[broken].tokens)
     ended = {e.request.id: e.request for e in run(engine) if isinstance(e, Ended)}
     assert executor.packs[0][0] == 2
     assert ended["broken"].state is State.FAILED
@@ -282,6 +282,44 @@ def test_a_step_that_runs_out_of_memory_leaves_nothing_in_the_executor(
     assert alive == [None]
 
 
+def test_a_step_that_fails_once_it_is_launched_is_done_again(engine, executor, runner, monkeypatch):
+    """Latents and counter go back together: none is a step ahead of the other."""
+    launched = executor._in_flight.launched
+    errors = [torch.OutOfMemoryError("no pinned memory")]
+
+    def fails_at_first(*args):
+        if errors:
+            raise errors.pop()
+        return launched(*args)
+
+    monkeypatch.setattr(executor._in_flight, "launched", fails_at_first)
+    wanted = [image(seed=seed, steps=3) for seed in (1, 2)]
+    request = engine.submit("a", wanted)
+    run(engine)
+    assert errors == []
+    assert request.state is State.DONE, request.error
+    for sequence in request.sequences:
+        assert sequence.step == 3
+        tokens, _ = alone(runner, sequence.image)
+        assert relative_error(executor.latents[sequence], tokens) <= 1e-5
+
+
+def test_an_image_takes_memory_from_its_first_step_to_its_end(engine, executor):
+    request = engine.submit("a", [image(width=160, height=160, steps=2)])
+    (sequence,) = request.sequences
+    engine.turn()
+    state = executor._states[sequence]
+    assert (sequence.state, state.tokens) == (State.DENOISING, None)
+    engine.turn()
+    assert state.tokens.shape == (100, 64)
+    run(engine)
+    tensors = [value for value in vars(state).values() if isinstance(value, torch.Tensor)]
+    assert (tensors, state.contexts, state.decode) == ([], (), None)
+    assert not executor.empty
+    assert executor.take_pixels(sequence).shape == (160, 160, 3)
+    assert executor.empty
+
+
 class SideStream:
     """Runs at once, and is ready at the third look, or fails at it."""
 
@@ -334,7 +372,7 @@ def test_a_preview_beside_the_steps_is_there_later(runner):
     executor = Recording(runner, side_stream=SideStream())
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=3)])
-    executor.enable_previews(request.sequences[0])
+    request.sequences[0].wants_previews = True
     while request.sequences[0].step < 2:
         engine.turn()
     latents = executor.predict(request.sequences[0])
@@ -364,7 +402,7 @@ def test_a_broken_picture_of_an_overlapped_decode_fails(runner):
     request = engine.submit("a", [image(steps=1)])
     while request.sequences[0].state is not State.DECODING:
         engine.turn()
-    denoising = executor._sequences[request.sequences[0]]
+    denoising = executor._states[request.sequences[0]]
     denoising.tokens = spoilt(denoising.tokens)
     run(engine)
     assert "non-finite" in str(request.error)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from krea2_srt.request import MAX_TEXT_TOKENS
+from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest
 from krea2_srt.runner import warm_up
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graph_race import GraphRace, Lap
@@ -72,9 +72,8 @@ def test_sizes_that_have_no_graph_say_nothing_of_the_others(raced):
 
 
 def test_by_default_real_steps_are_timed(raced):
-    sequence = raced.start(
-        torch.zeros(8, raced.dit.config.hidden_size), 64, 64, 0, raced.schedule(1, 64, 64)
-    )
+    context = torch.zeros(8, raced.dit.config.hidden_size)
+    sequence = raced.start(ImageRequest("", 64, 64, 1), [context])
     (lap,) = GraphRace(raced).run([sequence])
     assert lap.eager_ms > 0
     assert lap.graph_ms > 0

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.engine.cost import roofline
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.graphs import (
     FEW_TOKENS,
     MAX_PADDING,
@@ -72,15 +73,13 @@ def sequences(runner, *images, steps=4):
     """Sequences of (prompt, width, height, guidance), the later ones some steps ahead."""
     found = []
     for number, (prompt, width, height, guidance) in enumerate(images):
-        context, negative = runner.encode([prompt, "blurry"])
-        schedule = runner.schedule(steps + number, width, height)
-        sequence = runner.start(context, width, height, number, schedule, guidance, negative)
-        found.append(sequence)
+        image = ImageRequest(prompt, width, height, steps + number, guidance, "blurry", number)
+        found.append(runner.start(image, runner.encode(image.prompts)))
     return found
 
 
 def copies(those):
-    return [replace(s) for s in those]
+    return [replace(s, sequence=replace(s.sequence)) for s in those]
 
 
 def step(graphs, packs, those, steps=1):
@@ -127,7 +126,7 @@ def test_a_picture_that_goes_on_in_another_pack_is_not_a_second_one(
     for those in ([first, second], [second, third], [first, third]):
         assert step(graphs, packs, those) is None
     assert captures.count == 0
-    assert step(graphs, packs, [third, replace(third)]) is not None
+    assert step(graphs, packs, [third, *copies([third])]) is not None
 
 
 @pytest.mark.parametrize("images", [ONE, MIX, MIX[::-1]])
@@ -211,7 +210,7 @@ def test_what_lay_in_the_buffers_before_does_not_matter(runner, graphs, packs):
 def test_only_the_non_finite_sequence_is_reported(runner, graphs, packs):
     those = sequences(runner, *MIX)
     seen(graphs, packs, those)
-    those[1].guidance = math.inf
+    those[1].sequence.image = replace(those[1].sequence.image, guidance=math.inf)
     flags = step(graphs, packs, those)
     assert [id(s) for s in ForwardBatch.of(those).non_finite(flags)] == [id(those[1])]
 
@@ -220,14 +219,14 @@ def test_velocities_are_kept_for_those_who_want_them(runner, graphs, packs):
     eager = sequences(runner, *MIX)
     graphed = copies(eager)
     for those in (eager, graphed):
-        those[1].keep_velocity = True
+        those[1].sequence.wants_previews = True
     seen(graphs, packs, graphed)
     runner.step(eager)
     stepped(graphs, packs, graphed)
     assert graphed[0].velocity is None
     assert relative_error(graphed[1].velocity, eager[1].velocity) <= 1e-5
     kept = graphed[1].velocity.clone()
-    graphed[1].keep_velocity = False
+    graphed[1].sequence.wants_previews = False
     stepped(graphs, packs, graphed)
     assert graphed[1].velocity is None
     assert torch.isfinite(kept).all()

@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.request import ImageRequest
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr, relative_error
 
 
 def start(runner: Krea2Runner, prompt, width, height, steps, seed, guidance=0.0, negative=""):
-    context, uncond = runner.encode([prompt, negative])
-    schedule = runner.schedule(steps, width, height)
-    return runner.start(context, width, height, seed, schedule, guidance, uncond)
+    image = ImageRequest(prompt, width, height, steps, guidance, negative, seed)
+    return runner.start(image, runner.encode(image.prompts))
 
 
 def finish(runner: Krea2Runner, sequences: list[DeviceState]) -> list[torch.Tensor]:
@@ -119,6 +119,13 @@ def test_images_of_one_request_differ_and_follow_their_seeds(runner):
 
 
 def test_guidance_needs_a_negative_prompt(runner):
-    context = runner.encode(["x"])[0]
-    with pytest.raises(ValueError, match="negative"):
-        runner.start(context, 64, 64, 0, runner.schedule(2, 64, 64), guidance=2.0)
+    contexts = runner.encode(["x"])
+    with pytest.raises(ValueError, match="contexts: of 2 prompts with guidance 2, got 1"):
+        runner.start(ImageRequest("x", 64, 64, 2, guidance=2.0), contexts)
+
+
+def test_a_negative_prompt_that_is_the_prompt_changes_nothing(runner):
+    """One context for both branches: they must not be taken for one another."""
+    plain, guided = (start(runner, "x", 64, 48, 2, 1, guidance, "x") for guidance in (0.0, 3.5))
+    expected, picture = (finish(runner, [sequence])[0] for sequence in (plain, guided))
+    assert relative_error(picture, expected) <= 1e-5

@@ -72,9 +72,8 @@ def use_graphs(runner: Krea2Runner) -> None:
 def start(
     runner: Krea2Runner, prompt: str = "a cat", side: int = 64, steps: int = 4, guidance: float = 0
 ) -> DeviceState:
-    context, negative = runner.encode([prompt, "rain"])
-    schedule = runner.schedule(steps, side, side)
-    return runner.start(context, side, side, 0, schedule, guidance, negative)
+    image = ImageRequest(prompt, side, side, steps, guidance, "rain")
+    return runner.start(image, runner.encode(image.prompts))
 
 
 def finish(runner: Krea2Runner, pack: list[DeviceState]) -> None:
@@ -210,7 +209,7 @@ def test_previews_are_generated_beside_the_steps(runner, cuda):
     executor = executor_of(runner)
     engine = Engine(executor, COST, CONFIG)
     request = engine.submit("a", [image(steps=4)])
-    executor.enable_previews(request.sequences[0])
+    request.sequences[0].wants_previews = True
     generated = []
     while not engine.idle:
         for event in engine.turn() or []:
@@ -339,7 +338,7 @@ def schedule(seed: int, failing: bool) -> None:
                 )
                 accepted += 1
                 if random_.random() < 0.3:
-                    executor.enable_previews(request.sequences[0])
+                    request.sequences[0].wants_previews = True
             if failing and random_.random() < 0.05:
                 cuda.fail_allocations(random_.randint(1, 200))
             if random_.random() < 0.02:

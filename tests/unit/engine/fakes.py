@@ -139,7 +139,7 @@ class StrictExecutor(FakeExecutor):
         branches = {
             prompt: self._lane(tokens - sequence.image.image_tokens)
             for sequence in sequences
-            for prompt, tokens in zip(_prompts(sequence), sequence.tokens, strict=True)
+            for prompt, tokens in zip(sequence.image.prompts, sequence.tokens, strict=True)
         }
         fails = any(request in self.unencodable for request in requests)
         with self._running("encode", sequences, self.cost.encode(sum(branches.values())), fails):
@@ -147,7 +147,7 @@ class StrictExecutor(FakeExecutor):
         for sequence in sequences:
             self._steps_done[sequence] = 0
             sequence.tokens = tuple(
-                branches[prompt] + sequence.image.image_tokens for prompt in _prompts(sequence)
+                branches[prompt] + sequence.image.image_tokens for prompt in sequence.image.prompts
             )
 
     def step(self, step: PackStep, blocks: range) -> Collection[StepResult]:
@@ -191,6 +191,7 @@ class StrictExecutor(FakeExecutor):
         self._void.add(step)
         for sequence in step.sequences:
             self._steps_done[sequence] += step.steps
+            sequence.step += step.steps
         non_finite = tuple(s for s in step.sequences if s in self.non_finite)
         return self._report(StepResult(step, blocks, non_finite))
 
@@ -309,11 +310,6 @@ class _Running:
         )
         if self.fails and kind is None:
             raise DeviceError(self.kind)
-
-
-def _prompts(sequence: Sequence) -> list[str]:
-    image = sequence.image
-    return [image.prompt, image.negative_prompt][: len(sequence.tokens)]
 
 
 def image(size: int | tuple[int, int] = 256, steps: int = 8, **fields: Any) -> ImageRequest:
