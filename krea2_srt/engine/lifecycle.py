@@ -56,6 +56,7 @@ class Sequence:
             is encoded.
         state: where it is.
         step: steps done; counted by the executor that does them.
+        joined_before: the step before which prompts were last encoded so that others join it.
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.
@@ -68,6 +69,7 @@ class Sequence:
     tokens: tuple[int, ...]
     state: State = State.WAITING
     step: int = 0
+    joined_before: int | None = None
     begun: bool = False
     decode_begun: bool = False
     decode_retried: bool = False

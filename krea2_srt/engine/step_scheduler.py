@@ -49,7 +49,6 @@ class StepScheduler:
         self.isolated_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
         self._arrivals = count()
-        self._let_join = True
         self.num_waiting = 0
         self.num_active_sequences = 0
         """Begun and not ended: those of which the device holds latents."""
@@ -113,36 +112,56 @@ class StepScheduler:
 
         Requests that it takes from those that wait have to be run.
         """
-        for suspect in self.isolated_sequences:
-            return self._step(suspect)
-        order = [request for request in sorted(self.active, key=_by_key) if self._runnable(request)]
+        order = sorted(filter(self._runnable, self.active), key=_by_key)
         urgent = order[0] if order else None
-        room = self.num_active_sequences < self.config.max_active_sequences
-        waiting = self._next_waiting() if room else None
+        return (
+            self._isolated_step()
+            or self._next_encode(urgent)
+            or self._next_decode(urgent)
+            or self._next_step(order)
+        )
+
+    def _isolated_step(self) -> PackStep | None:
+        return next(map(self._step, self.isolated_sequences), None)
+
+    def _next_encode(self, urgent: Request | None) -> Encode | None:
+        """The prompts of what waits, where it is more urgent than all that is active."""
+        waiting = self._next_waiting()
         if waiting is not None and (urgent is None or waiting.key < urgent.key):
             return self._encode(urgent)
-        if urgent is None:
-            return None
-        if urgent.state is State.ENCODING:
+        if urgent is not None and urgent.state is State.ENCODING:
             # A batch of prompts has failed; one by one now.
             return Encode((urgent,))
-        for sequence in urgent.sequences:
-            if sequence.state is State.DECODING and not self.overlaps_decodes:
-                return Decode(sequence)
-        lead = next(s for s in urgent.sequences if s.state is State.DENOISING)
+        return None
+
+    def _next_decode(self, urgent: Request | None) -> Decode | None:
+        if urgent is None or self.overlaps_decodes:
+            return None
+        return next((Decode(s) for s in urgent.sequences if s.state is State.DECODING), None)
+
+    def _next_step(self, order: list[Request]) -> PackStep | Encode | None:
+        """A step of the most urgent sequence, in company where that pays; before it, once, the
+        prompts of those that would gain by joining.
+        """
+        if not order:
+            return None
+        lead = next(s for s in order[0].sequences if s.state is State.DENOISING)
         step = self._step(lead)
         if step in self.paused or step.blocks_per_slice < step.total_blocks:
             return step
         builder = PackBuilder(lead, self.cost, self.config, self.budget.tokens)
         for sequence in self._company(lead, order):
             builder.admit(sequence)
-        if self._let_join and waiting is not None and builder.admit(waiting.sequences[0]):
-            # It gains by joining, and first needs its prompt encoded. Once before a step: where
-            # prompts prove longer than estimated, the pack would wait for all of them.
-            self._let_join = False
-            return self._encode(urgent, builder)
-        self._let_join = True
-        alone = len(order) == len(urgent.sequences) == 1 and not self.num_waiting
+        waiting = self._next_waiting()
+        # Once: where prompts prove longer than estimated, the pack would wait for all of them.
+        if (
+            waiting is not None
+            and lead.joined_before != lead.step
+            and builder.admit(waiting.sequences[0])
+        ):
+            lead.joined_before = lead.step
+            return self._encode(order[0], builder)
+        alone = len(order) == len(order[0].sequences) == 1 and not self.num_waiting
         steps = lead.image.steps if alone and self._may_run_whole(lead) else 1
         return PackStep(tuple(builder.sequences), self.cost.blocks, self.cost.blocks, steps=steps)
 
@@ -153,6 +172,9 @@ class StepScheduler:
         )
 
     def _next_waiting(self) -> Request | None:
+        """The first of those that wait, where there is room for one more."""
+        if self.num_active_sequences >= self.config.max_active_sequences:
+            return None
         while self._waiting and self._waiting[0][2].ended:
             heapq.heappop(self._waiting)
         return self._waiting[0][2] if self._waiting else None
