@@ -8,7 +8,8 @@ one alone. `Cancel` has no answer: who sends it has stopped listening. Everythin
 `GetStatistics` as it is, answered by an ``OutputBatch`` with the reply in ``output``.
 """
 
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ import numpy as np
 from krea2_srt.errors import Krea2Error, RequestError
 from krea2_srt.request import ImageRequest, RequestLimits
 
-VERSION = 5
-"""Version of these messages. A server and its engines are of one version: a scheduler refuses a
+_FIELDS = " ".join(field.name for one in (ImageRequest, RequestLimits) for field in fields(one))
+
+VERSION = f"5-{zlib.crc32(_FIELDS.encode()):08x}"
+"""Version of these messages, and of the fields of what they carry: one that the other side does not
+know would be ignored in silence. A server and its engines are of one version: a scheduler refuses a
 message of another by name, and cannot even read one of a class that it does not know.
 """
 
@@ -30,7 +34,7 @@ class Cancel:
     """
 
     request_id: str
-    version: int = VERSION
+    version: str = VERSION
 
 
 def preview_steps(total: int, previews: int) -> frozenset[int]:
@@ -45,7 +49,7 @@ def preview_steps(total: int, previews: int) -> frozenset[int]:
 class GetStatistics:
     """Reply: the engine's statistics, a dict."""
 
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class GenerateRequest:
     deadline_s: float | None = None
     progress: bool = False
     previews: int = 0
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Accepted:
     """The request is in the engine."""
 
     request_id: str
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Generated:
     prompt_cut: bool = False
     stage_ms: dict[str, float] = field(default_factory=dict)
     error: "EngineError | None" = None
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class ModelInfo:
 class GetModel:
     """Reply: a `ModelInfo`."""
 
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class ControlRequest:
 
     control_id: str
     command: "GetStatistics | GetModel"
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class ControlReply:
     control_id: str
     output: Any = None
     error: str | None = None
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class ProgressUpdate:
     step: int
     total: int
     preview: np.ndarray[Any, Any] | None = None
-    version: int = VERSION
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class EngineError:
     message: str
     field: str | None = None
     retry_after_s: float | None = None
-    version: int = VERSION
+    version: str = VERSION
 
     @classmethod
     def of(cls, error: Exception) -> "EngineError":
