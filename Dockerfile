@@ -4,7 +4,7 @@
 #   docker build -t krea2-srt:cpu --build-arg BASE=python:3.11-slim-bookworm \
 #     --build-arg TARGET=cpu --build-arg MODEL=/opt/krea-2-demo . # the demo checkpoint, anywhere
 #
-# deploy/README.md says how to run it.
+# docs/operations.md says how to run it.
 ARG BASE=lmsysorg/sglang:v0.5.23
 
 FROM python:3.11-slim-bookworm AS wheel

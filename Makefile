@@ -122,7 +122,7 @@ bench-http: $(STAMP) $(DEMO)
 bench-ray: $(STAMP) $(DEMO)
 	$(BIN)/python -m krea2_bench.ray_serve --model $(DEMO)
 
-# Breaks servers of its own and sees that deploy/README.md is right; about eight minutes.
+# Breaks servers of its own and sees that docs/operations.md is right; about eight minutes.
 drills: $(STAMP) $(DEMO)
 	$(BIN)/python -m tests.e2e.drills --model $(DEMO)
 

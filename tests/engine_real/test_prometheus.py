@@ -57,7 +57,7 @@ def test_rules_and_configuration_are_valid(command):
 def test_every_alert_is_tested_and_says_what_to_do():
     tests = yaml.safe_load((DEPLOY / "prometheus" / "alerts_test.yml").read_text())["tests"]
     checks = [check for test in tests for check in test["alert_rule_test"]]
-    guide = (DEPLOY / "README.md").read_text()
+    guide = (DEPLOY.parent / "docs/operations.md").read_text()
     for alert in ALERTS:
         name = alert["alert"]
         mine = [check for check in checks if check["alertname"] == name]
@@ -65,7 +65,7 @@ def test_every_alert_is_tested_and_says_what_to_do():
         assert any(not check.get("exp_alerts") for check in mine), f"{name} is never silent"
         assert alert["labels"]["severity"] in ("page", "ticket")
         file, _, anchor = alert["annotations"]["runbook"].partition("#")
-        assert file == "deploy/README.md"
+        assert file == "docs/operations.md"
         assert anchor == name.lower()
         assert f"### {name}\n" in guide, f"the guide says nothing of {name}"
 

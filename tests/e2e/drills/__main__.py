@@ -1,6 +1,6 @@
 """``python -m tests.e2e.drills [NAME ...]``: runs drills, all by default, on servers of its own.
 
-Each starts krea2-serve on loopback, breaks something under load, and checks what deploy/README.md
+Each starts krea2-serve on loopback, breaks something under load, and checks what docs/operations.md
 promises. Exit code 0 if all promises are kept.
 """
 

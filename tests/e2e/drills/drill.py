@@ -20,7 +20,7 @@ class Drill:
     Attributes:
         name: as on the command line.
         breaks: what is broken.
-        promise: what then must be true, as deploy/README.md says it.
+        promise: what then must be true, as docs/operations.md says it.
         run: given the checkpoint's folder and one for its files.
         needs_root: whether only root can do it.
         needs: a program that must be installed.

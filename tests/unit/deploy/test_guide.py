@@ -1,4 +1,4 @@
-"""deploy/README.md says what the code does."""
+"""docs/operations.md says what the code does."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from krea2_srt.engine.cost import roofline
 from tests.e2e.drills.__main__ import DRILLS
 
-GUIDE = (Path(__file__).parents[3] / "deploy" / "README.md").read_text()
+GUIDE = (Path(__file__).parents[3] / "docs/operations.md").read_text()
 
 
 def test_it_has_every_drill_with_its_promise():
