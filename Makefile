@@ -40,7 +40,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 # Again where the package has other weights.
-$(DEMO): krea2_srt/demo/weights.safetensors krea2_srt/demo/weights.json | $(STAMP)
+$(DEMO): $(wildcard krea2_srt/demo/weights-*) | $(STAMP)
 	rm -rf $(DEMO).new
 	$(BIN)/krea2-demo-model $(DEMO).new >/dev/null
 	rm -rf $(DEMO) && mv $(DEMO).new $(DEMO) && touch $(DEMO)

@@ -14,7 +14,10 @@ from krea2_srt.demo.random_weights import normal
 from krea2_srt.demo.text_encoder import encoder_tensor
 from krea2_srt.errors import CheckpointError
 
-WEIGHTS = Path(__file__).parent / "weights.safetensors"
+RECIPE = 4
+"""Goes up with whatever in tools/demo_model makes the weights others."""
+
+WEIGHTS = Path(__file__).parent / f"weights-{RECIPE}.safetensors"
 
 _TEXT_SEED = 0
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
 from krea2_srt.demo.tokenizer import write_tokenizer
-from krea2_srt.demo.trained_weights import WEIGHTS, TextEncoderWeights, TrainedWeights
+from krea2_srt.demo.trained_weights import RECIPE, WEIGHTS, TextEncoderWeights, TrainedWeights
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
@@ -29,9 +29,6 @@ from tools.demo_model.diffusion import STEPS, Trainer, loss_of, new_dit
 from tools.demo_model.evaluate import ImageGenerator, Score
 from tools.demo_model.shipping import load_vae, rounded, tensors_of, write_weights
 from tools.demo_model.wish import Wish
-
-RECIPE = 4
-"""Goes up with whatever makes the weights others."""
 
 VAE_DB = 29.0
 """PSNR of encoder and decoder together; then the decoder learns alone what edges look like."""

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from krea2_srt.cli.demo_model import main
-from krea2_srt.demo.trained_weights import WEIGHTS
+from krea2_srt.demo.trained_weights import RECIPE, WEIGHTS
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU
 from tests.conftest import clone_checkpoint
 from tests.torch.cli.test_demo_model import digest
 from tests.torch.runner.test_pictures import finish, start
-from tools.demo_model.__main__ import DECODER_DB, RECIPE
+from tools.demo_model.__main__ import DECODER_DB
 from tools.demo_model.autoencoder import scenes
 from tools.demo_model.judge import Verdict, judge
 from tools.demo_model.wish import Asked, Wish

@@ -29,6 +29,6 @@ def test_its_sizes_are_those_of_the_roofline(side):
 
 
 def test_its_links_lead_somewhere():
-    folder = Path(__file__).parents[3] / "deploy"
+    folder = Path(__file__).parents[3] / "docs"
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", GUIDE):
         assert (folder / target).exists(), target
