@@ -118,15 +118,13 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:
         self.add_stage(EncodeStage(self.runner), "krea2_encode_stage")
-        self.add_stage(
-            DenoiseStage(self.runner, self.engine_config.max_pack_tokens), "krea2_denoise_stage"
-        )
+        self.add_stage(DenoiseStage(self.engine_config.max_pack_tokens), "krea2_denoise_stage")
         # SGLang's default is off. Our tiles bound memory and leave the pixels alone, so only an
         # explicit "false" switches them off.
         explicit = server_args.is_arg_explicitly_set("vae_tiling")
         tiled = server_args.pipeline_config.vae_tiling or not explicit
         self.tile = default_tile(self.runner.device) if tiled else 0
-        self.add_stage(DecodeStage(self.runner, self.tile), "krea2_decode_stage")
+        self.add_stage(DecodeStage(self.tile), "krea2_decode_stage")
 
 
 @contextmanager
