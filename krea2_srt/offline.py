@@ -5,31 +5,56 @@
     from krea2_srt import Krea2
 
     model = Krea2.load("krea/Krea-2-Turbo")
-    (image,) = model.generate("a red fox in fresh snow", seed=7)
+    (image,) = model.generate("a red fox in fresh snow", size=(1024, 1024), seed=7)
     image.save("fox.png")
 """
 
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from threading import Event
 
 import numpy as np
 import torch
 from PIL import Image
 
-from krea2_srt.engine.lifecycle import lone_sequence
+from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
-from krea2_srt.errors import ConfigError, RequestError
+from krea2_srt.errors import ConfigError, Krea2Error, RequestError
+from krea2_srt.messages import preview_steps
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.hub import find_checkpoint
-from krea2_srt.model.pixels import to_uint8
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import ImageRequest, RequestLimits
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import DTYPES
-from krea2_srt.runner.device_errors import device_errors
+from krea2_srt.runner.generation import Generation
 from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.packing import split_by_tokens
+
+
+class GenerationCancelled(Krea2Error):
+    """`cancel` was set before all images were done."""
+
+
+@dataclass(frozen=True)
+class ImageProgress:
+    """A step of an image is done.
+
+    Attributes:
+        index: of the image, among all that were asked for.
+        step, total: steps done, of how many.
+        preview: the picture as this step predicts it, at most 256 x 256, where one is due.
+    """
+
+    index: int
+    step: int
+    total: int
+    preview: Image.Image | None = None
+
+
+OnProgress = Callable[[ImageProgress], object]
 
 
 class Krea2:
@@ -37,12 +62,12 @@ class Krea2:
 
     Args:
         runner: runs its parts.
-        limits: of requests.
+        config: limits of requests and of packs.
     """
 
-    def __init__(self, runner: Krea2Runner, limits: RequestLimits) -> None:
+    def __init__(self, runner: Krea2Runner, config: EngineConfig | None = None) -> None:
         self.runner = runner
-        self.limits = limits
+        self.config = config or EngineConfig()
 
     @classmethod
     def load(
@@ -89,90 +114,184 @@ class Krea2:
         gc.collect()
         torch.cuda.empty_cache()  # does nothing where there is no CUDA
         plan = builder.plan()
-        return cls(builder.load(plan), builder.within(plan).limits)
+        return cls(builder.load(plan), builder.within(plan))
 
     @property
     def sampling(self) -> SamplingDefaults:
         """Steps, guidance and size where a request names none."""
         return self.runner.sampling
 
+    @property
+    def limits(self) -> RequestLimits:
+        """The largest request that is accepted."""
+        return self.config.limits
+
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
-        width: int | None = None,
-        height: int | None = None,
+        size: tuple[int, int] | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         negative_prompt: str = "",
         seed: int = 0,
         num_images: int = 1,
         mu: float | None = None,
+        pack: int | None = None,
+        previews: int = 0,
+        on_progress: OnProgress | None = None,
+        cancel: Event | None = None,
     ) -> list[Image.Image]:
-        """Images of one prompt, with seeds seed, seed + 1 and so on, one after the other.
+        """Images of one prompt or of many: all of the first one, then all of the second one.
 
         Args:
-            width, height: pixels, multiples of 16.
-            steps, guidance, mu: see `ImageRequest`; None takes the checkpoint's own.
+            prompt: what to generate.
+            size: width and height in pixels, multiples of 16.
+            steps, guidance, mu: see `ImageRequest`. What is None is the checkpoint's own.
+            negative_prompt: what guidance steers away from; unused without guidance.
+            seed: of the first image of each prompt; its further ones have seed + 1 and so on, as a
+                server's.
+            num_images: of each prompt.
+            pack, previews, on_progress, cancel: see `images`.
 
         Raises:
-            RequestError: naming the argument that is wrong.
+            RequestError: naming the argument that is wrong, before anything is computed.
+            GenerationCancelled: see `images`, which gives those that are done by then.
             OutOfMemoryError: of the device.
         """
         defaults = self.sampling
-        request = ImageRequest(
-            prompt,
-            defaults.default_side if width is None else width,
-            defaults.default_side if height is None else height,
-            defaults.default_steps if steps is None else steps,
-            defaults.default_guidance if guidance is None else guidance,
-            negative_prompt,
-            seed,
-            num_images,
-            mu,
+        width, height = (defaults.default_side,) * 2 if size is None else _sides(size)
+        requests = [
+            ImageRequest(
+                text,
+                width,
+                height,
+                defaults.default_steps if steps is None else steps,
+                defaults.default_guidance if guidance is None else guidance,
+                negative_prompt,
+                seed,
+                num_images,
+                mu,
+            )
+            for text in _texts(prompt)
+        ]
+        for number, request in enumerate(requests):
+            at = "prompt" if isinstance(prompt, str) else f"prompt[{number}]"
+            names = {"width": "size[0]", "height": "size[1]", "prompt": at}
+            try:
+                request.check(self.limits)
+            except RequestError as error:
+                raise error.renamed(names.get(error.field, error.field)) from None
+        images = self.images(
+            requests, pack=pack, previews=previews, on_progress=on_progress, cancel=cancel
         )
-        return [Image.fromarray(pixels) for pixels in self.images([request])]
+        return [Image.fromarray(pixels) for pixels in images]
 
     def images(
         self,
         requests: Sequence[ImageRequest],
-        pack: int = 1,
-        on_step: Callable[[], object] | None = None,
+        *,
+        pack: int | None = None,
+        previews: int = 0,
+        on_progress: OnProgress | None = None,
+        cancel: Event | None = None,
     ) -> Iterator[np.ndarray]:
-        """uint8 [height, width, 3] of each image of each request, in order.
+        """uint8 [height, width, 3] of each image of each request, in order, as they are done.
 
         Args:
             requests: all are checked before the first is begun.
-            pack: most images that step together; an image does not depend on the others.
-            on_step: called after each step of each image.
+            pack: most images that step together; None is as many as the device's memory allows. An
+                image does not depend on the others.
+            previews: how many small pictures `on_progress` gets of each image, evenly spread.
+            on_progress: called after each step of each image.
+            cancel: once it is set, by `on_progress` or by another thread, nothing more is begun.
 
         Raises:
-            RequestError: naming the field that is wrong.
+            RequestError: naming what is wrong; by the call itself.
+            GenerationCancelled: `cancel` was set; the model is as usable as before.
             OutOfMemoryError: of the device.
         """
-        if pack < 1:
-            raise RequestError("pack", f"must be 1 or greater, got {pack}")
         for request in requests:
             request.check(self.limits)
+        most = self.config.max_pack_sequences
+        if pack is not None:
+            _check_whole("pack", pack, 1)
+            most = min(pack, most)
+        _check_whole("previews", previews, 0)
+        if previews and on_progress is None:
+            raise RequestError("previews", "has no effect without on_progress")
         singles = [single for request in requests for single in request.singles()]
-        for at in range(0, len(singles), pack):
-            with device_errors():
-                images = self._pack(singles[at : at + pack], on_step)
-            yield from images
+        return self._generate(singles, most, previews, on_progress or _nobody, cancel or Event())
 
-    def _pack(
-        self, requests: Sequence[ImageRequest], on_step: Callable[[], object] | None
-    ) -> list[np.ndarray]:
-        runner = self.runner
-        with runner.on_stream(), torch.inference_mode():
-            states = runner.encode_sequences([lone_sequence(request) for request in requests])
-            runner.begin(states)
-            while pending := [state for state in states if not state.done]:
-                runner.step(pending)
-                if on_step is not None:
-                    for _ in pending:
-                        on_step()
-            return [to_uint8(runner.decode(state)) for state in states]
+    def _generate(
+        self,
+        images: Sequence[ImageRequest],
+        most: int,
+        previews: int,
+        on_progress: OnProgress,
+        cancel: Event,
+    ) -> Iterator[np.ndarray]:
+        done, max_tokens = 0, self.config.max_pack_tokens
+        for group in _groups(images, most, max_tokens):
+            _check_cancel(cancel, done, images)
+            generation = Generation(self.runner, group, previews > 0)
+            numbers = {state: done + place for place, state in enumerate(generation.states)}
+            while generation.pending:
+                for pack in generation.packs(max_tokens):
+                    _check_cancel(cancel, done, images)
+                    generation.step(pack)
+                    for state in pack:
+                        total, preview = state.schedule.steps, None
+                        if state.step in preview_steps(total, previews):
+                            preview = Image.fromarray(generation.preview(state))
+                        on_progress(ImageProgress(numbers[state], state.step, total, preview))
+            for state in generation.states:
+                _check_cancel(cancel, done, images)
+                yield generation.pixels(state)
+                done += 1
+
+
+def _groups(
+    images: Sequence[ImageRequest], most: int, max_tokens: int
+) -> Iterator[Sequence[ImageRequest]]:
+    """Those that are generated together: as many as fit into one forward by what they are expected
+    to take, so that the first ones are done before the last ones are begun.
+    """
+    for fitting in split_by_tokens([sum(image.estimated_tokens) for image in images], max_tokens):
+        for start in range(fitting.start, fitting.stop, most):
+            yield images[start : min(start + most, fitting.stop)]
+
+
+def _texts(prompt: str | Sequence[str]) -> list[str]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, Sequence):
+        raise RequestError(
+            "prompt", f"must be text or a list of texts, got {type(prompt).__name__}"
+        )
+    return list(prompt)
+
+
+def _sides(size: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise RequestError("size", f"must be (width, height) in pixels, got {size!r}")
+    return size[0], size[1]
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(name, f"must be a whole number, got {value!r}")
+    if value < least:
+        raise RequestError(name, f"must be {least} or greater, got {value}")
+
+
+def _check_cancel(cancel: Event, done: int, images: Sequence[ImageRequest]) -> None:
+    if cancel.is_set():
+        raise GenerationCancelled(f"cancelled with {done} of {len(images)} images done")
+
+
+def _nobody(_progress: ImageProgress) -> None:
+    """What nobody wants to know is told to."""
 
 
 def device_of(name: str) -> torch.device:

@@ -134,7 +134,8 @@ def _run(args: argparse.Namespace) -> None:
     if model.runner.text_encoder.tokenize(request.prompt)[1]:
         print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
     with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
-        for i, pixels in enumerate(model.images([request], on_step=progress.update)):
+        images = model.images([request], on_progress=lambda _: progress.update())
+        for i, pixels in enumerate(images):
             _save(Image.fromarray(pixels), f"{args.output}_{i}.png")
 
 

@@ -112,7 +112,7 @@ class OurGenerator:
             ImageRequest(c.prompt, c.width, c.height, c.steps, c.guidance, seed=c.seed)
             for c in cases
         ]
-        yield from model.images(requests, self._pack)
+        yield from model.images(requests, pack=self._pack)
 
 
 class DiffusersGenerator:
