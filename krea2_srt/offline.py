@@ -213,7 +213,7 @@ class Krea2:
         """
         for request in requests:
             request.check(self.limits)
-        most = self.config.max_pack_sequences
+        most = min(self.config.max_pack_sequences, self.config.max_active_sequences)
         if pack is not None:
             _check_whole("pack", pack, 1)
             most = min(pack, most)

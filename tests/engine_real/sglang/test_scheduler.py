@@ -324,6 +324,17 @@ def test_hostile_fields_hurt_nobody(channel, endpoint, req, hostile):
         other.receive()
 
 
+def test_a_profiled_request_has_the_same_pictures(channel, req, runner):
+    """It goes through SGLang's stages in place of the step scheduler."""
+    fields = {**SMALL, "guidance_scale": 3.0, "negative_prompt": "rain", "profile": True}
+    output = channel.ask([req("profiled", num_outputs_per_prompt=2, **fields)])
+    assert output.error is None
+    assert len(output.output) == 2
+    for pixels, seed in zip(output.output, (3, 4), strict=True):
+        assert_same(pixels, alone(runner, "x", seed, 64, 64, 2, 2.0, "rain"))
+    assert channel.ask([req("the next", **SMALL)]).error is None
+
+
 def test_grouped_requests_are_one(channel, req, runner):
     """As `sglang generate` sends several images."""
     group = [req(f"group-{i}", **{**SMALL, "seed": 30 + i}) for i in range(3)]

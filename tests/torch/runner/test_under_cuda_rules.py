@@ -205,6 +205,25 @@ def test_the_device_never_waits_for_the_host_between_steps(runner, cuda, graphs)
     assert ran_dry == []
 
 
+def test_the_library_generates(with_graphs, cuda):
+    model, previews = offline.Krea2(with_graphs), []
+    for _ in range(3):  # eagerly, then on graphs
+        images = model.generate(
+            ["a cat", "a dog in the rain"],
+            size=(64, 32),
+            steps=3,
+            previews=1,
+            on_progress=lambda progress: previews.append(progress.preview),
+        )
+        assert [image.size for image in images] == [(64, 32)] * 2
+    assert [preview.size for preview in previews if preview] == [(64, 32)] * 6
+    cuda.fail_allocations(10)
+    with pytest.raises(OutOfMemoryError):
+        model.generate("a dog", size=(128, 128), steps=2)
+    cuda.allocator.fail_at.clear()
+    assert len(model.generate("a dog", size=(128, 128), steps=2)) == 1
+
+
 def test_previews_are_generated_beside_the_steps(runner, cuda):
     executor = executor_of(runner)
     engine = Engine(executor, COST, CONFIG)
