@@ -21,7 +21,7 @@ from PIL import Image
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
-from krea2_srt.errors import ConfigError, Krea2Error, RequestError
+from krea2_srt.errors import ConfigError, RequestCancelledError, RequestError
 from krea2_srt.messages import preview_steps
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.hub import find_checkpoint
@@ -34,7 +34,7 @@ from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
 
 
-class GenerationCancelled(Krea2Error):
+class GenerationCancelled(RequestCancelledError):
     """`cancel` was set before all images were done."""
 
 
