@@ -10,7 +10,7 @@ _BLOCK = re.compile(r"```diff\n--- (\S+)\n(.*?)```", re.DOTALL)
 
 
 def changes() -> dict[str, list[tuple[str, str]]]:
-    """Of each file, pieces of text and what takes their place."""
+    """By file: pieces of its text, and what takes their place."""
     _, _, section = _PAGE.read_text().partition("## How a field is added")
     found: dict[str, list[tuple[str, str]]] = {}
     for file, hunks in _BLOCK.findall(section):
