@@ -60,6 +60,8 @@ class Load:
 
     Attributes:
         phase: of the drill, as of now.
+        think_s: of a client after each answer, as of now. What starts beside clients that do not
+            pause is starved where there are few cores.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Load:
         pause_s: float = 0.2,
     ) -> None:
         self.phase = PHASES[0]
+        self.think_s = 0.0
         self._url = f"{url}/v1/images/generations"
         self._clients = clients
         self._sizes = sizes
@@ -129,8 +132,7 @@ class Load:
                 outcome = self._generate(client, body)
                 with self._lock:
                     self._ended.append(Ended(phase, outcome, sent_at, time.monotonic()))
-                if outcome != DONE:
-                    self._stopped.wait(self._pause_s)
+                self._stopped.wait(self.think_s if outcome == DONE else self._pause_s)
 
     def _generate(self, client: httpx.Client, body: dict[str, object]) -> str:
         try:

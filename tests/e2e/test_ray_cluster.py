@@ -18,6 +18,9 @@ pytestmark = [
 
 START_S = 1200
 
+THINK_S = 2.0
+"""Pause of a client while an engine starts, which needs the cores; the promise needs no crowd."""
+
 
 def test_the_official_client_generates_streams_and_cancels(cluster: Cluster):
     cluster.ray.deploy(min_replicas=3, max_replicas=3)
@@ -51,7 +54,9 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(cluster: Cluster):
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: cluster.ray.queue["replicas"] == 2)
         wait_until(lambda: not engine.is_running())
+        load.think_s = THINK_S
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
+        load.think_s = 0.0
         before = load.counts()[DONE]
         wait_until(lambda: load.counts()[DONE] > before + 10)
     assert set(load.counts()) == {DONE}, load.counts()
@@ -67,6 +72,7 @@ def test_a_killed_engine_is_routed_around_until_its_replica_has_started_it_again
         wait_until(lambda: load.counts()[DONE] > 5)
         psutil.Process(replicas[0]).children()[0].kill()
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 2)
+        load.think_s = THINK_S
         wait_until(lambda: cluster.ray.queue["replicas_ready"] == 3, START_S)
     assert set(load.counts()) == {DONE}, load.counts()
     assert sorted(cluster.ray.engine_processes()) == sorted(replicas)
@@ -95,6 +101,7 @@ def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster
     load = Load(cluster.url, clients=4, sizes=("64x64", "256x256"))
     with load.running():
         wait_until(lambda: load.counts()[DONE] > 5)
+        load.think_s = THINK_S
         cluster.ray.deploy({"max_n": 3}, min_replicas=2, max_replicas=2)
         wait_until(lambda: not before & set(cluster.ray.engine_processes()), START_S)
         cluster.ray.wait_until_ready(2)

@@ -18,7 +18,9 @@ def _run(model: Path, folder: Path) -> None:
             victim.kill()
             deployment.wait_until(lambda: deployment.queue()["replicas_ready"] == 1, "it is missed")
             load.wait_for(5)
+            load.think_s = 1.0
             deployment.wait_until_ready(2)
+            load.think_s = 0.0
             load.phase = "after"
             load.wait_for(5)
             check(other in deployment.engines(), "the other replica has gone on")
