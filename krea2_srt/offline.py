@@ -11,6 +11,7 @@
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import Event
@@ -26,7 +27,7 @@ from krea2_srt.messages import preview_steps
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.hub import find_checkpoint
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.request import ImageRequest, RequestLimits
+from krea2_srt.request import SIZE_MULTIPLE, ImageRequest, RequestLimits, fit_size
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import DTYPES
 from krea2_srt.runner.generation import Generation
@@ -146,7 +147,8 @@ class Krea2:
 
         Args:
             prompt: what to generate.
-            size: width and height in pixels, multiples of 16.
+            size: width and height in pixels. Off the grid of 16 pixels they are rounded up, and
+                scaled down where that is too large, with a warning of Python's.
             steps, guidance, mu: see `ImageRequest`. What is None is the checkpoint's own.
             negative_prompt: what guidance steers away from; unused without guidance.
             seed: of the first image of each prompt; its further ones have seed + 1 and so on, as a
@@ -160,7 +162,7 @@ class Krea2:
             OutOfMemoryError: of the device.
         """
         defaults = self.sampling
-        width, height = (defaults.default_side,) * 2 if size is None else _sides(size)
+        width, height = (defaults.default_side,) * 2 if size is None else self._fitted(size)
         requests = [
             ImageRequest(
                 text,
@@ -186,6 +188,14 @@ class Krea2:
             requests, pack=pack, previews=previews, on_progress=on_progress, cancel=cancel
         )
         return [Image.fromarray(pixels) for pixels in images]
+
+    def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+        asked = _sides(size)
+        fitted = fit_size(*asked, self.limits)
+        if fitted != asked:
+            text = "size: {}x{} is generated as {}x{}".format(*asked, *fitted)
+            warnings.warn(text, stacklevel=3)
+        return fitted
 
     def images(
         self,
@@ -275,6 +285,8 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
 def _sides(size: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
         raise RequestError("size", f"must be (width, height) in pixels, got {size!r}")
+    for place, side in enumerate(size):
+        _check_whole(f"size[{place}]", side, SIZE_MULTIPLE)
     return size[0], size[1]
 
 

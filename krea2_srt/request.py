@@ -18,6 +18,9 @@ SUFFIX_TOKENS = 5
 MAX_SEED = 2**63 - 1
 """Largest seed of a request; its further images count on from there."""
 
+_ABSURD_SIDE = 100_000
+"""Pixels of a side that nobody means."""
+
 MU_RANGE = (-10.0, 10.0)
 """Timestep shifts beyond this are typing errors: at 10 all steps but the last do nothing."""
 
@@ -85,8 +88,9 @@ class ImageRequest:
         return tuple(estimated_text_tokens(prompt) + self.image_tokens for prompt in self.prompts)
 
     @property
-    def seeds(self) -> range:
-        return range(self.seed, self.seed + self.num_images)
+    def seeds(self) -> list[int]:
+        """Those of its images; behind the largest comes 0, so that each can be asked for."""
+        return [(self.seed + index) % (MAX_SEED + 1) for index in range(self.num_images)]
 
     def singles(self) -> "list[ImageRequest]":
         """A request for one image for each of its images."""
@@ -110,7 +114,7 @@ class ImageRequest:
             ("height", SIZE_MULTIPLE, limits.max_side),
             ("steps", 1, limits.max_steps),
             ("num_images", 1, limits.max_images),
-            ("seed", 0, MAX_SEED + limits.max_images),
+            ("seed", 0, MAX_SEED),
         ):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -165,3 +169,25 @@ def check_number(field: str, value: float, least: float, most: float) -> None:
 def round_up_size(pixels: int) -> int:
     """The next multiple of 16."""
     return -(-pixels // SIZE_MULTIPLE) * SIZE_MULTIPLE
+
+
+def fit_size(width: int, height: int, limits: RequestLimits) -> tuple[int, int]:
+    """The size that is generated where one off the grid is asked for, by whichever way in.
+
+    Each side goes up to the next multiple of 16; where that is over the limits, both are scaled
+    down. A size on the grid stays as it is, as does one that cannot be meant: `ImageRequest.check`
+    refuses what is over the limits.
+    """
+    on_grid = width % SIZE_MULTIPLE == height % SIZE_MULTIPLE == 0
+    if on_grid or min(width, height) <= 0 or max(width, height) > _ABSURD_SIDE:
+        return width, height
+    width, height = round_up_size(width), round_up_size(height)
+    scale = min(
+        1.0, limits.max_side / max(width, height), math.sqrt(limits.max_pixels / (width * height))
+    )
+    if scale < 1.0:
+        width, height = (
+            max(SIZE_MULTIPLE, int(side * scale) // SIZE_MULTIPLE * SIZE_MULTIPLE)
+            for side in (width, height)
+        )
+    return width, height

@@ -17,7 +17,7 @@ from krea2_srt.request import (
     ImageRequest,
     RequestLimits,
     check_number,
-    round_up_size,
+    fit_size,
 )
 from krea2_srt.runner.config import DTYPES
 from krea2_srt.threads import limit_spinning
@@ -90,12 +90,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(COMMAND):
         try:
             args.prompt = _prompt(args)
-            for side in ("width", "height"):
-                if (pixels := getattr(args, side)) is not None:
-                    setattr(args, side, _rounded(side, pixels))
             # Everything that needs no checkpoint is checked before the slow imports: unset values
             # are filled with ones that always pass.
-            _request(args, steps=1, guidance=0.0, side=16).check(RequestLimits())
+            _fitted(_request(args, steps=1, guidance=0.0, side=16), quiet=True).check(
+                RequestLimits()
+            )
             check_number("y1", args.y1 or 0.0, *MU_RANGE)
             check_number("y2", args.y2 or 0.0, *MU_RANGE)
             _check_output(args.output, args.num_images)
@@ -121,8 +120,8 @@ def _run(args: argparse.Namespace) -> None:
     )
     _refuse_shift_without_effect(args, checkpoint.sampling.distilled)
     sampling = checkpoint.sampling.with_shift(min_mu=args.y1, max_mu=args.y2)
-    request = _request(
-        args, sampling.default_steps, sampling.default_guidance, sampling.default_side
+    request = _fitted(
+        _request(args, sampling.default_steps, sampling.default_guidance, sampling.default_side)
     )
     request.check(RequestLimits())
     model = Krea2.load(
@@ -174,11 +173,17 @@ def _prompt(args: argparse.Namespace) -> str:
         raise RequestError("prompt_file", f"{args.prompt_file} is not UTF-8 text") from None
 
 
-def _rounded(field: str, pixels: int) -> int:
-    rounded = round_up_size(pixels)
-    if rounded != pixels and pixels > 0:
-        print(f"{COMMAND}: {field} {pixels} is rounded up to {rounded}", file=sys.stderr)
-    return rounded if pixels > 0 else pixels
+def _fitted(request: ImageRequest, quiet: bool = False) -> ImageRequest:
+    """At a size that can be generated.
+
+    Args:
+        quiet: say nothing where it is another than what was asked for.
+    """
+    width, height = fit_size(request.width, request.height, RequestLimits())
+    fitted = replace(request, width=width, height=height)
+    if fitted.size != request.size and not quiet:
+        print(f"{COMMAND}: {request.size} is generated as {fitted.size}", file=sys.stderr)
+    return fitted
 
 
 def _check_output(prefix: str, num_images: int) -> None:

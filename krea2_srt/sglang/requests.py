@@ -8,11 +8,14 @@ from typing import Any
 
 from sglang.multimodal_gen.runtime.pipelines_core.request_utils import normalize_output_seeds
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import Req
+from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.perf_logger import RequestMetrics
 
 from krea2_srt.errors import RequestError
-from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
+from krea2_srt.request import MAX_SEED, MAX_TEXT_TOKENS, ImageRequest, RequestLimits, fit_size
 from krea2_srt.sglang.options import HONOURED_FIELDS
+
+logger = init_logger(__name__)
 
 # Where our field has another name than SGLang's.
 _SGLANG_FIELDS = {
@@ -63,11 +66,12 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
     if not 1 <= prompts <= limits.max_images:
         raise RequestError("prompt", f"must be 1 to {limits.max_images}, got {prompts}")
     found = []
+    width, height = _size(batch, limits)
     for prompt, seeds in _prompts_and_seeds(batch):
         request = ImageRequest(
             prompt=prompt,
-            width=batch.width,
-            height=batch.height,
+            width=width,
+            height=height,
             steps=batch.num_inference_steps,
             # Not "scale > 1": a NaN has to reach the check below, not switch guidance off.
             guidance=0.0 if scale is None or scale <= 1 else scale - 1.0,
@@ -76,13 +80,26 @@ def image_requests(batch: Req, limits: RequestLimits) -> list[ImageRequest]:
         )
         try:
             request.check(limits)
-            images = [replace(request, seed=seed, num_images=1) for seed in seeds()]
+            first, *others = seeds()
+            counted = [first, *(seed % (MAX_SEED + 1) for seed in others)]
+            images = [replace(request, seed=seed, num_images=1) for seed in counted]
             for image in images:
                 image.check(limits)
         except RequestError as error:
             raise error.renamed(_SGLANG_FIELDS.get(error.field, error.field)) from None
         found += images
     return found
+
+
+def _size(batch: Req, limits: RequestLimits) -> tuple[Any, Any]:
+    """Width and height; a size off the grid as everywhere else."""
+    asked = batch.width, batch.height
+    if not all(isinstance(side, int) for side in asked):
+        return asked
+    size = fit_size(*asked, limits)
+    if size != asked:
+        logger.warning("krea2-srt: %dx%d is generated as %dx%d", *asked, *size)
+    return size
 
 
 def check_envelope(req: Req) -> None:

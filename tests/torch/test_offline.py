@@ -200,10 +200,17 @@ def test_no_prompts_are_no_images(model):
     assert model.generate([]) == []
 
 
+def test_a_size_off_the_grid_goes_up_to_it_with_a_warning(model):
+    with pytest.warns(UserWarning, match="size: 50x60 is generated as 64x64"):
+        (image,) = model.generate("x", size=(50, 60), steps=1)
+    assert image.size == (64, 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": (50, 64)}, "size[0]: must be a multiple of 16, got 50"),
+        ({"size": (0, 64)}, "size[0]: must be 16 or greater, got 0"),
+        ({"size": (64, 8192)}, "size[1]: must be between 16 and 4096, got 8192"),
         ({"size": (64, 8.0)}, "size[1]: must be a whole number, got 8.0"),
         ({"size": 64}, "size: must be (width, height) in pixels, got 64"),
         ({"size": "64x64"}, "size: must be (width, height) in pixels, got '64x64'"),

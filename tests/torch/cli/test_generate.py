@@ -34,7 +34,7 @@ def test_it_generates_what_the_runner_generates(folder, demo_model, runner, caps
     main([PROMPT, "--checkpoint", str(demo_model), "--dtype", "float32", *size, *count])
     shown = capsys.readouterr()
     assert shown.out.split() == ["fox_0.png", "fox_1.png"]
-    assert "width 120 is rounded up to 128" in shown.err
+    assert "120x160 is generated as 128x160" in shown.err
     for i in range(2):
         (expected,) = finish(runner, [start(runner, PROMPT, 128, 160, 4, 7 + i)])
         assert np.array_equal(pixels(folder / f"fox_{i}.png"), to_uint8(expected))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.errors import RequestError
-from krea2_srt.request import ImageRequest, RequestLimits, round_up_size
+from krea2_srt.request import MAX_SEED, ImageRequest, RequestLimits, fit_size, round_up_size
 
 GOOD = {"prompt": "x", "width": 1024, "height": 512, "steps": 8}
 
@@ -66,8 +66,44 @@ def test_sizes_round_up_to_the_next_multiple_of_16(pixels):
     assert 0 <= rounded - pixels < 16
 
 
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ((1000, 1000), (1008, 1008)),
+        ((1920, 1080), (1920, 1088)),
+        ((1, 1), (16, 16)),
+        ((2040, 2050), (2032, 2048)),  # 2048x2064 has too many pixels
+        ((4100, 300), (4096, 288)),
+        ((5000, 5000), (2048, 2048)),
+        ((1024, 768), (1024, 768)),
+        ((4096, 4096), (4096, 4096)),  # on the grid: as asked, and refused
+        ((0, 8), (0, 8)),
+        ((10**400, 8), (10**400, 8)),
+    ],
+)
+def test_a_size_off_the_grid_goes_up_and_then_into_the_limits(asked, made):
+    assert fit_size(*asked, RequestLimits()) == made
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_no_size_off_the_grid_is_refused(width, height):
+    limits = RequestLimits()
+    fitted = fit_size(width, height, limits)
+    if fitted != (width, height):
+        made = ImageRequest("x", *fitted, steps=1)
+        made.check(limits)
+        assert fit_size(*fitted, limits) == fitted
+
+
 def test_seeds_count_up():
-    assert list(ImageRequest(**GOOD, seed=7, num_images=3).seeds) == [7, 8, 9]
+    assert ImageRequest(**GOOD, seed=7, num_images=3).seeds == [7, 8, 9]
+
+
+def test_seeds_begin_anew_behind_the_largest_and_each_can_be_asked_for():
+    request = ImageRequest(**GOOD, seed=MAX_SEED - 1, num_images=4)
+    assert request.seeds == [MAX_SEED - 1, MAX_SEED, 0, 1]
+    for single in request.singles():
+        single.check(RequestLimits())
 
 
 def test_the_engine_imports_no_torch():
