@@ -40,6 +40,13 @@ class ModelError(Krea2Error):
     """The model computed something that is no picture."""
 
 
+def foreign(error: Exception) -> Krea2Error:
+    """An error as a client may see it: the text of one that is not ours may hold anything."""
+    if isinstance(error, Krea2Error):
+        return error
+    return ModelError(f"the model failed: {type(error).__name__}")
+
+
 def not_finite(what: str) -> ModelError:
     """The error for NaNs and infinities in something that the model computed."""
     return ModelError(f"non-finite values in {what}; are the weights corrupt?")

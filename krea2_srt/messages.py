@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from krea2_srt.errors import Krea2Error, RequestError
+from krea2_srt.errors import foreign
 from krea2_srt.request import ImageRequest, RequestLimits
 
-_FIELDS = " ".join(field.name for one in (ImageRequest, RequestLimits) for field in fields(one))
+_CARRIED = " ".join(field.name for one in (ImageRequest, RequestLimits) for field in fields(one))
 
-VERSION = f"5-{zlib.crc32(_FIELDS.encode()):08x}"
+VERSION = f"5-{zlib.crc32(_CARRIED.encode()):08x}"
 """Version of these messages, and of the fields of what they carry: one that the other side does not
 know would be ignored in silence. A server and its engines are of one version: a scheduler refuses a
 message of another by name, and cannot even read one of a class that it does not know.
@@ -195,7 +195,8 @@ class EngineError:
     Attributes:
         code: of the error's class; see `krea2_srt.errors.kind_of`.
         message: for a person.
-        field: of the `ImageRequest` or `GenerateRequest` that is wrong, or that says so.
+        field: of the `ImageRequest` or `GenerateRequest` that is wrong; of a deadline that has
+            passed, ``deadline_s``.
         retry_after_s: when the queue is expected to have room.
     """
 
@@ -207,8 +208,6 @@ class EngineError:
 
     @classmethod
     def of(cls, error: Exception) -> "EngineError":
-        """What a client is told of an error; a `ValueError` is taken for its request's fault."""
-        if isinstance(error, Krea2Error):
-            return cls(error.code, str(error), error.field, error.retry_after_s)
-        kind = RequestError if isinstance(error, ValueError) else Krea2Error
-        return cls(kind.code, str(error))
+        """What a client is told of an error."""
+        ours = foreign(error)
+        return cls(ours.code, str(ours), ours.field, ours.retry_after_s)

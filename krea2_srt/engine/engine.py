@@ -22,10 +22,10 @@ from krea2_srt.engine.work import Decode, Encode, Executor, PackStep, StepResult
 from krea2_srt.errors import (
     DeadlineError,
     Krea2Error,
-    ModelError,
     OutOfMemoryError,
     RequestError,
     first_line,
+    foreign,
     not_finite,
 )
 from krea2_srt.request import ImageRequest, check_number
@@ -198,7 +198,7 @@ class Engine:
             if isinstance(error, OutOfMemoryError) and self._memory_may_free():
                 return events
             if len(work.requests) == 1:
-                events.append(self._end(work.requests[0], State.FAILED, _as_ours(error)))
+                events.append(self._end(work.requests[0], State.FAILED, foreign(error)))
             # Several are still encoding: each is tried alone in turns to come.
             return events
         for request in work.requests:
@@ -268,7 +268,7 @@ class Engine:
             if not isinstance(error, OutOfMemoryError):  # for which the budget is smaller now
                 self._scheduler.isolate(step.sequences)
             return []
-        return [self._end(step.sequences[0].request, State.FAILED, _as_ours(error))]
+        return [self._end(step.sequences[0].request, State.FAILED, foreign(error))]
 
     def _decode(self, sequence: ImageSequence) -> list[Event]:
         try:
@@ -280,7 +280,7 @@ class Engine:
                 sequence.decode_retried = True
                 if self._memory_may_free():
                     return []
-            return [self._end(sequence.request, State.FAILED, _as_ours(error))]
+            return [self._end(sequence.request, State.FAILED, foreign(error))]
         if not finished:
             return []
         events = self._settle(sequence)
@@ -463,10 +463,3 @@ def _late(request: Request) -> DeadlineError:
     assert request.deadline is not None
     allowed_s = request.deadline - request.arrival
     return DeadlineError(f"deadline of {allowed_s:.3g} s exceeded")
-
-
-def _as_ours(error: Exception) -> Krea2Error:
-    """An error that a client may see: a foreign one's text may hold anything."""
-    if isinstance(error, Krea2Error):
-        return error
-    return ModelError(f"the model failed: {type(error).__name__}")

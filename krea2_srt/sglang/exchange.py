@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -20,7 +20,12 @@ _STAGES = (
 
 
 class Exchange(Protocol):
-    """A request, from its arrival to its one answer: `finished` or `failed` is called once."""
+    """A request, from its arrival to its one answer: `finished`, `failed` or `abandoned` is called
+    once.
+    """
+
+    ASLEEP: ClassVar[str]
+    """What is said while the weights are away."""
 
     @property
     def identity(self) -> bytes:
@@ -56,6 +61,9 @@ class Exchange(Protocol):
 
     def failed(self, error: Exception) -> None:
         """It was refused, has failed or was cancelled: answer with that."""
+
+    def abandoned(self, error: Exception) -> None:
+        """The same where its client no longer listens."""
 
     def finished(self, request: Request, pixels: Sequence[np.ndarray | None]) -> "Future[None]":
         """It is done: encode its pictures in a thread, and answer from there.

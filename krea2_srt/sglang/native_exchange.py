@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
@@ -39,6 +40,8 @@ class NativeExchange:
         previews: that it may ask for.
     """
 
+    ASLEEP: ClassVar[str] = "the engine is asleep"
+
     def __init__(
         self, identity: bytes, message: GenerateRequest, replies: Replies, previews: Previews
     ) -> None:
@@ -63,12 +66,16 @@ class NativeExchange:
         message = self.message
         if message.version != VERSION:
             raise RequestError("version", f"must be {VERSION}, got {message.version}")
+        if not isinstance(message.request_id, str):
+            raise RequestError("request_id", f"must be text, got {type(message.request_id)}")
         if not isinstance(message.image, ImageRequest):
             raise RequestError("image", "must be an ImageRequest")
         if not isinstance(message.previews, int) or message.previews < 0:
             raise RequestError("previews", "must be a whole number from 0 on")
         if message.output_format not in FORMATS:
             raise RequestError("output_format", f"must be one of {', '.join(FORMATS)}")
+        if not isinstance(message.quality, int) or not 0 <= message.quality <= 100:
+            raise RequestError("quality", f"must be between 0 and 100, got {message.quality!r}")
         return [message.image]
 
     def accepted(self, request: Request) -> None:
@@ -95,6 +102,9 @@ class NativeExchange:
     def failed(self, error: Exception) -> None:
         self._replies.send(self.identity, Generated(self.request_id, error=EngineError.of(error)))
 
+    def abandoned(self, error: Exception) -> None:
+        """Whoever has stopped listening is told nothing."""
+
     def finished(self, request: Request, pixels: Sequence[np.ndarray | None]) -> "Future[None]":
         return self._replies.submit(lambda: self._send_generated(request, pixels))
 
@@ -108,7 +118,8 @@ class NativeExchange:
             generated = self._generated(request, pixels, text_encoder)
         except Exception as error:
             logger.exception("krea2-srt: request %s: not encoded", self.request_id)
-            self.failed(ModelError(f"the picture could not be encoded: {error}"))
+            kind = type(error).__name__
+            self.failed(ModelError(f"the picture could not be encoded: {kind}"))
             return
         self._replies.send(self.identity, generated)
 

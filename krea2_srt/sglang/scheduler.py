@@ -28,7 +28,13 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.turn_log import TurnLog
-from krea2_srt.errors import DrainingError, Krea2Error, RequestCancelledError, RequestError
+from krea2_srt.errors import (
+    DrainingError,
+    Krea2Error,
+    RequestCancelledError,
+    RequestError,
+    foreign,
+)
 from krea2_srt.messages import (
     VERSION,
     Cancel,
@@ -253,7 +259,7 @@ class Krea2Scheduler(Scheduler):
 
     def _submit(self, exchange: Exchange) -> None:
         try:
-            self._refuse_asleep()
+            self._refuse_asleep(exchange)
             request = self._engine.submit(
                 f"{exchange.request_id}#{next(self._numbers)}",
                 exchange.images(self._limits),
@@ -264,12 +270,19 @@ class Krea2Scheduler(Scheduler):
             self._refuse(exchange, error)
             return
         self._exchanges[request] = exchange
-        exchange.accepted(request)
+        try:
+            exchange.accepted(request)
+        except Exception as error:
+            # One answer is enough.
+            logger.exception("krea2-srt: request %s: not accepted", exchange.request_id)
+            self._engine.cancel(request.id)
+            del self._exchanges[request]
+            exchange.failed(foreign(error))
 
     def _run_profiled(self, exchange: SglangExchange) -> None:
         """SGLang's profiler covers a request from end to end: it has the engine to itself."""
         try:
-            self._refuse_asleep()
+            self._refuse_asleep(exchange)
             exchange.images(self._limits)
             if not self._engine.idle or self._engine.draining:
                 text = "is only possible while nothing else is in the engine"
@@ -284,9 +297,9 @@ class Krea2Scheduler(Scheduler):
         logger.warning("krea2-srt: request %s refused: %s", exchange.request_id, error)
         exchange.failed(error)
 
-    def _refuse_asleep(self) -> None:
+    def _refuse_asleep(self, exchange: Exchange) -> None:
         if self.worker.is_sleeping():
-            raise DrainingError("Server is sleeping. Call resume_memory_occupation first.")
+            raise DrainingError(exchange.ASLEEP)
 
     # Turning events into replies.
 
@@ -316,13 +329,19 @@ class Krea2Scheduler(Scheduler):
         pixels = [self._executor.take_pixels(sequence) for sequence in request.sequences]
         if request.state is State.DONE:
             logger.info("krea2-srt: request %s %s", exchange.request_id, summary(request))
-            self._inflight_finalizes.append(exchange.finished(request, pixels))
+            try:
+                self._inflight_finalizes.append(exchange.finished(request, pixels))
+            except Exception as error:
+                logger.exception("krea2-srt: request %s: not answered", exchange.request_id)
+                exchange.failed(foreign(error))
             return
-        error = request.error or RequestCancelledError("the request was cancelled")
+        reason = request.error or RequestCancelledError("the request was cancelled")
         level = logging.INFO if request.state is State.CANCELLED else logging.WARNING
-        logger.log(level, "krea2-srt: request %s: %s", exchange.request_id, error)
+        logger.log(level, "krea2-srt: request %s: %s", exchange.request_id, reason)
         if reply:
-            exchange.failed(error)
+            exchange.failed(reason)
+        else:
+            exchange.abandoned(reason)
 
     def _send(self, identity: bytes, payload: bytes) -> None:
         with self._socket_lock:

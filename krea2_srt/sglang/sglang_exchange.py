@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from sglang.multimodal_gen.runtime.managers.progress_reporter import get_progress_reporter
@@ -35,6 +35,7 @@ class SglangExchange:
         metrics: SGLang's; None where it keeps none.
     """
 
+    ASLEEP: ClassVar[str] = "Server is sleeping. Call resume_memory_occupation first."
     priority = 0
     deadline_s = None
 
@@ -93,6 +94,10 @@ class SglangExchange:
         output = OutputBatch(error=str(error))
         output.metrics = self.reqs[0].metrics
         self.reply(output)
+
+    def abandoned(self, error: Exception) -> None:
+        # SGLang counts what was answered, and drops an answer to nobody.
+        self.failed(error)
 
     def finished(self, request: Request, pixels: Sequence[np.ndarray | None]) -> "Future[None]":
         return self._replies.submit(partial(self._save_and_reply, self._output(request, pixels)))

@@ -24,7 +24,7 @@ TABLE = [
     (OutOfMemoryError("none left"), "out_of_memory", 503, False),
     (RequestCancelledError("gone"), "cancelled", 499, False),
     (ModelError("odd"), "generation_failed", 500, False),
-    (ValueError("whatever"), "invalid_value", 400, None),
+    (ValueError("whatever"), "generation_failed", 500, False),
     (KeyError("whatever"), "generation_failed", 500, False),
 ]
 
@@ -34,7 +34,10 @@ TABLE = [
 )
 def test_each_error_has_its_code_and_status(error, code, status, retry):
     said = EngineError.of(error)
-    assert (said.code, said.message) == (code, str(error))
+    assert said.code == code
+    # The text of a foreign error may hold anything.
+    assert said.message == (str(error) if isinstance(error, Krea2Error) else said.message)
+    assert isinstance(error, Krea2Error) or "whatever" not in said.message
     answer = from_engine(said)
     assert (answer.status, answer.code, answer.retry) == (status, code, retry)
 

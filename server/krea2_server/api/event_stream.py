@@ -50,10 +50,13 @@ class EventStreamResponse(Response):
             watcher.cancel()
             if not sender.done():
                 sender.cancel()
-            await asyncio.gather(watcher, sender, return_exceptions=True)
-            # A task that is cancelled before its first step closes nothing.
-            await self._chunks.aclose()
-            self._close()
+            try:
+                await asyncio.gather(watcher, sender, return_exceptions=True)
+                # A task that is cancelled before its first step closes nothing.
+                await self._chunks.aclose()
+            finally:
+                # Also where a second cancel comes meanwhile.
+                self._close()
         if not sender.cancelled():
             sender.result()
 

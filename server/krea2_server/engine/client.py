@@ -166,7 +166,7 @@ class ClientJob:
 
     Args:
         job: on the channel of its replica.
-        place: its place among that replica's requests, given up when it is closed.
+        place: its place among that replica's requests, given up when it has ended there.
         count_ahead: see `ahead`.
     """
 
@@ -184,9 +184,13 @@ class ClientJob:
 
     async def __anext__(self) -> ProgressUpdate | Generated:
         try:
-            return await anext(self._job)
+            update = await anext(self._job)
         except EngineExitedError as error:
             raise _exited(error) from None
+        if isinstance(update, Generated):
+            # Its replica has done with it, however long its client takes for the answer.
+            self._place.close()
+        return update
 
     def close(self) -> None:
         self._job.close()

@@ -117,7 +117,7 @@ class RayJob:
         self._started = time.monotonic()
         self._seen: set[object] = set()
         self._response: DeploymentResponseGenerator[Any] | None = None
-        self._second = self._ended = False
+        self._second = self._ended = self._closed = False
 
     @property
     def ahead(self) -> int:
@@ -134,6 +134,10 @@ class RayJob:
         return update
 
     def close(self) -> None:
+        self._closed = True
+        self._drop_response()
+
+    def _drop_response(self) -> None:
         response, self._response = self._response, None
         if response is not None:
             response.cancel()
@@ -148,12 +152,13 @@ class RayJob:
             try:
                 update = await self._receive()
             except ApiError as error:
-                if self._second or error.code != "engine_unavailable" or self._response is None:
+                over = self._second or self._closed or self._response is None
+                if over or error.code != "engine_unavailable":
                     raise
                 logger.warning("%s: %s; trying another replica", self._message.request_id, error)
                 self._try_again()
             except _LOST as error:
-                if self._second:
+                if self._second or self._closed:
                     text = "the engine has exited; send the request again"
                     raise engine_unavailable(text) from None
                 name = type(error).__name__
@@ -186,7 +191,7 @@ class RayJob:
         return update
 
     def _try_again(self) -> None:
-        self.close()
+        self._drop_response()
         self._second = True
         self._message = _again(self._message, time.monotonic() - self._started)
 
