@@ -41,8 +41,10 @@ def read_environment(variables: Mapping[str, str] = os.environ) -> Environment:
         part = owners[name]
         kind = type(getattr(configs[part](), name))
         try:
-            values[part][name] = kind(text)
-        except ValueError:
+            # A whole number may be 10.0, as in flags and files.
+            is_whole = kind is int and float(text).is_integer()
+            values[part][name] = int(float(text)) if is_whole else kind(text)
+        except (ValueError, OverflowError):
             wanted = "a whole number" if kind is int else "a number"
             raise ConfigError(f"{variable}: must be {wanted}, got {text!r}") from None
     try:

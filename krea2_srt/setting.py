@@ -40,6 +40,8 @@ class Setting:
 
     def problem(self, value: Any) -> str:
         """What is wrong with a value, and what would be right; "" if nothing is."""
+        if problem := self._type_problem(value):
+            return problem
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
@@ -49,6 +51,13 @@ class Setting:
         if self.above is not None and value <= self.above:
             return f"must be greater than {self.above:g}, got {value}"
         return ""
+
+    def _type_problem(self, value: Any) -> str:
+        kinds = {str: (str,), int: (int,), float: (int, float)}[type(self.default)]
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            return ""
+        wanted = {str: "text", int: "a whole number", float: "a number"}[type(self.default)]
+        return f"must be {wanted}, got {value!r}"
 
 
 def setting(
