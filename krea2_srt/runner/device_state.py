@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from krea2_srt.engine.lifecycle import Sequence
-from krea2_srt.model.latents import SIZE_MULTIPLE
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.runner.schedule_modulation import ScheduleModulation
+from krea2_srt.runner.sequence_shape import SequenceShape
 from krea2_srt.runner.side_stream import SideJob
 
 
@@ -22,6 +22,7 @@ class DeviceState:
         sequence: which image, how many steps are done, and whether somebody wants previews.
         contexts: [text tokens, hidden] of each of its branches: the fused prompt, and under
             guidance the negative one.
+        shapes: what a pack must know of each of its branches.
         schedule: its sigmas.
         modulation: the DiT's, a row per step of the schedule; it is not held here.
         tokens: float32 [rows * columns, 64], the noisy patches at the current step; None until the
@@ -33,6 +34,7 @@ class DeviceState:
 
     sequence: Sequence
     contexts: tuple[Tensor, ...]
+    shapes: tuple[SequenceShape, ...]
     schedule: Schedule
     modulation: ScheduleModulation
     tokens: Tensor | None = None
@@ -50,14 +52,9 @@ class DeviceState:
         return self.step == self.schedule.steps
 
     @property
-    def rows(self) -> int:
-        """Rows of image tokens."""
-        return self.sequence.image.height // SIZE_MULTIPLE
-
-    @property
-    def columns(self) -> int:
-        """Columns of image tokens."""
-        return self.sequence.image.width // SIZE_MULTIPLE
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        return self.shapes[0].rows, self.shapes[0].columns
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,7 @@ from krea2_srt.runner.graphs import Capture, Eager, StepGraphs, TextGraphs
 from krea2_srt.runner.packing import ForwardBatch, PackCache, PackForward
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
+from krea2_srt.runner.sequence_shape import branch_shapes
 from krea2_srt.runner.side_stream import CudaSideStream
 
 STREAM_PRIORITY = -1
@@ -363,7 +364,7 @@ class Krea2Runner:
     @torch.inference_mode()
     def decode_slices(self, state: DeviceState, tile: int | None = None) -> Iterator[Tensor | None]:
         """The same in slices, and unchecked: yields None after each but the last, then pixels."""
-        latents = unpatchify(state.tokens, state.rows, state.columns)
+        latents = unpatchify(state.tokens, *state.grid)
         return self.vae.decode_slices(latents, tile)
 
     @torch.inference_mode()
@@ -382,7 +383,7 @@ class Krea2Runner:
             raise ValueError("a preview needs a step after `Sequence.wants_previews` is set")
         sigma = state.schedule.sigmas[state.step]
         clean = state.tokens - sigma * state.velocity
-        latents = unpatchify(clean, state.rows, state.columns)
+        latents = unpatchify(clean, *state.grid)
         height, width = latents.shape[1:]
         shrink = max(1.0, max(height, width) / PREVIEW_LATENTS)
         size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
@@ -395,10 +396,11 @@ class Krea2Runner:
                 f"contexts: of {len(image.prompts)} prompts with guidance {image.guidance:g}, "
                 f"got {len(contexts)}"
             )
-        sequence.tokens = tuple(len(context) + image.image_tokens for context in contexts)
+        shapes = branch_shapes(image, [len(context) for context in contexts])
+        sequence.tokens = tuple(shape.tokens for shape in shapes)
         schedule = self.schedule(image.steps, image.width, image.height, image.mu)
         modulation = ScheduleModulation(schedule, self._modulations, self._modulation)
-        return DeviceState(sequence, tuple(contexts), schedule, modulation)
+        return DeviceState(sequence, tuple(contexts), shapes, schedule, modulation)
 
     @torch.inference_mode()
     def _modulation(self, schedule: Schedule) -> Modulation:

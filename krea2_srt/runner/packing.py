@@ -17,32 +17,9 @@ from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.rope import rope_rotations
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.device_state import DeviceState
+from krea2_srt.runner.sequence_shape import SequenceShape
 
 # Where the tokens of sequences that go together lie, and their RoPE coordinates.
-
-
-@dataclass(frozen=True)
-class SequenceShape:
-    """What a pack must know of a sequence.
-
-    Attributes:
-        text_tokens: of its prompt.
-        rows, columns: of image tokens.
-        guided: the next sequence of the pack is the same image with its negative prompt.
-    """
-
-    text_tokens: int
-    rows: int
-    columns: int
-    guided: bool = False
-
-    @property
-    def image_tokens(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def tokens(self) -> int:
-        return self.text_tokens + self.image_tokens
 
 
 def build_pack(
@@ -200,11 +177,9 @@ class ForwardBatch:
         first: list[int] = []
         for s in states:
             first.append(len(shapes))
-            rows, columns, last = s.rows, s.columns, len(s.contexts) - 1
-            for branch, context in enumerate(s.contexts):
-                shapes.append(SequenceShape(len(context), rows, columns, guided=branch < last))
-                contexts.append(context)
-                owners.append(s)
+            shapes += s.shapes
+            contexts += s.contexts
+            owners += [s] * len(s.shapes)
         return cls(states, tuple(shapes), tuple(contexts), tuple(owners), tuple(first))
 
     @property

@@ -25,7 +25,8 @@ from krea2_srt.kernels.launch import DEFAULTS, device_of, read_launches
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.runner.packing import SequenceShape, build_pack
+from krea2_srt.runner.packing import build_pack
+from krea2_srt.runner.sequence_shape import SequenceShape
 from tests.comparisons import CPU, relative_error
 
 

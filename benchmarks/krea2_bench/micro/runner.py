@@ -9,7 +9,8 @@ from krea2_bench.micro.timing import PLAIN_PYTHON, Timed, best_of, plain_python
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.runner.model_runner import Krea2Runner
-from krea2_srt.runner.packing import PackCache, SequenceShape, build_pack
+from krea2_srt.runner.packing import PackCache, build_pack
+from krea2_srt.runner.sequence_shape import SequenceShape
 
 _CPU = torch.device("cpu")
 _SIDES = (256, 512, 768, 1024)

@@ -8,7 +8,8 @@ import torch
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Segments
-from krea2_srt.runner.packing import SequenceShape, build_pack
+from krea2_srt.runner.packing import build_pack
+from krea2_srt.runner.sequence_shape import SequenceShape
 from tests.comparisons import CPU, relative_error
 
 HIDDEN_STATES = (12, 64)

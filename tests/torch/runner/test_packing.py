@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.runner.packing import PackCache, SequenceShape, build_pack, split_by_tokens
+from krea2_srt.runner.packing import PackCache, build_pack, split_by_tokens
+from krea2_srt.runner.sequence_shape import SequenceShape
 from tests.comparisons import CPU
 
 CONFIG = Krea2Config()
