@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMMAND = "krea2-generate"
 
 # Where a request's field has another name on the command line than --like-this.
-_FLAGS = {"prompt": "prompt", "guidance": "--cfg"}
+_FLAGS = {"prompt": "prompt", "guidance": "--guidance-scale"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         "(default $K2_CHECKPOINT or oss_turbo)",
     )
     add("--steps", type=int, help="number of denoising steps")
-    add("--cfg", type=float, help="classifier-free guidance scale; 0 is off")
+    add(
+        *("--guidance-scale", "--cfg"),
+        dest="cfg",
+        type=float,
+        help="classifier-free guidance in Krea's scale, where 0 is off; the original code calls "
+        "it --cfg",
+    )
     add("--negative-prompt", default="", help="what guidance steers away from")
     add("--mu", type=float, help="timestep shift, whatever the size")
     add("--y1", type=float, help="timestep shift at 256 image tokens")
