@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from krea2_bench.dialect_tables import no_effect_table, synonyms_table
 from krea2_bench.settings_tables import settings_table
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.runner.config import RunnerConfig
@@ -171,5 +172,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu-short": partial(_cpu, short=True),
     "engine-settings": lambda _: settings_table(EngineConfig),
     "runner-settings": lambda _: settings_table(RunnerConfig),
+    "synonyms": lambda _: synonyms_table(),
+    "no-effect": lambda _: no_effect_table(),
 }
-"""Tables, given what reads a file of results; settings are in none."""
+"""Tables, given what reads a file of results; settings and words of clients are in none."""

@@ -7,12 +7,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from krea2_server.api.event_schemas import event_components
+from krea2_server.api.field_errors import FieldError
 from krea2_server.api.images import FILES_PATH, images_router
 from krea2_server.api.operations import operations_router
-from krea2_server.api.schemas import UnknownFieldError, UnsupportedError
 from krea2_server.errors import ApiError, invalid, set_outcome
 from krea2_server.keys import Keys
 from krea2_server.middleware.body_limit import BoundedBody
@@ -92,6 +93,14 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(UnsupportedEndpoints, body_timeout_s=settings.body_timeout_s)
     app.add_middleware(Authentication, keys=services.keys)
     app.add_middleware(RequestContext, max_requests=settings.max_requests, metrics=services.metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "retry-after-ms", "x-should-retry"],
+        )
     return app
 
 
@@ -152,10 +161,8 @@ def as_api_error(problems: Any) -> ApiError:
     """
     problem = problems[0]
     reason = problem.get("ctx", {}).get("error")
-    if isinstance(reason, UnsupportedError):
+    if isinstance(reason, FieldError):
         return invalid(reason.field, str(reason), reason.code)
-    if isinstance(reason, UnknownFieldError):
-        return invalid(reason.field, str(reason), "unknown_parameter")
     location = [str(part) for part in problem["loc"][1:]]
     match problem["type"]:
         case "json_invalid":

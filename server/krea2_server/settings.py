@@ -64,7 +64,10 @@ class Settings(BaseSettings):
     served_model_name: str = Field(
         "", description="what clients call the model; by default the last part of its path"
     )
-    model_aliases: CommaList[str] = Field([], description="other names that clients may use for it")
+    model_aliases: CommaList[str] = Field(
+        [],
+        description="other names that clients may use for it; * is any without a colon",
+    )
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
     quantization: Literal["none", "fp8"] = Field(
         "none", description="of the transformer's matrices; see docs/gpu.md"
@@ -116,8 +119,22 @@ class Settings(BaseSettings):
     send_timeout_s: Seconds = Field(
         60, description="after which a client that takes nothing of its answer is hung up on"
     )
+    accept: Literal["common", "openai"] = Field(
+        "common",
+        description="requests in the words of common clients, see docs/clients.md, or by OpenAI's "
+        "contract to the letter",
+    )
     allow_unknown_fields: bool = Field(
-        False, description="ignore fields of requests that are not known, instead of a 400"
+        False, description="name fields of requests that are not known in the answer, not in a 400"
+    )
+    default_size: Annotated[str, Field(pattern=r"^(auto|[0-9]{2,5}x[0-9]{2,5})$")] = Field(
+        "auto", description="of requests without one: WIDTHxHEIGHT, or auto: by quality"
+    )
+    default_response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="of requests without one"
+    )
+    cors_origins: CommaList[str] = Field(
+        [], description="origins whose pages may ask from a browser, https://host; * is all"
     )
 
     # What is generated.
@@ -172,6 +189,16 @@ class Settings(BaseSettings):
     def model_name(self) -> str:
         """What clients call the model."""
         return self.served_model_name or self.model_path.rstrip("/").rsplit("/", 1)[-1].lower()
+
+    def serves(self, name: str) -> bool:
+        """Whether a client may call the model that."""
+        if name in (self.model_name, self.model_path, *self.model_aliases):
+            return True
+        if "*" in self.model_aliases and ":" not in name:
+            return True
+        own = (self.model_name, self.model_path.rstrip("/").rsplit("/", 1)[-1])
+        names = {known.casefold() for known in (*own, self.model_path, *self.model_aliases)}
+        return self.accept == "common" and name.casefold() in names
 
     @property
     def sglang_options(self) -> list[str]:
@@ -243,6 +270,8 @@ class Settings(BaseSettings):
             self._refuse_with("engine_endpoints", "start_timeout_s")
         if "://" in self.storage or self.storage == NO_STORAGE:
             self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")
+        if self.storage == NO_STORAGE and self.default_response_format == "url":
+            raise ValueError("default_response_format: must be b64_json without a storage")
         if "://" not in self.storage:
             self._refuse_with("a folder as storage", "storage_options")
         return self

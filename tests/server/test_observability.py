@@ -104,7 +104,7 @@ def test_a_collector_that_is_away_costs_no_request(fake_server, engine):
 
 def test_a_json_log_has_one_object_a_line_and_the_requests_id(fake_server, engine):
     answer = fake_server.post(prompt=SECRET, size="64x64", user="u-secret")
-    refused = fake_server.post(prompt=SECRET, size="63x64")
+    refused = fake_server.post(prompt=SECRET, size="63")
     streamed = fake_server.post(prompt=SECRET, size="64x64", stream=True)
     fake_server.get("/nowhere%0a?token=abc")
     log = fake_server.log
@@ -124,7 +124,7 @@ def test_a_json_log_has_one_object_a_line_and_the_requests_id(fake_server, engin
 def test_metrics_are_prometheus_and_add_up(fake_server, engine):
     before = outcomes(fake_server)
     fake_server.post(prompt="x", size="64x64")
-    fake_server.post(prompt="x", size="63x64")
+    fake_server.post(prompt="x", size="63")
     fake_server.post(prompt="x", nonsense=1)
     fake_server.post(prompt="x", model="gpt-image-2")
     engine.refuse = EngineError("queue_full", "full", retry_after_s=1.0)

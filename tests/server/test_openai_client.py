@@ -169,11 +169,11 @@ def test_async(fake_server, engine):
 @pytest.mark.parametrize(
     ("fields", "error", "param"),
     [
-        ({"size": "255x255"}, openai.BadRequestError, "size"),
+        ({"size": "255"}, openai.BadRequestError, "size"),
         ({"n": 999}, openai.BadRequestError, "n"),
         ({"model": "dall-e-3"}, openai.NotFoundError, "model"),
         ({"background": "transparent"}, openai.BadRequestError, "background"),
-        ({"style": "vivid"}, openai.BadRequestError, "style"),
+        ({"quality": "4k"}, openai.BadRequestError, "quality"),
         ({"extra_body": {"output_path": "/etc"}}, openai.BadRequestError, "output_path"),
     ],
 )

@@ -12,14 +12,10 @@ from fastapi.responses import Response, StreamingResponse
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.event_schemas import event_stream_content
 from krea2_server.api.event_stream import EventStreamResponse, comment, event
+from krea2_server.api.lenient import request_model
 from krea2_server.api.parameters import resolve
 from krea2_server.api.responses import ResponseBuilder
-from krea2_server.api.schemas import (
-    ErrorResponse,
-    ImageGenerationRequest,
-    ImagesResponse,
-    LenientImageGenerationRequest,
-)
+from krea2_server.api.schemas import ErrorResponse, ImageGenerationRequest, ImagesResponse
 from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
 from krea2_server.image_service import Generation, Result, Update
 from krea2_server.keys import Client
@@ -42,8 +38,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def images_router(services: Services) -> APIRouter:
     """Routes that generate and that serve what was generated."""
     router = APIRouter()
-    lenient = services.settings.allow_unknown_fields
-    body_model = LenientImageGenerationRequest if lenient else ImageGenerationRequest
+    settings = services.settings
+    body_model = request_model(settings.accept, settings.allow_unknown_fields)
 
     @router.post(
         "/v1/images/generations",
@@ -117,8 +113,9 @@ async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
 
 def _resolve(services: Services, body: ImageGenerationRequest, request_id: str) -> GenerateRequest:
     settings, model = services.settings, services.engine.model
-    names = {settings.model_name, settings.model_path, *settings.model_aliases}
-    if body.model is not None and body.model not in names:
+    if body.response_format is None:
+        body.response_format = settings.default_response_format
+    if body.model is not None and not settings.serves(body.model):
         text = f"model: {body.model!r} is not served here; {settings.model_name} is"
         raise ApiError(404, text, "model_not_found", "model")
     if services.store is None and body.wants_urls:
@@ -126,8 +123,14 @@ def _resolve(services: Services, body: ImageGenerationRequest, request_id: str) 
         raise invalid("response_format", text, "unsupported_value")
     if model is None:
         raise services.engine.unavailable()
-    limits = {"max_n": settings.max_n, "max_prompt": settings.max_prompt}
-    return resolve(body, request_id, model, **limits)
+    return resolve(
+        body,
+        request_id,
+        model,
+        max_n=settings.max_n,
+        max_prompt=settings.max_prompt,
+        default_size=settings.default_size,
+    )
 
 
 def _base_url(services: Services, request: Request) -> str:
@@ -166,8 +169,10 @@ async def _events(
         body = internal_error(request.state.request_id).body()
         yield event("error", orjson.dumps(body))
     finally:
-        if upcoming is not None:
-            upcoming.cancel()
-            await asyncio.gather(upcoming, return_exceptions=True)
-        await updates.aclose()
+        try:
+            if upcoming is not None:
+                upcoming.cancel()
+                await asyncio.gather(upcoming, return_exceptions=True)
+        finally:
+            await updates.aclose()
     yield comment("end")

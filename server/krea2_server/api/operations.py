@@ -45,7 +45,11 @@ def operations_router(services: Services) -> APIRouter:
     @router.get("/v1/models", summary="What is served", response_model_exclude_none=True)
     async def models() -> ModelList:
         return ModelList(
-            data=[_model(name) for name in (settings.model_name, *settings.model_aliases)]
+            data=[
+                _model(name)
+                for name in (settings.model_name, *settings.model_aliases)
+                if name != "*"
+            ]
         )
 
     @router.get(
@@ -55,7 +59,7 @@ def operations_router(services: Services) -> APIRouter:
         response_model_exclude_none=True,
     )
     async def model(model: Annotated[str, Path(max_length=256)]) -> Model:
-        if model not in (settings.model_name, settings.model_path, *settings.model_aliases):
+        if not settings.serves(model):
             text = f"model: {model!r} is not served here"
             raise ApiError(404, text, "model_not_found", "model")
         return _model(model)

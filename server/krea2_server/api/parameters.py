@@ -1,19 +1,17 @@
 """From a client's request to the engine's: defaults filled in, everything checked."""
 
 import secrets
+from dataclasses import replace
 
-from krea2_server.api.quality import (
-    automatic_size,
-    check_aspect,
-    parse_size,
-    preset_of,
-    steps_of,
-)
+from krea2_server.api.dialects import GUIDANCE_PLUS_ONE
+from krea2_server.api.field_errors import FieldError
+from krea2_server.api.quality import Preset, automatic_size, preset_of, steps_of
 from krea2_server.api.schemas import ImageGenerationRequest
-from krea2_server.errors import field_name, invalid
+from krea2_server.api.sizes import AUTO, by_ratio, check_aspect, parse_size
+from krea2_server.errors import ApiError, field_name, invalid
 from krea2_srt.errors import RequestError
 from krea2_srt.messages import GenerateRequest, ModelInfo
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import ImageRequest, fit_size
 
 # Where a client has given a size, it has given no sides.
 _BY_SIZE = {"width": "size", "height": "size"}
@@ -29,69 +27,136 @@ def resolve(
     *,
     max_n: int,
     max_prompt: int,
+    default_size: str = AUTO,
 ) -> GenerateRequest:
     """Fill in what a request leaves open, and check the whole.
 
     Args:
         request_id: what the engine is to call it.
-        max_n, max_prompt: this server's own limits.
+        max_n, max_prompt, default_size: this server's own.
 
     Raises:
         ApiError: 400, naming the field.
     """
-    _refuse_impossible(request)
-    preset = preset_of(request.quality)
-    steps, guidance = request.num_inference_steps, request.guidance_scale
     n = request.n or 1
     if n > max_n:
-        raise invalid("n", f"n: must be between 1 and {max_n}, got {n}")
+        raise _invalid(request, "n", f"must be between 1 and {max_n}, got {n}")
     for field in ("prompt", "negative_prompt"):
         if len(getattr(request, field) or "") > max_prompt:
-            raise invalid(field, f"{field}: must have at most {max_prompt} characters")
-    width, height = _size(request) or automatic_size(preset, model)
+            raise _invalid(request, field, f"must have at most {max_prompt} characters")
+    preset = preset_of(request.quality)
+    steps = request.num_inference_steps
+    width, height = _size(request, preset, model, default_size)
     image = ImageRequest(
         prompt=request.prompt,
         width=width,
         height=height,
         steps=steps_of(preset, model) if steps is None else steps,
-        guidance=model.default_guidance if guidance is None else guidance,
+        guidance=_guidance(request, model),
         negative_prompt=request.negative_prompt or "",
         seed=secrets.randbelow(_RANDOM_SEEDS) if request.seed is None else request.seed,
         num_images=n,
     )
     if request.negative_prompt and not image.guidance:
-        raise invalid("negative_prompt", "negative_prompt: has no effect while guidance_scale is 0")
+        problem = "has no effect while guidance_scale is 0"
+        _no_effect(request, "negative_prompt", problem, problem)
+        image = replace(image, negative_prompt="")
     try:
         image.check(model.limits)
     except RequestError as error:
         by_sides = request.width is not None
         name = error.field if by_sides else _BY_SIZE.get(error.field, error.field)
-        name = field_name(name)
-        raise invalid(name, f"{name}: {error.message}") from None
-    check_aspect(width, height, _longer_side(request))
+        raise _invalid(request, field_name(name), error.message) from None
+    check_aspect(width, height, request.sent_as(_longer_side(request)))
+    output_format = request.output_format or "png"
+    compression, previews = request.output_compression, request.partial_images or 0
+    if output_format == "png" and compression not in (None, 100):
+        problem = "must be 100 for png, which loses nothing"
+        _no_effect(request, "output_compression", problem, "has no effect on png")
+        compression = None
+    if previews and not request.stream:
+        _no_effect(request, "partial_images", "needs stream", "has no effect without stream")
+        previews = 0
     return GenerateRequest(
         request_id,
         image,
-        output_format=request.output_format or "png",
-        quality=100 if request.output_compression is None else request.output_compression,
+        output_format=output_format,
+        quality=100 if compression is None else compression,
         priority=request.priority or 0,
         deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
         progress=bool(request.stream),
-        previews=request.partial_images or 0,
+        previews=previews,
     )
 
 
-def _size(request: ImageGenerationRequest) -> tuple[int, int] | None:
-    """Width and height; None is ours to choose."""
+def _invalid(request: ImageGenerationRequest, field: str, problem: str) -> ApiError:
+    name = request.sent_as(field)
+    return invalid(name, f"{name}: {problem}")
+
+
+def _no_effect(request: ImageGenerationRequest, field: str, problem: str, warning: str) -> None:
+    """Refuse a value that would change nothing, or say so in the answer."""
+    if not request.is_lenient:
+        raise _invalid(request, field, problem)
+    request.warnings.append(f"{request.sent_as(field)}: {warning}")
+
+
+def _guidance(request: ImageGenerationRequest, model: ModelInfo) -> float:
+    guidance = request.guidance_scale
+    if guidance is None:
+        return model.default_guidance
+    if guidance and model.distilled and request.is_lenient:
+        name = request.sent_as("guidance_scale")
+        if name in GUIDANCE_PLUS_ONE:
+            # Front ends send 7 by default, whatever the model.
+            request.warnings.append(f"{name}: is off; this model is distilled to need no guidance")
+            return 0.0
+        request.warnings.append(f"{name}: is applied, though this model is distilled to need none")
+    return guidance
+
+
+def _size(
+    request: ImageGenerationRequest, preset: Preset, model: ModelInfo, default_size: str
+) -> tuple[int, int]:
+    """Width and height, in the grid where the request may be off it."""
     width, height, size = request.width, request.height, request.size
     if width is None and height is None:
-        return None if size is None or size == "auto" else parse_size(size)
+        asked = default_size if size is None else size
+        return _by_size(request, asked, preset, model)
     if width is None or height is None:
         missing = "width" if width is None else "height"
-        raise invalid(missing, f"{missing}: width and height go together")
-    if size not in (None, "auto", f"{width}x{height}"):
-        raise invalid("size", f"size: {size} is not width x height, {width}x{height}")
-    return width, height
+        raise _invalid(request, missing, "width and height go together")
+    if size not in (None, AUTO, f"{width}x{height}"):
+        raise _invalid(request, "size", f"{size} is not width x height, {width}x{height}")
+    return _fitted(request, width, height, model)
+
+
+def _by_size(
+    request: ImageGenerationRequest, size: str, preset: Preset, model: ModelInfo
+) -> tuple[int, int]:
+    if size == AUTO:
+        return automatic_size(preset, model)
+    if request.is_lenient and ":" in size:
+        side, _ = automatic_size(preset, model)
+        name = request.sent_as("size")
+        try:
+            return by_ratio(size, side, name)
+        except FieldError as error:
+            raise invalid(name, str(error)) from None
+    return _fitted(request, *parse_size(size), model)
+
+
+def _fitted(
+    request: ImageGenerationRequest, width: int, height: int, model: ModelInfo
+) -> tuple[int, int]:
+    if not request.is_lenient:
+        return width, height
+    fitted = fit_size(width, height, model.limits)
+    if fitted != (width, height):
+        name = request.sent_as("size" if request.width is None else "width")
+        made = "x".join(map(str, fitted))
+        request.warnings.append(f"{name}: {width}x{height} is generated as {made}")
+    return fitted
 
 
 def _longer_side(request: ImageGenerationRequest) -> str:
@@ -99,13 +164,3 @@ def _longer_side(request: ImageGenerationRequest) -> str:
     if request.width is None or request.height is None:
         return "size"
     return "width" if request.width >= request.height else "height"
-
-
-def _refuse_impossible(request: ImageGenerationRequest) -> None:
-    lossless = request.output_format in (None, "png")
-    if lossless and request.output_compression not in (None, 100):
-        raise invalid(
-            "output_compression", "output_compression: must be 100 for png, which loses nothing"
-        )
-    if request.partial_images and not request.stream:
-        raise invalid("partial_images", "partial_images: needs stream")

@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 
-from krea2_server.errors import invalid
 from krea2_srt.messages import ModelInfo
 from krea2_srt.request import SIZE_MULTIPLE
-
-MAX_ASPECT = 3
-"""Longest side over shortest, by OpenAI's contract."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,3 @@ def automatic_size(preset: Preset, model: ModelInfo) -> tuple[int, int]:
     side = min(preset.side, model.trained_side, limits.max_side, int(limits.max_pixels**0.5))
     side -= side % SIZE_MULTIPLE
     return side, side
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Width and height of ``WIDTHxHEIGHT``.
-
-    Raises:
-        ApiError: it is something else.
-    """
-    width, x, height = text.partition("x")
-    if not (x and width.isascii() and width.isdigit() and height.isascii() and height.isdigit()):
-        raise invalid("size", f"size: must be WIDTHxHEIGHT or auto, got {text!r}")
-    return int(width), int(height)
-
-
-def check_aspect(width: int, height: int, param: str) -> None:
-    """Refuse what is longer than 3:1.
-
-    Raises:
-        ApiError: it is.
-    """
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise invalid(
-            param,
-            f"{param}: must be between 1:{MAX_ASPECT} and {MAX_ASPECT}:1, got {width}x{height}",
-        )

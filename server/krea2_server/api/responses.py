@@ -100,7 +100,7 @@ class ResponseBuilder:
     def _metadata(self, seed: int) -> dict[str, Any]:
         """Fields of `schemas.ImageMetadata`."""
         image = self._image
-        fields = {
+        fields: dict[str, Any] = {
             "background": "opaque",
             "output_format": self._message.output_format,
             "quality": preset_of(self._asked.quality).label,
@@ -110,6 +110,8 @@ class ResponseBuilder:
             "num_inference_steps": image.steps,
             "guidance_scale": image.guidance,
         }
+        if self._asked.warnings:
+            fields["warnings"] = self._asked.warnings
         if self._asked.end_user is not None:
             fields["safety_identifier"] = self._asked.end_user
         return fields

@@ -2,8 +2,16 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
+from krea2_server.api.field_errors import FieldError, UnknownFieldError, UnsupportedError
 from krea2_srt.engine.engine import MAX_DEADLINE_S, MAX_PRIORITY
 from krea2_srt.request import MAX_SEED
 
@@ -24,7 +32,7 @@ _UNSUPPORTED_VALUES = {
     ("output_format", "gif"): "it must be png, jpeg or webp",
     ("output_format", "svg"): "it must be png, jpeg or webp",
 }
-_UNSUPPORTED_FIELDS = {
+UNSUPPORTED_FIELDS = {
     "style": "describe the style in the prompt instead",
     "complexity": "this model does not plan its images",
     "frame_count": "only single images are generated",
@@ -34,24 +42,6 @@ _UNSUPPORTED_FIELDS = {
     "mask": "images cannot be edited",
     "input_fidelity": "images cannot be edited",
 }
-
-
-class UnsupportedError(ValueError):
-    """A field, or a value of it, that is known, and that this model can do nothing with."""
-
-    def __init__(self, field: str, reason: str, value: str | None = None) -> None:
-        what = field if value is None else f"{field}: {value}"
-        super().__init__(f"{what} is not supported: {reason}")
-        self.field = field
-        self.code = "unsupported_parameter" if value is None else "unsupported_value"
-
-
-class UnknownFieldError(ValueError):
-    """A field that is not known."""
-
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field!r} is not known")
-        self.field = field
 
 
 class ImageGenerationRequest(BaseModel):
@@ -124,6 +114,23 @@ class ImageGenerationRequest(BaseModel):
     width: int | None = Field(default=None, description="With height, in place of size.")
     height: int | None = Field(default=None, description="With width, in place of size.")
 
+    _warnings: list[str] = PrivateAttr(default_factory=list)
+    _sent_as: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the client should know of fields that had no effect, or another one than asked."""
+        return self._warnings
+
+    @property
+    def is_lenient(self) -> bool:
+        """Whether what is harmless is accepted and named."""
+        return False
+
+    def sent_as(self, field: str) -> str:
+        """What the client called a field."""
+        return self._sent_as.get(field, field)
+
     @property
     def wants_urls(self) -> bool:
         """Whether images are answered as URLs."""
@@ -138,30 +145,32 @@ class ImageGenerationRequest(BaseModel):
         """The client's name for its user."""
         return self.safety_identifier or self.user or None
 
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if "\0" in prompt:
+            raise FieldError("prompt", "prompt: must not hold NUL characters")
+        if not prompt.strip():
+            raise FieldError("prompt", "prompt: must not be blank")
+        return prompt
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for field, reason in _UNSUPPORTED_FIELDS.items():
-                if values.get(field) is not None:
-                    raise UnsupportedError(field, reason)
-            for (field, value), reason in _UNSUPPORTED_VALUES.items():
-                if values.get(field) == value:
-                    raise UnsupportedError(field, reason, value)
-            known = {k: value for k, value in values.items() if k not in _UNSUPPORTED_FIELDS}
-            if cls.model_config["extra"] == "forbid":
-                # One is enough to refuse; pydantic would tell of each of a hundred thousand.
-                for name in known:
-                    if name not in cls.model_fields:
-                        raise UnknownFieldError(str(name)[:_MAX_TOLD])
-            return known
-        return values
-
-
-class LenientImageGenerationRequest(ImageGenerationRequest):
-    """The same, where fields that are not known are ignored."""
-
-    model_config = ConfigDict(extra="ignore")
+        if not isinstance(values, dict):
+            return values
+        for field, reason in UNSUPPORTED_FIELDS.items():
+            if values.get(field) is not None:
+                raise UnsupportedError(field, reason)
+        for (field, value), reason in _UNSUPPORTED_VALUES.items():
+            if values.get(field) == value:
+                raise UnsupportedError(field, reason, value)
+        known = {k: value for k, value in values.items() if k not in UNSUPPORTED_FIELDS}
+        # One is enough to refuse; pydantic would tell of each of a hundred thousand.
+        for name in known:
+            if name not in cls.model_fields:
+                raise UnknownFieldError(str(name)[:_MAX_TOLD])
+        return known
 
 
 class TokensDetails(BaseModel):
@@ -210,6 +219,9 @@ class ImageMetadata(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     safety_identifier: str | None = None
+    warnings: list[str] | None = Field(
+        default=None, description="Of fields that had no effect, or another one than asked."
+    )
 
 
 class ImageData(BaseModel):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.server.recorded.bounds import BOUNDS
+from tests.server.recorded.common import COMMON
 from tests.server.recorded.engine_errors import ENGINE_ERRORS
 from tests.server.recorded.exchange import Exchange
 from tests.server.recorded.good import GOOD
@@ -26,7 +27,8 @@ FOLDER = Path(__file__).parent
 _ALIAS = ("--model-aliases", "gpt-image-1")
 
 SETTINGS = {
-    "plain": Setting((*_ALIAS, "--storage-key", STORAGE_KEY)),
+    "plain": Setting((*_ALIAS, "--storage-key", STORAGE_KEY, "--accept", "openai")),
+    "common": Setting(("--model-aliases", "*")),
     "guarded": Setting(
         ("--api-keys-file", "keys.yaml", "--moderation-policy", "policy.yaml"),
         {"keys.yaml": KEYS_FILE, "policy.yaml": POLICY},
@@ -59,6 +61,7 @@ EXCHANGES: dict[str, list[Exchange]] = {
         *QUEUES,
         *METRICS,
     ],
+    "common": COMMON,
     "guarded": [*KEYS, *MODERATED],
     "bounds": BOUNDS,
     "leaving": LEAVING,

@@ -81,7 +81,7 @@ def other_values(name: str) -> Iterator[object]:
     else:
         options = declared.choices if declared else get_args(field.annotation)
         yield from (one for one in options if isinstance(one, str) and one != default)
-        yield from ("some-text", "http://some.host:1", {"some": "text"})
+        yield from ("some-text", "http://some.host:1", "512x512", {"some": "text"})
 
 
 def value_of(name: str, tmp_path: Path) -> Any:

@@ -1,0 +1,53 @@
+"""What docs/clients.md says of each client's body is what comes of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from krea2_server.api.lenient import request_model
+from krea2_server.api.parameters import resolve
+from krea2_server.app import as_api_error
+from krea2_server.settings import Settings
+from krea2_srt.testing.fake_engine import MODEL
+
+PAGE = (Path(__file__).parents[3] / "docs/clients.md").read_text()
+ROWS = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \| ([^|]+) \|$", PAGE, re.MULTILINE)
+
+
+def test_there_are_rows():
+    assert len(ROWS) >= 25
+
+
+@pytest.mark.parametrize(("client", "body", "answer"), ROWS, ids=[row[0] for row in ROWS])
+def test_a_clients_body_gets_what_the_page_says(client, body, answer):
+    kind, *_ = answer.split()
+    fields = re.findall(r"`(\w+)`", answer)
+    try:
+        request = request_model("common", any_fields=False).model_validate(json.loads(body))
+    except ValidationError as error:
+        problems = [{**p, "loc": ("body", *p["loc"])} for p in error.errors()]
+        assert (kind, fields) == ("refuses", [as_api_error(problems).param])
+        return
+    resolve(request, "id", MODEL, max_n=10, max_prompt=32_000)
+    assert sorted(warning.split(":")[0] for warning in request.warnings) == sorted(fields)
+    assert kind == ("names" if fields else "image")
+
+
+def test_any_name_without_a_colon_is_served_where_the_page_says_so():
+    settings = Settings(model_path="krea/Krea-2-Turbo", model_aliases=["*"])
+    for _, body, _ in ROWS:
+        assert settings.serves(json.loads(body).get("model", "krea-2-turbo"))
+    assert not settings.serves("krea-2-turbo:my-adapter")
+
+
+@pytest.mark.parametrize(
+    "name", ["Krea-2-Turbo", "KREA-2-TURBO", "krea/krea-2-turbo", "GPT-image-1"]
+)
+def test_names_of_the_model_are_known_in_any_case(name):
+    fields = {"model_path": "krea/Krea-2-Turbo", "model_aliases": ["gpt-image-1"]}
+    assert Settings(**fields).serves(name)
+    assert not Settings(**fields, accept="openai").serves("KREA-2-TURBO")
+    assert not Settings(**fields).serves("dall-e-3")
