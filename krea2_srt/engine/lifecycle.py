@@ -56,7 +56,7 @@ class Sequence:
             is encoded.
         state: where it is.
         step: steps done; counted by the executor that does them.
-        joined_before: the step before which prompts were last encoded so that others join it.
+        joined_before: the step before which it last had others' prompts encoded, to join its pack.
         begun: whether its first step has begun and it has not ended.
         decode_begun: whether a slice of its decode has run.
         decode_retried: whether its decode has run out of memory once.

@@ -153,7 +153,8 @@ class StepScheduler:
         for sequence in self._company(lead, order):
             builder.admit(sequence)
         waiting = self._next_waiting()
-        # Once: where prompts prove longer than estimated, the pack would wait for all of them.
+        # Once for this lead and step: where prompts prove longer than estimated, and do not join
+        # after all, it would wait for the prompts of all requests.
         if (
             waiting is not None
             and lead.joined_before != lead.step

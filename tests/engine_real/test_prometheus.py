@@ -166,7 +166,7 @@ def _work(server: Api) -> None:
     for thread in threads:
         thread.start()
     list(_stream(server, "64x64"))
-    assert server.post(prompt="x", size="7x7").status_code == 400
+    assert server.post(prompt="x", size="7").status_code == 400
     for thread in threads:
         thread.join()
     cancelled = server.metric(REQUESTS, outcome="cancelled")

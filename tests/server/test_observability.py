@@ -186,7 +186,7 @@ def test_every_request_of_a_storm_is_counted_once(fake_server, engine):
     kinds = [
         {"size": "64x64"},
         {"size": "64x64", "stream": True, "partial_images": 2},
-        {"size": "63x64"},
+        {"size": "63"},
         {"nonsense": 1},
         {"size": "64x64", "response_format": "url", "n": 2},
         {"prompt": "x" * 40_000},

@@ -78,7 +78,7 @@ def test_deadlines_pass_all_the_same(scheduler, harness):
 
 def test_new_requests_are_refused(scheduler, harness):
     refused = []
-    scheduler._submit(SimpleNamespace(request_id="x", failed=refused.append))
+    scheduler._submit(SimpleNamespace(request_id="x", failed=refused.append, ASLEEP="sleeping"))
     assert [error.code for error in refused] == ["engine_unavailable"]
     assert "sleeping" in str(refused[0])
     assert harness.engine.idle

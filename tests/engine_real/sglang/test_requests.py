@@ -43,7 +43,7 @@ def test_several_prompts_share_the_seeds(make_req):
         ("num_inference_steps", 0),
         ("guidance_scale", float("nan")),
         ("guidance_scale", 1e9),
-        ("width", 255),
+        ("width", -255),
         ("seed", -1),
         ("prompt", "\ud800"),
     ],

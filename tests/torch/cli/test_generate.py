@@ -94,7 +94,7 @@ def test_guidance_prompt_file_and_mu(folder, raw_demo_model, load_diffusers):
 
 
 BAD = [
-    (["--cfg", "nan"], "--cfg: must be a finite number"),
+    (["--cfg", "nan"], "--guidance-scale: must be a finite number"),
     (["--steps", "0"], "--steps: must be between 1 and 200"),
     (["--width", "0"], "--width: must be between"),
     (["--height", "-5"], "--height: must be between"),
