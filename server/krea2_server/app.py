@@ -162,7 +162,7 @@ def as_api_error(problems: Any) -> ApiError:
     problem = problems[0]
     reason = problem.get("ctx", {}).get("error")
     if isinstance(reason, FieldError):
-        return invalid(reason.field, str(reason), reason.code)
+        return invalid(reason.field or None, str(reason), reason.code)
     location = [str(part) for part in problem["loc"][1:]]
     match problem["type"]:
         case "json_invalid":

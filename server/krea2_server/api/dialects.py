@@ -5,14 +5,15 @@ it is, or why it cannot matter here. What changes a picture and cannot be done i
 is refused by name.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
 from krea2_server.api.field_errors import FieldError
-from krea2_server.api.sizes import size_of, with_resolution
+from krea2_server.api.sizes import merged, size_of, with_resolution
 from krea2_server.api.spelling import flag, lower, name_of, number, shown, whole
 
 SYNONYMS = {
@@ -184,7 +185,7 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
         if value is None or (known != "prompt" and isinstance(value, str) and not value.strip()):
             continue
         if known in GUIDANCE_PLUS_ONE:
-            cfg = name, number(name, value)
+            cfg = _agreed(cfg, name, number(name, value))
         elif known == "resolution":
             resolution = value
         elif known in NO_EFFECT:
@@ -198,6 +199,8 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
     if resolution is not None:
         size = result.body.get("size")
         result.body["size"] = with_resolution(size, resolution, "resolution")
+        if size == result.body["size"] != with_resolution(None, resolution, "resolution"):
+            result.warn("resolution", f"{result.sent_as.get('size', 'size')} says it already")
     if result.body.get("seed") == -1:
         del result.body["seed"]  # a random one, which the answer names
     if cfg is not None:
@@ -212,7 +215,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         inner = values.get(name)
         if isinstance(inner, str) and inner.strip():
             try:
-                inner = json.loads(inner)
+                inner = orjson.loads(inner)
             except ValueError:
                 raise FieldError(name, f"{name}: must be an object, or one as JSON text") from None
         if inner is None or inner == "":
@@ -255,9 +258,13 @@ def _put(result: Translation, ours: str, name: str, value: Any, ratio: bool = Fa
     converted = _converted(ours, name, value, ratio)
     if converted is None:
         return
-    if ours in result.body and result.body[ours] != converted:
-        other = result.sent_as.get(ours, ours)
-        raise FieldError(name, f"{name}: {shown(value)} is not {other}, {shown(result.body[ours])}")
+    if ours in result.body:
+        said = result.body[ours]
+        agreed = said == converted if ours != "size" else merged(said, converted)
+        if not agreed:
+            other = result.sent_as.get(ours, ours)
+            raise FieldError(name, f"{name}: {shown(value)} is not {other}, {shown(said)}")
+        converted = agreed if ours == "size" else said
     result.body[ours] = converted
     if name != ours:
         result.sent_as[ours] = name
@@ -282,6 +289,13 @@ def _converted(ours: str, name: str, value: Any, ratio: bool) -> Any:
     elif ours in ("user", "safety_identifier"):
         convert = name_of
     return value if convert is None else convert(name, value)
+
+
+def _agreed(said: tuple[str, Any] | None, name: str, value: Any) -> tuple[str, Any]:
+    """A guidance of the other scale, which another field may have said before."""
+    if said is not None and said[1] != value:
+        raise FieldError(name, f"{name}: {shown(value)} is not {said[0]}, {shown(said[1])}")
+    return name, value
 
 
 def _put_cfg(result: Translation, name: str, value: Any) -> None:

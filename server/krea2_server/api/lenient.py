@@ -43,7 +43,10 @@ class _Request(ImageGenerationRequest):
         if not isinstance(values, dict):
             return handler(values)
         fields = cls.model_fields
-        result = translate(values, fields) if cls.common else Translation(dict(values))
+        try:
+            result = translate(values, fields) if cls.common else Translation(dict(values))
+        except RecursionError:
+            raise FieldError("", "the body is nested too deeply") from None
         unknown = [n for n in result.body if n not in fields and n not in UNSUPPORTED_FIELDS]
         if unknown and not cls.any_fields:
             name = str(unknown[0])[:_MAX_NAME]

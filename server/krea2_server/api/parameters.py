@@ -7,7 +7,7 @@ from krea2_server.api.dialects import GUIDANCE_PLUS_ONE
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.quality import Preset, automatic_size, preset_of, steps_of
 from krea2_server.api.schemas import ImageGenerationRequest
-from krea2_server.api.sizes import AUTO, by_ratio, check_aspect, parse_size
+from krea2_server.api.sizes import AUTO, by_ratio, check_aspect, has_ratio, parse_size
 from krea2_server.errors import ApiError, field_name, invalid
 from krea2_srt.errors import RequestError
 from krea2_srt.messages import GenerateRequest, ModelInfo
@@ -126,7 +126,10 @@ def _size(
     if width is None or height is None:
         missing = "width" if width is None else "height"
         raise _invalid(request, missing, "width and height go together")
-    if size not in (None, AUTO, f"{width}x{height}"):
+    is_same = size in (None, AUTO, f"{width}x{height}")
+    if request.is_lenient and size and ":" in size:
+        is_same = has_ratio(width, height, size)
+    if not is_same:
         raise _invalid(request, "size", f"{size} is not width x height, {width}x{height}")
     return _fitted(request, width, height, model)
 

@@ -17,6 +17,9 @@ AUTO = "auto"
 
 _PIXELS = re.compile(r"([0-9]{1,6})\s*(?:px)?\s*[x\u00d7*:,;_/ -]\s*([0-9]{1,6})\s*(?:px)?")
 _RATIO = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*[:/x]\s*([0-9]{1,3}(?:\.[0-9]{1,3})?)")
+_SAME_RATIO = 0.05
+"""Relative difference of ratios that are meant to be the same: 1376x768 is 16:9."""
+
 _LARGEST_RATIO_TERM = 64
 """Smaller numbers with a colon between them are no pixels."""
 
@@ -86,6 +89,26 @@ def with_resolution(size: str | None, resolution: Any, name: str) -> str:
         width, height = by_ratio(size, side, name)
         return f"{width}x{height}"
     return size
+
+
+def merged(size: str, other: str) -> str | None:
+    """What two fields say of the size: the more exact of them, or None if they do not agree.
+
+    Args:
+        size, other: as of `size_of`.
+    """
+    if size == AUTO or other == AUTO:
+        return other if size == AUTO else size
+    if (":" in size) == (":" in other):
+        return size if size == other else None
+    ratio, pixels = (size, other) if ":" in size else (other, size)
+    return pixels if has_ratio(*parse_size(pixels), ratio) else None
+
+
+def has_ratio(width: int, height: int, ratio: str) -> bool:
+    """Whether a size in pixels has a ratio, but for its grid."""
+    across, down = (float(term) for term in ratio.split(":"))
+    return abs(width * down - height * across) <= _SAME_RATIO * height * across
 
 
 def by_ratio(ratio: str, side: int, name: str) -> tuple[int, int]:

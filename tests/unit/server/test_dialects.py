@@ -245,6 +245,50 @@ def test_sizes_as_clients_write_them(fields, size):
         assert size in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({"size": "1024x1024", "aspect_ratio": "1:1"}, "1024x1024"),
+        ({"aspect_ratio": "16:9", "size": "1376x768"}, "1376x768"),
+        ({"size": "auto", "aspect_ratio": "3:2"}, "1248x832"),
+        ({"aspect_ratio": "3:2", "size": "auto"}, "1248x832"),
+        ({"width": 1376, "height": 768, "aspectRatio": "16:9"}, "1376x768"),
+        ({"size": "512x512", "resolution": "2K"}, "512x512"),
+        ({"size": "1:2", "aspect_ratio": "2:1"}, None),
+        ({"size": "1024x512", "aspect_ratio": "1:1"}, None),
+        ({"width": 512, "height": 512, "aspect_ratio": "16:9"}, None),
+    ],
+)
+def test_a_size_that_is_said_twice_must_agree(fields, size):
+    if size is None:
+        with pytest.raises(ApiError) as caught:
+            resolved(**fields)
+        assert caught.value.param in fields
+        return
+    message, warnings = resolved(**fields)
+    assert message.image.size == size
+    assert [w.split(":")[0] for w in warnings] == (["resolution"] if "resolution" in fields else [])
+
+
+def test_guidance_that_is_said_twice_must_agree():
+    assert resolved(RAW, cfg=7, cfg_scale=7.0)[0].image.guidance == 6
+    with pytest.raises(ApiError, match="cfg_scale: 6 is not cfg, 7"):
+        read(cfg=7, cfg_scale=6)
+
+
+@pytest.mark.parametrize("depth", [200, 900, 990, 10_000])
+def test_bodies_nested_too_deeply_are_refused(depth):
+    nested: object = []
+    for _ in range(depth):
+        nested = [nested]
+    for fields in ({"size": nested}, {"n": nested, "parameters": {"n": [nested]}}):
+        with pytest.raises(ApiError) as caught:
+            read(**fields)
+        assert caught.value.status == 400
+    with pytest.raises(ApiError):
+        read(kwargs="[" * depth + "]" * depth)
+
+
 @given(st.floats(0.334, 3), st.sampled_from(["low", "medium", "high"]))
 def test_a_ratio_has_about_the_pixels_of_its_quality(ratio, quality):
     message, _ = resolved(aspect_ratio=f"{ratio:.3f}:1", quality=quality)
