@@ -1,6 +1,7 @@
 """The app: routes, and what is around all of them."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from krea2_server.api.operations import operations_router
 from krea2_server.errors import ApiError, invalid, set_outcome
 from krea2_server.keys import Keys
 from krea2_server.middleware.body_limit import BoundedBody
+from krea2_server.middleware.known_paths import KnownPaths
 from krea2_server.middleware.request_context import RequestContext
 from krea2_server.middleware.unsupported_endpoints import UnsupportedEndpoints
 from krea2_server.playground import playground_files
@@ -93,6 +95,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(UnsupportedEndpoints, body_timeout_s=settings.body_timeout_s)
     app.add_middleware(Authentication, keys=services.keys)
     app.add_middleware(RequestContext, max_requests=settings.max_requests, metrics=services.metrics)
+    app.add_middleware(KnownPaths)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -120,15 +123,22 @@ class Authentication:
         # The files' URLs are signed: they are keys of their own.
         if path.startswith("/v1/") and not path.startswith(FILES_PATH + "/"):
             headers = dict(scope["headers"])
-            authorization = headers.get(b"authorization", b"").decode("latin-1")
             try:
-                client = self._keys.client(authorization or None)
+                client = self._keys.client(_authorization(headers))
             except ApiError as error:
                 await error.answer(scope, receive, send)
                 return
             scope["state"]["client"] = client
             scope["state"]["client_name"] = client.name
         await self.app(scope, receive, send)
+
+
+def _authorization(headers: Mapping[bytes, bytes]) -> str | None:
+    """OpenAI's header, or what Azure's and others' clients send in its place."""
+    if authorization := headers.get(b"authorization"):
+        return authorization.decode("latin-1")
+    key = headers.get(b"api-key") or headers.get(b"x-api-key")
+    return f"Bearer {key.decode('latin-1')}" if key else None
 
 
 def _add_page(app: FastAPI, path: str, content: bytes, media_type: str) -> None:

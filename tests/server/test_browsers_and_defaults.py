@@ -39,6 +39,14 @@ def test_a_page_of_a_known_origin_may_ask(server, engine):
     assert refused.headers["access-control-allow-origin"] == ORIGIN
 
 
+@pytest.mark.parametrize("name", ["api-key", "x-api-key"])
+def test_a_key_may_come_as_azures_clients_send_it(server, engine, name):
+    key = KEY["authorization"].removeprefix("Bearer ")
+    assert server.post({name: key}, prompt="x").status_code == 200
+    refused = server.post({name: key + "x"}, prompt="x")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
 def test_a_page_of_another_origin_may_not(server, engine):
     headers = {"origin": "https://other.test", "access-control-request-method": "POST"}
     preflight = httpx.options(server.url + PATH, headers=headers)

@@ -59,6 +59,8 @@ def images_router(services: Services) -> APIRouter:
         body: Annotated[body_model, Body()],  # type: ignore[valid-type]
     ) -> Response:
         asked: ImageGenerationRequest = body
+        if asked.model is None:
+            asked.model = getattr(request.state, "deployment", None)
         message = _resolve(services, asked, request.state.request_id)
         client: Client = request.state.client
         base_url = _base_url(services, request)

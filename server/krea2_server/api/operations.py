@@ -23,12 +23,11 @@ def operations_router(services: Services) -> APIRouter:
     router = APIRouter()
     settings, engine = services.settings, services.engine
 
-    @router.head("/health", include_in_schema=False)
+    @router.get("/ping", include_in_schema=False)
     @router.get("/health", summary="Whether the server is alive")
     async def health() -> Status:
         return Status(status="ok")
 
-    @router.head("/ready", include_in_schema=False, response_model=None)
     @router.get(
         "/ready",
         summary="Whether the model is loaded and the engine answers",

@@ -14,7 +14,7 @@ from krea2_server.observability.metrics import Metrics
 
 logger = logging.getLogger("krea2_server.access")
 
-_QUIET = frozenset({"/health", "/ready", "/metrics", "/v1/queue"})
+_QUIET = frozenset({"/health", "/ready", "/ping", "/metrics", "/v1/queue"})
 """Asked for every few seconds by machines: told at debug level."""
 
 _COUNTED = "/v1/images/generations"
@@ -23,7 +23,7 @@ _MAX_LOGGED_PATH = 200
 
 
 class RequestContext:
-    """ASGI middleware, the outermost.
+    """ASGI middleware, around all that answers.
 
     Args:
         max_requests: for images, at a time, beyond which new ones are refused.
@@ -79,15 +79,15 @@ class RequestContext:
             request_id.reset(token)
 
     def _log(self, scope: Scope, status: int, ms: float) -> None:
-        path = scope["path"]
-        level = logging.DEBUG if path in _QUIET else logging.INFO
+        method, path = scope["state"].get("sent") or (scope["method"], scope["path"])
+        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
         if not logger.isEnabledFor(level):
             return
         # Quoted: what a client sends cannot begin a line of its own.
         logger.log(
             level,
             "%s %s",
-            scope["method"],
+            method,
             quote(path, safe="/")[:_MAX_LOGGED_PATH],
             extra={
                 # 499: the client had gone before an answer was there.

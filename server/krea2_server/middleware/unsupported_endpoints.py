@@ -1,4 +1,4 @@
-"""OpenAI's other image endpoints, which this model has nothing for."""
+"""OpenAI's other endpoints, which this model has nothing for."""
 
 import asyncio
 
@@ -6,7 +6,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from krea2_server.errors import invalid
 
-_PATHS = frozenset({"/v1/images/edits", "/v1/images/variations"})
+_EDITS = "images cannot be edited, only generated"
+_TEXT = "POST /v1/images/generations generates images"
+_PATHS = {
+    "/v1/images/edits": _EDITS,
+    "/v1/images/variations": _EDITS,
+    "/v1/responses": _TEXT,
+    "/v1/chat/completions": _TEXT,
+}
+"""What to say of each."""
 
 _MAX_BYTES = 2**26
 """Bytes of a body that are read and thrown away: clients send all of it before they look for an
@@ -15,7 +23,7 @@ answer.
 
 
 class UnsupportedEndpoints:
-    """ASGI middleware: says that images cannot be edited, whatever is sent for that.
+    """ASGI middleware: says what can be done instead, whatever is sent.
 
     Args:
         body_timeout_s: for a request's body to arrive.
@@ -30,7 +38,7 @@ class UnsupportedEndpoints:
             await self.app(scope, receive, send)
             return
         await self._throw_away(receive)
-        text = f"{scope['path']} is not supported: images cannot be edited, only generated"
+        text = f"{scope['path']} is not supported: {_PATHS[scope['path']]}"
         await invalid(None, text, "unsupported_operation").answer(scope, receive, send)
 
     async def _throw_away(self, receive: Receive) -> None:

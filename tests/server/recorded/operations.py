@@ -39,7 +39,6 @@ QUEUES = [
 FILES = [
     generate("a URL", fields={"response_format": "url", "output_format": "webp"}),
     get(LAST_URL, "the file behind it"),
-    get(LAST_URL, "its head", method="HEAD"),
     get(LAST_URL + "0", "a signature that is too long"),
     get(LAST_URL + "&x=1", "a query that says more"),
     get(_signed(_GONE, 1_000_000_000), "a URL that has expired"),
