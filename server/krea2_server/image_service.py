@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -206,6 +206,7 @@ class ImageService:
         message: GenerateRequest,
         client: Client,
         base_url: str,
+        headers: Mapping[str, str],
     ) -> Generation:
         """Have a request generated that is checked completely.
 
@@ -214,6 +215,7 @@ class ImageService:
             message: what the engine is asked for.
             client: who asks.
             base_url: how the client reaches this server.
+            headers: of its request, which may name a trace.
 
         Returns:
             Once the engine has taken it.
@@ -223,7 +225,7 @@ class ImageService:
         """
         started = time.monotonic()
         with ExitStack() as resources:
-            span = resources.enter_context(self._tracing.request(message))
+            span = resources.enter_context(self._tracing.request(message, headers))
             with outcome_of(span):
                 if self.draining:
                     text = "the server is shutting down"

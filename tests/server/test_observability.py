@@ -68,7 +68,9 @@ def test_a_trace_has_the_request_and_its_stages(shared_engine, engine, tmp_path)
     collector = Collector()
     flags = ["--engine-endpoints", engine.endpoint, "--otlp-endpoint", collector.url]
     with serve(tmp_path, *flags) as server:
-        done = server.post(prompt=SECRET, size="64x96", n=2, user="u-secret")
+        trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        headers = {"traceparent": f"00-{trace}-{parent}-01"}
+        done = server.post(headers, prompt=SECRET, size="64x96", n=2, user="u-secret")
         engine.error = EngineError("out_of_memory", "no")
         server.post(prompt=SECRET, size="64x64")
         engine.error = None
@@ -78,6 +80,8 @@ def test_a_trace_has_the_request_and_its_stages(shared_engine, engine, tmp_path)
     by_outcome = {attributes(span)["krea2.outcome"]: span for span in requests}
     assert by_outcome.keys() == {"done", "out_of_memory"}
     good = by_outcome["done"]
+    assert (good.trace_id.hex(), good.parent_span_id.hex()) == (trace, parent)
+    assert not by_outcome["out_of_memory"].parent_span_id
     values = attributes(good)
     assert values["krea2.request_id"] == done.headers["x-request-id"]
     assert (values["krea2.size"], values["krea2.images"], values["krea2.steps"]) == ("64x96", 2, 8)

@@ -29,7 +29,7 @@ FILES_PATH = "/v1/images/files"
 
 _CHUNK_BYTES = 2**18
 
-_ERROR_STATUS = (400, 401, 403, 404, 408, 413, 429, 499, 500, 503, 504)
+_ERROR_STATUS = (400, 401, 403, 404, 408, 413, 415, 429, 499, 500, 503, 504)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in _ERROR_STATUS
 }
@@ -64,7 +64,7 @@ def images_router(services: Services) -> APIRouter:
         message = _resolve(services, asked, request.state.request_id)
         client: Client = request.state.client
         base_url = _base_url(services, request)
-        generation = await services.images.submit(asked, message, client, base_url)
+        generation = await services.images.submit(asked, message, client, base_url, request.headers)
         builder = ResponseBuilder(asked, message, services.settings.model_name)
         if asked.stream:
             events = _events(request, generation, builder, services.settings.keepalive_s)

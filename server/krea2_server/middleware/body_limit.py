@@ -1,10 +1,15 @@
-"""Bounds on a request's body: on its size, and on how long it takes to arrive."""
+"""Bounds on a request's body: on its size, also unpacked, and on how long it takes to arrive."""
 
 import asyncio
+import zlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from krea2_server.errors import ApiError
+from krea2_server.errors import ApiError, invalid
+
+_PACKED = ("gzip", "x-gzip", "deflate")
+_EITHER_HEADER = 47
+"""zlib's window bits for data with a header of gzip's or of its own."""
 
 
 class BoundedBody:
@@ -25,7 +30,10 @@ class BoundedBody:
             await self.app(scope, receive, send)
             return
         try:
+            encoding = _encoding(scope)
             body = await self._read(scope, receive)
+            if body is not None and encoding:
+                body = self._unpacked(body)
         except ApiError as error:
             await error.answer(scope, receive, send)
             return
@@ -65,6 +73,36 @@ class BoundedBody:
             text = f"the body did not arrive within {self._body_timeout_s:g} s"
             raise ApiError(408, text, "request_timeout") from None
 
+    def _unpacked(self, body: bytes) -> bytes:
+        decoder = zlib.decompressobj(_EITHER_HEADER)
+        try:
+            unpacked = decoder.decompress(body, self._max_body_bytes + 1)
+        except zlib.error:
+            raise invalid(
+                None, "the body is not what content-encoding says", "bad_request"
+            ) from None
+        if len(unpacked) > self._max_body_bytes:
+            raise self._too_large()
+        if not decoder.eof or decoder.unused_data:
+            raise invalid(None, "the body is not what content-encoding says", "bad_request")
+        return unpacked
+
     def _too_large(self) -> ApiError:
         text = f"the body is larger than {self._max_body_bytes} bytes"
         return ApiError(413, text, "request_too_large", retry=False)
+
+
+def _encoding(scope: Scope) -> str:
+    """How the body is packed; "" if it is not.
+
+    Raises:
+        ApiError: 415, in a way that is not known here.
+    """
+    named = [value for name, value in scope["headers"] if name == b"content-encoding"]
+    encoding = b",".join(named).decode("latin-1").strip().lower()
+    if encoding in ("", "identity"):
+        return ""
+    if encoding not in _PACKED:
+        text = f"content-encoding: must be gzip or deflate, or none, got {encoding[:64]!r}"
+        raise ApiError(415, text, "unsupported_encoding")
+    return encoding

@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each request, and one for each of its stages."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,8 +92,14 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
 
     @contextmanager
-    def request(self, message: GenerateRequest) -> Iterator[RequestSpan]:
-        """The span of a request; never the prompt's text."""
+    def request(
+        self, message: GenerateRequest, headers: Mapping[str, str]
+    ) -> Iterator[RequestSpan]:
+        """The span of a request, a child of its client's if it names one; never the prompt's text.
+
+        Args:
+            headers: of the request: ``traceparent`` and ``tracestate``.
+        """
         if self._provider is None:
             yield RequestSpan()
             return
@@ -106,7 +112,11 @@ class Tracing:
             "krea2.images": image.num_images,
             "krea2.stream": message.progress,
         }
-        span = RequestSpan(tracer, tracer.start_span("images.generations", attributes=attributes))
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(headers)
+        started = tracer.start_span("images.generations", parent, attributes=attributes)
+        span = RequestSpan(tracer, started)
         try:
             yield span
         finally:
