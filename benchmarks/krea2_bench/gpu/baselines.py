@@ -62,6 +62,6 @@ def _call(context: Context, other: PlainDiT, state: DeviceState) -> Callable[[],
 def _plain(context: Context, plain: PlainDiT, state: DeviceState) -> None:
     rope = context.runner.packs.get(ForwardBatch.of([state]).shapes).rope
     sigmas = state.schedule.sigmas
-    velocity = plain(state.tokens, state.context, sigmas[0], rope)
+    velocity = plain(state.tokens, state.contexts[0], sigmas[0], rope)
     stepped = state.tokens + (sigmas[1] - sigmas[0]) * velocity.float()
     torch.isfinite(stepped).all().item()
