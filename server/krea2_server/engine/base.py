@@ -1,10 +1,20 @@
 """The engine, as the rest of the server sees it, wherever it runs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
-from krea2_server.errors import ApiError
-from krea2_srt.messages import Generated, GenerateRequest, ModelInfo, ProgressUpdate
+from krea2_server.errors import ApiError, from_engine
+from krea2_srt.messages import (
+    Accepted,
+    Generated,
+    GenerateRequest,
+    ModelInfo,
+    ProgressUpdate,
+)
+
+Message = Accepted | ProgressUpdate | Generated
+"""What an engine says of a request."""
 
 
 class Job(Protocol):
@@ -27,6 +37,46 @@ class Job(Protocol):
 
     def close(self) -> None:
         """Nobody listens any more: unless it has ended, it ends in the engine too."""
+
+
+class JobMessages(ABC):
+    """What is common to jobs: messages come one by one, `Accepted` or a refusal is the first."""
+
+    _ended = False
+
+    @abstractmethod
+    async def receive(self) -> Message:
+        """The next message; with `Generated` it has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """See `Job`."""
+
+    async def until_accepted(self) -> Self:
+        """Wait for the first message.
+
+        Raises:
+            ApiError: the engine refuses the request.
+        """
+        try:
+            first = await self.receive()
+            if isinstance(first, Generated):
+                assert first.error is not None, "a request that is done was accepted first"
+                raise from_engine(first.error)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> ProgressUpdate | Generated:
+        if self._ended:
+            raise StopAsyncIteration
+        message = await self.receive()
+        assert not isinstance(message, Accepted), "a request is accepted once"
+        return message
 
 
 class Engine(Protocol):

@@ -5,13 +5,13 @@ import io
 import itertools
 import logging
 import pickle
-from typing import Any, Self
+from typing import Any
 
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from krea2_server.errors import from_engine
+from krea2_server.engine.base import JobMessages, Message
 from krea2_srt.messages import (
     Accepted,
     Cancel,
@@ -74,15 +74,10 @@ class EngineChannel:
         job = ChannelJob(self, message.request_id)
         try:
             await self._send(message)
-            first = await job.receive()
         except BaseException:
             job.close()
             raise
-        if isinstance(first, Generated):
-            job.close()
-            assert first.error is not None, "a request that is done was accepted first"
-            raise from_engine(first.error)
-        return job
+        return await job.until_accepted()
 
     def add(self, job: "ChannelJob") -> None:
         """Give a job what comes for its request."""
@@ -185,7 +180,7 @@ class EngineChannel:
                 logger.warning("%s sent a %s", self.endpoint, type(message).__name__)
 
 
-class ChannelJob:
+class ChannelJob(JobMessages):
     """A request on its way to a scheduler, or there; as `Job`, but for its place in the queue.
 
     Args:
@@ -196,15 +191,15 @@ class ChannelJob:
     def __init__(self, channel: EngineChannel, request_id: str) -> None:
         self.request_id = request_id
         self._channel = channel
-        self._messages: asyncio.Queue[_Message | EngineExitedError] = asyncio.Queue()
-        self._ended = self._closed = False
+        self._messages: asyncio.Queue[Message | EngineExitedError] = asyncio.Queue()
+        self._closed = False
         channel.add(self)
 
-    def put(self, message: "_Message | EngineExitedError") -> None:
+    def put(self, message: Message | EngineExitedError) -> None:
         """A message has come, or nothing will come any more."""
         self._messages.put_nowait(message)
 
-    async def receive(self) -> "_Message":
+    async def receive(self) -> Message:
         """The next message.
 
         Raises:
@@ -216,23 +211,10 @@ class ChannelJob:
             raise message
         return message
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ProgressUpdate | Generated:
-        if self._ended:
-            raise StopAsyncIteration
-        message = await self.receive()
-        assert not isinstance(message, Accepted), "a request is accepted once"
-        return message
-
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._channel.remove(self, cancel=not self._ended)
-
-
-_Message = Accepted | ProgressUpdate | Generated
 
 
 class _Unpickler(pickle.Unpickler):

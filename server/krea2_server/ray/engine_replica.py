@@ -11,12 +11,13 @@ from typing import Any
 from ray import serve
 from ray.serve.request_router import ReplicaID
 
+from krea2_server.engine.base import Message
 from krea2_server.engine.client import EngineClient
 from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_srt.messages import Accepted, Generated, GenerateRequest, ProgressUpdate
+from krea2_srt.messages import Accepted, Generated, GenerateRequest
 from krea2_srt.routing import image_ms
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class EngineReplica:
 
     async def generate(
         self, message: GenerateRequest, source: str
-    ) -> AsyncGenerator[Accepted | ProgressUpdate | Generated | Unavailable, None]:
+    ) -> AsyncGenerator[Message | Unavailable, None]:
         """Generate: the messages of an engine; the last is `Generated` or `Unavailable`.
 
         Args:

@@ -4,14 +4,15 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Self
+from typing import Any
 
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import ReplicaID
 
-from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable, from_engine
+from krea2_server.engine.base import JobMessages, Message
+from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
 from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
@@ -20,8 +21,6 @@ from krea2_srt.request import RequestLimits
 logger = logging.getLogger(__name__)
 
 _MODEL_FIELDS = {field.name for field in fields(ModelInfo)}
-
-Message = Accepted | ProgressUpdate | Generated
 
 _LOST = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
 """A replica has gone, with what it generated."""
@@ -67,17 +66,7 @@ class RayEngine:
 
     async def submit(self, message: GenerateRequest) -> "RayJob":
         """See `Engine`."""
-        job = RayJob(self, message)
-        try:
-            first = await job.receive()
-        except BaseException:
-            job.close()
-            raise
-        if isinstance(first, Generated):
-            job.close()
-            assert first.error is not None, "a request that is done was accepted first"
-            raise from_engine(first.error)
-        return job
+        return await RayJob(self, message).until_accepted()
 
     def send(self, message: GenerateRequest) -> DeploymentResponseGenerator[Any]:
         """Give a request to a replica.
@@ -103,7 +92,7 @@ class RayEngine:
         return engine_unavailable(f"the model is being loaded{again}", ENGINE_RETRY_S)
 
 
-class RayJob:
+class RayJob(JobMessages):
     """A `Job` of a `RayEngine`: its messages, each once, from the first attempt or the second.
 
     Args:
@@ -117,21 +106,11 @@ class RayJob:
         self._started = time.monotonic()
         self._seen: set[object] = set()
         self._response: DeploymentResponseGenerator[Any] | None = None
-        self._second = self._ended = self._closed = False
+        self._second = self._closed = False
 
     @property
     def ahead(self) -> int:
         return self._engine.ahead(self._message.request_id)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> ProgressUpdate | Generated:
-        if self._ended:
-            raise StopAsyncIteration
-        update = await self.receive()
-        assert not isinstance(update, Accepted), "a request is accepted once"
-        return update
 
     def close(self) -> None:
         self._closed = True

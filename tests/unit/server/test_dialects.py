@@ -21,8 +21,14 @@ RAW = dataclasses.replace(MODEL, distilled=False, default_steps=52, default_guid
 
 
 def read(accept: str = "common", any_fields: bool = False, **fields) -> ImageGenerationRequest:
+    """A prompt with these fields; see `read_body`."""
+    return read_body({"prompt": "a fox", **fields}, accept, any_fields)
+
+
+def read_body(
+    body: object, accept: str = "common", any_fields: bool = False
+) -> ImageGenerationRequest:
     """A body as the server reads it; raises what the client gets."""
-    body = {"prompt": "a fox", **fields}
     try:
         return request_model(accept, any_fields).model_validate(body)
     except ValidationError as error:
