@@ -53,6 +53,8 @@ IMPOSSIBLE = [
     {"n": "two"},
     {"prompt": ""},
     {"prompt": None},
+    {"prompt": "\x00"},
+    {"prompt": "a\x00b"},
     {"prompt": ["a", "b"]},
     {"prompt": {"$ne": 1}},
     {"prompt": "x" * 32_001},
