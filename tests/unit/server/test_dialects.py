@@ -351,6 +351,17 @@ def test_what_would_change_the_picture_and_cannot_be_done_is_refused(field):
     assert caught.value.param == field
 
 
+@pytest.mark.parametrize("accept", ["common", "openai"])
+def test_requests_share_nothing(accept):
+    first, second = (request_model(accept, False)(prompt="x") for _ in range(2))
+    first.warnings.append("of the first")
+    assert second.warnings == []
+    # Pydantic would read a factory's signature for each request, which costs as much as all fields.
+    private = type(first).__private_attributes__.values()
+    assert private
+    assert all(attribute.default_factory is None for attribute in private)
+
+
 def test_two_fields_that_say_different_things_are_refused():
     with pytest.raises(ApiError, match="num_inference_steps: 4 is not steps, 3"):
         read(steps=3, num_inference_steps=4)
