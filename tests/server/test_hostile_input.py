@@ -407,6 +407,13 @@ def test_a_name_that_is_no_text_is_refused_like_any_other(fake_server, engine):
         assert error["code"] == "unknown_parameter"
 
 
+def test_such_a_name_inside_a_clients_own_object_is_named(guarded, engine):
+    headers = {**JSON, "authorization": f"Bearer {KEY}"}
+    content = b'{"prompt": "x", "size": "64x64", "extra": {"\\ud800": 1}}'
+    answer = post(guarded, content, headers)
+    assert (answer.status_code, len(answer.json()["warnings"])) == (200, 1)
+
+
 @pytest.mark.parametrize(
     ("header", "body"),
     [

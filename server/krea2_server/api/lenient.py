@@ -16,6 +16,7 @@ from krea2_server.api.dialects import (
 )
 from krea2_server.api.field_errors import FieldError, UnknownFieldError
 from krea2_server.api.schemas import UNSUPPORTED_FIELDS, ImageGenerationRequest
+from krea2_server.api.spelling import printable
 
 _MAX_NAME = 64
 _MAX_UNKNOWN = 16
@@ -54,7 +55,7 @@ class _Request(ImageGenerationRequest):
         for number, name in enumerate(unknown):
             del result.body[name]
             if number < _MAX_UNKNOWN:
-                result.warnings.append(f"{str(name)[:_MAX_NAME]}: is not known, and was ignored")
+                result.warnings.append(f"{printable(name)}: is not known, and was ignored")
         try:
             request = handler(result.body)
         except ValidationError as error:

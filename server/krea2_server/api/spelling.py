@@ -45,6 +45,11 @@ def shown(value: Any) -> str:
     return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}..."
 
 
+def printable(name: Any) -> str:
+    """A name of the client's as warnings have it: short, and without halves of surrogate pairs."""
+    return str(name)[:_MAX_SHOWN].encode(errors="replace").decode()
+
+
 def lower(value: Any) -> Any:
     """Text in small letters; anything else as it is."""
     return value.strip().lower() if isinstance(value, str) else value
