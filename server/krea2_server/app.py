@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from krea2_server.a1111.routes import PREFIX as A1111_PREFIX
+from krea2_server.a1111.routes import a1111_router
 from krea2_server.api.event_schemas import event_components
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.images import FILES_PATH, images_router
@@ -64,6 +66,8 @@ def create_app(services: Services) -> FastAPI:
     )
     app.include_router(images_router(services))
     app.include_router(operations_router(services))
+    if settings.accept == "common":
+        app.include_router(a1111_router(services))
     if settings.playground:
         for path, (content, media_type) in playground_files().items():
             _add_page(app, path, content, media_type)
@@ -71,19 +75,19 @@ def create_app(services: Services) -> FastAPI:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         set_outcome(request.scope, error.code)
-        return error.response()
+        return error.response(request.scope["path"])
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         problem = as_api_error(error.errors())
         set_outcome(request.scope, problem.code)
-        return problem.response()
+        return problem.response(request.scope["path"])
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         problem = _from_http(request, error)
         set_outcome(request.scope, problem.code)
-        return problem.response()
+        return problem.response(request.scope["path"])
 
     # The last added is the outermost.
     app.add_middleware(CancelOnDisconnect)
@@ -121,10 +125,11 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
         # The files' URLs are signed: they are keys of their own.
-        if path.startswith("/v1/") and not path.startswith(FILES_PATH + "/"):
+        of_a1111 = path.startswith(A1111_PREFIX + "/")
+        if of_a1111 or (path.startswith("/v1/") and not path.startswith(FILES_PATH + "/")):
             headers = dict(scope["headers"])
             try:
-                client = self._keys.client(_authorization(headers))
+                client = self._keys.client(_authorization(headers), basic=of_a1111)
             except ApiError as error:
                 await error.answer(scope, receive, send)
                 return

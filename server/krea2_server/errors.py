@@ -15,6 +15,9 @@ from krea2_srt.messages import EngineError
 MAX_RETRY_AFTER_S = 120.0
 """Longer waits the official client does not take: it gives up at once."""
 
+_DETAILED = "/sdapi/"
+"""Paths whose clients read ``detail`` and ``errors``, as A1111 has them, beside ``error``."""
+
 ENGINE_RETRY_S = 5.0
 """When to try again an engine that is being started, if nothing better is known."""
 
@@ -62,8 +65,15 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> Response:
-        """With the headers that tell the official client when to try again."""
+    def response(self, path: str = "") -> Response:
+        """With the headers that tell the official client when to try again.
+
+        Args:
+            path: that was asked.
+        """
+        body = self.body()
+        if path.startswith(_DETAILED):
+            body |= {"detail": self.message, "errors": self.message}
         headers = dict(self.headers)
         if self.retry_after_s is not None and math.isfinite(self.retry_after_s):
             wait_s = min(max(self.retry_after_s, 0.0), MAX_RETRY_AFTER_S)
@@ -71,12 +81,12 @@ class ApiError(Exception):
             headers["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
         if self.retry is not None:
             headers["x-should-retry"] = "true" if self.retry else "false"
-        return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
+        return Response(orjson.dumps(body), self.status, headers, "application/json")
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with it before its body is read, which ends the connection."""
         set_outcome(scope, self.code)
-        response = self.response()
+        response = self.response(scope["path"])
         # What the client still sends of its body is nobody's request.
         response.headers["connection"] = "close"
         await response(scope, receive, send)

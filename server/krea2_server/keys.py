@@ -1,5 +1,6 @@
 """API keys: who may ask, and how much."""
 
+import base64
 import hashlib
 import hmac
 from dataclasses import dataclass
@@ -106,27 +107,37 @@ class Keys:
             )
         return cls(clients, default)
 
-    def client(self, authorization: str | None) -> Client:
+    def client(self, authorization: str | None, *, basic: bool = False) -> Client:
         """Whose key a request has.
 
         Args:
             authorization: the header of that name.
+            basic: whether HTTP's Basic is read too, whose password is the key, or whose user.
 
         Raises:
             ApiError: 401, there are keys, and it has none of them.
         """
         if not self._clients:
             return self._anonymous
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorized("no API key; send it as Authorization: Bearer KEY", "no_api_key")
-        digest = _digest(key.strip())
+        scheme, _, text = (authorization or "").partition(" ")
+        sent: list[str] = []
+        if scheme.lower() == "bearer":
+            sent = [text.strip()]
+        elif basic and scheme.lower() == "basic":
+            sent = _basic_keys(text.strip())
+        if not any(sent):
+            how = "Bearer KEY, or as Basic's password" if basic else "Bearer KEY"
+            raise _unauthorized(f"no API key; send it as Authorization: {how}", "no_api_key", basic)
+        digests = [_digest(key) for key in sent if key]
         # All of them, each in constant time: how long it takes tells nothing.
         found = [
-            client for known, client in self._clients.items() if hmac.compare_digest(known, digest)
+            client
+            for digest in digests
+            for known, client in self._clients.items()
+            if hmac.compare_digest(known, digest)
         ]
         if not found:
-            raise _unauthorized("the API key is not valid", "invalid_api_key")
+            raise _unauthorized("the API key is not valid", "invalid_api_key", basic)
         return found[0]
 
 
@@ -180,5 +191,16 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 
-def _unauthorized(message: str, code: str) -> ApiError:
-    return ApiError(401, message, code, headers={"www-authenticate": "Bearer"})
+def _basic_keys(text: str) -> list[str]:
+    """What may be the key in ``user:password``: the password, the user, or a key with a colon."""
+    try:
+        decoded = base64.b64decode(text, validate=True).decode("latin-1")
+    except ValueError:
+        return []
+    user, _, password = decoded.partition(":")
+    return [password, user, decoded]
+
+
+def _unauthorized(message: str, code: str, basic: bool = False) -> ApiError:
+    schemes = 'Basic realm="krea2-serve", Bearer' if basic else "Bearer"
+    return ApiError(401, message, code, headers={"www-authenticate": schemes})

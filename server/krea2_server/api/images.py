@@ -61,7 +61,7 @@ def images_router(services: Services) -> APIRouter:
         asked: ImageGenerationRequest = body
         if asked.model is None:
             asked.model = getattr(request.state, "deployment", None)
-        message = _resolve(services, asked, request.state.request_id)
+        message = resolve_asked(services, asked, request.state.request_id)
         client: Client = request.state.client
         base_url = _base_url(services, request)
         generation = await services.images.submit(asked, message, client, base_url, request.headers)
@@ -113,7 +113,17 @@ async def _chunks(file: BinaryIO) -> AsyncGenerator[bytes, None]:
             yield chunk
 
 
-def _resolve(services: Services, body: ImageGenerationRequest, request_id: str) -> GenerateRequest:
+def resolve_asked(
+    services: Services, body: ImageGenerationRequest, request_id: str
+) -> GenerateRequest:
+    """What the engine is to be asked for, by this server's settings and its model.
+
+    Args:
+        request_id: what the engine is to call it.
+
+    Raises:
+        ApiError: a field is wrong, or no engine has come up yet.
+    """
     settings, model = services.settings, services.engine.model
     if body.response_format is None:
         body.response_format = settings.default_response_format

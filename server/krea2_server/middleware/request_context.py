@@ -14,10 +14,10 @@ from krea2_server.observability.metrics import Metrics
 
 logger = logging.getLogger("krea2_server.access")
 
-_QUIET = frozenset({"/health", "/ready", "/ping", "/metrics", "/v1/queue"})
+_QUIET = frozenset({"/health", "/ready", "/ping", "/metrics", "/v1/queue", "/sdapi/v1/progress"})
 """Asked for every few seconds by machines: told at debug level."""
 
-_COUNTED = "/v1/images/generations"
+_COUNTED = frozenset({"/v1/images/generations", "/sdapi/v1/txt2img"})
 
 _MAX_LOGGED_PATH = 200
 
@@ -55,7 +55,7 @@ class RequestContext:
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
-        counted = scope["path"] == _COUNTED and scope["method"] == "POST"
+        counted = scope["path"] in _COUNTED and scope["method"] == "POST"
         self._requests += counted
         try:
             if counted and self._requests > self._max_requests:

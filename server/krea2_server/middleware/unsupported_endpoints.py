@@ -1,4 +1,4 @@
-"""OpenAI's other endpoints, which this model has nothing for."""
+"""OpenAI's and A1111's other endpoints, which this model has nothing for."""
 
 import asyncio
 
@@ -7,10 +7,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from krea2_server.errors import invalid
 
 _EDITS = "images cannot be edited, only generated"
+_INPUT = "input images are not served yet; POST /sdapi/v1/txt2img generates images"
 _TEXT = "POST /v1/images/generations generates images"
 _PATHS = {
     "/v1/images/edits": _EDITS,
     "/v1/images/variations": _EDITS,
+    "/sdapi/v1/img2img": _INPUT,
+    "/sdapi/v1/extra-single-image": _INPUT,
+    "/sdapi/v1/extra-batch-images": _INPUT,
+    "/sdapi/v1/interrogate": _INPUT,
     "/v1/responses": _TEXT,
     "/v1/chat/completions": _TEXT,
 }

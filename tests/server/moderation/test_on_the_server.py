@@ -1,5 +1,6 @@
 """The whole server: what is refused is neither generated, shown, stored nor logged."""
 
+import httpx
 import openai
 import pytest
 import yaml
@@ -71,6 +72,20 @@ def check_refused(response, category: str) -> None:
     assert error["code"] == "content_policy_violation"
     assert category in error["message"]
     assert response.headers["x-should-retry"] == "false"
+
+
+def test_prompts_and_images_are_checked_on_a1111s_path_too(moderated, engine, judge):
+    def ask(**fields):
+        url = f"{moderated.url}/sdapi/v1/txt2img"
+        return httpx.post(url, json={"width": 64, "height": 64, **fields}, headers=OTHER)
+
+    check_refused(ask(prompt=SECRET), "violence")
+    assert not engine.requests
+    assert ask(prompt="a fox").status_code == 200
+    judge.bad_image = lambda number: True
+    refused = ask(prompt="a fox", n_iter=2)
+    check_refused(refused, "nsfw")
+    assert "images" not in refused.json()
 
 
 def test_a_refused_prompt_is_never_generated_and_never_logged(moderated, engine):

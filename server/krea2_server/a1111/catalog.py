@@ -1,0 +1,67 @@
+"""What front ends fill their menus with: what there is, and empty lists of what there is not."""
+
+from typing import Any
+
+from krea2_server.a1111.answers import SAMPLER, SCHEDULER
+from krea2_server.settings import Settings
+
+_EMPTY_LISTS = (
+    *("latent-upscale-modes", "sd-vae", "sd-modules", "loras", "hypernetworks"),
+    *("face-restorers", "realesrgan-models", "prompt-styles", "script-info", "extensions"),
+)
+
+
+def catalog(settings: Settings) -> dict[str, Any]:
+    """Each list by the last part of its path."""
+    names = (settings.model_name, *settings.model_aliases)
+    return {
+        "samplers": [{"name": SAMPLER, "aliases": [SAMPLER.lower()], "options": {}}],
+        "schedulers": [
+            {
+                "name": SCHEDULER.lower(),
+                "label": SCHEDULER,
+                "aliases": None,
+                "default_rho": -1,
+                "need_inner_model": False,
+            }
+        ],
+        "sd-models": [_model(name) for name in names if name != "*"],
+        # Front ends put others between this one and the rest.
+        "upscalers": [
+            {
+                "name": "None",
+                "model_name": None,
+                "model_path": None,
+                "model_url": None,
+                "scale": 1,
+            }
+        ],
+        "embeddings": {"loaded": {}, "skipped": {}},
+        "scripts": {"txt2img": [], "img2img": []},
+        # Asked for to see whether the API is there, and open.
+        "cmd-flags": {},
+        **{name: [] for name in _EMPTY_LISTS},
+    }
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """The webui's options that mean something here; none can be changed."""
+    return {
+        "sd_model_checkpoint": settings.model_name,
+        "sd_checkpoint_hash": None,
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+    }
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {
+        "title": name,
+        "model_name": name,
+        "hash": None,
+        "sha256": None,
+        # Front ends expect text; where the server keeps its files is its own affair.
+        "filename": name,
+        "config": None,
+    }

@@ -1,0 +1,112 @@
+"""``/sdapi/v1``: txt2img, its progress and its end, options, and what fills the menus."""
+
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Body, Request
+from fastapi.responses import JSONResponse, Response
+
+from krea2_server.a1111.answers import txt2img_answer
+from krea2_server.a1111.catalog import catalog, options
+from krea2_server.a1111.reading import (
+    MAX_WARNINGS,
+    OVERRIDES,
+    checkpoint_of,
+    read_txt2img,
+    unknown_checkpoint,
+)
+from krea2_server.a1111.running import Running, RunningRequests
+from krea2_server.api.chunked_json import ChunkedJSONResponse
+from krea2_server.api.images import resolve_asked
+from krea2_server.api.spelling import printable
+from krea2_server.errors import set_outcome
+from krea2_server.image_service import Generation, Result
+from krea2_server.keys import Client
+from krea2_server.services import Services
+from krea2_srt.messages import ProgressUpdate
+
+PREFIX = "/sdapi/v1"
+
+
+def a1111_router(services: Services) -> APIRouter:
+    """Routes of A1111's API; no part of our own description."""
+    router = APIRouter(prefix=PREFIX, include_in_schema=False)
+    settings = services.settings
+    requests = RunningRequests()
+
+    @router.post("/txt2img")
+    async def txt2img(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
+        asked = read_txt2img(body, settings.max_n)
+        if asked.checkpoint is not None and not settings.serves(asked.checkpoint):
+            param = f"{OVERRIDES}.sd_model_checkpoint"
+            raise unknown_checkpoint(asked.checkpoint, param, settings.model_name)
+        message = resolve_asked(services, asked.request, request.state.request_id)
+        message = replace(message, progress=True)
+        client: Client = request.state.client
+        with requests.request(client.name, message.image) as running:
+            # No image gets a URL: nobody needs to know how the client reaches us.
+            generation = await services.images.submit(
+                asked.request, message, client, "", request.headers
+            )
+            try:
+                result = await _followed(generation, running)
+            finally:
+                generation.close()
+        set_outcome(request.scope, "done")
+        pieces = txt2img_answer(asked, message, result.generated, settings.model_name)
+        return ChunkedJSONResponse(pieces)
+
+    @router.get("/progress")
+    async def progress(request: Request) -> Response:
+        return JSONResponse(requests.progress(request.state.client.name))
+
+    @router.post("/interrupt")
+    async def interrupt(request: Request) -> Response:
+        requests.interrupt(request.state.client.name)
+        return JSONResponse({})
+
+    @router.get("/options")
+    async def get_options() -> Response:
+        return JSONResponse(options(settings))
+
+    @router.post("/options")
+    async def set_options(body: Annotated[dict[str, Any], Body()]) -> Response:
+        checkpoint = checkpoint_of(body)
+        if checkpoint is not None and not settings.serves(checkpoint):
+            raise unknown_checkpoint(checkpoint, "sd_model_checkpoint", settings.model_name)
+        # Some front ends send all that they have got back again.
+        known = {**options(settings), "sd_model_checkpoint": checkpoint}
+        others = [name for name, value in body.items() if name not in known or known[name] != value]
+        warnings = [
+            f"{printable(name)}: has no effect; options cannot be changed here"
+            for name in others[:MAX_WARNINGS]
+        ]
+        return JSONResponse({"warnings": warnings} if warnings else {})
+
+    @router.post("/refresh-checkpoints")
+    async def refresh_checkpoints() -> Response:
+        # The list is always as it is.
+        return JSONResponse({})
+
+    for name, content in catalog(settings).items():
+        _add_list(router, name, content)
+    return router
+
+
+def _add_list(router: APIRouter, name: str, content: Any) -> None:
+    @router.get(f"/{name}")
+    async def listed() -> Response:
+        return JSONResponse(content)
+
+
+async def _followed(generation: Generation, running: Running) -> Result:
+    """The result of a request whose steps are counted."""
+    async with aclosing(generation.updates()) as updates:
+        async for update in updates:
+            match update:
+                case ProgressUpdate():
+                    running.tell(update)
+                case Result():
+                    return update
+    raise AssertionError("a request ends in its result, or in an error")

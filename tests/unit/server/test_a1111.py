@@ -1,0 +1,285 @@
+"""Bodies of txt2img as the request that they stand for, and how far requests are."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from krea2_server.a1111.answers import infotext
+from krea2_server.a1111.fields import ASK_NOTHING, NO_EFFECT, REFUSED
+from krea2_server.a1111.reading import read_txt2img
+from krea2_server.a1111.running import RunningRequests
+from krea2_server.api.parameters import resolve
+from krea2_server.app import create_app
+from krea2_server.errors import ApiError
+from krea2_server.keys import Keys
+from krea2_server.services import Services
+from krea2_server.settings import Settings
+from krea2_srt.messages import GenerateRequest, ProgressUpdate
+from krea2_srt.request import ImageRequest
+from krea2_srt.testing.fake_engine import MODEL
+from tests.unit.server.test_dialects import RAW, canonical
+
+PAGE = (Path(__file__).parents[3] / "docs/clients.md").read_text()
+ROWS = re.findall(r"^\| ([^|]+) \| ([^|`]+) \| `(\{.*\})` \| ([^|]+) \|$", PAGE, re.MULTILINE)
+
+
+def read(model=MODEL, **fields) -> tuple[GenerateRequest, list[str]]:
+    """A body with a prompt as it reaches the engine, and what the client is told."""
+    asked = read_txt2img({"prompt": "a fox", **fields}, max_n=10)
+    message = resolve(asked.request, "id", model, max_n=10, max_prompt=32_000)
+    return message, asked.request.warnings
+
+
+def named(**fields) -> list[str]:
+    return [warning.split(":")[0] for warning in read(**fields)[1]]
+
+
+def refused(**fields) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read(**fields)
+    assert caught.value.status == 400
+    return caught.value
+
+
+@pytest.mark.parametrize(("client", "version", "body", "answer"), ROWS, ids=[r[0] for r in ROWS])
+def test_a_front_ends_body_gets_what_the_page_says(client, version, body, answer):
+    kind, *_ = answer.split()
+    fields = re.findall(r"`([\w.]+)`", answer)
+    if kind == "refuses":
+        assert refused(**json.loads(body)).param == fields[0]
+        return
+    assert sorted(named(**json.loads(body))) == sorted(fields)
+    assert kind == ("names" if fields else "image")
+
+
+def test_the_page_has_rows_of_several_front_ends():
+    assert len(ROWS) >= 7
+
+
+def test_what_both_apis_know_is_the_same_request():
+    message, warnings = read(
+        negative_prompt="", seed=7, steps=4, width=64, height=96, batch_size=2, n_iter=3
+    )
+    assert message == canonical(seed=7, num_inference_steps=4, size="64x96", n=6)
+    assert warnings == []
+
+
+def test_cfg_scale_is_guidance_plus_one_and_off_on_a_distilled_model():
+    assert read(model=RAW, cfg_scale=4.5)[0].image.guidance == 3.5
+    assert read(model=RAW, cfg_scale=1)[0].image.guidance == 0.0
+    message, warnings = read(cfg_scale=7)
+    assert message.image.guidance == 0.0
+    assert [warning.split(":")[0] for warning in warnings] == ["cfg_scale"]
+
+
+def test_a_format_may_be_the_options_of_the_webui():
+    message, warnings = read(override_settings={"samples_format": "jpg", "jpeg_quality": 80})
+    assert (message.output_format, message.quality, warnings) == ("jpeg", 80, [])
+    message, warnings = read(override_settings={"samples_format": "png", "jpeg_quality": 80})
+    assert (message.output_format, message.quality, warnings) == ("png", 100, [])
+
+
+def test_deadlines_and_priorities_are_those_of_every_request():
+    message, _ = read(deadline_ms=1500, priority=-1)
+    assert (message.deadline_s, message.priority) == (1.5, -1)
+
+
+ASKED = {
+    "enable_hr": True,
+    "init_images": ["aGVsbG8="],
+    "mask": "aGVsbG8=",
+    "alwayson_scripts": {"ADetailer": {"args": [True, True, {"ad_model": "face_yolov8n.pt"}]}},
+    "script_name": "X/Y/Z plot",
+    "subseed_strength": 0.1,
+    "seed_resize_from_w": 512,
+    "refiner_checkpoint": "sd_xl_refiner_1.0",
+    "stream": True,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_the_point_of_a_request_is_refused_by_its_name(name):
+    error = refused(**{name: ASKED.get(name, ["something"])})
+    assert (error.param, error.code) == (name, "unsupported_parameter")
+    for nothing in (None, "", []):
+        assert named(**{name: nothing}) == []
+
+
+@pytest.mark.parametrize(
+    "scripts",
+    [
+        {},
+        {"ControlNet": {"args": []}},
+        {"ControlNet": {"args": [{"enabled": False, "model": "x"}]}},
+        {"ADetailer": {"args": [False, False, {"ad_model": "None"}]}},
+        {"Reactor": {}},
+    ],
+)
+def test_extensions_that_are_switched_off_ask_for_nothing(scripts):
+    assert read(seed=7, alwayson_scripts=scripts) == read(seed=7)
+
+
+@pytest.mark.parametrize("name", NO_EFFECT)
+def test_what_has_no_effect_is_named_and_its_defaults_are_not(name):
+    assert named(**{name: ["something"]}) == [name]
+    for value in NO_EFFECT[name].silent:
+        assert named(**{name: value}) == []
+
+
+@pytest.mark.parametrize("name", sorted(ASK_NOTHING))
+def test_what_depends_on_something_else_asks_for_nothing(name):
+    assert named(**{name: "something"}) == []
+
+
+def test_what_nobody_knows_is_named_as_the_webui_would_pass_over_it():
+    assert named(flux_capacitor=1) == ["flux_capacitor"]
+    assert named(override_settings={"flux": 1, "sd_vae": "x"}) == [
+        "override_settings.flux",
+        "override_settings.sd_vae",
+    ]
+
+
+def test_a_prompt_that_asks_for_an_adapter_is_refused():
+    error = refused(prompt="a fox <lora:detail:0.8>")
+    assert (error.param, error.code) == ("prompt", "unsupported_value")
+    assert "<lora:detail:0.8>" in error.message
+    assert refused(negative_prompt="<hypernet:x:1>").param == "negative_prompt"
+
+
+def test_weights_in_a_prompt_are_read_as_text_and_named():
+    message, warnings = read(prompt="a (red:1.3) fox")
+    assert message.image.prompt == "a (red:1.3) fox"
+    assert [warning.split(":")[0] for warning in warnings] == ["prompt"]
+    assert "(red:1.3)" in warnings[0]
+    assert named(prompt="a fox (at noon) in a wood: dusk [sic]") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 10**400}, "batch_size"),
+        ({"n_iter": 1.5}, "n_iter"),
+        ({"n_iter": True}, "n_iter"),
+        ({"batch_size": 4, "n_iter": 4}, "n_iter"),
+        ({"send_images": "maybe"}, "send_images"),
+        ({"override_settings": [1]}, "override_settings"),
+        (
+            {"override_settings": {"sd_model_checkpoint": 5}},
+            "override_settings.sd_model_checkpoint",
+        ),
+        ({"alwayson_scripts": 5}, "alwayson_scripts"),
+        ({"width": 64}, "height"),
+        ({"width": 10**9, "height": 64}, "width"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_name(fields, param):
+    assert refused(**fields).param == param
+
+
+@pytest.mark.parametrize(
+    "fields", [{"steps": "many"}, {"seed": -2}, {"prompt": ["a"]}, {"width": {}}]
+)
+def test_what_our_request_refuses_is_refused_by_the_same_check(fields):
+    with pytest.raises((RequestValidationError, ApiError)):
+        read(**fields)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+NAMES = sorted({*REFUSED, *NO_EFFECT, "override_settings", "batch_size", "n_iter", "send_images"})
+
+
+@given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=8), VALUES, max_size=4))
+def test_whatever_is_sent_is_read_or_refused(fields):
+    try:
+        _, warnings = read(**fields)
+    except (ApiError, RequestValidationError):
+        return
+    "".join(warnings).encode()
+
+
+@pytest.mark.parametrize(("accept", "status"), [("common", 200), ("openai", 404)])
+def test_openais_contract_to_the_letter_leaves_this_api_away(accept, status):
+    settings = Settings(accept=accept)
+    services = Services(settings, None, Keys.from_settings(settings), None, None, None, 0)
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_app(services))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get("/sdapi/v1/options")
+
+    assert asyncio.run(ask()).status_code == status
+
+
+IMAGE = ImageRequest("a fox\nin snow", 64, 96, 8, 3.5, "rain", 7, num_images=2)
+
+
+def test_an_images_text_is_the_webuis():
+    text = infotext(IMAGE, 8, "krea-2-raw")
+    *prompt, negative, last = text.split("\n")
+    assert "\n".join(prompt) == IMAGE.prompt
+    assert negative == "Negative prompt: rain"
+    assert last.startswith("Steps: 8, Sampler: Euler, ")
+    for part in ("CFG scale: 4.5", "Seed: 8", f"Size: {IMAGE.size}", "Model: krea-2-raw"):
+        assert part in last.split(", ")
+
+
+def test_progress_counts_the_steps_of_one_client_and_foresees_their_end():
+    async def play() -> None:
+        now = 100.0
+        requests = RunningRequests(lambda: now)
+        idle = requests.progress("me")
+        with requests.request("me", IMAGE) as mine, requests.request("other", IMAGE) as others:
+            others.tell(ProgressUpdate("id", 0, 8, 8))
+            assert requests.progress("me")["progress"] == 0.0
+            assert requests.progress("me")["state"]["job_count"] == 2
+            mine.tell(ProgressUpdate("id", 0, 1, 8))
+            now += 3.0
+            mine.tell(ProgressUpdate("id", 1, 1, 8))
+            # 14 steps are to come, at 3 s each.
+            assert requests.progress("me")["progress"] == 2 / 16
+            assert requests.progress("me")["eta_relative"] == 42.0
+            assert requests.progress("me")["state"]["sampling_step"] == 1
+            assert requests.progress("other")["state"]["job_no"] == 1
+        assert requests.progress("me") == idle
+
+    asyncio.run(play())
+
+
+def test_only_requests_of_the_client_are_interrupted_and_another_cancel_wins():
+    async def waiting(requests: RunningRequests, client: str) -> None:
+        with requests.request(client, IMAGE):
+            await asyncio.Event().wait()
+
+    async def play() -> None:
+        requests = RunningRequests()
+        mine, gone, others = (
+            asyncio.create_task(waiting(requests, name)) for name in ("me", "me", "other")
+        )
+        await asyncio.sleep(0)
+        requests.interrupt("me")
+        requests.interrupt("me")
+        gone.cancel("the client has disconnected")
+        await asyncio.wait((mine, gone))
+        error = mine.exception()
+        assert isinstance(error, ApiError)
+        assert (error.status, error.code) == (499, "cancelled")
+        assert gone.cancelled()
+        assert not others.done()
+        assert requests.progress("other")["state"]["job_count"] == 2
+        others.cancel()
+
+    asyncio.run(play())
