@@ -200,6 +200,13 @@ def test_a_keys_limits_and_rights_hold(guarded, engine, sender):
     assert first.result().status_code == 200
 
 
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_of_another_origin_cannot_interrupt(fake_server, site):
+    headers = {"sec-fetch-site": site, "origin": "https://evil.example"}
+    error = check_error(post(fake_server, "interrupt", headers=headers), 403)
+    assert error["code"] == "cross_origin"
+
+
 def test_requests_of_the_images_api_are_not_interrupted(fake_server, engine, sender):
     engine.hold.set()
     other = sender.submit(fake_server.post, prompt="x", size="64x64")

@@ -1,5 +1,6 @@
 """``/sdapi/v1``: txt2img, its progress and its end, options, and what fills the menus."""
 
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from krea2_server.a1111.running import Running, RunningRequests
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.images import resolve_asked
 from krea2_server.api.spelling import printable
-from krea2_server.errors import set_outcome
+from krea2_server.errors import ApiError, set_outcome
 from krea2_server.image_service import Generation, Result
 from krea2_server.keys import Client
 from krea2_server.services import Services
@@ -63,6 +64,7 @@ def a1111_router(services: Services) -> APIRouter:
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> Response:
+        _check_page(request, settings.cors_origins)
         requests.interrupt(request.state.client.name)
         return JSONResponse({})
 
@@ -92,6 +94,19 @@ def a1111_router(services: Services) -> APIRouter:
     for name, content in catalog(settings).items():
         _add_list(router, name, content)
     return router
+
+
+def _check_page(request: Request, origins: Sequence[str]) -> None:
+    """Refuse what a page of somebody else's sends: without a body, no browser asks us before.
+
+    Args:
+        origins: whose pages may.
+    """
+    if request.headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
+        return
+    if "*" not in origins and request.headers.get("origin") not in origins:
+        text = "pages of another origin may not; see --cors-origins"
+        raise ApiError(403, text, "cross_origin")
 
 
 def _add_list(router: APIRouter, name: str, content: Any) -> None:
