@@ -25,6 +25,7 @@ from krea2_server.http_protocol import bounded_protocol
 from krea2_server.keys import Keys
 from krea2_server.moderation.moderator import ModerationConfigError, Moderator
 from krea2_server.observability.logs import configure_logs
+from krea2_server.proxies.public_address import url_warning
 from krea2_server.services import Services
 from krea2_server.settings import COMMAND, NO_STORAGE, Settings, load_settings
 from krea2_server.storage.store import StorageError
@@ -109,6 +110,8 @@ class ImagesServer(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 access_log=False,
+                # Whom to believe is `trusted_proxies`' affair alone.
+                proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s + _LAST_ANSWERS_S),
@@ -211,6 +214,8 @@ def address_of(listener: socket.socket) -> str:
 async def _say_when_ready(address: str, services: Services) -> None:
     settings, engine = services.settings, services.engine
     logger.info("listening at %s; the model is being loaded", address)
+    if warning := url_warning(settings):
+        logger.warning(warning)
     while engine.model is None or not engine.num_ready:
         await asyncio.sleep(_POLL_S)
     logger.info("ready: %s at %s", settings.model_name, address)

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from krea2_server.comma_lists import CommaList
+from krea2_server.proxies.hosts import checked_host, checked_network
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.variables import Variables
 from krea2_server.yaml_files import YamlFileError, read_yaml
@@ -39,6 +40,8 @@ _CONFIG = "config"
 # Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
 Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]
 HttpUrl = Annotated[str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$")]
+Network = Annotated[str, AfterValidator(checked_network)]
+HostPattern = Annotated[str, AfterValidator(checked_host)]
 Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
 
 NO_STORAGE = "none"
@@ -84,8 +87,18 @@ class Settings(BaseSettings):
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
     public_url: HttpUrl = Field(
         "",
-        description="what the URLs of images begin with; by default the address that a client "
-        "has asked",
+        description="what the URLs of images begin with; by default what trusted_proxies say, an "
+        "allowed host, or the address that the connection reaches; see docs/server.md",
+    )
+    trusted_proxies: CommaList[Network] = Field(
+        [],
+        description="addresses or networks of proxies whose X-Forwarded-* and Forwarded headers, "
+        "and Host, say what the URLs of images begin with, 10.0.0.0/8; of no other are they read",
+    )
+    allowed_hosts: CommaList[HostPattern] = Field(
+        [],
+        description="hosts that the URLs of images may begin with where a request asks for them, "
+        "images.example or *.images.example; the local host always may",
     )
     playground: bool = Field(True, description="serve the playground at /")
 
@@ -268,6 +281,8 @@ class Settings(BaseSettings):
             self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
             self._refuse_with("engine_endpoints", "quantization")
             self._refuse_with("engine_endpoints", "start_timeout_s")
+        if self.public_url:
+            self._refuse_with("public_url", "trusted_proxies", "allowed_hosts")
         if "://" in self.storage or self.storage == NO_STORAGE:
             self._refuse_with(f"storage {self.storage}", "storage_key", "max_storage_bytes")
         if self.storage == NO_STORAGE and self.default_response_format == "url":

@@ -1,16 +1,20 @@
 """krea2-serve as a command: what it prints, and what it says of what it cannot do."""
 
+import asyncio
 import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+from types import SimpleNamespace
 
 import openai
 import pytest
 import zmq
 
+from krea2_server.cli import _say_when_ready
+from krea2_server.settings import load_settings
 from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.processes import free_ports
 from tests.channel import PATIENCE_S, wait_until
@@ -167,3 +171,21 @@ def test_a_second_signal_ends_the_server_at_once(shared_engine, engine, tmp_path
         with pytest.raises(openai.APIError, match="shut down"):
             list(stream)
         engine.hold.clear()
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", 1), ("127.0.0.1", 0)])
+def test_urls_that_may_lead_nowhere_are_told_once_at_the_start(host, warned, caplog):
+    """Not by a server that listens on all addresses, which a test may not."""
+    settings = load_settings(["--host", host, "--allow-anonymous"])
+    engine = SimpleNamespace(model=None, num_ready=0)
+    services = SimpleNamespace(settings=settings, engine=engine)
+
+    async def started() -> None:
+        saying = asyncio.create_task(_say_when_ready(f"http://{host}:1", services))
+        await asyncio.sleep(0)
+        saying.cancel()
+        await asyncio.gather(saying, return_exceptions=True)
+
+    asyncio.run(started())
+    found = [record for record in caplog.records if "public_url" in record.getMessage()]
+    assert [record.levelname for record in found] == ["WARNING"] * warned

@@ -19,6 +19,7 @@ from krea2_server.api.schemas import ErrorResponse, ImageGenerationRequest, Imag
 from krea2_server.errors import ApiError, internal_error, invalid, set_outcome
 from krea2_server.image_service import Generation, Result, Update
 from krea2_server.keys import Client
+from krea2_server.proxies.public_address import PublicAddress
 from krea2_server.services import Services
 from krea2_server.storage.local import ExpiredFileError, LocalStore, UnknownFileError
 from krea2_srt.messages import GenerateRequest
@@ -39,6 +40,7 @@ def images_router(services: Services) -> APIRouter:
     """Routes that generate and that serve what was generated."""
     router = APIRouter()
     settings = services.settings
+    address = PublicAddress(settings)
     body_model = request_model(settings.accept, settings.allow_unknown_fields)
 
     @router.post(
@@ -63,7 +65,7 @@ def images_router(services: Services) -> APIRouter:
             asked.model = getattr(request.state, "deployment", None)
         message = resolve_asked(services, asked, request.state.request_id)
         client: Client = request.state.client
-        base_url = _base_url(services, request)
+        base_url = address.base_url(request.scope)
         generation = await services.images.submit(asked, message, client, base_url, request.headers)
         builder = ResponseBuilder(asked, message, services.settings.model_name)
         if asked.stream:
@@ -143,10 +145,6 @@ def resolve_asked(
         max_prompt=settings.max_prompt,
         default_size=settings.default_size,
     )
-
-
-def _base_url(services: Services, request: Request) -> str:
-    return services.settings.public_url.rstrip("/") or str(request.base_url).rstrip("/")
 
 
 async def _events(

@@ -9,7 +9,7 @@ from typing import Any
 from tests.server.recorded.bounds import BOUNDS
 from tests.server.recorded.common import COMMON
 from tests.server.recorded.engine_errors import ENGINE_ERRORS
-from tests.server.recorded.exchange import Exchange
+from tests.server.recorded.exchange import HOST, Exchange
 from tests.server.recorded.good import GOOD
 from tests.server.recorded.guarded import KEYS, KEYS_FILE, MODERATED, POLICY
 from tests.server.recorded.hang_ups import HANG_UPS
@@ -27,7 +27,12 @@ FOLDER = Path(__file__).parent
 _ALIAS = ("--model-aliases", "gpt-image-1")
 
 SETTINGS = {
-    "plain": Setting((*_ALIAS, "--storage-key", STORAGE_KEY, "--accept", "openai")),
+    "plain": Setting(
+        (
+            *(*_ALIAS, "--storage-key", STORAGE_KEY, "--accept", "openai"),
+            *("--allowed-hosts", HOST),
+        )
+    ),
     "common": Setting(("--model-aliases", "*")),
     "guarded": Setting(
         ("--api-keys-file", "keys.yaml", "--moderation-policy", "policy.yaml"),

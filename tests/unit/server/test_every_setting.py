@@ -78,6 +78,7 @@ def other_values(name: str) -> Iterator[object]:
         yield from (default + 1, default - 1)
     elif isinstance(default, list):
         yield from (["some-text", "other"], ["tcp://some.host:1", "tcp://other.host:2"])
+        yield ["10.0.0.0/8", "::1"]
     else:
         options = declared.choices if declared else get_args(field.annotation)
         yield from (one for one in options if isinstance(one, str) and one != default)
