@@ -21,6 +21,7 @@ from krea2_server.errors import ApiError, invalid, set_outcome
 from krea2_server.keys import Keys
 from krea2_server.middleware.body_limit import BoundedBody
 from krea2_server.middleware.known_paths import KnownPaths
+from krea2_server.middleware.mount_point import MountedRoutes, MountPoint
 from krea2_server.middleware.request_context import RequestContext
 from krea2_server.middleware.unsupported_endpoints import UnsupportedEndpoints
 from krea2_server.playground import playground_files
@@ -90,6 +91,7 @@ def create_app(services: Services) -> FastAPI:
         return problem.response(request.scope["path"])
 
     # The last added is the outermost.
+    app.add_middleware(MountedRoutes)
     app.add_middleware(CancelOnDisconnect)
     app.add_middleware(
         BoundedBody,
@@ -100,6 +102,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(Authentication, keys=services.keys)
     app.add_middleware(RequestContext, max_requests=settings.max_requests, metrics=services.metrics)
     app.add_middleware(KnownPaths)
+    app.add_middleware(MountPoint)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

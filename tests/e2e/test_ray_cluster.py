@@ -3,6 +3,7 @@
 import os
 import signal
 
+import httpx
 import psutil
 import pytest
 
@@ -106,3 +107,19 @@ def test_a_new_version_is_rolled_out_under_load_without_a_failed_request(cluster
         wait_until(lambda: not before & set(cluster.ray.engine_processes()), START_S)
         cluster.ray.wait_until_ready(2)
     assert set(load.counts()) == {DONE}, load.counts()
+
+
+@pytest.mark.parametrize("prefix", ["/krea", "/v1"])
+def test_under_a_prefix_images_have_urls_that_lead_to_them(cluster: Cluster, tmp_path, prefix):
+    settings = {"storage": str(tmp_path / "images"), "trusted_proxies": ["127.0.0.1"]}
+    cluster.ray.deploy(settings, route_prefix=prefix, min_replicas=1, max_replicas=1)
+    body = {"prompt": "a fox", "size": "64x64", "response_format": "url"}
+    # Ray's own server says that this one comes from elsewhere.
+    forged = {"host": "evil.test", "x-forwarded-for": "1.2.3.4", "x-forwarded-host": "evil.test"}
+    for headers in ({}, forged):
+        answer = httpx.post(
+            f"{cluster.url}{prefix}/v1/images/generations", json=body, headers=headers, timeout=600
+        )
+        url = answer.json()["data"][0]["url"]
+        assert url.startswith(f"{cluster.url}{prefix}/v1/images/files/")
+        assert httpx.get(url, timeout=60).headers["content-type"] == "image/png"

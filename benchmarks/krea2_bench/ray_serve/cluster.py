@@ -27,7 +27,7 @@ class LocalCluster:
         sglang_args: of the replicas' engines.
 
     Attributes:
-        url: of the application.
+        url: of Ray Serve, without the application's route prefix.
     """
 
     def __init__(self, model: Path, sglang_args: str = "") -> None:
@@ -35,6 +35,7 @@ class LocalCluster:
         self._sglang_args = sglang_args
         self._port = free_ports(["http"])["http"]
         self.url = f"http://127.0.0.1:{self._port}"
+        self._route_prefix = "/"
 
     def __enter__(self) -> Self:
         import ray
@@ -65,12 +66,17 @@ class LocalCluster:
         ray.shutdown()
 
     def deploy(
-        self, settings: Mapping[str, Any] | None = None, router: str = "work", **arguments: Any
+        self,
+        settings: Mapping[str, Any] | None = None,
+        router: str = "work",
+        route_prefix: str = "/",
+        **arguments: Any,
     ) -> None:
         """Deploy it, or change what is deployed; returns when all replicas are ready.
 
         Args:
             router: of `krea2_bench.ray_serve.routers`.
+            route_prefix: of the paths under which it is reached.
             settings, arguments: of `krea2_server.ray.arguments`, but for what a CPU needs.
 
         Raises:
@@ -92,7 +98,9 @@ class LocalCluster:
         }
         arguments = {"gpus": 0, "cpus": 1, "upscale_delay_s": 1, "downscale_delay_s": 5} | arguments
         parsed = Arguments(settings=values, **arguments)
-        serve.run(build_with(parsed, ROUTERS[router]), name="krea2", route_prefix="/")
+        application = build_with(parsed, ROUTERS[router])
+        serve.run(application, name="krea2", route_prefix=route_prefix)
+        self._route_prefix = route_prefix
         self.wait_until_ready(parsed.min_replicas)
 
     def wait_until_ready(self, count: int) -> None:
@@ -107,7 +115,8 @@ class LocalCluster:
     def queue(self) -> dict[str, Any]:
         """What ``/v1/queue`` says; of an application that does not answer, that nobody is ready."""
         try:
-            answer = httpx.get(f"{self.url}/v1/queue", timeout=60)
+            path = self._route_prefix.rstrip("/") + "/v1/queue"
+            answer = httpx.get(self.url + path, timeout=60)
         except httpx.HTTPError:
             return {"replicas_ready": 0}
         found: dict[str, Any] = answer.json() if answer.is_success else {"replicas_ready": 0}
