@@ -173,6 +173,14 @@ class Settings(BaseSettings):
 
     # Running it.
     keepalive_s: Seconds = Field(10, description="between comments in a silent stream")
+    json_keepalive_s: float = Field(
+        0,
+        ge=0,
+        le=3.6e6,
+        allow_inf_nan=False,
+        description="between spaces ahead of an answer that does not stream, for proxies that cut "
+        "silent calls; 0: none. See docs/operations.md",
+    )
     drain_timeout_s: Seconds = Field(120, description="for requests to end after SIGTERM")
     start_timeout_s: Seconds = Field(1800, description="for a scheduler to load the model")
     hang_timeout_s: Seconds = Field(

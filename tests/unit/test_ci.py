@@ -17,7 +17,7 @@ def run(folder: Path, make: str) -> tuple[int, list[str], str]:
     Args:
         make: what it does, in bash.
     """
-    there = ("chromium", "prometheus", "promtool", "faketime", "ip")
+    there = ("chromium", "prometheus", "promtool", "faketime", "ip", "nginx")
     for name, script in {"make": make, **dict.fromkeys(there, "exit 1")}.items():
         file = folder / name
         file.write_text(f"#!/usr/bin/env bash\n{script}\n")

@@ -12,6 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.event_schemas import event_stream_content
 from krea2_server.api.event_stream import EventStreamResponse, comment, event
+from krea2_server.api.kept_alive_json import kept_alive_json
 from krea2_server.api.lenient import request_model
 from krea2_server.api.parameters import resolve
 from krea2_server.api.responses import ResponseBuilder
@@ -71,6 +72,9 @@ def images_router(services: Services) -> APIRouter:
         if asked.stream:
             events = _events(request, generation, builder, services.settings.keepalive_s)
             return EventStreamResponse(events, generation.close)
+        if settings.json_keepalive_s:
+            interval_s = settings.json_keepalive_s
+            return await kept_alive_json(request.scope, generation, builder.response, interval_s)
         result = await generation.result()
         set_outcome(request.scope, "done")
         return ChunkedJSONResponse(builder.response(result))
