@@ -76,19 +76,19 @@ def create_app(services: Services) -> FastAPI:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         set_outcome(request.scope, error.code)
-        return error.response(request.scope["path"])
+        return error.response(_route_path(request))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         problem = as_api_error(error.errors())
         set_outcome(request.scope, problem.code)
-        return problem.response(request.scope["path"])
+        return problem.response(_route_path(request))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         problem = _from_http(request, error)
         set_outcome(request.scope, problem.code)
-        return problem.response(request.scope["path"])
+        return problem.response(_route_path(request))
 
     # The last added is the outermost.
     app.add_middleware(MountedRoutes)
@@ -155,6 +155,12 @@ def _add_page(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
     @app.get(path, include_in_schema=False)
     async def page() -> Response:
         return Response(content, media_type=media_type, headers=headers)
+
+
+def _route_path(request: Request) -> str:
+    """The path of a request without what the server is mounted at."""
+    path: str = request.scope["path"]
+    return path.removeprefix(request.scope.get("root_path", ""))
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:

@@ -57,6 +57,19 @@ def test_images_and_their_files_are_under_the_prefix(prefix, engine, tmp_path):
     asyncio.run(generated())
 
 
+def test_a1111s_paths_and_errors_are_under_it_too(engine, tmp_path):
+    async def asked() -> None:
+        async with mounted("/krea", engine, tmp_path) as client:
+            body = {"prompt": "x", "width": 64, "height": 64}
+            answer = await client.post("/sdapi/v1/txt2img", json=body, headers=KEY)
+            assert len(answer.json()["images"]) == 1
+            for path, sent in (("txt2img", {"prompt": ""}), ("nowhere", {})):
+                refused = (await client.post(f"/sdapi/v1/{path}", json=sent, headers=KEY)).json()
+                assert refused["detail"] == refused["error"]["message"]
+
+    asyncio.run(asked())
+
+
 def test_a_proxy_before_it_may_have_taken_off_another_prefix(engine, tmp_path):
     async def generated() -> None:
         async with mounted("/krea", engine, tmp_path, "--trusted-proxies", "10.0.0.7") as client:
