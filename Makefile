@@ -6,6 +6,10 @@ unexport PYTHONDONTWRITEBYTECODE
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Other people's clients, whose pins are not SGLang's: an environment of their own, with a Node.js.
+CLIENTS       := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+CLIENTS_TESTS := tests/server/clients
 
 # The prompt and size of `make generate`, and with which checkpoint (a folder or a repo id; none is the demo).
 MODEL  ?=
@@ -26,7 +30,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-unit test-slow lint lock bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads simulate drills clean
+.PHONY: install serve generate test test-unit test-slow lint lock lock-clients bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads simulate drills clean
 
 install: $(STAMP)
 
@@ -37,6 +41,13 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+# --ignore-scripts: packages are unpacked, and nothing of theirs runs.
+$(CLIENTS_STAMP): $(CLIENTS_TESTS)/python/requirements.lock $(CLIENTS_TESTS)/node/package-lock.json | $(STAMP)
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CLIENTS)
+	$(BIN)/uv pip sync --quiet --python $(CLIENTS)/bin/python --require-hashes $<
+	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm ci --prefix $(CLIENTS_TESTS)/node --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
 # Again where the package has other weights.
@@ -68,7 +79,8 @@ test: $(STAMP)
 test-unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
 
-test-slow: $(STAMP)
+# Also with the clients that people use, for real.
+test-slow: $(STAMP) $(CLIENTS_STAMP)
 	$(BIN)/python -m pytest -m slow --numprocesses auto --maxprocesses 4
 
 lint: $(STAMP)
@@ -136,5 +148,12 @@ lock: $(STAMP)
 	  --generate-hashes --no-header --no-annotate \
 	  --output-file requirements.lock
 
+# After an edit of requirements.in or package.json. --no-config: what SGLang's pins need is not theirs.
+lock-clients: $(STAMP) $(CLIENTS_STAMP)
+	$(BIN)/uv pip compile $(CLIENTS_TESTS)/python/requirements.in --quiet --no-config --universal --python-version 3.11 \
+	  --generate-hashes --no-header --no-annotate \
+	  --output-file $(CLIENTS_TESTS)/python/requirements.lock
+	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm install --prefix $(CLIENTS_TESTS)/node --package-lock-only --ignore-scripts --no-audit --no-fund
+
 clean:
-	rm -rf $(VENV) demo-model outputs
+	rm -rf $(VENV) $(CLIENTS) $(CLIENTS_TESTS)/node/node_modules demo-model outputs

@@ -12,8 +12,11 @@ from krea2_server.settings import Settings
 from krea2_srt.testing.fake_engine import MODEL
 from tests.unit.server.test_dialects import read_body
 
-PAGE = (Path(__file__).parents[3] / "docs/clients.md").read_text()
+ROOT = Path(__file__).parents[3]
+PAGE = (ROOT / "docs/clients.md").read_text()
 ROWS = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \| ([^|]+) \|$", PAGE, re.MULTILINE)
+VERSIONS = re.findall(r"^\| ([^|]+) \| (?:[\w-]+ )?(\d+\.\d+\.\d+) \|", PAGE, re.MULTILINE)
+CLIENTS = ROOT / "tests/server/clients"
 
 
 def test_there_are_rows():
@@ -50,3 +53,28 @@ def test_names_of_the_model_are_known_in_any_case(name):
     assert Settings(**fields).serves(name)
     assert not Settings(**fields, accept="openai").serves("KREA-2-TURBO")
     assert not Settings(**fields).serves("dall-e-3")
+
+
+def test_the_versions_on_the_page_are_those_that_are_run():
+    packages = json.loads((CLIENTS / "node/package-lock.json").read_text())["packages"]
+    node = {name.removeprefix("node_modules/"): it.get("version") for name, it in packages.items()}
+    requirements = (CLIENTS / "python/requirements.lock").read_text()
+    python = dict(re.findall(r"^([\w-]+)==(\S+)", requirements, re.MULTILINE))
+    locked = {
+        "openai-node": node["openai"],
+        "Vercel's ai": node["ai"],
+        "@ai-sdk/openai": node["@ai-sdk/openai"],
+        "@ai-sdk/openai-compatible": node["@ai-sdk/openai-compatible"],
+        "LiteLLM, its proxy": python["litellm"],
+        "LiteLLM, its function": python["litellm"],
+        "LangChain's `DallEAPIWrapper`": python["langchain-community"],
+    }
+    assert dict(VERSIONS) == locked
+
+
+@pytest.mark.parametrize("file", ["node/package-lock.json", "python/requirements.lock"])
+def test_locks_of_clients_name_no_registry(file):
+    """What is installed is what was locked, whatever registry serves it."""
+    lock = (CLIENTS / file).read_text()
+    assert re.findall(r'^ *"resolved"|^-|"(?:git|file|https?)[^"]*\.tgz"', lock, re.MULTILINE) == []
+    assert set(re.findall(r"https?://[^/\s]+", lock)) <= {"https://github.com"}  # of a sponsor
