@@ -119,6 +119,16 @@ def test_a_full_queue_is_tried_again(fake_server, engine):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+def test_an_abort_cancels_the_request(fake_server, engine, provider):
+    engine.hold.set()
+    process = packages.start(SCRIPT, **arguments(fake_server, provider, {}), abort=True)
+    wait_until(lambda: engine.waiting == 1)
+    assert packages.answer(process)["error"]["name"] == "AbortError"  # its stdin ends
+    wait_until(lambda: engine.cancelled)
+    assert engine.waiting == 0
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_what_it_sends_is_on_the_page(relayed, engine, page_bodies, provider):
     body = page_bodies[f"Vercel's ai, {provider}"]
     generate(relayed, provider, size=body["size"])

@@ -1,5 +1,6 @@
 // One generateImage of Vercel's ai. Its first argument is JSON: the `provider`'s package, `options` of
-// the provider, the `model` and the `request`. Prints JSON: what came, or the error that was thrown.
+// the provider, the `model`, the `request`, and whether to `abort` it when stdin ends. Prints JSON: what
+// came, or the error that was thrown.
 import { createOpenAI } from "@ai-sdk/openai";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateImage } from "ai";
@@ -11,11 +12,15 @@ const PROVIDERS = {
 
 globalThis.AI_SDK_LOG_WARNINGS = false;
 
-const { provider, options, model, request } = JSON.parse(process.argv[2]);
+const { provider, options, model, request, abort = false } = JSON.parse(process.argv[2]);
+
+const controller = new AbortController();
+if (abort) process.stdin.on("end", () => controller.abort()).resume();
 
 async function generate() {
   const image = PROVIDERS[provider](options).imageModel(model);
-  const result = await generateImage({ maxRetries: 0, ...request, model: image });
+  const abortSignal = controller.signal;
+  const result = await generateImage({ maxRetries: 0, ...request, model: image, abortSignal });
   const { warnings, usage, providerMetadata } = result;
   const images = result.images.map(({ base64, mediaType }) => ({ base64, mediaType }));
   return { images, warnings, usage, providerMetadata };
