@@ -22,6 +22,7 @@ from krea2_server.storage.store import (
     ImageTooLargeError,
     StorageError,
     StorageFullError,
+    put_all,
 )
 from krea2_srt.images import encode_image
 from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
@@ -243,7 +244,7 @@ class ImageService:
     async def store(
         self, images: Sequence[bytes], output_format: str, base_url: str
     ) -> tuple[str, ...] | None:
-        """Put images where they have URLs; None where there is no such place.
+        """Put images where they have URLs, all or none; None where there is no such place.
 
         Raises:
             ApiError: 503, they could not be stored.
@@ -252,8 +253,7 @@ class ImageService:
         if store is None:
             return None
         try:
-            puts = [store.put(data, output_format, base_url) for data in images]
-            return tuple(await asyncio.gather(*puts))
+            return await put_all(store, images, output_format, base_url)
         except StorageError as error:
             logger.error("an image could not be stored: %s", error)
             text = f"{error}; ask for response_format b64_json"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from krea2_server.storage.signatures import new_name
 from krea2_server.storage.store import StorageError
@@ -48,6 +49,7 @@ class FsspecStore:
         self._options = dict(options)
         self._timeout_s = timeout_s
         self._files: Any = None
+        self._removals: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         # Without what may stand before the bucket: credentials.
@@ -81,13 +83,22 @@ class FsspecStore:
             async with asyncio.timeout(self._timeout_s):
                 await self._run(self._files._pipe_file(path, data, **headers))
                 return await self._sign(path)
+        except asyncio.CancelledError:
+            self._remove(path)
+            raise
         except Exception as error:
+            # It may have been stored all the same: what has failed may be the answer, or the URL.
+            self._remove(path)
             # Whatever a back end raises; its text may hold addresses and keys.
             logger.error("an image could not be stored: %s", _reason(error))
             logger.debug("an image could not be stored", exc_info=True)
             raise StorageError("the image could not be stored") from None
 
+    def discard(self, url: str) -> None:
+        self._remove(f"{self._path}/{urlsplit(url).path.rpartition('/')[2]}")
+
     async def close(self) -> None:
+        await asyncio.gather(*self._removals)
         self._files = None
 
     def _open(self) -> None:
@@ -114,6 +125,21 @@ class FsspecStore:
         # Who may not remove files can still store them.
         with suppress(PermissionError):
             await self._run(self._files._rm_file(path))
+
+    def _remove(self, path: str) -> None:
+        """Remove a file, if it is there, while the caller goes on."""
+        removal = asyncio.create_task(self._try_to_remove(path))
+        self._removals.add(removal)
+        removal.add_done_callback(self._removals.discard)
+
+    async def _try_to_remove(self, path: str) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._run(self._files._rm_file(path))
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            logger.warning("an image could not be removed: %s", _reason(error))
 
     async def _run(self, call: Coroutine[Any, Any, Any]) -> None:
         """Await one of the file system's coroutines, on the loop that fsspec has for them.

@@ -92,6 +92,15 @@ class ImageFolder:
         self._write(file_name, data)
         self._count(file_name, len(data))
 
+    def remove(self, name: str, expires: int) -> None:
+        """Remove a file before its time, if it is there."""
+        file_name = f"{expires}-{name}"
+        file = next((file for file in self._files if file.name == file_name), None)
+        # One that cannot be removed stays among the files, and is tried again in its time.
+        if file is not None and self._unlink(file):
+            self._files.remove(file)
+            heapq.heapify(self._files)
+
     def open_file(self, name: str, expires: int) -> BinaryIO | None:
         """A file, open to be read, if it is still there. Any thread may ask."""
         path = self.path / f"{expires}-{name}"
@@ -114,14 +123,18 @@ class ImageFolder:
             raise StorageFullError("the storage is full")
 
     def _remove_first(self) -> None:
-        file = heapq.heappop(self._files)
+        self._unlink(heapq.heappop(self._files))
+
+    def _unlink(self, file: _File) -> bool:
+        """Whether a file is gone."""
         try:
             (self.path / file.name).unlink(missing_ok=True)
         except OSError as error:
             # It still takes its room, so it is still counted.
             logger.warning("an image could not be removed: %s", error)
-        else:
-            self.num_bytes -= file.size
+            return False
+        self.num_bytes -= file.size
+        return True
 
     def _count(self, name: str, size: int) -> None:
         expires = int(name.partition("-")[0])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import parse_qs, urlsplit
 
 from krea2_server.storage.image_folder import ImageFolder
 from krea2_server.storage.signatures import MIN_KEY_BYTES, new_name, sign, verify
@@ -107,6 +108,10 @@ class LocalStore:
         name, expires = new_name(extension), math.ceil(now + self._expiry_s)
         try:
             await self._in_thread(self._folder.add, name, expires, data, now)
+        except asyncio.CancelledError:
+            # What has begun in the thread goes on there.
+            self._remove(name, expires)
+            raise
         except OSError as error:
             logger.error("an image could not be stored: %s", error)
             if error.errno in _NO_ROOM:
@@ -114,6 +119,11 @@ class LocalStore:
             raise StorageError("the image could not be stored") from None
         query = f"expires={expires}&signature={sign(self._key, name, expires)}"
         return f"{base_url}{self._path}/{name}?{query}"
+
+    def discard(self, url: str) -> None:
+        parts = urlsplit(url)
+        (expires,) = parse_qs(parts.query)["expires"]
+        self._remove(parts.path.rpartition("/")[2], int(expires))
 
     async def get(self, name: str, expires: str | int, signature: str) -> StoredFile:
         """The file behind a URL's parts.
@@ -133,6 +143,10 @@ class LocalStore:
         media_type = MEDIA_TYPES[name.rpartition(".")[2]]
         size = os.fstat(file.fileno()).st_size
         return StoredFile(file, size, media_type, until - self._clock())
+
+    def _remove(self, name: str, expires: int) -> None:
+        """Remove a file once what the thread has to do before is done."""
+        self._thread.submit(self._folder.remove, name, expires)
 
     async def _sweep(self) -> None:
         while True:

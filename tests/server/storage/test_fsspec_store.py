@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from krea2_server.storage.fsspec_store import FsspecStore
-from krea2_server.storage.store import StorageError
+from krea2_server.storage.store import StorageError, put_all
 from tests.channel import wait_until
 from tests.server.storage.s3 import fsspec_store, is_clean, options, started
 from tests.unit.server.storage.stores import BASE_URL
@@ -78,6 +78,68 @@ def test_a_bucket_that_goes_away_is_an_error_and_no_end(endpoint, bucket, caplog
 
     assert httpx.get(asyncio.run(check())).content == b"x"
     assert "NoSuchBucket" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["", "/images"])
+def test_a_request_whose_images_are_not_all_stored_leaves_none(endpoint, bucket, prefix):
+    async def check():
+        async with fsspec_store(f"s3://{bucket}{prefix}", endpoint) as store:
+            urls = await put_all(store, [b"a", b"b"], "png", BASE_URL)
+            stored = asyncio.Event()
+
+            async def put(data, extension, base_url):
+                if data is None:
+                    await stored.wait()
+                    raise StorageError("the image could not be stored")
+                url = await type(store).put(store, data, extension, base_url)
+                stored.set()
+                return url
+
+            store.put = put
+            with pytest.raises(StorageError):
+                await put_all(store, [b"c", None], "png", BASE_URL)
+            return urls
+
+    urls = asyncio.run(check())
+    assert keys_in(endpoint, bucket) == sorted(urlsplit(url).path[1:] for url in urls)
+
+
+def test_an_image_without_a_url_is_not_kept(endpoint, bucket, monkeypatch):
+    async def check():
+        async with fsspec_store(f"s3://{bucket}", endpoint) as store:
+
+            async def no_url(path):
+                assert len(await asyncio.to_thread(keys_in, endpoint, bucket)) == 1
+                raise PermissionError
+
+            monkeypatch.setattr(store, "_sign", no_url)
+            with pytest.raises(StorageError):
+                await store.put(b"x", "png", BASE_URL)
+
+    asyncio.run(check())
+    assert keys_in(endpoint, bucket) == []
+
+
+def test_what_cannot_be_removed_is_told_in_a_line(caplog):
+    server, endpoint = started()
+    assert httpx.put(f"{endpoint}/bucket").status_code == 200
+    given = options(endpoint, config_kwargs=NO_RETRIES)
+
+    async def check():
+        store = FsspecStore("s3://bucket", expiry_s=60, options=given)
+        await store.start()
+        url = await store.put(b"x", "png", BASE_URL)
+        for _ in range(2):  # the second time it has gone already
+            store.discard(url)
+            await asyncio.to_thread(wait_until, lambda: not store._removals)
+        assert "could not be removed" not in caplog.text
+        await asyncio.to_thread(server.stop)
+        store.discard(url)
+        await store.close()
+
+    asyncio.run(check())
+    lines = [record.message for record in caplog.records if "removed" in record.message]
+    assert lines == ["an image could not be removed: EndpointConnectionError"]
 
 
 def test_a_server_that_is_gone_is_an_error_without_secrets(caplog):

@@ -9,7 +9,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from krea2_server.storage.local import ExpiredFileError
-from krea2_server.storage.store import StorageError, StorageFullError
+from krea2_server.storage.store import (
+    ImageTooLargeError,
+    StorageError,
+    StorageFullError,
+    put_all,
+)
 from tests.channel import PATIENCE_S
 from tests.unit.server.storage.stores import (
     BASE_URL,
@@ -212,6 +217,65 @@ def test_a_client_that_hangs_up_leaves_nothing_uncounted(tmp_path, monkeypatch):
             assert await holds(store, url)
             assert store.num_bytes == bytes_in(tmp_path)
             assert not list(tmp_path.glob("*.partial"))
+
+    asyncio.run(check())
+
+
+def test_a_request_whose_second_image_fails_leaves_no_first(tmp_path):
+    async def check():
+        async with local_store(tmp_path, max_bytes=100) as store:
+            kept = await store.put(b"x" * 10, "png", BASE_URL)
+            with pytest.raises(ImageTooLargeError):
+                await put_all(store, [b"a" * 20, b"b" * 101, b"c" * 20], "png", BASE_URL)
+            await until(lambda: bytes_in(tmp_path) == 10)
+            assert await holds(store, kept)
+            urls = await put_all(store, [b"a", b"b"], "webp", BASE_URL)
+            assert [await read(store, url) for url in urls] == [b"a", b"b"]
+        assert store.num_bytes == bytes_in(tmp_path) == 12
+
+    asyncio.run(check())
+
+
+def test_a_request_that_is_cancelled_among_its_images_leaves_none(tmp_path, monkeypatch):
+    disk = StuckDisk()
+
+    async def check():
+        async with local_store(tmp_path) as store:
+            done = await store.put(b"x" * 10, "png", BASE_URL)
+            monkeypatch.setattr(os, "fsync", disk.fsync)
+            putting = asyncio.create_task(put_all(store, [b"y" * 100] * 3, "png", BASE_URL))
+            await until(lambda: bytes_in(tmp_path) == 110)
+            putting.cancel()
+            await asyncio.gather(putting, return_exceptions=True)
+            assert putting.cancelled()
+            disk.let_go()
+            await until(lambda: bytes_in(tmp_path) == 10)
+            assert await holds(store, done)
+        assert store.num_bytes == 10
+
+    asyncio.run(check())
+
+
+def test_what_is_discarded_and_cannot_be_removed_is_told_and_tried_again(tmp_path, caplog):
+    clock = Clock()
+
+    async def check():
+        async with local_store(tmp_path, clock=clock) as store:
+            url = await store.put(b"0123456789", "png", BASE_URL)
+            file = file_of(tmp_path, url)
+            file.unlink()
+            file.mkdir()  # which unlink refuses
+            store.discard(url)
+            await until(lambda: "could not be removed" in caplog.text)
+            assert len(caplog.records) == 1
+            assert store.num_bytes == 10
+            file.rmdir()
+            file.touch()
+            clock.now += 1000
+            other = await store.put(b"x", "png", BASE_URL)
+            assert not file.exists()
+            assert await holds(store, other)
+            assert store.num_bytes == 1
 
     asyncio.run(check())
 
