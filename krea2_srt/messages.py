@@ -19,7 +19,7 @@ from krea2_srt.request import ImageRequest, RequestLimits
 
 _CARRIED = " ".join(field.name for one in (ImageRequest, RequestLimits) for field in fields(one))
 
-VERSION = f"5-{zlib.crc32(_CARRIED.encode()):08x}"
+VERSION = f"6-{zlib.crc32(_CARRIED.encode()):08x}"
 """Version of these messages, and of the fields of what they carry: one that the other side does not
 know would be ignored in silence. A server and its engines are of one version: a scheduler refuses a
 message of another by name, and cannot even read one of a class that it does not know.
@@ -65,6 +65,11 @@ class GenerateRequest:
         deadline_s: seconds from now after which nobody waits any more.
         progress: whether to send `ProgressUpdate`.
         previews: how many pictures on the way to send of each image, evenly spread.
+        infotext_model: what the model is called in the text that each file gets, see
+            `krea2_srt.infotext`; where it is empty, files get none.
+
+    It holds no lists, tuples or dicts: SGLang makes those anew in what its scheduler receives,
+    which a frozen dataclass does not let it do.
     """
 
     request_id: str
@@ -75,6 +80,7 @@ class GenerateRequest:
     deadline_s: float | None = None
     progress: bool = False
     previews: int = 0
+    infotext_model: str = ""
     version: str = VERSION
 
 

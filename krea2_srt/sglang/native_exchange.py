@@ -12,6 +12,7 @@ from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request
 from krea2_srt.errors import ModelError, RequestError
 from krea2_srt.images import FORMATS, encode_image
+from krea2_srt.infotext import infotext
 from krea2_srt.messages import (
     VERSION,
     Accepted,
@@ -76,6 +77,8 @@ class NativeExchange:
             raise RequestError("output_format", f"must be one of {', '.join(FORMATS)}")
         if not isinstance(message.quality, int) or not 0 <= message.quality <= 100:
             raise RequestError("quality", f"must be between 0 and 100, got {message.quality!r}")
+        if not isinstance(message.infotext_model, str):
+            raise RequestError("infotext_model", "must be text")
         return [message.image]
 
     def accepted(self, request: Request) -> None:
@@ -133,8 +136,13 @@ class NativeExchange:
         return Generated(
             self.request_id,
             tuple(
-                encode_image(picture, message.output_format, message.quality)
-                for picture in pixels
+                encode_image(
+                    picture,
+                    message.output_format,
+                    message.quality,
+                    infotext(sequence.image, message.infotext_model),
+                )
+                for picture, sequence in zip(pixels, request.sequences, strict=True)
                 if picture is not None
             ),
             text_tokens=sum(text_tokens),

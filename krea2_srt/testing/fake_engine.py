@@ -21,6 +21,7 @@ import zmq
 from numpy.typing import NDArray
 
 from krea2_srt.images import encode_image
+from krea2_srt.infotext import infotext
 from krea2_srt.messages import (
     Accepted,
     Cancel,
@@ -173,9 +174,12 @@ class FakeEngine:
         pictures = tuple(
             self.picture
             or encode_image(
-                _picture(image.height, image.width, seed), message.output_format, message.quality
+                _picture(image.height, image.width, single.seed),
+                message.output_format,
+                message.quality,
+                infotext(single, message.infotext_model),
             )
-            for seed in image.seeds
+            for single in image.singles()
         )
         tokens = estimated_text_tokens(image.prompt)
         return Generated(

@@ -146,6 +146,11 @@ class Settings(BaseSettings):
     default_response_format: Literal["b64_json", "url"] = Field(
         "b64_json", description="of requests without one"
     )
+    default_embed_metadata: bool = Field(
+        False,
+        description="put prompts, seed and settings into the files of requests that do not say "
+        "whether; see docs/server.md",
+    )
     cors_origins: CommaList[str] = Field(
         [], description="origins whose pages may ask from a browser, https://host; * is all"
     )

@@ -16,7 +16,9 @@ import openai
 import pytest
 from PIL import Image
 
+from krea2_srt.images import FORMATS
 from tests.channel import endpoints, statistics, wait_until
+from tests.infotexts import request_in, text_in
 from tests.server.test_hostile_input import IMPOSSIBLE, NO_REQUESTS, check_error, post
 
 GENERATE = Path(sys.executable).parent / "krea2-generate"
@@ -70,6 +72,22 @@ def test_the_picture_is_krea2_generates_pixel_for_pixel(real_server, trained_mod
     )
     theirs = np.asarray(Image.open(tmp_path / "fox_0.png"))
     np.testing.assert_array_equal(pixels(ours), theirs)
+
+
+@pytest.mark.parametrize("output_format", FORMATS)
+def test_a_file_that_says_how_it_was_generated_is_generated_again(real_server, output_format):
+    fields = {"prompt": "a red fox", "size": "64x48", "seed": 5, "num_inference_steps": 2}
+    how = {"output_format": output_format}
+
+    def file(**more) -> bytes:
+        answer = real_server.post(**how, **more).json()
+        return base64.b64decode(answer["data"][0]["b64_json"])
+
+    plain = file(**fields)
+    told = file(**fields, embed_metadata=True)
+    assert text_in(plain) is None
+    np.testing.assert_array_equal(pixels(told), pixels(plain))
+    assert file(**request_in(told), embed_metadata=True) == told
 
 
 def test_usage_and_timings_are_true(real_server):

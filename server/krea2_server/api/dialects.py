@@ -51,6 +51,7 @@ SYNONYMS = {
     "image_format": ("output_format", "scripts"),
     "output_quality": ("output_compression", "SGLang, Replicate"),
     "jpeg_quality": ("output_compression", "scripts"),
+    "enable_pnginfo": ("embed_metadata", "A1111"),
 }
 
 GUIDANCE_PLUS_ONE = {
@@ -130,6 +131,9 @@ NO_EFFECT = {
     "watermark": NoEffect("no watermark is put into images"),
     "generator_device": NoEffect("noise is sampled where the model runs", ()),
     "max_sequence_length": NoEffect("the model reads 512 tokens", (512,)),
+    "metadata": NoEffect(
+        "requests are not kept here; embed_metadata puts their settings into files", (False,)
+    ),
     "sync_mode": NoEffect("answers hold the image, or its URL with response_format"),
 }
 
@@ -282,7 +286,7 @@ def _converted(ours: str, name: str, value: Any, ratio: bool) -> Any:
         convert = whole
     elif ours in ("guidance_scale", "deadline_ms"):
         convert = number
-    elif ours == "stream":
+    elif ours in ("stream", "embed_metadata"):
         convert = flag
     elif ours == "size":
         return size_of(value, name, is_ratio=ratio)

@@ -148,6 +148,8 @@ def resolve_asked(
         max_n=settings.max_n,
         max_prompt=settings.max_prompt,
         default_size=settings.default_size,
+        model_name=settings.model_name,
+        default_embed_metadata=settings.default_embed_metadata,
     )
 
 

@@ -10,6 +10,8 @@ from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.api.sizes import AUTO, by_ratio, check_aspect, has_ratio, parse_size
 from krea2_server.errors import ApiError, field_name, invalid
 from krea2_srt.errors import RequestError
+from krea2_srt.images import holds_infotext
+from krea2_srt.infotext import infotext
 from krea2_srt.messages import GenerateRequest, ModelInfo
 from krea2_srt.request import ImageRequest, fit_size
 
@@ -28,12 +30,15 @@ def resolve(
     max_n: int,
     max_prompt: int,
     default_size: str = AUTO,
+    model_name: str = "",
+    default_embed_metadata: bool = False,
 ) -> GenerateRequest:
     """Fill in what a request leaves open, and check the whole.
 
     Args:
         request_id: what the engine is to call it.
-        max_n, max_prompt, default_size: this server's own.
+        max_n, max_prompt, default_size, default_embed_metadata: this server's own.
+        model_name: what files say that the model is called; by default its path.
 
     Raises:
         ApiError: 400, naming the field.
@@ -77,6 +82,8 @@ def resolve(
     if previews and not request.stream:
         _no_effect(request, "partial_images", "needs stream", "has no effect without stream")
         previews = 0
+    named = model_name or model.path
+    embeds = _embeds(request, image, output_format, named, default_embed_metadata)
     return GenerateRequest(
         request_id,
         image,
@@ -86,6 +93,7 @@ def resolve(
         deadline_s=None if request.deadline_ms is None else request.deadline_ms / 1e3,
         progress=bool(request.stream),
         previews=previews,
+        infotext_model=named if embeds else "",
     )
 
 
@@ -99,6 +107,29 @@ def _no_effect(request: ImageGenerationRequest, field: str, problem: str, warnin
     if not request.is_lenient:
         raise _invalid(request, field, problem)
     request.warnings.append(f"{request.sent_as(field)}: {warning}")
+
+
+def _embeds(
+    request: ImageGenerationRequest,
+    image: ImageRequest,
+    output_format: str,
+    model_name: str,
+    by_default: bool,
+) -> bool:
+    """Whether files say how they were generated."""
+    asked = request.embed_metadata
+    if not (by_default if asked is None else asked):
+        return False
+    texts = [infotext(single, model_name) for single in image.singles()]
+    if all(holds_infotext(output_format, text) for text in texts):
+        return True
+    name = request.sent_as("embed_metadata")
+    problem = f"the prompts are too long for the metadata of {output_format}; png holds them"
+    if asked:
+        raise _invalid(request, "embed_metadata", problem)
+    # Nobody has asked for this one: it is still worth its picture.
+    request.warnings.append(f"{name}: has no effect; {problem}")
+    return False
 
 
 def _guidance(request: ImageGenerationRequest, model: ModelInfo) -> float:

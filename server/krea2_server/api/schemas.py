@@ -7,6 +7,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -113,6 +114,10 @@ class ImageGenerationRequest(BaseModel):
     )
     width: int | None = Field(default=None, description="With height, in place of size.")
     height: int | None = Field(default=None, description="With width, in place of size.")
+    embed_metadata: bool | None = Field(
+        default=None,
+        description="Put prompts, seed and settings into the images' files, as A1111 does.",
+    )
 
     # Copied for each request; of a factory pydantic reads the signature each time, for 0.1 ms.
     _warnings: list[str] = PrivateAttr(default=[])
@@ -146,11 +151,17 @@ class ImageGenerationRequest(BaseModel):
         """The client's name for its user."""
         return self.safety_identifier or self.user or None
 
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _check_text(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None and "\0" in text:
+            field = str(info.field_name)
+            raise FieldError(field, f"{field}: must not hold NUL characters")
+        return text
+
     @field_validator("prompt")
     @classmethod
     def _check_prompt(cls, prompt: str) -> str:
-        if "\0" in prompt:
-            raise FieldError("prompt", "prompt: must not hold NUL characters")
         if not prompt.strip():
             raise FieldError("prompt", "prompt: must not be blank")
         return prompt

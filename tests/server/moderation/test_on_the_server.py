@@ -88,6 +88,17 @@ def test_prompts_and_images_are_checked_on_a1111s_path_too(moderated, engine, ju
     assert "images" not in refused.json()
 
 
+def test_what_is_refused_is_in_no_file(moderated, engine, judge):
+    told = {"embed_metadata": True, "guidance_scale": 2, "response_format": "url"}
+    before = set(moderated.folder.rglob("*.png"))
+    for prompts in ({"prompt": SECRET}, {"prompt": "a fox", "negative_prompt": SECRET}):
+        check_refused(moderated.post(OTHER, **prompts, size="64x64", **told), "violence")
+    assert not engine.requests
+    judge.bad_image = lambda number: True
+    check_refused(moderated.post(OTHER, **FIELDS, **told), "nsfw")
+    assert set(moderated.folder.rglob("*.png")) == before
+
+
 def test_a_refused_prompt_is_never_generated_and_never_logged(moderated, engine):
     refused = moderated.metric("krea2_moderation_checks_total", outcome="refused", stage="prompt")
     response = moderated.post(OTHER, prompt=SECRET, size="64x64", user="user-secret")

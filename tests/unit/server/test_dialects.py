@@ -181,6 +181,7 @@ def test_what_has_no_effect_is_accepted_and_named(name):
 @pytest.mark.parametrize("name", sorted(SYNONYMS))
 def test_each_synonym_is_its_field(name):
     values = {"size": "512x512", "output_format": "webp", "prompt": "a hen"}
+    values |= {"embed_metadata": True}
     field = SYNONYMS[name][0]
     fields = {"size": "64x64"} if field != "size" else {}
     if field in ("width", "height"):
