@@ -144,6 +144,7 @@ class Engine:
             "draining": self.draining,
             "requests": len(self.requests),
             "waiting": scheduler.num_waiting,
+            "running": len(self.requests) - scheduler.num_waiting,
             "active_sequences": scheduler.num_active_sequences,
             "paused_steps": len(scheduler.paused),
             "pack_tokens_budget": scheduler.budget.tokens,

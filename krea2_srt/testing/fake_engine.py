@@ -129,13 +129,13 @@ class FakeEngine:
             case ControlRequest(control_id, GetModel()):
                 send(ControlReply(control_id, MODEL))
             case ControlRequest(control_id, GetStatistics()):
-                number = len(self._running)
-                send(
-                    ControlReply(
-                        control_id,
-                        {"requests": number, "waiting": number, "outstanding_s": 2.5 * number},
-                    )
-                )
+                send(ControlReply(control_id, self._statistics()))
+
+    def _statistics(self) -> dict[str, float]:
+        number = len(self._running)
+        waiting = sum(not running.step for running in self._running.values())
+        counts = {"requests": number, "waiting": waiting, "running": number - waiting}
+        return {**counts, "outstanding_s": 2.5 * number}
 
     def _sender(self, identity: bytes) -> Callable[[object], None]:
         def send(message: object) -> None:

@@ -90,6 +90,16 @@ def test_a_file_that_says_how_it_was_generated_is_generated_again(real_server, o
     assert file(**request_in(told), embed_metadata=True) == told
 
 
+def test_the_queue_counts_what_runs_and_what_waits(real_server):
+    wait_until(lambda: not in_engine(real_server))
+    stream = long_stream(real_server)
+    queue = real_server.get("/v1/queue").json()
+    assert (queue["waiting"], queue["running"]) == (0, 1)
+    assert queue["estimated_wait_s"] > 0
+    stream.close()
+    wait_until(lambda: not in_engine(real_server))
+
+
 def test_usage_and_timings_are_true(real_server):
     before = real_server.metric("krea2_request_seconds_sum", up_to="256x256")
     response = real_server.client().images.generate(prompt="a red fox", size="256x192", n=2)

@@ -154,7 +154,8 @@ def test_the_queue_tells_what_the_engine_says(fake_server, engine):
     ]
     for thread in threads:
         thread.start()
-    wait_until(lambda: fake_server.get("/v1/queue").json()["waiting"] == 3)
+    wait_until(lambda: engine.waiting == 3)
+    # At once, not when the server happens to look.
     assert fake_server.get("/v1/queue").json() == {
         "waiting": 3,
         "running": 0,
@@ -165,6 +166,26 @@ def test_the_queue_tells_what_the_engine_says(fake_server, engine):
     engine.hold.clear()
     for thread in threads:
         thread.join()
+
+
+def test_the_queue_tells_what_runs_from_its_first_step_to_its_end(fake_server, engine):
+    engine.on_preview = lambda _: engine.hold.set()
+    fields = {"prompt": "x", "size": "64x64", "stream": True, "partial_images": 1}
+    thread = threading.Thread(target=fake_server.post, kwargs=fields)
+    thread.start()
+    wait_until(engine.hold.is_set)
+    engine.on_preview = lambda _: None
+    behind = threading.Thread(target=fake_server.post, kwargs={"prompt": "x", "size": "64x64"})
+    behind.start()
+    wait_until(lambda: engine.waiting == 2)
+    queue = fake_server.get("/v1/queue").json()
+    assert (queue["waiting"], queue["running"]) == (1, 1)
+    wait_until(lambda: fake_server.metric("krea2_engine_running_requests", replica="0") == 1)
+    engine.hold.clear()
+    for each in (thread, behind):
+        each.join()
+    queue = fake_server.get("/v1/queue").json()
+    assert (queue["waiting"], queue["running"], queue["estimated_wait_s"]) == (0, 0, 0.0)
 
 
 def outcomes(server) -> dict[str, float]:

@@ -39,6 +39,10 @@ def test_requests_go_where_the_least_waits(two):
     for count, thread in enumerate(threads, 1):
         thread.start()
         wait_until(lambda count=count: first.waiting + second.waiting == count)
+    queue = server.get("/v1/queue").json()
+    assert (queue["waiting"], queue["running"]) == (5, 0)
+    # Where the next one would wait least.
+    assert queue["estimated_wait_s"] == 2.5 * min(first.waiting, second.waiting)
     # Small ones are not kept from an engine by a large one, which they go before, but whom they
     # make wait counts: one goes there, and three where nobody else is.
     small = [sum(it.image.num_images == 1 for it in engine.requests) for engine in (first, second)]

@@ -65,12 +65,11 @@ def operations_router(services: Services) -> APIRouter:
 
     @router.get("/v1/queue", summary="How much is waiting")
     async def queue() -> QueueState:
-        live = engine.statistics.values()
-        waiting = sum(s.get("waiting", 0) for s in live)
+        replicas = await engine.queue()
         return QueueState(
-            waiting=waiting,
-            running=sum(s.get("requests", 0) for s in live) - waiting,
-            estimated_wait_s=min((s.get("outstanding_s", 0.0) for s in live), default=None),
+            waiting=sum(replica.waiting for replica in replicas),
+            running=sum(replica.running for replica in replicas),
+            estimated_wait_s=min((replica.outstanding_s for replica in replicas), default=None),
             replicas_ready=engine.num_ready,
             replicas=engine.num_replicas,
         )

@@ -1,7 +1,8 @@
 """The engine, as the rest of the server sees it, wherever it runs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 from krea2_server.errors import ApiError, from_engine
@@ -79,6 +80,35 @@ class JobMessages(ABC):
         return message
 
 
+@dataclass(frozen=True)
+class QueueCounts:
+    """What is in a replica's engine.
+
+    Attributes:
+        waiting: requests that have not begun.
+        running: requests that have.
+        outstanding_s: estimated seconds of work.
+    """
+
+    waiting: int
+    running: int
+    outstanding_s: float
+
+    @classmethod
+    def of(cls, statistics: Mapping[str, Any], at_least: int = 0) -> "QueueCounts":
+        """What an engine has said of itself.
+
+        Args:
+            statistics: its own; empty of one that has said nothing yet.
+            at_least: requests that are known to be there, of one that has not said so yet: it is
+                busy, so one of them has begun.
+        """
+        waiting = statistics.get("waiting", 0)
+        running = max(statistics.get("requests", 0) - waiting, min(at_least, 1))
+        waiting = max(waiting, at_least - running)
+        return cls(waiting, running, statistics.get("outstanding_s", 0.0))
+
+
 class Engine(Protocol):
     """Requests in, pictures out."""
 
@@ -97,6 +127,9 @@ class Engine(Protocol):
     @property
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         """What each replica that is there last said of itself, by its name."""
+
+    async def queue(self) -> Sequence[QueueCounts]:
+        """What is in each replica that answers, now."""
 
     async def submit(self, message: GenerateRequest) -> Job:
         """Have a request generated.

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import zmq.asyncio
 
+from krea2_server.engine.base import QueueCounts
 from krea2_server.engine.channel import ChannelJob, EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_srt.messages import Generated, GenerateRequest, ModelInfo, ProgressUpdate
@@ -23,6 +24,9 @@ MODEL_TIMEOUT_S = 120.0
 
 POLL_S = 1.0
 """Between two looks at a replica's statistics."""
+
+LOOK_S = 2.0
+"""For the answer to who asks for the queue: longer than most units of work."""
 
 READY_SILENCE_S = 15.0
 """A replica that has not answered for as long is not ready; units of work are shorter."""
@@ -73,6 +77,27 @@ class EngineClient:
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:
         return {str(index): self.replicas[index].statistics for index in self.routing.live}
+
+    async def queue(self) -> list[QueueCounts]:
+        """See `Engine`: each replica is asked.
+
+        Of one whose unit of work takes longer, it is what it last said, and what this process has
+        sent there since.
+        """
+        ready = [i for i in self.routing.live if self.silent_s(i) < READY_SILENCE_S]
+        found = await asyncio.gather(*map(self._counts, ready))
+        return [counts for counts in found if counts is not None]
+
+    async def _counts(self, index: int) -> QueueCounts | None:
+        """What is in a replica; None where it has just gone, with all that was there."""
+        replica = self.replicas[index]
+        try:
+            await self._look(replica, LOOK_S)
+        except EngineExitedError:
+            return None
+        except TimeoutError:
+            return QueueCounts.of(replica.statistics, at_least=len(self.routing.loads[index]))
+        return QueueCounts.of(replica.statistics)
 
     async def attach(self, index: int, endpoint: str) -> None:
         """A replica has started: ask what it serves, and send it requests.
@@ -154,11 +179,15 @@ class EngineClient:
         assert replica.channel is not None
         while True:
             try:
-                replica.statistics = await replica.channel.statistics(POLL_S * 10)
-                replica.answered = time.monotonic()
+                await self._look(replica, POLL_S * 10)
             except (TimeoutError, EngineExitedError) as error:
                 logger.debug("%s has not answered: %s", replica.channel.endpoint, error)
             await asyncio.sleep(POLL_S)
+
+    async def _look(self, replica: Replica, timeout_s: float) -> None:
+        assert replica.channel is not None
+        replica.statistics = await replica.channel.statistics(timeout_s)
+        replica.answered = time.monotonic()
 
 
 class ClientJob:

@@ -71,6 +71,7 @@ _ENGINE_COUNTERS = {
 }
 _ENGINE_GAUGES = {
     "waiting": ("krea2_engine_waiting_requests", "Requests that have not begun."),
+    "running": ("krea2_engine_running_requests", "Requests that have begun."),
     "active_sequences": ("krea2_engine_active_sequences", "Images under way."),
     "outstanding_s": ("krea2_engine_outstanding_seconds", "Estimated work in the engine."),
     "pack_tokens_budget": ("krea2_engine_pack_tokens_budget", "Most tokens in one forward."),

@@ -11,7 +11,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.request_router import ReplicaID
 
-from krea2_server.engine.base import JobMessages, Message
+from krea2_server.engine.base import JobMessages, Message, QueueCounts
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
@@ -63,6 +63,11 @@ class RayEngine:
     @property
     def statistics(self) -> Mapping[str, Mapping[str, Any]]:
         return {_name(replica): _report(member) for replica, member in self._fleet.members.items()}
+
+    async def queue(self) -> list[QueueCounts]:
+        """See `Engine`: as of the replicas' last reports, and what this process has sent there."""
+        members = [member for member in self._fleet.members.values() if member.ready]
+        return [QueueCounts.of(_report(member), len(member.load)) for member in members]
 
     async def submit(self, message: GenerateRequest) -> "RayJob":
         """See `Engine`."""

@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from krea2_server.engine.base import QueueCounts
 from krea2_server.errors import ApiError
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import Fleet
@@ -199,6 +200,8 @@ def test_the_model_is_what_the_first_replica_says_and_stays():
     assert engine.model.limits.max_side == 64
     assert (engine.num_ready, engine.num_replicas) == (1, 1)
     assert engine.statistics == {"a": {"steps": 3}}
+    fleet.members["a"].load.add(10)
+    assert asyncio.run(engine.queue()) == [QueueCounts(0, 1, 0.0)]
     fleet.update({})
     assert engine.model.limits.max_side == 64
     assert engine.num_ready == 0
