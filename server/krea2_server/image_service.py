@@ -201,6 +201,11 @@ class ImageService:
         self._moderator = moderator
         self._tracing = tracing
 
+    @property
+    def moderates(self) -> bool:
+        """Whether content is checked."""
+        return self._moderator is not None
+
     async def submit(
         self,
         asked: ImageGenerationRequest,
@@ -232,7 +237,7 @@ class ImageService:
                     text = "the server is shutting down"
                     raise ApiError(503, text, "draining", retry_after_s=5.0, retry=True)
                 # Where nothing is moderated, nobody needs a right to less of it.
-                low = asked.low_moderation and self._moderator is not None
+                low = asked.low_moderation and self.moderates
                 check_rights(client, message.priority, low)
                 resources.enter_context(self._limits.request(client))
                 await self._check_prompts(message.image, asked.low_moderation)

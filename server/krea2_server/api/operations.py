@@ -2,19 +2,20 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from krea2_server.api.capabilities import capabilities
 from krea2_server.api.schemas import (
     ErrorResponse,
     Model,
-    ModelCapabilities,
     ModelList,
     QueueState,
     Status,
 )
 from krea2_server.errors import ApiError
+from krea2_server.keys import Client
 from krea2_server.services import Services
 
 
@@ -42,10 +43,10 @@ def operations_router(services: Services) -> APIRouter:
         return Status(status="ready").model_dump()
 
     @router.get("/v1/models", summary="What is served", response_model_exclude_none=True)
-    async def models() -> ModelList:
+    async def models(request: Request) -> ModelList:
         return ModelList(
             data=[
-                _model(name)
+                _model(name, request.state.client)
                 for name in (settings.model_name, *settings.model_aliases)
                 if name != "*"
             ]
@@ -57,11 +58,11 @@ def operations_router(services: Services) -> APIRouter:
         responses={404: {"model": ErrorResponse}},
         response_model_exclude_none=True,
     )
-    async def model(model: Annotated[str, Path(max_length=256)]) -> Model:
+    async def model(request: Request, model: Annotated[str, Path(max_length=256)]) -> Model:
         if not settings.serves(model):
             text = f"model: {model!r} is not served here"
             raise ApiError(404, text, "model_not_found", "model")
-        return _model(model)
+        return _model(model, request.state.client)
 
     @router.get("/v1/queue", summary="How much is waiting")
     async def queue() -> QueueState:
@@ -83,19 +84,16 @@ def operations_router(services: Services) -> APIRouter:
     async def metrics() -> Response:
         return Response(services.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    def _model(name: str) -> Model:
-        capabilities = None
-        if (info := engine.model) is not None:
-            capabilities = ModelCapabilities(
-                default_steps=info.default_steps,
-                default_guidance=info.default_guidance,
-                trained_side=info.trained_side,
-                max_n=min(settings.max_n, info.limits.max_images),
-                max_side=info.limits.max_side,
-                max_pixels=info.limits.max_pixels,
-                max_steps=info.limits.max_steps,
-                max_guidance=info.limits.max_guidance,
+    def _model(name: str, client: Client) -> Model:
+        possible = None
+        if engine.model is not None:
+            possible = capabilities(
+                engine.model,
+                settings,
+                client,
+                stores=services.store is not None,
+                moderates=services.images.moderates,
             )
-        return Model(id=name, created=services.started, krea2=capabilities)
+        return Model(id=name, created=services.started, krea2=possible)
 
     return router

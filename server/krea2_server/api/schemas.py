@@ -18,6 +18,7 @@ from krea2_srt.request import MAX_SEED
 
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 OutputFormat = Literal["png", "jpeg", "webp"]
+ResponseFormat = Literal["url", "b64_json"]
 
 MAX_PROMPT = 32_000
 """Characters, by OpenAI's contract; the model reads 512 tokens, 5 of them its template's."""
@@ -77,9 +78,7 @@ class ImageGenerationRequest(BaseModel):
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp; 100 by default."
     )
-    response_format: Literal["url", "b64_json"] | None = Field(
-        default=None, description="b64_json by default."
-    )
+    response_format: ResponseFormat | None = Field(default=None, description="b64_json by default.")
     stream: bool | None = Field(default=None, description="Answer with server-sent events.")
     partial_images: int | None = Field(
         default=None,
@@ -294,8 +293,15 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class QualityCapabilities(BaseModel):
+    """What a quality stands for where a request says nothing else."""
+
+    num_inference_steps: int
+    size: str
+
+
 class ModelCapabilities(BaseModel):
-    """What the model does by itself, and how far it goes."""
+    """What the model does by itself, and how far it goes; for the key of who asks."""
 
     default_steps: int
     default_guidance: float
@@ -305,6 +311,25 @@ class ModelCapabilities(BaseModel):
     max_pixels: int
     max_steps: int
     max_guidance: float
+    size_multiple: int = Field(description="Of which widths and heights are multiples.")
+    max_aspect: int = Field(description="Longest side over shortest.")
+    default_size: str | None = Field(
+        None, description="Of a request without one; absent if the server's own is impossible."
+    )
+    max_prompt: int = Field(description="Characters of a prompt, and of a negative prompt.")
+    qualities: dict[Quality, QualityCapabilities]
+    output_formats: list[OutputFormat]
+    response_formats: list[ResponseFormat]
+    default_response_format: ResponseFormat
+    default_embed_metadata: bool
+    stream: bool = Field(description="Whether answers can be streams.")
+    max_partial_images: int
+    moderation: list[Literal["auto", "low"]] = Field(description="That this key may ask for.")
+    min_priority: int
+    max_priority: int = Field(description="Of this key.")
+    max_deadline_ms: float
+    requests_per_minute: float | None = Field(None, description="Of this key; absent: any.")
+    max_concurrent: int | None = Field(None, description="Of this key; absent: any.")
 
 
 class Model(BaseModel):
