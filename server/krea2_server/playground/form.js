@@ -5,7 +5,15 @@ import { MAX_SEED } from "./settings.js";
 import { CUSTOM, offerSizes, sidesOf } from "./sizes.js";
 
 const KEY_ITEM = "krea2-api-key";
-const UNKNOWN_MODEL = { max_side: 2048, max_pixels: 2048 * 2048, trained_side: 2048 };
+const UNKNOWN_MODEL = {
+  max_side: 2048,
+  max_pixels: 2048 * 2048,
+  trained_side: 2048,
+  size_multiple: 16,
+  max_aspect: 3,
+  max_prompt: 32_000,
+  output_formats: ["png", "jpeg", "webp"],
+};
 
 export class Form {
   constructor() {
@@ -43,9 +51,15 @@ export class Form {
 
   /** Take over a model's limits, and its defaults where nothing is entered. */
   setModel(model) {
-    this.limits = model;
-    offerSizes(this.size, model, this.sizeIsChosen ? this.size.value : null);
-    this.width.max = this.height.max = model.max_side;
+    this.limits = { ...UNKNOWN_MODEL, ...model };
+    offerSizes(this.size, this.limits, this.sizeIsChosen ? this.size.value : null);
+    for (const side of [this.width, this.height]) {
+      side.max = this.limits.max_side;
+      side.min = side.step = this.limits.size_multiple;
+    }
+    for (const format of byId("format").options) {
+      format.hidden = format.disabled = !this.limits.output_formats.includes(format.value);
+    }
     byId("count").max = model.max_n;
     byId("steps").max = model.max_steps;
     byId("guidance").max = model.max_guidance;
@@ -121,15 +135,34 @@ export class Form {
   }
 
   #check() {
-    const pixels = this.width.valueAsNumber * this.height.valueAsNumber;
-    const { max_pixels: maxPixels } = this.limits;
-    const tooLarge = `At most ${maxPixels.toLocaleString("en")} pixels in all.`;
-    this.height.setCustomValidity(pixels > maxPixels ? tooLarge : "");
+    this.height.setCustomValidity(this.#sizeProblem());
     const seed = this.seed.value.trim();
     const isSeed = seed === "" || (/^\d{1,19}$/.test(seed) && BigInt(seed) <= MAX_SEED);
     this.seed.setCustomValidity(isSeed ? "" : `A whole number from 0 to ${MAX_SEED}, or nothing.`);
     const isBlank = this.prompt.value.trim() === "";
-    this.prompt.setCustomValidity(isBlank ? "Say what to generate." : "");
+    this.prompt.setCustomValidity(
+      isBlank ? "Say what to generate." : this.#lengthProblem(this.prompt),
+    );
+    const negative = byId("negative");
+    const isSent = Number(byId("guidance").value) > 0;
+    negative.setCustomValidity(isSent ? this.#lengthProblem(negative) : "");
+  }
+
+  #sizeProblem() {
+    const [width, height] = [this.width.valueAsNumber, this.height.valueAsNumber];
+    const { max_pixels: maxPixels, max_aspect: maxAspect } = this.limits;
+    if (width * height > maxPixels) {
+      return `At most ${maxPixels.toLocaleString("en")} pixels in all.`;
+    }
+    const isTooLong = Math.max(width, height) > maxAspect * Math.min(width, height);
+    return isTooLong ? `At most ${maxAspect} times as long as wide.` : "";
+  }
+
+  #lengthProblem(field) {
+    // As the server counts: an emoji is one.
+    const { length } = [...field.value.trim()];
+    const { max_prompt: maxPrompt } = this.limits;
+    return length > maxPrompt ? `At most ${maxPrompt.toLocaleString("en")} characters.` : "";
   }
 
   #keepKey() {

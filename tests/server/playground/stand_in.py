@@ -91,6 +91,10 @@ class StandIn:
             "max_pixels": 4194304,
             "max_steps": 200,
             "max_guidance": 100.0,
+            "size_multiple": 16,
+            "max_aspect": 3,
+            "max_prompt": 32_000,
+            "output_formats": ["png", "jpeg", "webp"],
         }
         model = {"id": "krea-2-turbo", "object": "model", "created": 1, "owned_by": "krea"}
         model["krea2"] = limits | self.script.limits

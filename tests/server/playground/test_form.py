@@ -30,6 +30,8 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
         "max_n": 4,
         "max_steps": 20,
         "default_steps": 12,
+        "max_prompt": 6,
+        "output_formats": ["png", "webp"],
     }
     blank_page.goto(playground_url)
     expect(blank_page.locator("#server")).to_have_text("krea-2-turbo")
@@ -38,11 +40,19 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     assert blank_page.locator("#size").input_value() == "512x512"
     assert blank_page.locator("#steps").input_value() == "12"
     blank_page.locator("#prompt").fill("a fox")
-    for field, value in (("count", "5"), ("steps", "21")):
+    for field, value in (("count", "5"), ("steps", "21"), ("prompt", "a fox, old")):
         blank_page.locator(f"#{field}").fill(value)
         blank_page.locator("#generate").click()
         expect(blank_page.locator(f"#{field}")).to_be_focused()
         blank_page.locator(f"#{field}").fill("1")
+    # A negative prompt that is not sent may be of any length.
+    blank_page.locator("#more summary").click()
+    blank_page.locator("#negative").fill("too long")
+    assert blank_page.locator("#form:valid").count() == 1
+    blank_page.locator("#guidance").fill("2")
+    assert blank_page.locator("#negative:invalid").count() == 1
+    enabled = blank_page.locator("#format option:not([disabled])")
+    assert [option.get_attribute("value") for option in enabled.all()] == ["png", "webp"]
     assert script.bodies == []
 
 
@@ -65,7 +75,13 @@ def test_a_size_of_ones_own_is_checked(script: Script, page: Page):
     expect(page.locator("#width")).to_be_hidden()
     page.locator("#size").select_option("custom")
     expect(page.locator("#width")).to_have_value("1536")
-    for width, height in (("1000", "1024"), ("2064", "2048"), ("4112", "16"), ("", "1024")):
+    for width, height in (
+        ("1000", "1024"),
+        ("2064", "2048"),
+        ("4112", "16"),
+        ("", "1024"),
+        ("1024", "256"),
+    ):
         page.locator("#width").fill(width)
         page.locator("#height").fill(height)
         page.locator("#generate").click()
