@@ -34,6 +34,8 @@ def infotext(image: ImageRequest, model: str) -> str:
     lines = [image.prompt]
     if image.negative_prompt:
         lines.append(f"{_NEGATIVE} {image.negative_prompt}")
+    if image.mu is not None:
+        settings["Mu"] = repr(image.mu)
     prompts = {"Prompt": image.prompt, "Negative prompt": image.negative_prompt}
     if not all(map(_is_read_as_it_is, prompts.values())):
         # Settings of these names come later for A1111, and count.

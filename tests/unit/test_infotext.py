@@ -38,6 +38,17 @@ def test_the_text_is_what_a1111_writes():
     assert "CFG scale: 1, " in infotext(IMAGE, "krea-2-turbo")
 
 
+def test_nothing_that_changes_a_picture_is_left_out():
+    """A field that `ImageRequest` gets belongs into the text too."""
+    other = ImageRequest("a hen", 80, 64, 9, 0.5, "blur", 8, 2, 1.15)
+    for field in dataclasses.fields(ImageRequest):
+        changed = dataclasses.replace(IMAGE, **{field.name: getattr(other, field.name)})
+        assert changed != IMAGE
+        is_told = infotext(changed, "krea-2") != infotext(IMAGE, "krea-2")
+        # The text is of one image, whatever came with it.
+        assert is_told == (field.name != "num_images"), field.name
+
+
 @given(lines.filter(str.strip), lines, st.floats(0.0, 100.0), prompts.filter(str.strip))
 @example("a\nNegative prompt: b", "", 0.0, "krea-2")
 @example(" a\n\n b ", "Negative prompt:", 0.1, 'my "model", v2: new')
