@@ -8,6 +8,7 @@ import pybase64
 
 from krea2_server.a1111.reading import Txt2Img
 from krea2_srt import __version__
+from krea2_srt.infotext import infotext
 from krea2_srt.messages import Generated, GenerateRequest
 from krea2_srt.request import ImageRequest
 
@@ -41,32 +42,9 @@ def txt2img_answer(
     yield b"]," + orjson.dumps(rest)[1:]
 
 
-def infotext(image: ImageRequest, seed: int, model: str) -> str:
-    """The text by which the webui and its kin know again how an image was made."""
-    parts = {
-        "Steps": image.steps,
-        "Sampler": SAMPLER,
-        "Schedule type": SCHEDULER,
-        "CFG scale": _number(_cfg_scale(image)),
-        "Seed": seed,
-        "Size": image.size,
-        "Model": model,
-        "Version": f"krea2-srt {__version__}",
-    }
-    lines = [image.prompt]
-    if image.negative_prompt:
-        lines.append(f"Negative prompt: {image.negative_prompt}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in parts.items()))
-    return "\n".join(lines)
-
-
 def _cfg_scale(image: ImageRequest) -> float:
     """The webui's scale, in which 1 is off."""
     return image.guidance + 1
-
-
-def _number(value: float) -> str:
-    return f"{value:g}"
 
 
 def _parameters(image: ImageRequest, send_images: bool) -> dict[str, Any]:
@@ -121,7 +99,7 @@ def _info(image: ImageRequest, model: str) -> dict[str, Any]:
         "denoising_strength": None,
         "extra_generation_params": {"Schedule type": SCHEDULER},
         "index_of_first_image": 0,
-        "infotexts": [infotext(image, seed, model) for seed in seeds],
+        "infotexts": [infotext(single, model) for single in image.singles()],
         "styles": [],
         "clip_skip": 1,
         "is_using_inpainting_conditioning": False,

@@ -11,7 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from krea2_server.a1111.answers import infotext
 from krea2_server.a1111.fields import ASK_NOTHING, NO_EFFECT, REFUSED
 from krea2_server.a1111.reading import read_txt2img
 from krea2_server.a1111.running import RunningRequests
@@ -225,16 +224,6 @@ def test_openais_contract_to_the_letter_leaves_this_api_away(accept, status):
 
 
 IMAGE = ImageRequest("a fox\nin snow", 64, 96, 8, 3.5, "rain", 7, num_images=2)
-
-
-def test_an_images_text_is_the_webuis():
-    text = infotext(IMAGE, 8, "krea-2-raw")
-    *prompt, negative, last = text.split("\n")
-    assert "\n".join(prompt) == IMAGE.prompt
-    assert negative == "Negative prompt: rain"
-    assert last.startswith("Steps: 8, Sampler: Euler, ")
-    for part in ("CFG scale: 4.5", "Seed: 8", f"Size: {IMAGE.size}", "Model: krea-2-raw"):
-        assert part in last.split(", ")
 
 
 def test_progress_counts_the_steps_of_one_client_and_foresees_their_end():
