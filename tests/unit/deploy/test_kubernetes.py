@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,25 @@ def test_its_settings_are_the_servers(rendered, overlay, monkeypatch, tmp_path):
     file = tmp_path / settings.api_keys_file.name
     file.write_text(yaml.safe_dump(keys))
     Keys.from_settings(load_settings(["--api-keys-file", str(file)]))
-    # A service of that name would make variables that begin as settings do.
-    assert not pod(rendered[overlay])["enableServiceLinks"]
     assert rendered[overlay]["Service"]["metadata"]["name"] != "krea2-serve"
+
+
+def pod_specs(it: object) -> Iterator[dict[str, Any]]:
+    """Of every pod in an object, whatever makes it."""
+    if isinstance(it, dict):
+        if "containers" in it:
+            yield it
+        it = list(it.values())
+    if isinstance(it, list):
+        for part in it:
+            yield from pod_specs(part)
+
+
+def test_no_pod_gets_the_variables_of_services(rendered, ray_service):
+    """Those of a Service called krea2-serve would begin as settings do."""
+    specs = [spec for it in (*rendered.values(), ray_service) for spec in pod_specs(it)]
+    assert len(specs) == len(OVERLAYS) + len(ray_groups(ray_service))
+    assert [spec["enableServiceLinks"] for spec in specs] == [False] * len(specs)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -190,11 +207,15 @@ def ray_service() -> dict[str, Any]:
     return yaml.safe_load((DEPLOY / "ray" / "rayservice.yaml").read_text())
 
 
+def ray_groups(ray_service: dict[str, Any]) -> list[dict[str, Any]]:
+    cluster = ray_service["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
 def test_the_ray_service_is_valid(ray_service):
     jsonschema.validate(ray_service, json.loads((SCHEMAS / "ray-service.json").read_text()))
     cluster = ray_service["spec"]["rayClusterConfig"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    for group in groups:
+    for group in ray_groups(ray_service):
         template = group["template"] | {"metadata": {"name": "x"}}
         kubernetes_validate.validate(
             {"apiVersion": "v1", "kind": "Pod", **template}, KUBERNETES, strict=True
