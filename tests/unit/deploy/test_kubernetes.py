@@ -3,9 +3,10 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import kubernetes_validate
@@ -24,23 +25,47 @@ KUBERNETES = "1.31"
 OVERLAYS = ("gpu", "cpu-demo")
 
 
+COMPONENTS = ("monitoring", "autoscaling", "tracing", "object-store", "openshift")
+
+
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory) -> dict[str, dict[str, Any]]:
-    """For each overlay its objects by kind; there is one of each."""
+def render(tmp_path_factory) -> Callable[..., dict[str, Any]]:
+    """Renders an overlay with changes of its own: its objects by kind; there is one of each."""
     kubectl = required("kubectl")
-    folder = tmp_path_factory.mktemp("kustomize") / "kubernetes"
-    shutil.copytree(DEPLOY / "kubernetes", folder)
-    found = {}
-    for overlay in OVERLAYS:
+
+    def render(overlay: str, components: Sequence[str] = (), patches: Sequence[dict] = ()):
+        folder = tmp_path_factory.mktemp("kustomize") / "kubernetes"
+        shutil.copytree(DEPLOY / "kubernetes", folder)
         target = folder / "overlays" / overlay
         shutil.copy(folder / "overlays" / "keys.example.yaml", target / "keys.yaml")
+        file = target / "kustomization.yaml"
+        changed = yaml.safe_load(file.read_text())
+        known = changed.setdefault("components", [])
+        known += [f"../../components/{one}" for one in components]
+        changed["patches"] += patches
+        file.write_text(yaml.safe_dump(changed))
         result = subprocess.run(
             [kubectl, "kustomize", target], capture_output=True, text=True, check=True
         )
         objects = list(yaml.safe_load_all(result.stdout))
-        found[overlay] = {it["kind"]: it for it in objects}
-        assert len(found[overlay]) == len(objects)
-    return found
+        found = {it["kind"]: it for it in objects}
+        assert len(found) == len(objects)
+        return found
+
+    return render
+
+
+@pytest.fixture(scope="module")
+def rendered(render) -> dict[str, dict[str, Any]]:
+    """For each overlay its objects by kind."""
+    return {overlay: render(overlay) for overlay in OVERLAYS}
+
+
+@pytest.fixture(scope="module")
+def with_all(render) -> dict[str, Any]:
+    """The demo's objects with every component."""
+    assert {one.name for one in (DEPLOY / "kubernetes/components").iterdir()} == set(COMPONENTS)
+    return render("cpu-demo", COMPONENTS)
 
 
 def pod(objects: dict[str, Any]) -> dict[str, Any]:
@@ -52,9 +77,9 @@ def container(objects: dict[str, Any]) -> dict[str, Any]:
     return only
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_object_is_valid(rendered, overlay):
-    for kind, it in rendered[overlay].items():
+@pytest.mark.parametrize("overlay", [*OVERLAYS, "with all components"])
+def test_every_object_is_valid(rendered, with_all, overlay):
+    for kind, it in rendered.get(overlay, with_all).items():
         if kind == "ServiceMonitor":
             jsonschema.validate(it, json.loads((SCHEMAS / "service-monitor.json").read_text()))
         else:
@@ -126,7 +151,7 @@ def test_its_settings_are_the_servers(rendered, overlay, monkeypatch, tmp_path):
 
 
 def pod_specs(it: object) -> Iterator[dict[str, Any]]:
-    """Of every pod in an object, whatever makes it."""
+    """What every pod is made from that an object makes."""
     if isinstance(it, dict):
         if "containers" in it:
             yield it
@@ -162,6 +187,87 @@ def test_a_pod_can_do_little(rendered, overlay):
         "Egress",
         "Ingress",
     ]
+
+
+def peers(objects: dict[str, Any]) -> list[dict[str, Any]]:
+    """Who may reach the API."""
+    (rule,) = objects["NetworkPolicy"]["spec"]["ingress"]
+    return rule["from"]
+
+
+def ports_out(objects: dict[str, Any]) -> set[int]:
+    """To which a pod may connect anywhere."""
+    rules = objects["NetworkPolicy"]["spec"]["egress"]
+    assert not any("to" in rule for rule in rules)
+    return {port["port"] for rule in rules for port in rule["ports"]}
+
+
+def namespace(name: str) -> dict[str, Any]:
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
+CLIENTS = {
+    "podSelector": {
+        "matchExpressions": [{"key": "krea2-client", "operator": "In", "values": ["true"]}]
+    }
+}
+
+
+def test_who_reaches_the_pods_is_who_is_there(rendered, with_all):
+    assert peers(rendered["gpu"]) == [CLIENTS, namespace("monitoring"), namespace("traefik")]
+    assert peers(rendered["cpu-demo"]) == [CLIENTS]
+    assert peers(with_all) == [CLIENTS, namespace("monitoring")]
+
+
+@pytest.mark.parametrize("peer", [namespace("gateway"), {"ipBlock": {"cidr": "10.0.0.0/8"}}])
+def test_an_ingress_controller_may_be_a_namespace_or_addresses(render, peer):
+    operation = {"op": "add", "path": "/spec/ingress/0/from/-", "value": peer}
+    patch = {"target": {"kind": "NetworkPolicy"}, "patch": yaml.safe_dump([operation])}
+    objects = render("cpu-demo", patches=[patch])
+    assert peers(objects) == [CLIENTS, peer]
+    kubernetes_validate.validate(objects["NetworkPolicy"], KUBERNETES, strict=True)
+
+
+def test_pods_reach_names_and_https_and_what_their_components_need(rendered, with_all):
+    usual = {53, 5353, 443}
+    assert ports_out(rendered["gpu"]) == ports_out(rendered["cpu-demo"]) == usual
+    assert ports_out(with_all) == usual | {4317, 4318, 9000}
+
+
+def test_what_components_set_is_reached(with_all, monkeypatch):
+    variables = {it["name"]: it for it in container(with_all)["env"]}
+    assert len(variables) == len(container(with_all)["env"])
+    for name, it in variables.items():
+        if name.startswith("KREA2_SERVE_"):
+            monkeypatch.setenv(name, it["value"])
+    settings = load_settings(container(with_all)["args"])
+    assert settings.storage == "s3://krea2-images"
+    for url in (settings.otlp_endpoint, settings.storage_options["endpoint_url"]):
+        assert urlsplit(url).port in ports_out(with_all)
+
+
+def test_on_openshift_the_cluster_chooses_the_user(with_all):
+    security = pod(with_all)["securityContext"]
+    assert security == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+
+
+def test_probes_and_the_service_go_by_a_port_that_the_variable_alone_sets(render):
+    variable = {"name": "KREA2_SERVE_PORT", "value": "8080"}
+    containers = [{"name": "server", "env": [variable]}]
+    patch = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "krea2"},
+        "spec": {"template": {"spec": {"containers": containers}}},
+    }
+    for overlay in OVERLAYS:
+        objects = render(overlay, patches=[{"patch": yaml.safe_dump(patch)}])
+        only = container(objects)
+        assert variable in only["env"]
+        assert only["ports"] == [{"name": "http", "containerPort": 8080}]
+        probes = [only[f"{name}Probe"] for name in ("startup", "readiness", "liveness")]
+        assert {probe["httpGet"]["port"] for probe in probes} == {"http"}
+        assert objects["Service"]["spec"]["ports"][0]["targetPort"] == "http"
 
 
 def test_a_gpu_each_and_as_many_as_the_work_asks_for(rendered):
