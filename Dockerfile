@@ -21,27 +21,32 @@ RUN --mount=from=wheel,source=/wheels,target=/wheels \
     --mount=from=wheel,source=/source,target=/source \
     bash /source/deploy/docker/install.sh "${TARGET}" /wheels /source
 
-# A fixed number, so that volumes can be given to it.
-RUN groupadd --gid 10001 krea2 \
- && useradd --uid 10001 --gid krea2 --home-dir /cache --no-create-home krea2 \
- && install --directory --owner=krea2 --group=krea2 /cache
-USER 10001:10001
+# A fixed number, so that volumes can be given to it, in group 0, which may write too: OpenShift runs
+# an image as any user of that group.
+RUN useradd --uid 10001 --gid 0 --home-dir /cache --no-create-home krea2 \
+ && install --directory --owner=10001 --group=0 --mode=2775 /cache
+USER 10001:0
 
 # All that is written: the root file system may be read-only. Models, compiled kernels and images
-# are in /cache, which should be a volume; /tmp is for what a process needs while it runs.
+# are in /cache, which should be a volume; /tmp is for what a process needs while it runs. USER is for
+# who asks a user without a name for it, as PyTorch does.
 VOLUME /cache
 WORKDIR /cache
 ENV PATH=/opt/krea2/bin:${PATH} \
     HOME=/cache \
+    USER=krea2 \
     HF_HOME=/cache/huggingface \
     KREA2_SERVE_MODEL_PATH=${MODEL} \
     KREA2_SERVE_HOST=0.0.0.0 \
+    KREA2_SERVE_ADDRESS_FILE=/tmp/krea2-serve.address \
     KREA2_SERVE_LOG_FORMAT=json
 
 EXPOSE 30000
-# Alive, not ready: a model that is being loaded is no reason to start it again.
+# Alive, not ready: a model that is being loaded is no reason to start it again. It asks at the port
+# that the server was given, whichever way.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:30000/health', timeout=4)"]
+  CMD ["python3", "-m", "krea2_server.health"]
 # Finishes what was accepted, for up to --drain-timeout-s.
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["krea2-serve"]
+# What it writes is the group's: the next start may be as another user.
+ENTRYPOINT ["/bin/sh", "-c", "umask 0002 && exec krea2-serve \"$@\"", "krea2-serve"]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Does in a clean Debian root what the Dockerfile does for the CPU image, where no engine is that
-# could build it: installs, and runs the entry point as the image's user on a read-only root until
-# it has generated an image. As root, with debootstrap:
+# could build it: installs, and runs the entry point on a read-only root until it has generated an
+# image: as the image's user, and then on the same cache as another of group 0. As root, with
+# debootstrap:
 #
 #   deploy/docker/prove.sh [ROOT]
 set -euo pipefail
@@ -26,29 +27,30 @@ mount --rbind /dev "$root/dev"
 mount --make-rslave "$root/dev"
 mount --bind "$source" "$root/source"
 
-rm -rf "$root"/wheels/*
+rm -rf "$root"/wheels/* "$root.log"
 python3 -m pip wheel --quiet --no-deps --wheel-dir "$root/wheels" "$source"
 "${enter[@]}" bash /source/deploy/docker/install.sh cpu /wheels /source
-"${enter[@]}" id krea2 &>/dev/null || "${enter[@]}" useradd --uid 10001 --home-dir /cache --no-create-home krea2
-chown 10001:10001 "$root/cache"
-
 mount -o remount,bind,ro "$root"
-mount -t tmpfs -o uid=10001 tmpfs "$root/cache"
+mount -t tmpfs -o mode=2775,uid=10001,gid=0 tmpfs "$root/cache"
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-"${enter[@]}" setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs --bounding-set=-all \
-  env HF_HOME=/cache/huggingface \
-  krea2-serve --model-path /opt/krea-2-demo --host 127.0.0.1 --port $port > "$root.log" 2>&1 &
-server=$!
-for _ in $(seq 300); do
-  curl --silent --fail http://127.0.0.1:$port/ready && break
-  kill -0 $server
-  sleep 1
+for user in 10001 54321; do
+  as_user=("${enter[@]}" setpriv --reuid $user --regid 0 --clear-groups --no-new-privs --bounding-set=-all
+    env USER=krea2 HF_HOME=/cache/huggingface KREA2_SERVE_ADDRESS_FILE=/tmp/krea2-serve.address)
+  "${as_user[@]}" /bin/sh -c 'umask 0002 && exec krea2-serve "$@"' krea2-serve \
+    --model-path /opt/krea-2-demo --host 127.0.0.1 --port $port >> "$root.log" 2>&1 &
+  server=$!
+  for _ in $(seq 300); do
+    curl --silent --fail http://127.0.0.1:$port/ready && break
+    kill -0 $server
+    sleep 1
+  done
+  "${as_user[@]}" python3 -m krea2_server.health
+  curl --silent --fail-with-body http://127.0.0.1:$port/v1/images/generations \
+    --header 'content-type: application/json' --data '{"prompt": "a red heart on a yellow background", "size": "256x256"}' \
+    --output "$root.json"
+  kill -TERM $server
+  wait $server
+  server=
 done
-curl --silent --fail-with-body http://127.0.0.1:$port/v1/images/generations \
-  --header 'content-type: application/json' --data '{"prompt": "a red heart on a yellow background", "size": "256x256"}' \
-  --output "$root.json"
-kill -TERM $server
-wait $server
-server=
 echo "
 proven: installed, served, ended in order; the log is $root.log, the image in $root.json"

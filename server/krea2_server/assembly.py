@@ -20,6 +20,7 @@ from krea2_server.services import Services
 from krea2_server.settings import NO_STORAGE, Settings
 from krea2_server.storage.fsspec_store import FsspecStore
 from krea2_server.storage.local import LocalStore
+from krea2_server.storage.permissions import private_mode
 from krea2_server.storage.store import ImageStore, StorageError
 from krea2_srt.errors import ConfigError
 
@@ -98,7 +99,8 @@ def _signing_key(settings: Settings, folder: Path) -> bytes:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            mode = private_mode(file.parent, 0o600)
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         except FileExistsError:
             if len(key := file.read_bytes()) == _KEY_BYTES:
                 return key

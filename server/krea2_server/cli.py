@@ -4,12 +4,13 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ async def serve(settings: Settings, keys: Keys, moderator: Moderator | None) -> 
     async with AsyncExitStack() as stack:
         signals = stack.enter_context(SignalHandler())
         listener = stack.enter_context(_listen(settings))
+        stack.enter_context(_address_told(settings.address_file, address_of(listener)))
         count = len(settings.engine_endpoints) or settings.replicas
         engine = EngineClient(count)
         stack.callback(engine.close)
@@ -211,6 +213,31 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def on_this_machine(address: str) -> str:
+    """An address as this machine asks it: who listens on all is reached by loopback."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+
+@contextmanager
+def _address_told(file: Path | None, address: str) -> Iterator[None]:
+    """While it runs, the address is in the file, if there is to be one."""
+    if file is None:
+        yield
+        return
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        partial.write_text(on_this_machine(address) + "\n")
+        partial.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise ConfigError(f"address_file: {file}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
 async def _say_when_ready(address: str, services: Services) -> None:
     settings, engine = services.settings, services.engine
     logger.info("listening at %s; the model is being loaded", address)
@@ -225,8 +252,7 @@ async def _say_when_ready(address: str, services: Services) -> None:
 
 def usage(address: str, settings: Settings, model: ModelInfo) -> str:
     """What to do with a server that is ready."""
-    # Who listens on all addresses is reached on this machine by loopback.
-    address = address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    address = on_this_machine(address)
     width, height = automatic_size(PRESETS["low"], model)
     body = {"prompt": "a red heart on a yellow background", "size": f"{width}x{height}"}
     if settings.storage != NO_STORAGE:

@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     runner: RunnerSettings = RunnerSettings()
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
+    address_file: Path | None = Field(
+        None,
+        description="file to hold the address that it listens at while it does, http://host:port; "
+        "the image's health check asks there",
+    )
     public_url: HttpUrl = Field(
         "",
         description="what the URLs of images begin with; by default what trusted_proxies say, an "

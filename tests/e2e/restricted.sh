@@ -3,18 +3,19 @@
 # of the environment that it is called in.
 # In a mount namespace of its own (unshare --mount).
 #
-#   restricted.sh MODEL HOME_OF_PYTHON HIDDEN COMMAND...
+#   restricted.sh USER:GROUP CACHE MODEL HOME_OF_PYTHON HIDDEN COMMAND...
 #
-# MODEL is then /srv/model. HIDDEN is the folder that keeps other users from Python, or "".
+# CACHE is then /srv/cache, and MODEL /srv/model; a CACHE of "" is a new one. HIDDEN is the folder that keeps other users from Python, or "".
 set -euo pipefail
-model=$1 python=$2 hidden=$3
-shift 3
+ids=$1 cache=$2 model=$3 python=$4 hidden=$5
+shift 5
 
 mount --make-rprivate /
 mount -t tmpfs -o mode=755 tmpfs /srv
 mkdir /srv/model /srv/python
 mkdir --mode=777 /srv/cache /srv/tmp
 mount --bind "$model" /srv/model
+[[ -z $cache ]] || mount --bind "$cache" /srv/cache
 if [[ -n $hidden ]]; then
   mount --bind "$python" /srv/python
   mount -t tmpfs -o mode=755 tmpfs "$hidden"
@@ -24,7 +25,7 @@ fi
 mount -o remount,bind,ro /
 
 cd /srv/cache
-exec setpriv --reuid 10001 --regid 10001 --clear-groups --no-new-privs \
+exec setpriv --reuid "${ids%:*}" --regid "${ids#*:}" --clear-groups --no-new-privs \
   --bounding-set=-all --inh-caps=-all \
   env -i PATH="$PATH" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive \
   HOME=/srv/cache HF_HOME=/srv/cache/huggingface TMPDIR=/srv/tmp "$@"

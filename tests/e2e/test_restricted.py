@@ -1,27 +1,22 @@
 """The entry point as the image runs it: another user, a read-only root, no rights."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.drills.deployment import Deployment
-from tests.programs import required
-
-SCRIPT = Path(__file__).parent / "restricted.sh"
+from tests.e2e.restricted import restricted
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_it_serves_and_ends_with_nothing_to_write_to_but_its_cache(demo_model, tmp_path):
-    python = Path(sys.base_prefix)
-    wrapper = [required("unshare"), "--mount", str(SCRIPT), str(demo_model), str(python)]
-    wrapper += [_hidden(python)]
+    wrapper = restricted("10001:0", demo_model)
     flags = ["--storage", "/srv/cache/images", "--log-format", "text"]
     with Deployment(Path("/srv/model"), tmp_path, flags, wrapper) as deployment:
         process = deployment.server
-        assert set(process.uids()) == set(process.gids()) == {10001}
+        assert (set(process.uids()), set(process.gids())) == ({10001}, {0})
         status = (Path("/proc") / str(process.pid) / "status").read_text()
         assert "NoNewPrivs:\t1\n" in status
         assert "CapEff:\t0000000000000000\n" in status
@@ -31,11 +26,3 @@ def test_it_serves_and_ends_with_nothing_to_write_to_but_its_cache(demo_model, t
         assert deployment.wait() == 0, deployment.log[-2000:]
     assert "Read-only file system" not in deployment.log
     assert "Permission denied" not in deployment.log
-
-
-def _hidden(folder: Path) -> str:
-    """What keeps other users from a folder; nothing where nothing does."""
-    for parent in reversed((folder, *folder.parents)):
-        if not parent.stat().st_mode & 0o001:
-            return str(parent)
-    return ""

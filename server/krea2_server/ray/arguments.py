@@ -12,6 +12,7 @@ from krea2_srt.errors import ConfigError
 _OF_RAY = (
     ("host", "http_options.host of Ray Serve"),
     ("port", "http_options.port of Ray Serve"),
+    ("address_file", "nothing"),
     ("replicas", "max_replicas"),
     ("engine_endpoints", "nothing"),
     ("max_header_bytes", "nothing"),

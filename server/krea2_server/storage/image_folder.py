@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from krea2_server.storage.permissions import private_mode
 from krea2_server.storage.store import ImageTooLargeError, StorageFullError
 from krea2_srt.images import FORMATS
 
@@ -56,7 +57,8 @@ class ImageFolder:
         Raises:
             OSError: the folder cannot be made or written to.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=private_mode(self.path.parent, 0o700), exist_ok=True)
         # Tried, not asked: permissions say nothing of a file system that is read-only.
         (self.path / _WRITE_TEST).touch()
         (self.path / _WRITE_TEST).unlink()

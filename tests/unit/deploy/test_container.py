@@ -1,6 +1,5 @@
 """The image, as far as it can be tested without an engine that builds it."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from krea2_server import health
 from krea2_server.settings import load_settings
 from krea2_srt.cli import compile_bytecode
+from tests import image
+from tests.image import DOCKERFILE
 
 ROOT = Path(__file__).parents[3]
-DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 INSTALL = ROOT / "deploy" / "docker" / "install.sh"
 
@@ -30,27 +31,47 @@ def test_it_begins_with_the_pinned_sglang():
     assert f"ARG BASE=lmsysorg/sglang:v{pinned}\n" in DOCKERFILE
 
 
-def test_its_variables_are_settings_and_it_serves_nobody_without_a_key(monkeypatch, capsys):
-    names = dict(re.findall(r"(KREA2_SERVE_\w+)=(\S+)", DOCKERFILE))
-    assert names
-    for name, value in names.items():
-        monkeypatch.setenv(name, value.replace("${MODEL}", "krea/Krea-2-Turbo"))
+def test_its_variables_are_settings_and_it_serves_nobody_without_a_key(monkeypatch):
+    names = {name: it for name, it in image.variables().items() if "KREA2_SERVE_" in name}
+    assert "KREA2_SERVE_MODEL_PATH=${MODEL} " in DOCKERFILE
+    for name, value in {**names, "KREA2_SERVE_MODEL_PATH": "krea/Krea-2-Turbo"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(Exception, match="there are no API keys"):
         load_settings([])
     monkeypatch.setenv("KREA2_SERVE_API_KEYS", "sk-0123456789abcdef")
     assert load_settings([]).host == "0.0.0.0"
+    # Where its health check, which reads no settings, looks for the address.
+    assert str(load_settings([]).address_file) == names[health.VARIABLE]
 
 
-def test_it_runs_as_nobody_special_passes_signals_and_is_asked_for_its_health():
-    assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.M)
-    (entry,) = re.findall(r"^ENTRYPOINT (.+)$", DOCKERFILE, re.M)
-    assert json.loads(entry) == ["krea2-serve"]
+def test_it_runs_as_nobody_special_of_the_group_that_may_write():
+    assert re.search(r"^USER 10001:0$", DOCKERFILE, re.M)
+    assert {"--owner=10001", "--group=0", "--mode=2775"} <= set(image.cache_made_by())
     assert "STOPSIGNAL SIGTERM" in DOCKERFILE
-    (command,) = re.findall(r"^  CMD (\[.+\])$", DOCKERFILE, re.M)
-    program, flag, code = json.loads(command)
-    assert (program, flag) == ("python3", "-c")
-    compile(code, "healthcheck", "exec")
-    assert "/health" in code
+
+
+def test_what_it_is_started_with_becomes_the_servers_flags_and_signals_reach_it(tmp_path):
+    """The server takes the place of the shell."""
+    stand_in = tmp_path / "krea2-serve"
+    stand_in.write_text('#!/bin/sh\necho $$ "$@"; umask\n')
+    stand_in.chmod(0o755)
+    flags = ["--port", "8080", "--served-model-name", "two words"]
+    process = subprocess.Popen(
+        [*image.command("ENTRYPOINT"), *flags],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    said, _ = process.communicate()
+    assert said == f"{process.pid} {' '.join(flags)}\n0002\n"
+
+
+def test_prove_sh_starts_the_server_as_the_image_does():
+    _, flag, script, name = image.command("ENTRYPOINT")
+    proof = (INSTALL.parent / "prove.sh").read_text()
+    subprocess.run(["bash", "-n", INSTALL.parent / "prove.sh"], check=True)
+    assert f"/bin/sh {flag} '{script}' {name} " in proof
+    assert " ".join(image.command("CMD")) in proof
 
 
 def test_the_context_has_what_the_wheel_is_made_of():

@@ -108,3 +108,14 @@ def test_images_that_expire_together_go_in_the_order_of_writing(tmp_path):
 def test_the_folder_is_nobody_elses_to_read(tmp_path):
     ImageFolder(tmp_path / "images", 1).open(0)
     assert (tmp_path / "images").stat().st_mode & 0o777 == 0o700
+
+
+def test_where_a_group_may_write_the_folder_is_the_groups(tmp_path):
+    """The next start may be another user of it, as in a container whose user is any number."""
+    tmp_path.chmod(0o775)
+    umask = os.umask(0o002)
+    try:
+        ImageFolder(tmp_path / "images", 1).open(0)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "images").stat().st_mode & 0o777 == 0o770
