@@ -39,7 +39,7 @@ from krea2_srt.messages import (
 from krea2_srt.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
 
 MODULE = "krea2_srt.testing.fake_engine"
-MODEL = ModelInfo("fake/krea-2", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
+MODEL = ModelInfo("krea/Krea-2-Turbo", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
 
 
 @dataclass
@@ -56,6 +56,7 @@ class FakeEngine:
         cancelled: ids that were cancelled while they were under way.
         on_preview: called with a request's id just before a preview of it is sent.
         port: to listen on; 0 is any free one.
+        model: what it says that it serves.
     """
 
     step_s: float = 0.0
@@ -67,6 +68,7 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     on_preview: Callable[[str], None] = lambda _: None
     port: int = 0
+    model: ModelInfo = MODEL
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
@@ -127,7 +129,7 @@ class FakeEngine:
                 if self._running.pop((identity, request_id), None) is not None:
                     self.cancelled.append(request_id)
             case ControlRequest(control_id, GetModel()):
-                send(ControlReply(control_id, MODEL))
+                send(ControlReply(control_id, self.model))
             case ControlRequest(control_id, GetStatistics()):
                 send(ControlReply(control_id, self._statistics()))
 

@@ -186,7 +186,7 @@ def _check_model(settings: Settings) -> None:
 
 async def _run_engines(settings: Settings, engine: EngineClient, supervisor: Supervisor) -> None:
     if settings.engine_endpoints:
-        await attach_running(settings.engine_endpoints, engine, settings.hang_timeout_s)
+        await attach_running(settings, engine)
         return
     try:
         await supervisor.run()
@@ -245,13 +245,18 @@ async def _say_when_ready(address: str, services: Services) -> None:
         logger.warning(warning)
     while engine.model is None or not engine.num_ready:
         await asyncio.sleep(_POLL_S)
-    logger.info("ready: %s at %s", settings.model_name, address)
-    print(usage(address, settings, engine.model), flush=True)
+    name = services.names.own
+    logger.info("ready: %s at %s", name, address)
+    print(usage(address, name, settings, engine.model), flush=True)
     await asyncio.Event().wait()
 
 
-def usage(address: str, settings: Settings, model: ModelInfo) -> str:
-    """What to do with a server that is ready."""
+def usage(address: str, name: str, settings: Settings, model: ModelInfo) -> str:
+    """What to do with a server that is ready.
+
+    Args:
+        name: of the model.
+    """
     address = on_this_machine(address)
     width, height = automatic_size(PRESETS["low"], model)
     body = {"prompt": "a red heart on a yellow background", "size": f"{width}x{height}"}
@@ -260,7 +265,7 @@ def usage(address: str, settings: Settings, model: ModelInfo) -> str:
     key = ' -H "authorization: Bearer $KEY"' if settings.has_keys else ""
     playground = f"  playground: {address}/\n" if settings.playground else ""
     return f"""
-{settings.model_name} is ready. Try:
+{name} is ready. Try:
 
   curl {address}/v1/images/generations{key} -H 'content-type: application/json' \\
     -d '{json.dumps(body)}'

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+from krea2_server.api.spelling import shown
 from krea2_server.engine.base import Engine
+from krea2_server.errors import ApiError
 from krea2_server.image_service import ImageService
 from krea2_server.keys import Keys
+from krea2_server.model_names import ModelNames
 from krea2_server.observability.metrics import Metrics
 from krea2_server.settings import Settings
 from krea2_server.storage.store import ImageStore
@@ -26,3 +29,25 @@ class Services:
     store: ImageStore | None
     metrics: Metrics
     started: int
+
+    @property
+    def names(self) -> ModelNames:
+        """What clients call the model that is served now."""
+        return ModelNames.of(self.settings, self.engine.model)
+
+    def check_model(self, name: str, param: str = "model") -> None:
+        """Check that a client may call the model that.
+
+        Args:
+            param: the field in which it does.
+
+        Raises:
+            ApiError: 404, it may not; 503, what is served is not known yet.
+        """
+        names = self.names
+        if names.serves(name):
+            return
+        if not names.known:
+            raise self.engine.unavailable()
+        text = f"{param}: {shown(name)} is not served here; {names.own} is"
+        raise ApiError(404, text, "model_not_found", param)

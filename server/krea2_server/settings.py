@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         "krea/Krea-2-Turbo", description="folder or repo id of a Krea 2 checkpoint"
     )
     served_model_name: str = Field(
-        "", description="what clients call the model; by default the last part of its path"
+        "",
+        description="what clients call the model; by default the last part of its path, as the "
+        "engine knows it",
     )
     model_aliases: CommaList[str] = Field(
         [],
@@ -215,21 +217,6 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         # What is passed to the constructor is the file's.
         return Variables(settings_cls), init_settings
-
-    @property
-    def model_name(self) -> str:
-        """What clients call the model."""
-        return self.served_model_name or self.model_path.rstrip("/").rsplit("/", 1)[-1].lower()
-
-    def serves(self, name: str) -> bool:
-        """Whether a client may call the model that."""
-        if name in (self.model_name, self.model_path, *self.model_aliases):
-            return True
-        if "*" in self.model_aliases and ":" not in name:
-            return True
-        own = (self.model_name, self.model_path.rstrip("/").rsplit("/", 1)[-1])
-        names = {known.casefold() for known in (*own, self.model_path, *self.model_aliases)}
-        return self.accept == "common" and name.casefold() in names
 
     @property
     def sglang_options(self) -> list[str]:

@@ -1,9 +1,9 @@
 """What front ends fill their menus with: what there is, and empty lists of what there is not."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from krea2_server.a1111.answers import SAMPLER, SCHEDULER
-from krea2_server.settings import Settings
 
 _EMPTY_LISTS = (
     *("latent-upscale-modes", "sd-vae", "sd-modules", "loras", "hypernetworks"),
@@ -11,9 +11,12 @@ _EMPTY_LISTS = (
 )
 
 
-def catalog(settings: Settings) -> dict[str, Any]:
-    """Each list by the last part of its path."""
-    names = (settings.model_name, *settings.model_aliases)
+def catalog(names: Sequence[str]) -> dict[str, Any]:
+    """Each list by the last part of its path.
+
+    Args:
+        names: what clients may call the model.
+    """
     return {
         "samplers": [{"name": SAMPLER, "aliases": [SAMPLER.lower()], "options": {}}],
         "schedulers": [
@@ -25,7 +28,7 @@ def catalog(settings: Settings) -> dict[str, Any]:
                 "need_inner_model": False,
             }
         ],
-        "sd-models": [_model(name) for name in names if name != "*"],
+        "sd-models": [_model(name) for name in names],
         # Front ends put others between this one and the rest.
         "upscalers": [
             {
@@ -44,10 +47,14 @@ def catalog(settings: Settings) -> dict[str, Any]:
     }
 
 
-def options(settings: Settings) -> dict[str, Any]:
-    """The webui's options that mean something here; none can be changed."""
+def options(name: str) -> dict[str, Any]:
+    """The webui's options that mean something here; none can be changed.
+
+    Args:
+        name: the model's.
+    """
     return {
-        "sd_model_checkpoint": settings.model_name,
+        "sd_model_checkpoint": name,
         "sd_checkpoint_hash": None,
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,

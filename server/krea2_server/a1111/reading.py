@@ -12,7 +12,7 @@ from krea2_server.a1111.fields import ASK_NOTHING, NO_EFFECT, OPTIONS_NO_EFFECT,
 from krea2_server.api.lenient import request_model
 from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.api.spelling import flag, lower, printable, shown, whole
-from krea2_server.errors import ApiError, invalid
+from krea2_server.errors import invalid
 
 OVERRIDES = "override_settings"
 _COUNTS = ("batch_size", "n_iter")
@@ -186,12 +186,6 @@ def checkpoint_of(options: Mapping[str, Any], place: str = "") -> str | None:
     if not isinstance(value, str):
         raise invalid(place + name, f"{place}{name}: must be text, got {shown(value)}")
     return value
-
-
-def unknown_checkpoint(name: str, param: str, served: str) -> ApiError:
-    """A model is asked for that is not the one there is."""
-    text = f"{param}: {shown(name)} is not served here; {served} is"
-    return ApiError(404, text, "model_not_found", param)
 
 
 def _count(values: Mapping[str, Any], max_n: int) -> dict[str, int]:

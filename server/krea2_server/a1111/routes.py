@@ -15,7 +15,6 @@ from krea2_server.a1111.reading import (
     OVERRIDES,
     checkpoint_of,
     read_txt2img,
-    unknown_checkpoint,
 )
 from krea2_server.a1111.running import Running, RunningRequests
 from krea2_server.api.chunked_json import ChunkedJSONResponse
@@ -39,9 +38,8 @@ def a1111_router(services: Services) -> APIRouter:
     @router.post("/txt2img")
     async def txt2img(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
         asked = read_txt2img(body, settings.max_n)
-        if asked.checkpoint is not None and not settings.serves(asked.checkpoint):
-            param = f"{OVERRIDES}.sd_model_checkpoint"
-            raise unknown_checkpoint(asked.checkpoint, param, settings.model_name)
+        if asked.checkpoint is not None:
+            services.check_model(asked.checkpoint, f"{OVERRIDES}.sd_model_checkpoint")
         message = resolve_asked(services, asked.request, request.state.request_id)
         message = replace(message, progress=True)
         client: Client = request.state.client
@@ -55,7 +53,7 @@ def a1111_router(services: Services) -> APIRouter:
             finally:
                 generation.close()
         set_outcome(request.scope, "done")
-        pieces = txt2img_answer(asked, message, result.generated, settings.model_name)
+        pieces = txt2img_answer(asked, message, result.generated, services.names.own)
         return ChunkedJSONResponse(pieces)
 
     @router.get("/progress")
@@ -70,15 +68,15 @@ def a1111_router(services: Services) -> APIRouter:
 
     @router.get("/options")
     async def get_options() -> Response:
-        return JSONResponse(options(settings))
+        return JSONResponse(options(services.names.own))
 
     @router.post("/options")
     async def set_options(body: Annotated[dict[str, Any], Body()]) -> Response:
         checkpoint = checkpoint_of(body)
-        if checkpoint is not None and not settings.serves(checkpoint):
-            raise unknown_checkpoint(checkpoint, "sd_model_checkpoint", settings.model_name)
+        if checkpoint is not None:
+            services.check_model(checkpoint, "sd_model_checkpoint")
         # Some front ends send all that they have got back again.
-        known = {**options(settings), "sd_model_checkpoint": checkpoint}
+        known = {**options(services.names.own), "sd_model_checkpoint": checkpoint}
         others = [name for name, value in body.items() if name not in known or known[name] != value]
         warnings = [
             f"{printable(name)}: has no effect; options cannot be changed here"
@@ -91,8 +89,8 @@ def a1111_router(services: Services) -> APIRouter:
         # The list is always as it is.
         return JSONResponse({})
 
-    for name, content in catalog(settings).items():
-        _add_list(router, name, content)
+    for name in catalog(()):
+        _add_list(router, name, services)
     return router
 
 
@@ -109,10 +107,11 @@ def _check_page(request: Request, origins: Sequence[str]) -> None:
         raise ApiError(403, text, "cross_origin")
 
 
-def _add_list(router: APIRouter, name: str, content: Any) -> None:
+def _add_list(router: APIRouter, name: str, services: Services) -> None:
     @router.get(f"/{name}")
     async def listed() -> Response:
-        return JSONResponse(content)
+        # Engines that others start say only later what the model is called.
+        return JSONResponse(catalog(services.names.listed)[name])
 
 
 async def _followed(generation: Generation, running: Running) -> Result:

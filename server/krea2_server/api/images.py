@@ -68,7 +68,7 @@ def images_router(services: Services) -> APIRouter:
         client: Client = request.state.client
         base_url = address.base_url(request.scope)
         generation = await services.images.submit(asked, message, client, base_url, request.headers)
-        builder = ResponseBuilder(asked, message, services.settings.model_name)
+        builder = ResponseBuilder(asked, message, services.names.own)
         if asked.stream:
             events = _events(request, generation, builder, services.settings.keepalive_s)
             return EventStreamResponse(events, generation.close)
@@ -133,9 +133,8 @@ def resolve_asked(
     settings, model = services.settings, services.engine.model
     if body.response_format is None:
         body.response_format = settings.default_response_format
-    if body.model is not None and not settings.serves(body.model):
-        text = f"model: {body.model!r} is not served here; {settings.model_name} is"
-        raise ApiError(404, text, "model_not_found", "model")
+    if body.model is not None:
+        services.check_model(body.model)
     if services.store is None and body.wants_urls:
         text = "response_format: must be b64_json; this server keeps no images"
         raise invalid("response_format", text, "unsupported_value")
@@ -148,7 +147,7 @@ def resolve_asked(
         max_n=settings.max_n,
         max_prompt=settings.max_prompt,
         default_size=settings.default_size,
-        model_name=settings.model_name,
+        model_name=services.names.own,
         default_embed_metadata=settings.default_embed_metadata,
     )
 

@@ -44,13 +44,8 @@ def operations_router(services: Services) -> APIRouter:
 
     @router.get("/v1/models", summary="What is served", response_model_exclude_none=True)
     async def models(request: Request) -> ModelList:
-        return ModelList(
-            data=[
-                _model(name, request.state.client)
-                for name in (settings.model_name, *settings.model_aliases)
-                if name != "*"
-            ]
-        )
+        client = request.state.client
+        return ModelList(data=[_model(name, client) for name in services.names.listed])
 
     @router.get(
         "/v1/models/{model:path}",
@@ -59,9 +54,7 @@ def operations_router(services: Services) -> APIRouter:
         response_model_exclude_none=True,
     )
     async def model(request: Request, model: Annotated[str, Path(max_length=256)]) -> Model:
-        if not settings.serves(model):
-            text = f"model: {model!r} is not served here"
-            raise ApiError(404, text, "model_not_found", "model")
+        services.check_model(model)
         return _model(model, request.state.client)
 
     @router.get("/v1/queue", summary="How much is waiting")

@@ -55,10 +55,12 @@ class EngineClient:
 
     Attributes:
         model: what is served; None before the first replica is there.
+        was_asked: whether there has been a request.
     """
 
     def __init__(self, count: int) -> None:
         self.model: ModelInfo | None = None
+        self.was_asked = False
         self.replicas = [Replica() for _ in range(count)]
         self.routing = Replicas(count)
         self._context = zmq.asyncio.Context()
@@ -99,18 +101,25 @@ class EngineClient:
             return QueueCounts.of(replica.statistics, at_least=len(self.routing.loads[index]))
         return QueueCounts.of(replica.statistics)
 
-    async def attach(self, index: int, endpoint: str) -> None:
+    async def attach(
+        self, index: int, endpoint: str, check: Callable[[ModelInfo], None] = lambda model: None
+    ) -> None:
         """A replica has started: ask what it serves, and send it requests.
+
+        Args:
+            check: given what it serves; raises if that will not do.
 
         Raises:
             TimeoutError, EngineExitedError: it does not answer.
         """
         channel = EngineChannel(self._context, endpoint)
         try:
-            self.model = await _model(channel)
+            model = await _model(channel)
+            check(model)
         except BaseException:
             channel.close()
             raise
+        self.model = model
         self.replicas[index] = Replica(channel, answered=time.monotonic())
         self.routing.mark_live(index)
         self._pollers[index] = asyncio.create_task(self._poll(self.replicas[index]))
@@ -141,6 +150,7 @@ class EngineClient:
 
     async def submit(self, message: GenerateRequest) -> "ClientJob":
         """See `Engine`; it is generated where it waits least."""
+        self.was_asked = True
         work = image_ms(message.image, message.image.num_images)
         place = ExitStack()
         try:

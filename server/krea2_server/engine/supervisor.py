@@ -8,13 +8,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 
 from krea2_server.engine.channel import EngineExitedError
 from krea2_server.engine.client import EngineClient
+from krea2_server.model_names import name_of
 from krea2_server.settings import Settings, visible_gpus
 from krea2_srt.cli.errors import USAGE_ERROR
+from krea2_srt.messages import ModelInfo
 from krea2_srt.threads import limit_spinning
 
 logger = logging.getLogger(__name__)
@@ -212,33 +213,50 @@ class Supervisor:
         await asyncio.gather(*(process.stop() for process in self._processes))
 
 
-async def attach_running(
-    endpoints: Sequence[str], client: EngineClient, hang_timeout_s: float
-) -> None:
+async def attach_running(settings: Settings, client: EngineClient) -> None:
     """Use schedulers that somebody else starts and looks after: whenever one is there.
 
-    Args:
-        hang_timeout_s: without an answer after which one is given up until it answers again.
+    Raises:
+        EngineStartError: they serve different models, and there has been no request yet.
     """
     async with asyncio.TaskGroup() as group:
-        for index, endpoint in enumerate(endpoints):
-            group.create_task(_keep_attached(index, endpoint, client, hang_timeout_s))
+        for index in range(len(settings.engine_endpoints)):
+            group.create_task(_keep_attached(index, settings, client))
 
 
-async def _keep_attached(
-    index: int, endpoint: str, client: EngineClient, hang_timeout_s: float
-) -> None:
+class _OtherModelError(Exception):
+    """An engine serves another model than those that are there."""
+
+
+async def _keep_attached(index: int, settings: Settings, client: EngineClient) -> None:
+    endpoint = settings.engine_endpoints[index]
+
+    def check(model: ModelInfo) -> None:
+        served = client.model if client.routing.live else None
+        if served is not None and _identity(model, settings) != _identity(served, settings):
+            raise _OtherModelError(
+                f"engine_endpoints: {endpoint} serves {_described(model)}, and the engines before "
+                f"it {_described(served)}; all must serve one model"
+            )
+
     while True:
         try:
-            await client.attach(index, endpoint)
+            await client.attach(index, endpoint, check)
         except (TimeoutError, EngineExitedError) as error:
             logger.warning("engine %d: no answer from %s: %s", index, endpoint, error)
+            await asyncio.sleep(_WATCH_S)
+            continue
+        except _OtherModelError as error:
+            if not client.was_asked:
+                raise EngineStartError(str(error)) from None
+            # A rollout, perhaps, that began here: the others go on.
+            logger.error("%s; it gets no requests", error)
             await asyncio.sleep(_WATCH_S)
             continue
         logger.info("engine %d: at %s", index, endpoint)
         ends = [
             asyncio.create_task(client.disconnected(index)),
-            asyncio.create_task(_until_silent(client, index, hang_timeout_s)),
+            asyncio.create_task(_until_silent(client, index, settings.hang_timeout_s)),
         ]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -253,6 +271,18 @@ async def _keep_attached(
 async def _until_silent(client: EngineClient, index: int, hang_timeout_s: float) -> None:
     while client.silent_s(index) < hang_timeout_s:
         await asyncio.sleep(_WATCH_S)
+
+
+def _identity(model: ModelInfo, settings: Settings) -> tuple[object, ...]:
+    """What is the same of two engines with one model; who names the model himself answers for it
+    that folders of other names hold the same.
+    """
+    name = settings.served_model_name or name_of(model.path)
+    return name, model.distilled, model.default_steps, model.default_guidance
+
+
+def _described(model: ModelInfo) -> str:
+    return f"{model.path} ({'Turbo' if model.distilled else 'Raw'})"
 
 
 def worker_command(settings: Settings, ready_fd: int) -> list[str]:
