@@ -10,7 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -20,6 +28,7 @@ from pydantic_settings import (
 )
 
 from krea2_server.comma_lists import CommaList
+from krea2_server.json_objects import JsonObject
 from krea2_server.proxies.hosts import checked_host, checked_network
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.variables import Variables
@@ -37,14 +46,28 @@ PREFIX = "KREA2_SERVE_"
 _NESTED = "__"
 _CONFIG = "config"
 
+
+def _named(value: Any) -> Any:
+    """A file's name; "" is what an unset variable leaves behind, and would be the folder here."""
+    if value == "":
+        raise ValueError("must be the name of a file, got an empty one")
+    return value
+
+
 # Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
 Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]
+File = Annotated[Path | None, BeforeValidator(_named)]
 HttpUrl = Annotated[str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$")]
 Network = Annotated[str, AfterValidator(checked_network)]
 HostPattern = Annotated[str, AfterValidator(checked_host)]
 Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
 
 NO_STORAGE = "none"
+
+_NEVER_TYPED = "\0"
+"""The text of a flag that would be no value: pydantic-settings must have one, and takes "None" by
+itself, which is a name like others in a variable.
+"""
 
 
 class Settings(BaseSettings):
@@ -58,7 +81,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, env_nested_delimiter=_NESTED, extra="forbid", hide_input_in_errors=True
     )
 
-    config: Path | None = Field(None, description="YAML file with any of these settings")
+    config: File = Field(None, description="YAML file with any of these settings")
 
     # What is served, and where.
     model_path: str = Field(
@@ -87,7 +110,7 @@ class Settings(BaseSettings):
     runner: RunnerSettings = RunnerSettings()
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(30000, ge=0, le=65535, description="port to listen on; 0 is any free one")
-    address_file: Path | None = Field(
+    address_file: File = Field(
         None,
         description="file to hold the address that it listens at while it does, http://host:port; "
         "the image's health check asks there",
@@ -110,7 +133,7 @@ class Settings(BaseSettings):
     playground: bool = Field(True, description="serve the playground at /")
 
     # Who may ask, and how much.
-    api_keys_file: Path | None = Field(None, description="YAML file of keys; see docs/server.md")
+    api_keys_file: File = Field(None, description="YAML file of keys; see docs/server.md")
     api_keys: SecretStr = Field(
         SecretStr(""),
         description="keys with the default limits, separated by commas; better as a variable, "
@@ -163,7 +186,7 @@ class Settings(BaseSettings):
     )
 
     # What is generated.
-    moderation_policy: Path | None = Field(
+    moderation_policy: File = Field(
         None, description="YAML file of content checks; see docs/moderation.md"
     )
 
@@ -173,7 +196,7 @@ class Settings(BaseSettings):
         description=f"folder, s3://bucket/prefix, or {NO_STORAGE}: no URLs; by default a folder "
         "in the user's cache",
     )
-    storage_options: dict[str, Any] = Field({}, description="of the S3 file system, as JSON")
+    storage_options: JsonObject = Field({}, description="of the S3 file system, as JSON")
     storage_key: SecretStr = Field(
         SecretStr(""),
         description="signs the URLs of a folder; by default a random one, kept beside it",
@@ -315,6 +338,7 @@ def load_settings(argv: Sequence[str]) -> Settings:
         SystemExit: after ``--help`` or ``--version``.
     """
     refuse_unknown_variables(os.environ)
+    # Of an empty name the model says what is wrong.
     path = _config_path(argv)
     values = _read_file(path) if path else {}
     try:
@@ -335,6 +359,7 @@ def _flags() -> CliSettingsSource[Any]:
         cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
+        cli_parse_none_str=_NEVER_TYPED,
         cli_exit_on_error=False,
         formatter_class=_HelpFormatter,
     )
@@ -346,7 +371,7 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Leaves away defaults that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return re.sub(r" \(default: (None|\[\]|\{\}|)\)$", "", action.help or "")
+        return re.sub(rf" \(default: ({_NEVER_TYPED}|\[\]|\{{\}}|)\)$", "", action.help or "")
 
 
 def _config_path(argv: Sequence[str]) -> str | None:

@@ -205,6 +205,33 @@ def test_a_value_that_cannot_be_is_refused_by_name(name, way, tmp_path, monkeypa
         assert "\n" not in message
 
 
+TEXTS = ("None", "null", "", "true", "a=1", "{}", '{"a": 1}', "[]", "a,b", "7")
+"""Texts that a way may be tempted to read in a way of its own."""
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_text_is_the_same_whichever_way_it_comes(name, tmp_path):
+    def outcome(way: Callable, text: str) -> object:
+        with pytest.MonkeyPatch.context() as patch:
+            flags = [*BESIDE.get(name, []), *way(name, text, tmp_path, patch.setenv)]
+            try:
+                return plain(load_settings(flags))[name]
+            except ConfigError as error:
+                # A choice is refused by the parser of the flags, in words of its own.
+                named = str(error).removeprefix("argument --").replace("-", "_")
+                assert re.match(rf"{name}\b", named)
+                return ConfigError
+
+    ways = [by_flag, by_variable, by_file]
+    if name == "config":
+        ways.remove(by_file)  # no file names another
+    if isinstance(FIELDS[name].default, bool):
+        ways.remove(by_flag)  # it has no text
+    for text in TEXTS:
+        first, *others = (outcome(way, text) for way in ways)
+        assert others == [first] * len(others), text
+
+
 @pytest.fixture(scope="module")
 def help_text() -> str:
     """What ``--help`` prints, in one line."""

@@ -50,6 +50,9 @@ def test_the_file_can_be_named_in_the_environment(tmp_path, monkeypatch):
         (["--runner.attention", "fa9"], "runner.attention: must be one of auto, sdpa"),
         (["--sglang-args", "'unbalanced"], "sglang_args"),
         (["--config", "/nonexistent.yaml"], "config"),
+        (["--config", ""], "config: must be the name of a file"),
+        (["--api-keys-file", ""], "api_keys_file: must be the name of a file"),
+        (["--storage=s3://b/p", "--storage-options", '{"a": 1, "a": 2}'], "a is there twice"),
         (["--host", "0.0.0.0"], "--allow-anonymous"),
         (["--host", "0.0.0.0", "--api-keys", " , "], "--allow-anonymous"),
         (["--log-level", "loud"], "log_level"),
@@ -117,6 +120,12 @@ def test_flags_of_lists_may_be_repeated():
     assert load_settings(flags).model_aliases == ["a", "b", "c,d", "e", "f"]
 
 
+def test_flags_of_objects_may_be_repeated():
+    flags = ["--storage-options", '{"a": 1}', "--storage-options", '{"b": "None"}']
+    settings = load_settings(["--storage=s3://bucket/images", *flags])
+    assert settings.storage_options == {"a": 1, "b": "None"}
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -124,6 +133,8 @@ def test_flags_of_lists_may_be_repeated():
         ("model_aliases", '["a"] b'),
         ("storage_options", "endpoint"),
         ("storage_options", "{"),
+        ("storage_options", "a=1"),
+        ("storage_options", '{"a": 1} {"b": 2}'),
         ("engine", "policy"),
     ],
 )
