@@ -57,17 +57,21 @@ def register() -> None:
 
 
 def _register_http_hooks() -> None:
-    """For the process that clients talk to. A worker would import an HTTP server for them."""
+    """For the process that clients talk to, or that is a command. A worker would import an HTTP
+    server for them.
+    """
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
     from krea2_srt import disconnects
-    from krea2_srt.sglang import launch, shutdown
+    from krea2_srt.sglang import commands, launch, shutdown
 
     hooks: dict[str, Hook] = {
         compat.CREATE_APP: _only_krea2(disconnects.add_to_app),
         compat.LAUNCH_HTTP: _only_krea2(shutdown.exit_on_sigterm),
         compat.LAUNCH: launch.launch,
     }
+    if commands.is_command(commands.GENERATE):
+        hooks[compat.GENERATE] = commands.generate
     for target, hook in hooks.items():
         HookRegistry.register(target, hook, HookType.AROUND)
 

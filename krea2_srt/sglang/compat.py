@@ -20,6 +20,7 @@ MODEL_INDEX = f"{RUNTIME}.utils.hf_diffusers_utils.maybe_download_model_index"
 CREATE_APP = f"{RUNTIME}.entrypoints.http_server.create_app"
 LAUNCH_HTTP = f"{RUNTIME}.launch_server.launch_http_server_only"
 LAUNCH = f"{RUNTIME}.launch_server.launch_server"
+GENERATE = f"{RUNTIME}.entrypoints.diffusion_generator.DiffGenerator.generate"
 """The targets of hooks, with `SCHEDULER`."""
 
 SIGNATURES = {
@@ -56,6 +57,7 @@ SIGNATURES = {
     CREATE_APP: "server_args, worker_pids, disagg_server",
     LAUNCH_HTTP: "server_args, worker_pids, disagg_server",
     LAUNCH: "server_args, launch_http_server",
+    GENERATE: "self, sampling_params_kwargs, external_trace_header",
     "sglang.kernels.ops.attention.flash_attention.flash_attn_varlen_func": (
         "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, q_descale, "
         "k_descale, v_descale, ver, ..."

@@ -1,13 +1,11 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
 from sglang.multimodal_gen.runtime.pipelines.krea2 import Krea2Pipeline
 from sglang.multimodal_gen.runtime.pipelines_core.composed_pipeline_base import (
@@ -19,7 +17,6 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 from sglang.multimodal_gen.runtime.utils.precision_types import PRECISION_TO_TYPE
 from sglang.srt.environ import envs
 
-from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import CheckpointError, ConfigError
@@ -31,6 +28,7 @@ from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.sglang.attention import backends
+from krea2_srt.sglang.commands import USERS, ending_in_a_line
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
@@ -64,7 +62,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         options = unsupported_options(server_args)
         if not server_args.model_subfolder:
-            with _ending_in_a_line():
+            with ending_in_a_line(CheckpointError, ConfigError):
                 folder = local_folder(model_path, server_args)
             # In place of the repo's name, by which SGLang would download all that is in it.
             model_path = str(folder)
@@ -74,7 +72,10 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
                 "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
                 ", ".join(options),
             )
-            return Krea2Pipeline(model_path, server_args, *args, **kwargs)
+            # Such as an adapter that is not there.
+            what = f"SGLang's own Krea 2 does not start with {', '.join(options)}: "
+            with ending_in_a_line(*USERS, SafetensorError, what=what):
+                return Krea2Pipeline(model_path, server_args, *args, **kwargs)
         return super().__new__(cls)
 
     def load_modules(
@@ -82,7 +83,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     ) -> dict[str, Any]:
         """Load the checkpoint into the runner."""
         del loaded_modules
-        with _ending_in_a_line():
+        with ending_in_a_line(CheckpointError, ConfigError):
             # In place of SGLang's `_load_config`, which would have all that is in a repo.
             folder = local_folder(self.model_path, server_args)
             self.model_path = str(folder)
@@ -125,18 +126,6 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         tiled = server_args.pipeline_config.vae_tiling or not explicit
         self.tile = default_tile(self.runner.device) if tiled else 0
         self.add_stage(DecodeStage(self.tile), "krea2_decode_stage")
-
-
-@contextmanager
-def _ending_in_a_line() -> Iterator[None]:
-    """End the process with what is wrong: a page of SGLang's frames would hide it. The exit code
-    says that another start would end the same way.
-    """
-    try:
-        yield
-    except (CheckpointError, ConfigError) as error:
-        print(f"krea2-srt: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
 
 
 def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
