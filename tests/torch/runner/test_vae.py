@@ -49,6 +49,51 @@ def test_bf16_is_close_to_float32(vae, demo_model):
     assert psnr(half.decode(latents), vae.decode(latents)) >= 40
 
 
+LARGE = [(1024, 336), (2048, 1024), (2048, 1536)]
+"""Sizes at which other decoders have shown bands: wide, large, and above 2.9 megapixels."""
+
+
+def pieces(vae, height: int, width: int, tile: int) -> tuple[int, int]:
+    """In how many tiles a picture is decoded, and in how many slices its pixels attend."""
+    tiles = len(module._tiles(height, tile, vae.margin)) * len(
+        module._tiles(width, tile, vae.margin)
+    )
+    latents = height * width // 64
+    return tiles, -(-latents // max(1, module.scores_per_slice(CPU) // latents))
+
+
+def farthest_from_diffusers(vae, diffusers_vae, height: int, width: int) -> float:
+    """How far a pixel is from that of Diffusers, which decodes all at once."""
+    assert not diffusers_vae.use_tiling
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, height // 8, width // 8, generator=generator)
+    expected = theirs(diffusers_vae, vae.config, latents)
+    return (vae.decode(latents) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize(("width", "height"), LARGE)
+def test_a_large_picture_has_no_bands(vae, diffusers_pipeline, monkeypatch, width, height):
+    """At an eighth of each side, and with all that cuts a picture as much smaller."""
+    tile, scores = module.default_tile(CPU), module.scores_per_slice(CPU)
+    tiles, slices = pieces(vae, height, width, tile)
+    monkeypatch.setattr(module, "default_tile", lambda device: tile // 8)
+    monkeypatch.setattr(module, "scores_per_slice", lambda device: scores // 8**4)
+    # In whole latents, of which 336 pixels would be 5.25.
+    height, width = -(-height // 64) * 8, width // 8
+    found = pieces(vae, height, width, tile // 8)
+    assert found[0] == tiles > 1
+    assert found[1] >= slices
+    assert farthest_from_diffusers(vae, diffusers_pipeline.vae, height, width) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), LARGE)
+def test_a_picture_as_large_as_it_is_has_no_bands(vae, diffusers_pipeline, width, height):
+    tiles, _ = pieces(vae, height, width, module.default_tile(CPU))
+    assert tiles > 1
+    assert farthest_from_diffusers(vae, diffusers_pipeline.vae, height, width) <= 1e-5
+
+
 @pytest.mark.parametrize("tile", [16, 48, 64, 130, 200, 1024])
 def test_tiles_have_no_seams(vae, tile):
     latents = torch.randn(1, 16, 18, 46, generator=torch.Generator().manual_seed(1))
