@@ -27,6 +27,8 @@ def test_a_server_is_confined_and_may_finish(name):
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert "privileged" not in service
+    # The image's own asks where the server listens.
+    assert "healthcheck" not in service
     drain_s = Settings.model_fields["drain_timeout_s"].default
     assert seconds(service["stop_grace_period"]) > drain_s
     assert service["networks"]["default"]["aliases"] == ["krea2"]
