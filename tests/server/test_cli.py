@@ -13,7 +13,7 @@ import openai
 import pytest
 import zmq
 
-from krea2_server.cli import _say_when_ready
+from krea2_server.cli import _say_when_ready, on_this_machine
 from krea2_server.settings import load_settings
 from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.processes import free_ports
@@ -76,6 +76,19 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     assert "moderation_policy: " in failure("--moderation-policy", broken)
     assert "KREA2_SERVE_PROT" in failure(KREA2_SERVE_PROT="1")
     assert "storage: " in failure("--storage", str(tmp_path / "broken.yaml" / "images"))
+    assert "address_file: " in failure("--address-file", str(tmp_path / "nowhere" / "address"))
+
+
+@pytest.mark.parametrize(
+    ("listening", "asked"),
+    [
+        ("http://0.0.0.0:8080", "http://127.0.0.1:8080"),
+        ("http://[::]:8080", "http://[::1]:8080"),
+        ("http://10.0.0.7:8080", "http://10.0.0.7:8080"),
+    ],
+)
+def test_who_listens_on_all_addresses_is_asked_by_loopback(listening, asked):
+    assert on_this_machine(listening) == asked
 
 
 def test_the_http_process_stays_light(fake_server, engine):
