@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -213,7 +214,8 @@ def test_whatever_is_sent_is_read_or_refused(fields):
 @pytest.mark.parametrize(("accept", "status"), [("common", 200), ("openai", 404)])
 def test_openais_contract_to_the_letter_leaves_this_api_away(accept, status):
     settings = Settings(accept=accept)
-    services = Services(settings, None, Keys.from_settings(settings), None, None, None, 0)
+    engine = SimpleNamespace(model=MODEL)
+    services = Services(settings, engine, Keys.from_settings(settings), None, None, None, 0)
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(create_app(services))

@@ -16,7 +16,8 @@ from tests.unit.server.test_dialects import read_body
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs/clients.md").read_text()
 ROWS = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \| ([^|]+) \|$", PAGE, re.MULTILINE)
-VERSIONS = re.findall(r"^\| ([^|]+) \| (?:[\w-]+ )?(\d+\.\d+\.\d+) \|", PAGE, re.MULTILINE)
+RUN = PAGE.split("## Clients run for real")[1].split("\n## ")[0]
+VERSIONS = re.findall(r"^\| ([^|]+) \| (?:[\w-]+ )?(\d+\.\d+\.\d+) \|", RUN, re.MULTILINE)
 CLIENTS = ROOT / "tests/server/clients"
 
 
