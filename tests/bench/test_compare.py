@@ -290,6 +290,7 @@ def test_a_server_that_dies_leaves_the_rounds_before(fake_process: Fake, bench: 
     assert "b: of 32 requests" in captured.out
 
 
+@pytest.mark.slow
 def test_interrupts_leave_the_rounds_before(fake_process: Fake, tmp_path: Path):
     script(fake_process)
     flags = [

@@ -181,6 +181,7 @@ def test_every_chart_is_there_to_be_seen(page: Page):
         assert box["height"] > 150
 
 
+@pytest.mark.slow
 def test_text_and_lines_stand_out_from_the_page(page: Page):
     """WCAG: 4.5 for text, 3 for graphics, in both colour schemes."""
     found = page.evaluate(
@@ -202,6 +203,7 @@ def test_text_and_lines_stand_out_from_the_page(page: Page):
         assert contrast(luminance(hex_rgb(colour)), paper) >= 3, colour
 
 
+@pytest.mark.slow
 def test_a_chart_has_its_colours_on_the_screen(page: Page):
     """Not only in the file: the bars of the run and both sides' lines are drawn."""
     shot = page.locator("svg[aria-label='versus: One run of ours']").screenshot()
@@ -211,6 +213,7 @@ def test_a_chart_has_its_colours_on_the_screen(page: Page):
         assert near.sum() > 50, work
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_a_phone(page: Page):
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -450,6 +450,7 @@ def test_wrong_options_are_errors(arguments, reason, capsys: pytest.CaptureFixtu
     assert reason in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mix_names_steps_and_images():
     args = command.build_parser().parse_args(["--mix", "256:40,1024:5:52:4"])
     assert args.mix == (Share(256, 40), Share(1024, 5, 52, 4))

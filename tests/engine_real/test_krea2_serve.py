@@ -61,6 +61,7 @@ def test_the_same_seed_gives_the_same_bytes_alone_and_in_company(real_server):
     assert np.abs(difference).max() <= 1  # of 255: packed tokens round otherwise
 
 
+@pytest.mark.slow
 def test_the_picture_is_krea2_generates_pixel_for_pixel(real_server, trained_model, tmp_path):
     command = [GENERATE, "a red fox", "--checkpoint", str(trained_model), "--dtype", "float32"]
     command += ["--width", "256", "--height", "256", "--seed", "3", "--output", "fox"]
@@ -90,6 +91,7 @@ def test_a_file_that_says_how_it_was_generated_is_generated_again(real_server, o
     assert file(**request_in(told), embed_metadata=True) == told
 
 
+@pytest.mark.slow
 def test_the_queue_counts_what_runs_and_what_waits(real_server):
     wait_until(lambda: not in_engine(real_server))
     stream = long_stream(real_server)
@@ -297,6 +299,7 @@ def test_a_scanner_at_the_engines_port_does_it_no_harm(real_server, server):
     assert statistics(endpoint)["pid"] == pid
 
 
+@pytest.mark.slow
 def test_no_answer_waits_for_a_step_of_the_engine(real_server):
     """More answers than there are steps come before the image is done."""
     stream = long_stream(real_server)

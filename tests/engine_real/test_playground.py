@@ -35,6 +35,7 @@ def test_what_it_looks_like(page: Page, artefacts):
     page.screenshot(path=artefacts / "playground-real-server.png")
 
 
+@pytest.mark.slow
 def test_stop_frees_the_engine(page: Page, real_server):
     page.locator("#size").select_option("512x512")
     generate(page, "a fox", steps="150", count="2")

@@ -125,6 +125,7 @@ def prometheus(real_server, tmp_path_factory):
         yield url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expression", QUERIES)
 def test_every_panel_has_data(prometheus, expression):
     variables = {"$instance": ".*", "$__rate_interval": "5m", "$peak": "790", "$bandwidth": "4.3"}

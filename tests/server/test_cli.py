@@ -68,6 +68,7 @@ def test_a_host_that_is_not_here_is_told():
     assert "host, port" in failure("--host", "192.0.2.1", "--allow-anonymous")
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_read_are_told(tmp_path):
     (tmp_path / "broken.yaml").write_text("{")
     broken = str(tmp_path / "broken.yaml")

@@ -63,6 +63,7 @@ def open_files(server: Served) -> int:
     return len(os.listdir(f"/proc/{server.pid}/fd"))
 
 
+@pytest.mark.slow
 def test_headers_that_trickle_in_are_cut_off(impatient, engine):
     connections = [connect(impatient) for _ in range(200)]
     for connection in connections:
@@ -115,6 +116,7 @@ def test_a_kept_connection_serves_request_after_request(impatient, engine):
             assert client.post(url, json={"prompt": "x", "size": "64x64"}).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_wait_in_little_memory_and_all_are_served(fake_server, engine):
     engine.hold.set()
 
@@ -258,6 +260,7 @@ def test_a_client_that_pipelines_and_hangs_up_is_noticed(fake_server, engine, se
     assert "Traceback" not in fake_server.log
 
 
+@pytest.mark.slow
 def test_slow_readers_that_want_to_close_are_let_go(impatient, engine):
     """What is left may be too little for the transport to tell of it."""
     engine.picture = b"x" * 1_750_000

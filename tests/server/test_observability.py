@@ -168,6 +168,7 @@ def test_the_queue_tells_what_the_engine_says(fake_server, engine):
         thread.join()
 
 
+@pytest.mark.slow
 def test_the_queue_tells_what_runs_from_its_first_step_to_its_end(fake_server, engine):
     engine.on_preview = lambda _: engine.hold.set()
     fields = {"prompt": "x", "size": "64x64", "stream": True, "partial_images": 1}

@@ -128,6 +128,7 @@ def test_engines_of_different_models_end_the_start_in_a_line():
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_of_another_model_that_comes_later_gets_no_requests(tmp_path):
     port = free_ports(["late"])["late"]
     with FakeEngine() as first:

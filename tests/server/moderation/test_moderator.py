@@ -26,6 +26,7 @@ def text_checker(model, **fields):
     )
 
 
+@pytest.mark.slow
 def test_prompts_are_read_by_the_text_model_alone(moderator, run):
     assert run(moderator.check_prompts(["a red fox"])).allowed
     verdict = run(moderator.check_prompts(["a red fox", "a forbidden fox"]))

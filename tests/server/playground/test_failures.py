@@ -48,6 +48,7 @@ def test_a_refusal_is_told_in_the_servers_words(
         ("broken", "The connection to the server was lost."),
     ],
 )
+@pytest.mark.slow
 def test_a_stream_that_ends_badly_is_reported(script: Script, page: Page, end: str, said: str):
     script.end = end
     page.locator("#size").select_option("256x256")
@@ -75,6 +76,7 @@ def test_a_missing_key_is_asked_for_and_then_used(
     assert blank_page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
+@pytest.mark.slow
 def test_a_key_that_is_no_longer_good_is_asked_for(script: Script, page: Page):
     script.key = "new"
     generate(page, "a fox")
@@ -99,6 +101,7 @@ def test_while_the_model_loads_the_page_waits(
     expect(blank_page.locator("#alert")).to_be_empty()
 
 
+@pytest.mark.slow
 def test_a_size_that_is_chosen_while_the_model_loads_is_kept(
     script: Script, blank_page: Page, playground_url: str
 ):

@@ -60,6 +60,7 @@ def test_the_servers_limits_are_kept(script: Script, blank_page: Page, playgroun
     ("trained_side", "size"),
     [(64, "256x256"), (256, "256x256"), (800, "768x768"), (4096, "1024x1024")],
 )
+@pytest.mark.slow
 def test_the_first_size_is_one_that_the_model_generates_well(
     script: Script, blank_page: Page, playground_url: str, trained_side: int, size: str
 ):

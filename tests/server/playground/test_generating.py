@@ -63,6 +63,7 @@ def test_several_images_have_seeds_that_count_up(page: Page):
     expect(page.locator("#seed")).to_have_value("9223372036854775800")
 
 
+@pytest.mark.slow
 def test_a_download_has_a_telling_name(page: Page):
     page.locator("#size").select_option("384x256")
     page.locator("#more summary").click()
@@ -110,6 +111,7 @@ def test_its_settings_can_be_used_again(page: Page):
     expect(page.locator("#prompt")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_the_newest_comes_first(page: Page):
     page.locator("#size").select_option("256x256")
     generate(page, "first")

@@ -1,5 +1,6 @@
 """While a request is on its way: its place, its steps, Stop, and others beside it."""
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from tests.channel import wait_until
@@ -59,6 +60,7 @@ def test_stop_frees_the_server(script: Script, page: Page):
     expect(page.locator("#generate")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_a_second_request_starts_beside_the_first_and_each_has_its_stop(script: Script, page: Page):
     script.hold_at = {4}
     generate(page, "first", count="2")

@@ -121,6 +121,7 @@ class TestLooks:
         return ["status of 400"]
 
 
+@pytest.mark.slow
 def test_dark_and_light_differ(page: Page):
     grounds = set()
     for scheme in ("light", "dark"):

@@ -22,6 +22,7 @@ class TestKeys:
     def expected_errors(self) -> list[str]:
         return ["status of 401"]
 
+    @pytest.mark.slow
     def test_a_key_is_asked_for_and_used(self, blank_page: Page, playground_url: str):
         blank_page.goto(playground_url)
         expect(blank_page.get_by_label("API key")).to_be_focused()
@@ -43,6 +44,7 @@ class TestLoading:
     def expected_errors(self) -> list[str]:
         return ["status of 503"]
 
+    @pytest.mark.slow
     def test_the_page_says_that_the_model_is_loading(self, blank_page: Page, playground_url: str):
         blank_page.goto(playground_url)
         expect(blank_page.locator("#server")).to_have_text("the model is loading")

@@ -67,6 +67,7 @@ def test_curl_is_given_exactly_the_form(
 @pytest.mark.parametrize(
     ("count", "names"), [("1", ["krea2.png"]), ("2", ["krea2-0.png", "krea2-1.png"])]
 )
+@pytest.mark.slow
 def test_curl_writes_the_pictures(
     script: Script, page: Page, tmp_path: Path, count: str, names: list[str]
 ):
@@ -103,6 +104,7 @@ def test_without_key_or_own_fields_the_program_compiles_too(page: Page):
     assert 'api_key="none"' in program
 
 
+@pytest.mark.slow
 def test_where_the_clipboard_is_forbidden_the_text_is_shown(page: Page):
     page.evaluate(
         "() => { navigator.clipboard.writeText = () => Promise.reject(new Error('no')); }"

@@ -36,6 +36,7 @@ def test_arrow_keys_go_through_the_gallery_and_escape_closes(generated: Page):
     expect(finished(generated).nth(1).locator(".open")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_settings_are_taken_over_from_the_large_picture(generated: Page):
     finished(generated).nth(2).locator(".open").click()
     generated.locator("#viewer").get_by_role("button", name="Use these settings again").click()
@@ -56,6 +57,7 @@ def test_the_gallery_keeps_a_hundred(page: Page):
     assert prompts == [f"request {request}" for request in range(10, 0, -1) for _ in range(10)]
 
 
+@pytest.mark.slow
 def test_everything_works_with_the_keyboard_alone(page: Page):
     def focused() -> str:
         return page.evaluate("document.activeElement.id || document.activeElement.className")

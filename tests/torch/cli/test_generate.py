@@ -174,6 +174,7 @@ def test_a_full_disk_leaves_no_half_picture(folder, demo_model, capsys, monkeypa
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_it_imports_neither_sglang_nor_diffusers():
     code = (
         "import sys, krea2_srt.runner.model_runner, krea2_srt.model.hub;"

@@ -220,6 +220,7 @@ def test_what_graphs_have_done_is_published(as_on_a_gpu, monkeypatch, runner):
     assert found["graph_misses_too_large"] == found["graph_misses_first_use"] == 0
 
 
+@pytest.mark.slow
 def test_captures_keep_to_their_time(as_on_a_gpu, caplog):
     assert len(as_on_a_gpu(warm_up_s=1e-9).graphs) == 0
     assert "with 0 CUDA graphs; others follow when their sizes come" in caplog.text
@@ -239,12 +240,14 @@ def test_without_a_back_end_that_can_be_captured_there_are_no_graphs(
         as_on_a_gpu(cuda_graphs="on")
 
 
+@pytest.mark.slow
 def test_an_offloaded_encoder_is_not_replayed(as_on_a_gpu, runner):
     loaded = as_on_a_gpu(text_encoder="offload")
     assert loaded.prompt_encoder.graphs is None
     assert torch.allclose(generate(loaded), generate(runner), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_products_are_chosen_for_the_model_that_was_loaded(as_on_a_gpu, monkeypatch):
     asked_for = []
 

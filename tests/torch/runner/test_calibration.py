@@ -35,6 +35,7 @@ def test_nothing_of_it_stays_in_the_prompt_cache(cost, runner):
     assert len(runner.contexts) == 0
 
 
+@pytest.mark.slow
 def test_a_disturbed_one_is_made_again(runner, cost, monkeypatch):
     """Times that no model explains; of three such the least bad is kept."""
     good = [Sample((300,), cost.step([300])), Sample((4200,), cost.step([4200]))]
@@ -47,6 +48,7 @@ def test_a_disturbed_one_is_made_again(runner, cost, monkeypatch):
         assert len(left) == len(found) - calls
 
 
+@pytest.mark.slow
 def test_a_remembered_one_of_the_wrong_shape_is_made_anew(runner, cost, tmp_path, monkeypatch):
     """Right at 256x256, and wrong above: as from a start that another program disturbed."""
     ms = calibration.calibrate(runner).step([300])

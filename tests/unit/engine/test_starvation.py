@@ -81,6 +81,7 @@ def test_small_requests_with_deadlines_starve_nothing_under_edf(deadline_s):
 
 
 @pytest.mark.parametrize("policy_name", ["srpt", "edf"])
+@pytest.mark.slow
 def test_a_stream_of_greater_priority_delays_by_its_head_start_at_most(policy_name):
     limit = bound(0.95, 1.0, head_start_s=policy.PRIORITY_HEAD_START_S)
     harness, big, backlog_s = serve(policy_name, 0.95, limit + 5, priority=1)
