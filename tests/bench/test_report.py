@@ -144,7 +144,7 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
-@pytest.fixture(params=["light", "dark"])
+@pytest.fixture(params=["light", pytest.param("dark", marks=pytest.mark.slow)])
 def page(request, browser: Browser, report: Path) -> Iterator[Page]:
     """The report, opened from the disk without a network; it may not complain."""
     complaints: list[str] = []

@@ -136,6 +136,7 @@ def test_every_panel_has_data(prometheus, expression):
     assert not any(math.isnan(value) for value in values)
 
 
+@pytest.mark.slow
 def test_rules_are_evaluated_and_no_alarm_is_raised(prometheus):
     wait_until(lambda: query(prometheus, "krea2:requests_failed:ratio_rate5m"), 20)
     groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]

@@ -35,6 +35,7 @@ def test_prompts_are_read_by_the_text_model_alone(moderator, run):
     assert run(moderator.check_prompts(["a lewd fox"])).categories == ("sexual",)
 
 
+@pytest.mark.slow
 def test_images_are_seen_by_the_image_model_alone(moderator, run):
     assert run(moderator.check_images([picture(20)])).allowed
     verdict = run(moderator.check_images([picture(20), picture(240), picture(20)]))
