@@ -36,6 +36,10 @@ class CheckpointError(Krea2Error):
     """A checkpoint is missing, partial or not what its config says."""
 
 
+class AdapterError(Krea2Error):
+    """An adapter is missing, damaged, or holds something that is not understood."""
+
+
 class ModelError(Krea2Error):
     """The model computed something that is no picture."""
 

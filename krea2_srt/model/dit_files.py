@@ -5,15 +5,18 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
-from krea2_srt.errors import CheckpointError
+from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.weights import (
+    WeightDelta,
     WeightSlot,
     check_weights,
     checkpoint_files,
@@ -92,6 +95,7 @@ def load_dit(
     device: torch.device,
     dtype: torch.dtype,
     quantization: Quantization | None = None,
+    deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
 ) -> Krea2DiT:
     """Load a DiT straight onto its device.
 
@@ -100,13 +104,16 @@ def load_dit(
         device: where the weights go.
         dtype: compute dtype; norms and modulation tables stay float32.
         quantization: of the blocks' matrices, each quantised as it is read.
+        deltas: what is added to matrices before that, by their Diffusers names; see
+            `krea2_srt.lora.merge`.
 
     Raises:
         CheckpointError: missing or damaged files, or tensors that do not fit the config.
         ConfigError: the quantization does not fit the model.
+        AdapterError: the deltas are another model's.
     """
     load = _load_original if path.is_file() else _load_folder
-    return load(path, device, dtype, quantization)
+    return load(path, device, dtype, quantization, deltas)
 
 
 def dit_config(path: Path) -> Krea2Config:
@@ -124,24 +131,41 @@ def read_config(folder: Path) -> Krea2Config:
 
 
 def _load_folder(
-    folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    deltas: Mapping[str, WeightDelta],
 ) -> Krea2DiT:
     config = read_config(folder)
     files = checkpoint_files(folder, _STEM)
-    check_weights(_meta_weight_map(config, dtype), tensor_shapes(files), folder)
+    needed = _meta_weight_map(config, dtype)
+    check_weights(needed, tensor_shapes(files), folder)
+    _check_deltas(deltas, needed)
     dit = _empty(config, device, dtype, quantization)
-    load_weights(files, dit.weight_map())
+    load_weights(files, dit.weight_map(), deltas=deltas)
     return dit
 
 
 def _load_original(
-    file: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+    file: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    deltas: Mapping[str, WeightDelta],
 ) -> Krea2DiT:
     config, shapes = _original_config(file)
-    check_weights(_meta_weight_map(config, dtype), shapes, file)
+    needed = _meta_weight_map(config, dtype)
+    check_weights(needed, shapes, file)
+    _check_deltas(deltas, needed)
     dit = _empty(config, device, dtype, quantization)
-    load_weights([file], dit.weight_map(), rename=diffusers_name)
+    load_weights([file], dit.weight_map(), diffusers_name, deltas)
     return dit
+
+
+def _check_deltas(deltas: Mapping[str, WeightDelta], needed: Mapping[str, WeightSlot]) -> None:
+    if other := sorted(deltas.keys() - needed.keys()):
+        raise AdapterError(f"the model has no {other[0]} that a merged adapter changes")
 
 
 def _original_config(file: Path) -> tuple[Krea2Config, dict[str, tuple[int, ...]]]:

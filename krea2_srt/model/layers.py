@@ -57,7 +57,8 @@ class Linear(nn.Module):
         """Checkpoint names under ``prefix`` and where their tensors go."""
         start = 0
         for name, rows in self.parts.items():
-            yield f"{prefix}{name}.weight", WeightSlot(self.weight[start : start + rows])
+            view = self.weight[start : start + rows]
+            yield f"{prefix}{name}.weight", WeightSlot(view, rows_of=self.weight, start=start)
             if self.bias is not None:
                 yield f"{prefix}{name}.bias", WeightSlot(self.bias[start : start + rows])
             start += rows

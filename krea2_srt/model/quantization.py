@@ -132,8 +132,9 @@ class QuantizedLinear(Linear):
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0
         for name, rows in self.parts.items():
-            view = self.weight[start : start + rows]
-            yield f"{prefix}{name}.weight", WeightSlot(view, store=partial(self._store, start))
+            view, store = self.weight[start : start + rows], partial(self._store, start)
+            slot = WeightSlot(view, store=store, rows_of=self.weight, start=start)
+            yield f"{prefix}{name}.weight", slot
             start += rows
 
     def _store(self, start: int, stored: Tensor) -> None:

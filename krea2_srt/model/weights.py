@@ -4,7 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,16 +28,34 @@ class WeightSlot:
         shape: shape the checkpoint must have, when it differs from the view's.
         transform: applied to the stored tensor before it is copied and cast into the view.
         store: puts the stored tensor in its place, where that is more than a copy.
+        rows_of: the fused matrix of which it is some rows; None if it is no matrix.
+        start: the first of these rows.
     """
 
     view: Tensor
     shape: tuple[int, ...] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     store: Callable[[Tensor], None] | None = None
+    rows_of: Tensor | None = None
+    start: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         return self.shape if self.shape is not None else tuple(self.view.shape)
+
+
+class WeightDelta(Protocol):
+    """What is added to a stored matrix for good, as an adapter is that is merged."""
+
+    def added_to(self, stored: Tensor) -> Tensor:
+        """The sum, in float32 and on the stored matrix's device; that one is left alone.
+
+        Args:
+            stored: [out, in], in any float dtype.
+
+        Raises:
+            AdapterError: it is for a matrix of another shape.
+        """
 
 
 def checkpoint_files(folder: Path, stem: str) -> list[Path]:
@@ -159,6 +178,7 @@ def load_weights(
     files: Iterable[Path],
     weight_map: Mapping[str, WeightSlot],
     rename: Callable[[str], str] = lambda name: name,
+    deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
 ) -> None:
     """Copy tensors from ``files`` into ``weight_map``; call `check_weights` first.
 
@@ -169,14 +189,18 @@ def load_weights(
         files: safetensors files.
         weight_map: where each tensor goes; tensors without a slot are not read.
         rename: from the name in the file to the name in ``weight_map``.
+        deltas: what is added to tensors before they are cast or quantised, by their names there.
     """
     for file in files:
         with safe_open(file, framework="pt") as tensors, torch.no_grad():
             for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
-                slot = weight_map.get(rename(stored_name))
+                name = rename(stored_name)
+                slot = weight_map.get(name)
                 if slot is None:
                     continue
                 tensor = tensors.get_tensor(stored_name)
+                if name in deltas:
+                    tensor = deltas[name].added_to(tensor.to(slot.view.device))
                 if slot.store is not None:
                     slot.store(tensor)
                     continue
