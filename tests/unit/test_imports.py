@@ -24,6 +24,7 @@ BELOW = {
     "messages": {"errors", "request"},
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
+    "lora": {"errors", "model"},
     "engine": {"errors", "setting", "request"},
     "runner": {"errors", "setting", "request", "kernels", "model", "engine"},
     "routing": {"request", "engine"},

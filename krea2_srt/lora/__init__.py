@@ -1,0 +1,1 @@
+"""LoRA adapters: files of every common trainer, read strictly. Torch and safetensors only."""
