@@ -66,7 +66,7 @@ def images_router(services: Services) -> APIRouter:
             asked.model = getattr(request.state, "deployment", None)
         message = resolve_asked(services, asked, request.state.request_id)
         client: Client = request.state.client
-        base_url = address.base_url(request.scope)
+        base_url = address.base_url(request.scope) if asked.wants_urls else ""
         generation = await services.images.submit(asked, message, client, base_url, request.headers)
         builder = ResponseBuilder(asked, message, services.names.own)
         if asked.stream:

@@ -56,6 +56,8 @@ class PublicAddress:
         return host.is_loopback or (by_proxy and not self._allowed_hosts)
 
     def _is_trusted(self, scope: Scope) -> bool:
+        if not self._networks:
+            return False
         address, _ = scope.get("client") or ("", 0)
         found = ip_address(address.partition("%")[0])
         return found is not None and self._trusts(found)
