@@ -18,8 +18,8 @@ from krea2_server.moderation.moderator import ModerationUnavailableError, Modera
 from krea2_server.observability.metrics import Metrics
 from krea2_server.observability.tracing import RequestSpan, Tracing, outcome_of
 from krea2_server.storage.store import (
+    ImagesTooLargeError,
     ImageStore,
-    ImageTooLargeError,
     StorageError,
     StorageFullError,
     put_all,
@@ -262,7 +262,7 @@ class ImageService:
         except StorageError as error:
             logger.error("an image could not be stored: %s", error)
             text = f"{error}; ask for response_format b64_json"
-            if isinstance(error, ImageTooLargeError):
+            if isinstance(error, ImagesTooLargeError):
                 raise ApiError(503, text, "storage_full", retry=False) from None
             code = "storage_full" if isinstance(error, StorageFullError) else "storage_failed"
             text += ", or try again later"

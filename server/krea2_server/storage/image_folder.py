@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from krea2_server.storage.permissions import private_mode
-from krea2_server.storage.store import ImageTooLargeError, StorageFullError
+from krea2_server.storage.store import ImagesTooLargeError, StorageFullError
 from krea2_srt.images import FORMATS
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,11 @@ class ImageFolder:
         self.remove_expired(now)
         self._make_room(0)
 
+    def check_room(self, num_bytes: int) -> None:
+        """See `ImageStore`; any thread may ask."""
+        if num_bytes > self._max_bytes:
+            raise ImagesTooLargeError("the images are larger than all of the storage")
+
     def add(self, name: str, expires: int, data: bytes, now: float) -> None:
         """Write a file; it is there whole or not at all.
 
@@ -86,8 +91,7 @@ class ImageFolder:
             StorageFullError: there is no room, nor can any be made.
             OSError: it cannot be written.
         """
-        if len(data) > self._max_bytes:
-            raise ImageTooLargeError("the image is larger than all of the storage")
+        self.check_room(len(data))
         self.remove_expired(now)
         self._make_room(len(data))
         file_name = f"{expires}-{name}"

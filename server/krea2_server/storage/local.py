@@ -103,6 +103,9 @@ class LocalStore:
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await asyncio.to_thread(self._thread.shutdown)
 
+    def check_room(self, num_bytes: int) -> None:
+        self._folder.check_room(num_bytes)
+
     async def put(self, data: bytes, extension: str, base_url: str) -> str:
         now = self._clock()
         name, expires = new_name(extension), math.ceil(now + self._expiry_s)
@@ -146,7 +149,10 @@ class LocalStore:
 
     def _remove(self, name: str, expires: int) -> None:
         """Remove a file once what the thread has to do before is done."""
-        self._thread.submit(self._folder.remove, name, expires)
+        try:
+            self._thread.submit(self._folder.remove, name, expires)
+        except RuntimeError:  # the store is being closed
+            logger.warning("an image is left that nobody was told of; it goes in its time")
 
     async def _sweep(self) -> None:
         while True:

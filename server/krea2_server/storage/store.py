@@ -14,8 +14,8 @@ class StorageFullError(StorageError):
     """There is no room for it."""
 
 
-class ImageTooLargeError(StorageFullError):
-    """It is larger than all of the store may be."""
+class ImagesTooLargeError(StorageFullError):
+    """A request's images are larger than all of the store may be."""
 
 
 class ImageStore(Protocol):
@@ -26,6 +26,13 @@ class ImageStore(Protocol):
 
         Raises:
             StorageError: nothing can be stored there; names the setting, for the operator.
+        """
+
+    def check_room(self, num_bytes: int) -> None:
+        """Check that images of one request can be there together.
+
+        Raises:
+            ImagesTooLargeError: however empty it was, they could not.
         """
 
     async def put(self, data: bytes, extension: str, base_url: str) -> str:
@@ -59,6 +66,7 @@ async def put_all(
     Raises:
         StorageError: the first failure.
     """
+    store.check_room(sum(map(len, images)))
     puts = [asyncio.create_task(store.put(data, extension, base_url)) for data in images]
     try:
         return tuple(await asyncio.gather(*puts))

@@ -10,7 +10,7 @@ import pytest
 
 from krea2_server.storage.local import ExpiredFileError
 from krea2_server.storage.store import (
-    ImageTooLargeError,
+    ImagesTooLargeError,
     StorageError,
     StorageFullError,
     put_all,
@@ -225,13 +225,26 @@ def test_a_request_whose_second_image_fails_leaves_no_first(tmp_path):
     async def check():
         async with local_store(tmp_path, max_bytes=100) as store:
             kept = await store.put(b"x" * 10, "png", BASE_URL)
-            with pytest.raises(ImageTooLargeError):
+            with pytest.raises(ImagesTooLargeError):
                 await put_all(store, [b"a" * 20, b"b" * 101, b"c" * 20], "png", BASE_URL)
             await until(lambda: bytes_in(tmp_path) == 10)
             assert await holds(store, kept)
             urls = await put_all(store, [b"a", b"b"], "webp", BASE_URL)
             assert [await read(store, url) for url in urls] == [b"a", b"b"]
         assert store.num_bytes == bytes_in(tmp_path) == 12
+
+    asyncio.run(check())
+
+
+def test_images_of_one_request_never_push_one_another_out(tmp_path):
+    async def check():
+        async with local_store(tmp_path, max_bytes=100) as store:
+            kept = await store.put(b"x" * 10, "png", BASE_URL)
+            with pytest.raises(ImagesTooLargeError):
+                await put_all(store, [b"a" * 40, b"b" * 40, b"c" * 40], "png", BASE_URL)
+            assert await holds(store, kept)
+            urls = await put_all(store, [b"a" * 50, b"b" * 50], "png", BASE_URL)
+            assert [len(await read(store, url)) for url in urls] == [50, 50]
 
     asyncio.run(check())
 
