@@ -202,8 +202,9 @@ def _listen(settings: Settings) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        # Names that cannot be are Python's to refuse, before any resolver sees them.
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"host, port: {host}:{port} cannot be listened on: {reason}") from None
 
 
@@ -224,9 +225,11 @@ def _address_told(file: Path | None, address: str) -> Iterator[None]:
     if file is None:
         yield
         return
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    if not file.name:
+        raise ConfigError(f"address_file: {file}: must be the name of a file")
+    partial, text = file.with_name(f"{file.name}.{os.getpid()}"), on_this_machine(address) + "\n"
     try:
-        partial.write_text(on_this_machine(address) + "\n")
+        partial.write_text(text)
         partial.replace(file)
     except OSError as error:
         with suppress(OSError):
@@ -235,7 +238,9 @@ def _address_told(file: Path | None, address: str) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            if file.read_text() == text:  # and not what a later server has put there
+                file.unlink()
 
 
 async def _say_when_ready(address: str, services: Services) -> None:

@@ -22,7 +22,7 @@ def _items(value: Any) -> Any:
         if rest.startswith("["):
             try:
                 items, end = json.JSONDecoder().raw_decode(rest)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 raise ValueError('must be a,b or ["a", "b"], and this is no JSON') from None
             found += items
             text, _, rest = rest[end:].partition(",")

@@ -22,7 +22,7 @@ def _object(value: Any) -> Any:
     while rest:
         try:
             part, end = decoder.raw_decode(rest)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise ValueError(_FORM) from None
         rest = rest[end:].strip()
         if not isinstance(part, dict) or (rest and not rest.startswith(",")):

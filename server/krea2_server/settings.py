@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -54,10 +55,21 @@ def _named(value: Any) -> Any:
     return value
 
 
+def _checked_url(url: str) -> str:
+    """What the pattern lets through, such as half an IPv6 address."""
+    try:
+        urlsplit(url).port  # noqa: B018 (reads and checks it)
+    except ValueError as error:
+        raise ValueError(f"must be http://host:port/path, got {url!r}: {error}") from None
+    return url
+
+
 # Not for ever: a thousand hours are no limit in effect, and infinity fits no clock.
 Seconds = Annotated[float, Field(gt=0, le=3.6e6, allow_inf_nan=False)]
 File = Annotated[Path | None, BeforeValidator(_named)]
-HttpUrl = Annotated[str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$")]
+HttpUrl = Annotated[
+    str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$"), AfterValidator(_checked_url)
+]
 Network = Annotated[str, AfterValidator(checked_network)]
 HostPattern = Annotated[str, AfterValidator(checked_host)]
 Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]

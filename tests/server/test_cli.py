@@ -7,14 +7,16 @@ import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import openai
 import pytest
 import zmq
 
-from krea2_server.cli import _say_when_ready, on_this_machine
-from krea2_server.settings import load_settings
+from krea2_server.cli import _address_told, _listen, _say_when_ready, on_this_machine
+from krea2_server.settings import Settings, load_settings
+from krea2_srt.errors import ConfigError
 from krea2_srt.testing.fake_engine import FakeEngine
 from krea2_srt.testing.processes import free_ports
 from tests.channel import PATIENCE_S, wait_until
@@ -78,6 +80,29 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     assert "KREA2_SERVE_PROT" in failure(KREA2_SERVE_PROT="1")
     assert "storage: " in failure("--storage", str(tmp_path / "broken.yaml" / "images"))
     assert "address_file: " in failure("--address-file", str(tmp_path / "nowhere" / "address"))
+
+
+def test_names_that_can_be_no_hosts_or_files_are_told():
+    for host in ("a..b", "x" * 64):
+        with pytest.raises(ConfigError, match=rf"^host, port: {re.escape(host)}:0 cannot be"):
+            _listen(Settings(host=host, port=0, allow_anonymous=True))
+    for path in (Path("/"), Path()):
+        with (
+            pytest.raises(ConfigError, match=r"^address_file: .*: must be the name of a file"),
+            _address_told(path, "http://127.0.0.1:1"),
+        ):
+            pass
+
+
+def test_the_file_of_an_address_goes_with_its_own_server_alone(tmp_path):
+    file = tmp_path / "address"
+    with _address_told(file, "http://127.0.0.1:1"):
+        with _address_told(file, "http://127.0.0.1:2"):
+            assert file.read_text() == "http://127.0.0.1:2\n"
+        assert not file.exists()
+    with _address_told(file, "http://127.0.0.1:1"):
+        file.write_text("http://127.0.0.1:2\n")
+    assert file.read_text() == "http://127.0.0.1:2\n"
 
 
 @pytest.mark.parametrize(
