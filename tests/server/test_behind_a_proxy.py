@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ import openai
 import pytest
 
 from krea2_srt.messages import EngineError
-from tests.channel import wait_until
+from tests.channel import PATIENCE_S, wait_until
 from tests.server.nginx import Behind, nginx
 from tests.server.serving import Api, Served, serve
 
@@ -55,6 +56,23 @@ def test_what_is_quick_is_answered_as_ever(talkative, fake_server, engine):
     assert (failed.status_code, failed.json()["error"]["code"]) == (504, "deadline_exceeded")
     refused = talkative.post(**BODY, n=0)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+
+
+def test_a_client_of_http_1_0_gets_its_json_alone(talkative, engine):
+    """It knows no chunks, whose lengths would be in its JSON."""
+    engine.step_s = 0.05
+    content = json.dumps(BODY).encode()
+    with socket.create_connection(("127.0.0.1", talkative.port)) as connection:
+        connection.settimeout(PATIENCE_S)
+        head = b"POST %s HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        connection.sendall(head % (PATH.encode(), len(content)) + content)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+    headers, _, body = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in headers
+    assert json.loads(body)["data"]
+    assert body.startswith(b"{")
 
 
 def test_a_failure_behind_spaces_is_told_and_is_no_answer(talkative, engine):

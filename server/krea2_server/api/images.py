@@ -72,7 +72,8 @@ def images_router(services: Services) -> APIRouter:
         if asked.stream:
             events = _events(request, generation, builder, services.settings.keepalive_s)
             return EventStreamResponse(events, generation.close)
-        if settings.json_keepalive_s:
+        # HTTP/1.0 has no way to send a body whose length is not known yet but to hang up after it.
+        if settings.json_keepalive_s and request.scope["http_version"] != "1.0":
             interval_s = settings.json_keepalive_s
             return await kept_alive_json(request.scope, generation, builder.response, interval_s)
         result = await generation.result()
