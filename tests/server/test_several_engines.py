@@ -114,8 +114,16 @@ def test_the_model_is_called_what_the_engines_serve_from_when_they_say_it(tmp_pa
             assert server.post(**FIELDS).json()["model"] == "krea-2-turbo"
 
 
-def test_engines_of_different_models_end_the_start_in_a_line():
-    with FakeEngine() as turbo, FakeEngine(model=RAW) as raw:
+SMALL = replace(MODEL, limits=replace(MODEL.limits, max_side=512))
+
+
+@pytest.mark.parametrize(
+    ("model", "described"),
+    [(RAW, "/models/krea-2-raw (Raw, "), (SMALL, "krea/Krea-2-Turbo (Turbo, 512 and ")],
+    ids=["another model", "another limit"],
+)
+def test_engines_of_different_models_end_the_start_in_a_line(model, described):
+    with FakeEngine() as turbo, FakeEngine(model=model) as raw:
         command = [SERVE, "--port", "0", "--storage", "none"]
         ended = subprocess.run(
             [*command, *flags_of(turbo.endpoint, raw.endpoint)], capture_output=True, text=True
@@ -123,7 +131,7 @@ def test_engines_of_different_models_end_the_start_in_a_line():
     assert ended.returncode == 2
     (line,) = [one for one in ended.stderr.splitlines() if "krea2-serve: error: " in one]
     assert line.startswith("krea2-serve: error: engine_endpoints: tcp://127.0.0.1:")
-    for served in ("krea/Krea-2-Turbo (Turbo)", "/models/krea-2-raw (Raw)", "one model"):
+    for served in ("krea/Krea-2-Turbo (Turbo, 4096 and ", described, "one model"):
         assert served in line
     assert "Traceback" not in ended.stderr
 

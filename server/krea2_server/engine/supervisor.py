@@ -278,11 +278,12 @@ def _identity(model: ModelInfo, settings: Settings) -> tuple[object, ...]:
     that folders of other names hold the same.
     """
     name = settings.served_model_name or name_of(model.path)
-    return name, model.distilled, model.default_steps, model.default_guidance
+    return name, model.distilled, model.default_steps, model.default_guidance, model.limits
 
 
 def _described(model: ModelInfo) -> str:
-    return f"{model.path} ({'Turbo' if model.distilled else 'Raw'})"
+    kind, limits = "Turbo" if model.distilled else "Raw", model.limits
+    return f"{model.path} ({kind}, {limits.max_side} and {limits.max_pixels} pixels at most)"
 
 
 def worker_command(settings: Settings, ready_fd: int) -> list[str]:
