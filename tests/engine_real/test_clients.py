@@ -26,6 +26,7 @@ def url_server(server, tmp_path_factory) -> Served:
     """krea2-serve for clients that read URLs, on the engine of `server`."""
     (endpoint,) = endpoints(server.log)
     flags = ["--engine-endpoints", endpoint, "--default-response-format", "url"]
+    flags += ["--served-model-name", "krea-2-turbo"]
     with serve(tmp_path_factory.mktemp("url-server"), *flags) as running:
         yield running
 
