@@ -202,11 +202,28 @@ def test_a_keys_limits_and_rights_hold(guarded, engine, sender):
     assert first.result().status_code == 200
 
 
-@pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_a_page_of_another_origin_cannot_interrupt(fake_server, site):
-    headers = {"sec-fetch-site": site, "origin": "https://evil.example"}
+@pytest.mark.parametrize("site", [None, "cross-site", "same-site", "none"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", ""])
+def test_a_page_of_another_origin_cannot_interrupt(fake_server, site, origin):
+    """Browsers say where a request comes from only to https and to the local host."""
+    headers = {"origin": origin} | ({"sec-fetch-site": site} if site else {})
     error = check_error(post(fake_server, "interrupt", headers=headers), 403)
     assert error["code"] == "cross_origin"
+
+
+def test_a_page_without_an_origin_cannot_interrupt_from_elsewhere(fake_server):
+    for site in ("cross-site", "same-site"):
+        check_error(post(fake_server, "interrupt", headers={"sec-fetch-site": site}), 403)
+
+
+@pytest.mark.parametrize("host", ["192.168.1.5:30000", "images.example", "[fe80::1]:30000"])
+def test_a_page_of_our_own_and_what_is_no_page_can_interrupt(fake_server, host):
+    evil = {"host": host, "origin": "http://evil.example"}
+    check_error(post(fake_server, "interrupt", headers=evil), 403)
+    for scheme in ("http", "https"):
+        own = {"host": host, "origin": f"{scheme}://{host}"}
+        assert post(fake_server, "interrupt", headers=own).status_code == 200
+    assert post(fake_server, "interrupt", headers={"host": host}).status_code == 200
 
 
 def test_requests_of_the_images_api_are_not_interrupted(fake_server, engine, sender):

@@ -23,6 +23,7 @@ from krea2_server.api.spelling import printable
 from krea2_server.errors import ApiError, set_outcome
 from krea2_server.image_service import Generation, Result
 from krea2_server.keys import Client
+from krea2_server.proxies.public_address import PublicAddress
 from krea2_server.services import Services
 from krea2_srt.messages import ProgressUpdate
 
@@ -34,6 +35,7 @@ def a1111_router(services: Services) -> APIRouter:
     router = APIRouter(prefix=PREFIX, include_in_schema=False)
     settings = services.settings
     requests = RunningRequests()
+    address = PublicAddress(settings)
 
     @router.post("/txt2img")
     async def txt2img(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
@@ -62,7 +64,7 @@ def a1111_router(services: Services) -> APIRouter:
 
     @router.post("/interrupt")
     async def interrupt(request: Request) -> Response:
-        _check_page(request, settings.cors_origins)
+        _check_page(request, settings.cors_origins, address)
         requests.interrupt(request.state.client.name)
         return JSONResponse({})
 
@@ -94,15 +96,18 @@ def a1111_router(services: Services) -> APIRouter:
     return router
 
 
-def _check_page(request: Request, origins: Sequence[str]) -> None:
+def _check_page(request: Request, others: Sequence[str], address: PublicAddress) -> None:
     """Refuse what a page of somebody else's sends: without a body, no browser asks us before.
 
     Args:
-        origins: whose pages may.
+        others: whose pages may beside our own.
     """
-    if request.headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
+    origin = request.headers.get("origin")
+    # Browsers say the one to https and to the local host only. What is no page says neither.
+    foreign = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    if "*" in others or origin in others or (origin is None and not foreign):
         return
-    if "*" not in origins and request.headers.get("origin") not in origins:
+    if origin not in address.origins(request.scope):
         text = "pages of another origin may not; see --cors-origins"
         raise ApiError(403, text, "cross_origin")
 

@@ -3,6 +3,7 @@
 import ipaddress
 import logging
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 from starlette.types import Scope
 
@@ -38,6 +39,20 @@ class PublicAddress:
                 logger.warning("a trusted proxy's %s header is malformed, and is ignored", name)
         mounted_at: str = scope.get("root_path", "").rstrip("/")
         return self._outside(scope, forwarded, by_proxy) + mounted_at
+
+    def origins(self, scope: Scope) -> set[str]:
+        """Where pages of our own come from: the host that the client has asked, and `base_url`'s.
+
+        Nobody is sent there, so the `Host` header is enough: no page can choose what a browser
+        writes into it.
+        """
+        public = urlsplit(self.base_url(scope))
+        own = Host.parse(public.netloc)
+        origins = set() if own is None else {own.origin(public.scheme)}
+        if asked := _host_header(scope):
+            # What ends TLS in front of us need not be trusted to say so.
+            origins |= {asked.origin(scheme) for scheme in (scope["scheme"], "https")}
+        return origins
 
     def _outside(self, scope: Scope, forwarded: Forwarded, by_proxy: bool) -> str:
         """Where this server's own paths begin, as the client sees it."""

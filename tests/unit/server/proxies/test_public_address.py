@@ -14,16 +14,15 @@ OWN = "http://192.168.1.5:30000"
 TRUSTED = ("--trusted-proxies", "10.0.0.0/8,::1")
 
 
-def base_url(
+def scope_of(
     headers: dict[str, str] | list[tuple[bytes, bytes]],
-    *flags: str,
     client: str | None = PROXY,
     server: tuple[str, int | None] | None = ("192.168.1.5", 30000),
     root_path: str = "",
-) -> str:
+) -> dict:
     if isinstance(headers, dict):
         headers = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    scope = {
+    return {
         "type": "http",
         "scheme": "http",
         "client": client and (client, 4711),
@@ -31,7 +30,29 @@ def base_url(
         "root_path": root_path,
         "headers": headers,
     }
-    return PublicAddress(load_settings([*flags])).base_url(scope)
+
+
+def base_url(headers: dict[str, str] | list[tuple[bytes, bytes]], *flags: str, **scope) -> str:
+    return PublicAddress(load_settings([*flags])).base_url(scope_of(headers, **scope))
+
+
+def origins(headers: dict[str, str], *flags: str, **scope) -> set[str]:
+    return PublicAddress(load_settings([*flags])).origins(scope_of(headers, **scope))
+
+
+def test_pages_of_our_own_come_from_where_the_client_asked_and_from_where_urls_lead():
+    asked = {"host": "Images.example:8080"}
+    hosts = {"http://images.example:8080", "https://images.example:8080"}
+    assert origins(asked, client=CLIENT) == {*hosts, OWN}
+    public = ("--public-url", "https://krea.example/images")
+    assert origins(asked, *public) == {*hosts, "https://krea.example"}
+    forwarded = {**asked, "x-forwarded-host": "a.example", "x-forwarded-proto": "https"}
+    assert origins(forwarded, *TRUSTED) == {*hosts, "https://a.example"}
+    assert "https://a.example" not in origins(forwarded, *TRUSTED, client=CLIENT)
+
+
+def test_what_is_no_host_is_nobodys_origin():
+    assert origins({"host": "a b"}, client=CLIENT, server=None) == set()
 
 
 FORWARDED = {
