@@ -226,6 +226,12 @@ def test_a_page_of_our_own_and_what_is_no_page_can_interrupt(fake_server, host):
     assert post(fake_server, "interrupt", headers={"host": host}).status_code == 200
 
 
+def test_a_prompt_that_was_cut_is_named(fake_server, engine):
+    made = post(fake_server, "txt2img", {**BODY, "prompt": "fox " * 2000}).json()
+    assert [text.split(":")[0] for text in made["warnings"]] == ["prompt"]
+    assert json.loads(made["info"])["warnings"] == made["warnings"]
+
+
 def test_requests_of_the_images_api_are_not_interrupted(fake_server, engine, sender):
     engine.hold.set()
     other = sender.submit(fake_server.post, prompt="x", size="64x64")

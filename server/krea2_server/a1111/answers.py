@@ -26,7 +26,7 @@ def txt2img_answer(
         message: what the engine was asked for.
         model: its name.
     """
-    warnings = asked.request.warnings
+    warnings = [*asked.request.warnings, *_cut(asked, message, generated)]
     said = {"warnings": warnings} if warnings else {}
     yield b'{"images":['
     for index, picture in enumerate(generated.images if asked.send_images else ()):
@@ -40,6 +40,14 @@ def txt2img_answer(
         **said,
     }
     yield b"]," + orjson.dumps(rest)[1:]
+
+
+def _cut(asked: Txt2Img, message: GenerateRequest, generated: Generated) -> Iterator[str]:
+    """What to say of a prompt that the model has not read to its end."""
+    if generated.prompt_cut:
+        fields = ["prompt", "negative_prompt"] if message.image.negative_prompt else ["prompt"]
+        names = " or ".join(map(asked.request.sent_as, fields))
+        yield f"{names}: was cut; the model reads the first 507 tokens"
 
 
 def _cfg_scale(image: ImageRequest) -> float:
