@@ -226,6 +226,28 @@ def test_a_page_of_our_own_and_what_is_no_page_can_interrupt(fake_server, host):
     assert post(fake_server, "interrupt", headers={"host": host}).status_code == 200
 
 
+DEPTHS = range(950, 970)
+"""From what can be read and shown to what Python's JSON does not follow."""
+
+
+@pytest.mark.parametrize(
+    ("path", "start", "end"),
+    [
+        ("txt2img", '{"prompt": "x", "n_iter": ', "}"),
+        ("txt2img", '{"prompt": "x", "send_images": ', "}"),
+        ("txt2img", '{"prompt": "x", "override_settings": {"sd_model_checkpoint": ', "}}"),
+        ("options", '{"sd_model_checkpoint": ', "}"),
+    ],
+)
+def test_no_depth_is_a_failure_of_ours(fake_server, engine, path, start, end):
+    with httpx.Client(headers={"content-type": "application/json"}, timeout=60) as client:
+        for depth in DEPTHS:
+            content = start + '{"a":' * depth + "1" + "}" * depth + end
+            answer = client.post(f"{fake_server.url}{API}/{path}", content=content)
+            assert answer.status_code == 400, (depth, answer.text)
+    assert not engine.requests
+
+
 def test_a_prompt_that_was_cut_is_named(fake_server, engine):
     made = post(fake_server, "txt2img", {**BODY, "prompt": "fox " * 2000}).json()
     assert [text.split(":")[0] for text in made["warnings"]] == ["prompt"]

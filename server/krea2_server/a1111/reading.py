@@ -1,5 +1,6 @@
 """The body of txt2img, read as the request that it stands for."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +10,28 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from krea2_server.a1111.fields import ASK_NOTHING, NO_EFFECT, OPTIONS_NO_EFFECT, REFUSED
+from krea2_server.api.dialects import (
+    NESTED,
+    Translation,
+    agreed,
+    flattened,
+    known_name,
+    put,
+    translate,
+)
+from krea2_server.api.field_errors import FieldError
 from krea2_server.api.lenient import request_model
 from krea2_server.api.schemas import ImageGenerationRequest
-from krea2_server.api.spelling import flag, lower, printable, shown, whole
+from krea2_server.api.spelling import flag, lower, number, printable, shown, whole
 from krea2_server.errors import invalid
 
 OVERRIDES = "override_settings"
 _COUNTS = ("batch_size", "n_iter")
 _OWN = {OVERRIDES, "send_images", *_COUNTS}
 """Fields that have a function of their own here."""
+
+_NAMES = {*ImageGenerationRequest.model_fields, *REFUSED, *NO_EFFECT, *ASK_NOTHING, *_OWN}
+_KNOWN_OPTIONS = ("sd_model_checkpoint", "samples_format", "jpeg_quality")
 
 MAX_WARNINGS = 32
 """Words on options; an object may hold a hundred thousand."""
@@ -33,24 +47,36 @@ class Txt2Img:
     Attributes:
         request: in our words, with warnings of what had no effect.
         checkpoint: the model that it names, if it names one.
+        overrides: what it calls its ``override_settings``.
         send_images: whether it wants to see the images.
     """
 
     request: ImageGenerationRequest
     checkpoint: str | None = None
+    overrides: str = OVERRIDES
     send_images: bool = True
 
 
 @dataclass
 class _Body:
-    """The body so far: fields that `api.dialects` knows, and what was said of the others."""
+    """The body by whose fields they are; what was said of those that are nobody's.
 
-    fields: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        own: name as sent and value, by A1111's name.
+        others: fields that `api.dialects` may know.
+    """
+
+    own: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, name: str, why: str) -> None:
         if len(self.warnings) < MAX_WARNINGS:
             self.warnings.append(f"{name}: has no effect; {why}")
+
+    def sent(self, known: str) -> tuple[str, Any]:
+        """What the client calls a field of A1111's, and its value; None where there is none."""
+        return self.own.get(known, (known, None))
 
 
 def read_txt2img(values: Mapping[str, Any], max_n: int) -> Txt2Img:
@@ -64,39 +90,64 @@ def read_txt2img(values: Mapping[str, Any], max_n: int) -> Txt2Img:
         ApiError: 400, naming the field.
         RequestValidationError: the same, of a field that `ImageGenerationRequest` refuses.
     """
+    try:
+        return _read(_sorted(values), max_n)
+    except FieldError as error:
+        raise invalid(error.field, str(error), error.code) from None
+    except RecursionError:
+        raise invalid(None, "the body is nested too deeply") from None
+
+
+def _sorted(values: Mapping[str, Any]) -> _Body:
+    """The fields of a body, each by its own table, however it is spelled and wherever it is."""
     body = _Body()
-    for name, value in values.items():
-        if value is None or name in _OWN or name in ASK_NOTHING:
+    for name, value in flattened(values).items():
+        known = known_name(name, _NAMES)
+        if value is None or known in ASK_NOTHING:
             continue
-        if name in REFUSED:
-            _refuse(name, value)
-        elif (row := NO_EFFECT.get(name)) is not None:
+        if known in _OWN:
+            if not _is_blank(value):
+                body.own[known] = agreed(body.own.get(known), name, value)
+        elif known in REFUSED:
+            _refuse(known, name, value)
+        elif (row := NO_EFFECT.get(known)) is not None:
             if lower(value) not in row.silent or value is True:
                 body.warn(name, row.reason)
+        elif known in NESTED:
+            raise FieldError(name, f"{name}: must not be inside of another object")
         else:
-            body.fields[name] = value
-    for name in ("prompt", "negative_prompt"):
-        _check_syntax(body, name)
-    checkpoint = _read_options(body, values.get(OVERRIDES))
-    body.fields |= _count(values, max_n)
-    send_images = _send_images(body, values.get("send_images"))
+            body.others[name] = value
+    return body
+
+
+def _read(body: _Body, max_n: int) -> Txt2Img:
+    result = translate(body.others, ImageGenerationRequest.model_fields)
+    _put_count(result, body, max_n)
+    checkpoint = _put_options(result, body)
+    send_images = _send_images(body)
+    result.body["response_format"] = "b64_json"
+    result.warnings[:0] = body.warnings
     try:
-        request = request_model("common", any_fields=True).model_validate(
-            {**body.fields, "response_format": "b64_json"}
-        )
+        request = request_model("common", any_fields=True).model_validate(result)
     except ValidationError as error:
         # FastAPI's places begin with the body's.
         problems = error.errors(include_url=False, include_input=False)
         raise RequestValidationError(
             [{**problem, "loc": ("body", *problem["loc"])} for problem in problems]
         ) from None
-    request.warnings[:0] = body.warnings
-    return Txt2Img(request, checkpoint, send_images)
+    for name in ("prompt", "negative_prompt"):
+        _check_syntax(request, name)
+    return Txt2Img(request, checkpoint, body.sent(OVERRIDES)[0], send_images)
 
 
-def _refuse(name: str, value: Any) -> None:
-    """Refuse what cannot be done, unless nothing is asked for."""
-    if name == "alwayson_scripts":
+def _refuse(known: str, name: str, value: Any) -> None:
+    """Refuse what cannot be done, unless nothing is asked for.
+
+    Args:
+        known: A1111's name of it.
+        name: the client's.
+    """
+    if known == "alwayson_scripts":
         asking = _asking_scripts(name, value)
         if asking is None:
             return
@@ -105,11 +156,12 @@ def _refuse(name: str, value: Any) -> None:
         what = f"{name} is not supported"
     else:
         return
-    raise invalid(name, f"{what}: {REFUSED[name]}", "unsupported_parameter")
+    raise FieldError(name, f"{what}: {REFUSED[known]}", "unsupported_parameter")
 
 
 def _asks(value: Any) -> bool:
     """Whether a value asks for anything."""
+    value = number("", value)
     return bool(value) and value != -1 and lower(value) not in ("", "none", "false")
 
 
@@ -118,7 +170,7 @@ def _asking_scripts(name: str, value: Any) -> str | None:
     if value in ("", []):
         return None
     if not isinstance(value, Mapping):
-        raise invalid(name, f"{name}: must be an object, got {shown(value)}")
+        raise FieldError(name, f"{name}: must be an object, got {shown(value)}")
     for script, settings in value.items():
         arguments = settings.get("args") if isinstance(settings, Mapping) else settings
         units = arguments if isinstance(arguments, list) else [arguments]
@@ -137,37 +189,40 @@ def _asks_unit(unit: Any) -> bool:
     return _asks(unit)
 
 
-def _check_syntax(body: _Body, name: str) -> None:
+def _check_syntax(request: ImageGenerationRequest, field: str) -> None:
     """Refuse what a prompt's text asks of the webui for another model, name what it weighs."""
-    text = body.fields.get(name)
-    if not isinstance(text, str):
-        return
+    text, name = getattr(request, field) or "", request.sent_as(field)
     if found := _ADAPTER.search(text):
         message = f"{name}: {shown(found[0])} asks for an adapter, and none are served"
-        raise invalid(name, message, "unsupported_value")
+        raise FieldError(name, message, "unsupported_value")
     if found := _WEIGHT.search(text):
-        body.warnings.append(f"{name}: {shown(found[0])} is read as text; there are no weights")
+        request.warnings.append(f"{name}: {shown(found[0])} is read as text; there are no weights")
 
 
-def _read_options(body: _Body, options: Any) -> str | None:
-    """The webui's options of one request; the model that they name."""
-    if options is None or options == "" or options == []:
+def _put_options(result: Translation, body: _Body) -> str | None:
+    """Set what the webui's options of one request say; the model that they name."""
+    place, options = body.sent(OVERRIDES)
+    if options is None or options == []:
         return None
     if not isinstance(options, Mapping):
-        raise invalid(OVERRIDES, f"{OVERRIDES}: must be an object, got {shown(options)}")
-    written = lower(options.get("samples_format"))
+        raise FieldError(place, f"{place}: must be an object, got {shown(options)}")
     for name, value in options.items():
-        if value is None or name in ("sd_model_checkpoint", "samples_format"):
+        if value is None or name in _KNOWN_OPTIONS:
             continue
-        if name == "jpeg_quality":
-            # As in the webui, a quality says nothing of png.
-            if written not in (None, "", "png"):
-                body.fields["output_compression"] = value
-        elif lower(value) not in OPTIONS_NO_EFFECT.get(name, ()):
-            body.warn(f"{OVERRIDES}.{printable(name)}", "it is no option here")
-    if written not in (None, ""):
-        body.fields["output_format"] = written
-    return checkpoint_of(options, f"{OVERRIDES}.")
+        if lower(value) not in OPTIONS_NO_EFFECT.get(name, ()):
+            body.warn(f"{place}.{printable(name)}", "it is no option here")
+    _put_option(result, "output_format", place, options, "samples_format")
+    # As in the webui, a quality says nothing of png.
+    if result.body.get("output_format") not in (None, "png"):
+        _put_option(result, "output_compression", place, options, "jpeg_quality")
+    return checkpoint_of(options, f"{place}.")
+
+
+def _put_option(
+    result: Translation, ours: str, place: str, options: Mapping[str, Any], name: str
+) -> None:
+    if not _is_blank(options.get(name)):
+        put(result, ours, f"{place}.{name}", options[name])
 
 
 def checkpoint_of(options: Mapping[str, Any], place: str = "") -> str | None:
@@ -188,31 +243,41 @@ def checkpoint_of(options: Mapping[str, Any], place: str = "") -> str | None:
     return value
 
 
-def _count(values: Mapping[str, Any], max_n: int) -> dict[str, int]:
-    """How many images: batches times images of each."""
+def _put_count(result: Translation, body: _Body, max_n: int) -> None:
+    """Set how many images: batches times images of each."""
     asked: dict[str, int] = {}
-    for name in _COUNTS:
-        value = whole(name, values.get(name))
-        if value is None or value == "":
+    for known in _COUNTS:
+        name, value = body.sent(known)
+        if value is None:
             continue
+        value = whole(name, value)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= max_n:
-            raise invalid(name, f"{name}: must be between 1 and {max_n}, got {shown(value)}")
+            raise FieldError(name, f"{name}: must be between 1 and {max_n}, got {shown(value)}")
         asked[name] = value
     if not asked:
-        return {}
-    product = asked.get("batch_size", 1) * asked.get("n_iter", 1)
-    if product > max_n:
-        text = f"n_iter: batch_size times n_iter must be at most {max_n}, got {product}"
-        raise invalid("n_iter", text)
-    return {"batch_size": product}
+        return
+    *_, name = asked
+    count, product = math.prod(asked.values()), " times ".join(asked)
+    if count > max_n:
+        raise FieldError(name, f"{name}: {product} must be at most {max_n}, got {count}")
+    said = result.body.get("n")
+    if len(asked) > 1 and said not in (None, count):
+        other = result.sent_as.get("n", "n")
+        raise FieldError(name, f"{name}: {product} is {count}, not {other}, {shown(said)}")
+    put(result, "n", name, count)
 
 
-def _send_images(body: _Body, value: Any) -> bool:
-    if value is None or value == "":
+def _send_images(body: _Body) -> bool:
+    name, value = body.sent("send_images")
+    if value is None:
         return True
-    wanted = flag("send_images", value)
+    wanted = flag(name, value)
     if not isinstance(wanted, bool):
-        raise invalid("send_images", f"send_images: must be true or false, got {shown(value)}")
+        raise FieldError(name, f"{name}: must be true or false, got {shown(value)}")
     if not wanted:
-        body.warnings.append("send_images: the images are in no answer, and are not kept here")
+        body.warnings.append(f"{name}: the images are in no answer, and are not kept here")
     return wanted
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())

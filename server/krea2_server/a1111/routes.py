@@ -12,7 +12,6 @@ from krea2_server.a1111.answers import txt2img_answer
 from krea2_server.a1111.catalog import catalog, options
 from krea2_server.a1111.reading import (
     MAX_WARNINGS,
-    OVERRIDES,
     checkpoint_of,
     read_txt2img,
 )
@@ -41,7 +40,7 @@ def a1111_router(services: Services) -> APIRouter:
     async def txt2img(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
         asked = read_txt2img(body, settings.max_n)
         if asked.checkpoint is not None:
-            services.check_model(asked.checkpoint, f"{OVERRIDES}.sd_model_checkpoint")
+            services.check_model(asked.checkpoint, f"{asked.overrides}.sd_model_checkpoint")
         message = resolve_asked(services, asked.request, request.state.request_id)
         message = replace(message, progress=True)
         client: Client = request.state.client

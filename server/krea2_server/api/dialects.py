@@ -6,7 +6,7 @@ is refused by name.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,12 +184,12 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
     result = Translation()
     cfg: tuple[str, Any] | None = None
     resolution: Any = None
-    for name, value in _flat(values).items():
-        known = _known_name(name, fields)
+    for name, value in flattened(values).items():
+        known = known_name(name, fields)
         if value is None or (known != "prompt" and isinstance(value, str) and not value.strip()):
             continue
         if known in GUIDANCE_PLUS_ONE:
-            cfg = _agreed(cfg, name, number(name, value))
+            cfg = agreed(cfg, name, number(name, value))
         elif known == "resolution":
             resolution = value
         elif known in NO_EFFECT:
@@ -197,9 +197,9 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
             if lower(value) not in row.silent or (isinstance(value, bool) and value):
                 result.warn(name, row.reason)
         elif known in SYNONYMS:
-            _put(result, SYNONYMS[known][0], name, value, ratio=known == "aspect_ratio")
+            put(result, SYNONYMS[known][0], name, value, ratio=known == "aspect_ratio")
         else:
-            _put(result, known, name, value)
+            put(result, known, name, value)
     if resolution is not None:
         size = result.body.get("size")
         result.body["size"] = with_resolution(size, resolution, "resolution")
@@ -212,8 +212,12 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
     return result
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The body with the fields of what is nested in it."""
+def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The body with the fields of what is nested in it.
+
+    Raises:
+        FieldError: what should be an object is none, or two fields of a name differ.
+    """
     flat = {name: value for name, value in values.items() if name not in NESTED}
     for name in NESTED:
         inner = values.get(name)
@@ -248,8 +252,12 @@ def _prompt_of(name: str, messages: Any) -> str:
         raise FieldError(name, f"{name}: must be {wanted}") from None
 
 
-def _known_name(name: str, fields: Mapping[str, Any]) -> str:
-    """A field's name as the tables have it, in which ``numInferenceSteps`` is known too."""
+def known_name(name: str, fields: Container[str]) -> str:
+    """A field's name as the tables have it, in which ``numInferenceSteps`` is known too.
+
+    Args:
+        fields: names that are known beside these tables'.
+    """
     snake = _CAMEL.sub("_", name).lower()
     if name in fields:
         return name
@@ -257,8 +265,15 @@ def _known_name(name: str, fields: Mapping[str, Any]) -> str:
     return snake if is_known or snake in NO_EFFECT or snake == "resolution" else name
 
 
-def _put(result: Translation, ours: str, name: str, value: Any, ratio: bool = False) -> None:
-    """Set a field of ours from a client's."""
+def put(result: Translation, ours: str, name: str, value: Any, ratio: bool = False) -> None:
+    """Set a field of ours from a client's.
+
+    Args:
+        name: what the client calls it.
+
+    Raises:
+        FieldError: it cannot be read, or another one has said something else.
+    """
     converted = _converted(ours, name, value, ratio)
     if converted is None:
         return
@@ -295,8 +310,12 @@ def _converted(ours: str, name: str, value: Any, ratio: bool) -> Any:
     return value if convert is None else convert(name, value)
 
 
-def _agreed(said: tuple[str, Any] | None, name: str, value: Any) -> tuple[str, Any]:
-    """A guidance of the other scale, which another field may have said before."""
+def agreed(said: tuple[str, Any] | None, name: str, value: Any) -> tuple[str, Any]:
+    """A field's name and value, which another spelling of it may have said before.
+
+    Raises:
+        FieldError: something else was said.
+    """
     if said is not None and said[1] != value:
         raise FieldError(name, f"{name}: {shown(value)} is not {said[0]}, {shown(said[1])}")
     return name, value

@@ -135,10 +135,11 @@ def resolve_asked(
     if body.response_format is None:
         body.response_format = settings.default_response_format
     if body.model is not None:
-        services.check_model(body.model)
+        services.check_model(body.model, body.sent_as("model"))
     if services.store is None and body.wants_urls:
-        text = "response_format: must be b64_json; this server keeps no images"
-        raise invalid("response_format", text, "unsupported_value")
+        name = body.sent_as("response_format")
+        text = f"{name}: must be b64_json; this server keeps no images"
+        raise invalid(name, text, "unsupported_value")
     if model is None:
         raise services.engine.unavailable()
     return resolve(

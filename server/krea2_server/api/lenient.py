@@ -41,13 +41,17 @@ class _Request(ImageGenerationRequest):
     @model_validator(mode="wrap")
     @classmethod
     def _translate(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        if not isinstance(values, dict):
-            return handler(values)
         fields = cls.model_fields
-        try:
-            result = translate(values, fields) if cls.common else Translation(dict(values))
-        except RecursionError:
-            raise FieldError("", "the body is nested too deeply") from None
+        if isinstance(values, Translation):
+            # A1111's API has words of its own, and has translated them.
+            result = values
+        elif not isinstance(values, dict):
+            return handler(values)
+        else:
+            try:
+                result = translate(values, fields) if cls.common else Translation(dict(values))
+            except RecursionError:
+                raise FieldError("", "the body is nested too deeply") from None
         unknown = [n for n in result.body if n not in fields and n not in UNSUPPORTED_FIELDS]
         if unknown and not cls.any_fields:
             name = str(unknown[0])[:_MAX_NAME]

@@ -41,7 +41,10 @@ def name_of(_name: str, value: Any) -> Any:
 
 def shown(value: Any) -> str:
     """A value as errors quote it."""
-    written = repr(value)
+    try:
+        written = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
     return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}..."
 
 

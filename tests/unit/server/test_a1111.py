@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,16 +13,19 @@ from fastapi.exceptions import RequestValidationError
 from hypothesis import given
 from hypothesis import strategies as st
 
+from krea2_server.a1111.answers import txt2img_answer
 from krea2_server.a1111.fields import ASK_NOTHING, NO_EFFECT, REFUSED
 from krea2_server.a1111.reading import read_txt2img
 from krea2_server.a1111.running import RunningRequests
+from krea2_server.api.images import resolve_asked
+from krea2_server.api.lenient import request_model
 from krea2_server.api.parameters import resolve
-from krea2_server.app import create_app
+from krea2_server.app import as_api_error, create_app
 from krea2_server.errors import ApiError
 from krea2_server.keys import Keys
 from krea2_server.services import Services
 from krea2_server.settings import Settings
-from krea2_srt.messages import GenerateRequest, ProgressUpdate
+from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
 from krea2_srt.request import ImageRequest
 from krea2_srt.testing.fake_engine import MODEL
 from tests.unit.server.test_dialects import RAW, canonical
@@ -190,6 +194,172 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields, param):
 def test_what_our_request_refuses_is_refused_by_the_same_check(fields):
     with pytest.raises((RequestValidationError, ApiError)):
         read(**fields)
+
+
+@pytest.mark.parametrize("field", ["prompt", "Prompt", "positive_prompt", "negative", "negPrompt"])
+@pytest.mark.parametrize("nested", [None, "extra", "parameters"])
+def test_an_adapter_is_seen_whatever_its_prompt_is_called(field, nested):
+    values = {field: "<lora:x:1>"}
+    if "neg" in field:
+        values["prompt"] = "a fox"
+    with pytest.raises(ApiError) as caught:
+        read_txt2img({nested: values} if nested else values, max_n=10)
+    assert (caught.value.status, caught.value.param) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("initImages", ["aGVsbG8="]), ("enableHr", True), ("subseedStrength", 0.5), ("Stream", True)],
+)
+def test_what_is_refused_is_refused_in_every_spelling_and_place(field, value):
+    for fields in (
+        {field: value},
+        {"extra": {field: value}},
+        {"kwargs": json.dumps({field: value})},
+    ):
+        error = refused(**fields)
+        assert (error.param, error.code) == (field, "unsupported_parameter")
+
+
+def test_what_is_nested_is_read_by_the_same_tables():
+    message, warnings = read(extra={"partialImages": 3, "responseFormat": "url", "styles": ["x"]})
+    assert (message.previews, message.progress) == (0, False)
+    assert sorted(warning.split(":")[0] for warning in warnings) == [
+        "partialImages",
+        "responseFormat",
+        "styles",
+    ]
+    assert read(seed=7, extra={"subseed": 3, "firstphaseWidth": 0}) == read(seed=7)
+    assert refused(parameters={"extra": {"enable_hr": True}}).param == "extra"
+
+
+def test_fields_of_this_api_may_be_spelled_otherwise_too():
+    expected = read(seed=7, batch_size=2, n_iter=3)
+    assert read(seed=7, batchSize=2, extra={"nIter": 3}) == expected
+    assert expected[0].image.num_images == 6
+    asked = read_txt2img(
+        {
+            "prompt": "a fox",
+            "sendImages": False,
+            "overrideSettings": {"sd_model_checkpoint": "mine", "samples_format": "webp"},
+        },
+        max_n=10,
+    )
+    assert (asked.send_images, asked.checkpoint) == (False, "mine")
+    assert asked.request.output_format == "webp"
+
+
+def test_a_number_as_text_asks_for_no_more_than_the_number():
+    assert named(subseed_strength="0", seed_resize_from_w="-1") == []
+
+
+def test_the_quality_of_the_webui_is_that_of_whatever_format_was_asked_for():
+    message, warnings = read(output_format="webp", override_settings={"jpeg_quality": 80})
+    assert (message.output_format, message.quality, warnings) == ("webp", 80, [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (
+            {"output_format": "webp", "override_settings": {"samples_format": "jpg"}},
+            "override_settings.samples_format",
+        ),
+        (
+            {
+                "format": "jpg",
+                "output_compression": 60,
+                "override_settings": {"jpeg_quality": 80},
+            },
+            "override_settings.jpeg_quality",
+        ),
+        ({"n": 3, "n_iter": 2}, "n_iter"),
+        ({"num_images": 3, "batchSize": 2}, "batchSize"),
+        ({"n": 3, "batch_size": 2, "n_iter": 2}, "n_iter"),
+        ({"n_iter": 3, "nIter": 2}, "nIter"),
+        ({"send_images": True, "extra": {"sendImages": False}}, "sendImages"),
+    ],
+)
+def test_two_fields_that_contradict_each_other_are_refused(fields, param):
+    error = refused(**fields)
+    assert error.param == param
+    assert error.message.startswith(f"{param}: ") or "batch_size times" in error.message
+
+
+def test_fields_that_say_the_same_twice_are_read():
+    overrides = {"samples_format": "jpg", "jpeg_quality": 80}
+    message, _ = read(
+        output_format="jpeg", override_settings=overrides, n=4, n_iter=2, batch_size=2
+    )
+    assert (message.output_format, message.quality, message.image.num_images) == ("jpeg", 80, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"samples_format": "gif"}, "samples_format"),
+        ({"samples_format": "bmp"}, "samples_format"),
+        ({"samples_format": "jpg", "jpeg_quality": 500}, "jpeg_quality"),
+    ],
+)
+def test_errors_name_the_option_that_was_sent(overrides, name):
+    with pytest.raises(RequestValidationError) as caught:
+        read(override_settings=overrides)
+    error = as_api_error(caught.value.errors())
+    assert error.param == f"override_settings.{name}"
+    assert error.message.startswith(error.param)
+
+
+@pytest.mark.parametrize(
+    "field", ["n_iter", "send_images", "override_settings", "alwayson_scripts"]
+)
+def test_a_value_of_any_depth_is_shown_or_its_kind_is(field):
+    for depth in range(0, 2 * sys.getrecursionlimit(), 50):
+        assert refused(**{field: nested(depth)}).param == field
+
+
+def test_a_deep_value_is_compared_with_another():
+    deep = nested(2 * sys.getrecursionlimit())
+    error = refused(n_iter=deep, nIter=nested(2 * sys.getrecursionlimit()))
+    assert "nested too deeply" in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"Model": "sdxl"}, "Model"), ({"responseFormat": "url"}, "responseFormat")],
+)
+def test_what_this_server_has_not_is_named_as_it_was_sent(fields, param):
+    settings = Settings()
+    engine = SimpleNamespace(model=MODEL)
+    services = Services(settings, engine, Keys.from_settings(settings), None, None, None, 0)
+    asked = request_model("common", any_fields=False).model_validate({"prompt": "a fox", **fields})
+    with pytest.raises(ApiError) as caught:
+        resolve_asked(services, asked, "id")
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{param}: ")
+
+
+def nested(depth: int) -> list:
+    value: list = [0]
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_a_prompt_that_was_cut_is_named_as_it_was_sent():
+    def warnings(cut: bool, **fields) -> tuple[list[str], list[str]]:
+        asked = read_txt2img({"seed": 7, **fields}, max_n=10)
+        message = resolve(asked.request, "id", RAW, max_n=10, max_prompt=32_000)
+        generated = Generated("id", (b"x",), stage_ms={}, prompt_cut=cut)
+        body = json.loads(b"".join(txt2img_answer(asked, message, generated, "krea")))
+        info = json.loads(body["info"])
+        return body.get("warnings", []), info.get("warnings", [])
+
+    assert warnings(False, prompt="a fox") == ([], [])
+    for said in warnings(True, positive_prompt="a fox"):
+        assert [text.split(":")[0] for text in said] == ["positive_prompt"]
+    for said in warnings(True, prompt="a fox", negative_prompt="rain", cfg_scale=3):
+        assert [text.split(":")[0] for text in said] == ["prompt or negative_prompt"]
 
 
 VALUES = st.recursive(
