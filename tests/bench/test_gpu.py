@@ -116,7 +116,7 @@ def test_a_trial_runs_to_its_end(tmp_path, capsys):
         }, kind
     for part, what in (
         ("correctness", "silu mul vs float64, 37 tokens"),
-        ("gemm", "gate_up 40 bf16, sustained"),
+        ("gemm", "gate_up 16 bf16, sustained"),
         ("attention", "offsets captured, other lengths, vs float32"),
         ("attention", "sdpa 2048x2048 vs float32"),
         ("equality", "graph vs eager"),
