@@ -79,7 +79,7 @@ class ImageFolder:
     def check_room(self, num_bytes: int) -> None:
         """See `ImageStore`; any thread may ask."""
         if num_bytes > self._max_bytes:
-            raise ImagesTooLargeError("the images are larger than all of the storage")
+            raise ImagesTooLargeError("the request's images are larger than all of the storage")
 
     def add(self, name: str, expires: int, data: bytes, now: float) -> None:
         """Write a file; it is there whole or not at all.

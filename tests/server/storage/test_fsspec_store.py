@@ -88,7 +88,7 @@ def test_a_request_whose_images_are_not_all_stored_leaves_none(endpoint, bucket,
             stored = asyncio.Event()
 
             async def put(data, extension, base_url):
-                if data is None:
+                if not data:
                     await stored.wait()
                     raise StorageError("the image could not be stored")
                 url = await type(store).put(store, data, extension, base_url)
@@ -97,7 +97,7 @@ def test_a_request_whose_images_are_not_all_stored_leaves_none(endpoint, bucket,
 
             store.put = put
             with pytest.raises(StorageError):
-                await put_all(store, [b"c", None], "png", BASE_URL)
+                await put_all(store, [b"c", b""], "png", BASE_URL)
             return urls
 
     urls = asyncio.run(check())
