@@ -136,9 +136,16 @@ class Stage:
         wait_until(self.server.refuses_connections)
 
     def wait_for_queue(self, waiting: int) -> None:
-        """Wait until the server knows how many requests wait in the engine."""
-        name = "krea2_engine_waiting_requests"
-        wait_until(lambda: [*self._metrics(name).values()] == [waiting])
+        """Wait until the server knows how many requests wait in the engine, and that none runs."""
+
+        def known() -> bool:
+            counts = (("waiting", waiting), ("running", 0))
+            return all(
+                [*self._metrics(f"krea2_engine_{state}_requests").values()] == [count]
+                for state, count in counts
+            )
+
+        wait_until(known)
 
     def _held(self, exchange: Exchange) -> Connection:
         before = self._engine.waiting
