@@ -9,6 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from krea2_server.api.spelling import whole_text
 from krea2_srt.errors import kind_of
 from krea2_srt.messages import EngineError
 
@@ -50,8 +51,8 @@ class ApiError(Exception):
 
     def __post_init__(self) -> None:
         # Whatever clients and engines send, it must get into JSON.
-        self.message = _printable(self.message)
-        self.param = self.param and _printable(self.param)
+        self.message = whole_text(self.message)
+        self.param = self.param and whole_text(self.param)
         super().__init__(self.message)
         self.type = self.type or _type_of(self.status)
 
@@ -147,11 +148,6 @@ def from_engine(error: EngineError) -> ApiError:
         retry=kind.retry,
         cause=error,
     )
-
-
-def _printable(text: str) -> str:
-    """Without halves of surrogate pairs."""
-    return text.encode(errors="replace").decode()
 
 
 def _type_of(status: int) -> str:

@@ -104,6 +104,8 @@ NO_REQUESTS = [
     b'{"prompt": "x", "guidance_scale": Infinity}',
     b'{"prompt": "x", "seed": 1e999}',
     b'{"prompt": "\\ud800"}',
+    b'{"prompt": "x", "\\ud800": 1}',
+    b'{"prompt": "x", "parameters": {"\\ud800": 2}, "extra": {"\\ud800": 3}}',
     b'{"prompt": "x", "seed": ' + b"9" * 100_000 + b"}",
     b"[" * 100_000,
     b'{"a":' * 100_000,

@@ -1,5 +1,7 @@
 """What is wrong with a field of a client's, raised while its body is validated."""
 
+from krea2_server.api.spelling import whole_text
+
 
 class FieldError(ValueError):
     """A field cannot be what it is.
@@ -11,7 +13,8 @@ class FieldError(ValueError):
     """
 
     def __init__(self, field: str, message: str, code: str = "invalid_value") -> None:
-        super().__init__(message)
+        # Pydantic carries it, which takes no halves of surrogate pairs.
+        super().__init__(whole_text(message))
         self.field = field
         self.code = code
 

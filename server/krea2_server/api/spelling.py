@@ -50,7 +50,12 @@ def shown(value: Any) -> str:
 
 def printable(name: Any) -> str:
     """A name of the client's as warnings have it: short, and without halves of surrogate pairs."""
-    return str(name)[:_MAX_SHOWN].encode(errors="replace").decode()
+    return whole_text(str(name)[:_MAX_SHOWN])
+
+
+def whole_text(text: str) -> str:
+    """A text that gets into JSON, whoever sent it: halves of surrogate pairs are question marks."""
+    return text.encode(errors="replace").decode()
 
 
 def lower(value: Any) -> Any:
