@@ -22,7 +22,7 @@ from krea2_server.api.dialects import (
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.lenient import request_model
 from krea2_server.api.schemas import ImageGenerationRequest
-from krea2_server.api.spelling import flag, lower, number, printable, shown, whole
+from krea2_server.api.spelling import flag, is_blank, lower, number, printable, shown, whole
 from krea2_server.errors import invalid
 
 OVERRIDES = "override_settings"
@@ -106,12 +106,12 @@ def _sorted(values: Mapping[str, Any]) -> _Body:
         if value is None or known in ASK_NOTHING:
             continue
         if known in _OWN:
-            if not _is_blank(value):
+            if not is_blank(value):
                 body.own[known] = agreed(body.own.get(known), name, value)
         elif known in REFUSED:
             _refuse(known, name, value)
         elif (row := NO_EFFECT.get(known)) is not None:
-            if lower(value) not in row.silent or value is True:
+            if row.is_asked(value):
                 body.warn(name, row.reason)
         elif known in NESTED:
             raise FieldError(name, f"{name}: must not be inside of another object")
@@ -221,7 +221,7 @@ def _put_options(result: Translation, body: _Body) -> str | None:
 def _put_option(
     result: Translation, ours: str, place: str, options: Mapping[str, Any], name: str
 ) -> None:
-    if not _is_blank(options.get(name)):
+    if not is_blank(options.get(name)):
         put(result, ours, f"{place}.{name}", options[name])
 
 
@@ -277,7 +277,3 @@ def _send_images(body: _Body) -> bool:
     if not wanted:
         body.warnings.append(f"{name}: the images are in no answer, and are not kept here")
     return wanted
-
-
-def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())

@@ -14,7 +14,7 @@ import orjson
 
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.sizes import merged, size_of, with_resolution
-from krea2_server.api.spelling import flag, lower, name_of, number, shown, whole
+from krea2_server.api.spelling import flag, is_blank, lower, name_of, number, shown, whole
 
 SYNONYMS = {
     # name: our field, and who calls it that.
@@ -86,6 +86,10 @@ class NoEffect:
 
     reason: str
     silent: tuple[Any, ...] = (False, "false")
+
+    def is_asked(self, value: Any) -> bool:
+        """Whether a value asks for something; True always does, though it is as good as 1."""
+        return lower(value) not in self.silent or value is True
 
 
 NO_EFFECT = {
@@ -186,7 +190,7 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
     resolution: Any = None
     for name, value in flattened(values).items():
         known = known_name(name, fields)
-        if value is None or (known != "prompt" and isinstance(value, str) and not value.strip()):
+        if value is None or (known != "prompt" and is_blank(value)):
             continue
         if known in GUIDANCE_PLUS_ONE:
             cfg = agreed(cfg, name, number(name, value))
@@ -194,7 +198,7 @@ def translate(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Translati
             resolution = value
         elif known in NO_EFFECT:
             row = NO_EFFECT[known]
-            if lower(value) not in row.silent or (isinstance(value, bool) and value):
+            if row.is_asked(value):
                 result.warn(name, row.reason)
         elif known in SYNONYMS:
             put(result, SYNONYMS[known][0], name, value, ratio=known == "aspect_ratio")

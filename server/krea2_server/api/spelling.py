@@ -48,6 +48,11 @@ def shown(value: Any) -> str:
     return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}..."
 
 
+def is_blank(value: Any) -> bool:
+    """Whether a value is as good as none: nothing, or a text of spaces."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def printable(name: Any) -> str:
     """A name of the client's as warnings have it: short, and without halves of surrogate pairs."""
     return whole_text(str(name)[:_MAX_SHOWN])
