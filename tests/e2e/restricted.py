@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.programs import required
+from tests.programs import required, required_root
 
 
 def restricted(ids: str, model: Path, cache: Path | None = None) -> list[str]:
@@ -14,6 +14,7 @@ def restricted(ids: str, model: Path, cache: Path | None = None) -> list[str]:
         model: a folder that is then /srv/model.
         cache: what is then /srv/cache, the working folder; None is a new one.
     """
+    required_root()
     python = Path(sys.base_prefix)
     script = Path(__file__).with_name("restricted.sh")
     wrapper = [required("unshare"), "--mount", str(script), ids, str(cache or ""), str(model)]

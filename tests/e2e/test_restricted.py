@@ -1,6 +1,5 @@
 """The entry point as the image runs it: another user, a read-only root, no rights."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from tests.e2e.restricted import restricted
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_it_serves_and_ends_with_nothing_to_write_to_but_its_cache(demo_model, tmp_path):
     wrapper = restricted("10001:0", demo_model)
     flags = ["--storage", "/srv/cache/images", "--log-format", "text"]

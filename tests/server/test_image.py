@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
-import pytest
 
 from krea2_srt.testing.processes import ChildProcess, free_ports
 from tests import image
 from tests.e2e.restricted import restricted
-from tests.programs import required
+from tests.programs import required, required_root
 from tests.server.serving import serve
 
 FIELDS = {"prompt": "x", "size": "64x64", "response_format": "url"}
@@ -95,9 +94,9 @@ class InImage(ChildProcess):
         return [*enter, "--setuid", str(self.user), "--setgid", "0"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 def test_users_of_group_0_take_turns_with_one_cache(shared_engine, engine, tmp_path):
     """None of them has a name or owns the cache, and each finds what the one before has left."""
+    required_root()
     cache = tmp_path / "cache"
     subprocess.run([*image.cache_made_by()[:-1], cache], check=True)
     port = free_ports(["server"])["server"]
