@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import socket
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import fsspec
@@ -120,10 +121,15 @@ def test_an_image_without_a_url_is_not_kept(endpoint, bucket, monkeypatch):
     assert keys_in(endpoint, bucket) == []
 
 
-def test_what_cannot_be_removed_is_told_in_a_line(caplog):
+def started_with_bucket() -> tuple[Any, str, dict[str, Any]]:
+    """A server that is to be stopped, where it is, and the options of a store in its bucket."""
     server, endpoint = started()
     assert httpx.put(f"{endpoint}/bucket").status_code == 200
-    given = options(endpoint, config_kwargs=NO_RETRIES)
+    return server, endpoint, options(endpoint, config_kwargs=NO_RETRIES)
+
+
+def test_what_cannot_be_removed_is_told_in_a_line(caplog):
+    server, _, given = started_with_bucket()
 
     async def check():
         store = FsspecStore("s3://bucket", expiry_s=60, options=given)
@@ -144,9 +150,7 @@ def test_what_cannot_be_removed_is_told_in_a_line(caplog):
 
 def test_a_server_that_is_gone_is_an_error_without_secrets(caplog):
     caplog.set_level(logging.INFO)
-    server, endpoint = started()
-    assert httpx.put(f"{endpoint}/bucket").status_code == 200
-    given = options(endpoint, config_kwargs=NO_RETRIES)
+    server, endpoint, given = started_with_bucket()
 
     async def check():
         store = FsspecStore("s3://bucket", expiry_s=60, options=given)
