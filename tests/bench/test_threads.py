@@ -86,7 +86,7 @@ def scripted_engines(folder, checkpoint, settings):
         setting: Scripted("", [], *(mix if setting is settings[0] else other))
         for setting in settings
         for mix, other in [
-            (threads.BESIDE_ROUNDS * ([10] * count + [30] * count) + [102] * 3, [100] * 3)
+            ([102] * 3 + threads.BESIDE_ROUNDS * ([10] * count + [30] * count), [100] * 3)
         ]
     }
     yield Engines(children, Scripted("", []))
