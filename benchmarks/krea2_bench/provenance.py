@@ -28,7 +28,7 @@ def provenance(command: Sequence[str], packages: Sequence[str]) -> dict[str, Any
     return {
         "command": shlex.join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_count": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
         "load_average": round(os.getloadavg()[0], 2),
@@ -42,7 +42,8 @@ def typed(command: str) -> list[str]:
     return [command, *sys.argv[1:]]
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's kind, as the kernel names it."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

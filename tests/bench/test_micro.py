@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 
 from krea2_bench.micro import command
-from krea2_bench.micro.history import KEPT, HistoryError, read_history, record, regressions
+from krea2_bench.micro.history import (
+    KEPT,
+    HistoryError,
+    last_of,
+    read_history,
+    record,
+    regressions,
+)
 from krea2_bench.micro.runner import packing
 from krea2_bench.micro.scheduling import scheduler_turn
 from krea2_bench.micro.timing import Timed, best_of, plain_python
+from krea2_bench.provenance import cpu_name
 
 Bench = Callable[..., int]
 
@@ -67,6 +75,11 @@ def test_a_ratio_with_a_bound_needs_no_history(ratio, worse):
     assert regressions({"a": 1.0, "c": 1.0}, {"a": 1.0, "c": ratio}, {"c": 5.0}) == worse
 
 
+def test_a_machine_that_does_not_reach_a_bound_is_compared_with_itself():
+    assert regressions({"c": 6.0}, {"c": 6.8}, {"c": 5.0}) == {}
+    assert regressions({"c": 6.0}, {"c": 7.0}, {"c": 5.0}) == {"c": "7 in place of 6, +17%"}
+
+
 def test_a_history_grows_at_its_end_and_is_not_endless(tmp_path: Path):
     file = tmp_path / "micro.json"
     for number in range(KEPT + 3):
@@ -75,6 +88,13 @@ def test_a_history_grows_at_its_end_and_is_not_endless(tmp_path: Path):
     assert len(entries) == KEPT
     assert entries[-1]["ratios"] == {"a": KEPT + 2}
     assert entries[-1]["references"] == {"a": "b"}
+
+
+def test_an_entry_is_of_one_kind_of_processor():
+    entries = [{"run": {"cpu": name}, "ratios": {}} for name in ("A", "B", "A", "C")]
+    assert last_of(entries, "A") is entries[2]
+    assert last_of(entries, "B") is entries[1]
+    assert last_of(entries, "D") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"history": []}', '{"history": [{}]}'])
@@ -93,7 +113,12 @@ class Attempts:
         self._bench, self._demo_model = bench, demo_model
         monkeypatch.setattr(command, "PARTS", tuple(ratios))
         monkeypatch.setattr(command, "measure", self._measure)
-        record(Path("micro.json"), {}, [Timed(name, 1.0, "b", 1.0) for name in ratios], {})
+        record(
+            Path("micro.json"),
+            {"cpu": cpu_name(), "date": "2026-11-25"},
+            [Timed(name, 1.0, "b", 1.0) for name in ratios],
+            {},
+        )
 
     def _measure(self, _checkpoint: Path, _rounds: int, parts: list[str]) -> list[Timed]:
         (part,) = parts
@@ -131,9 +156,20 @@ def test_a_regression_fails(bench, monkeypatch, demo_model, capsys):
     assert "REGRESSION a: 1.2 in place of 1, +20%" in capsys.readouterr().out
 
 
+def test_a_processor_that_the_history_does_not_know_is_not_compared(
+    bench, monkeypatch, demo_model, capsys
+):
+    monkeypatch.setattr(command, "measure", lambda *_: [Timed("a", 9.0, "b", 1.0)])
+    record(Path("micro.json"), {"cpu": "another"}, [Timed("a", 1.0, "b", 1.0)], {})
+    assert bench("micro", "--checkpoint", str(demo_model), "--check", "micro.json") == 0
+    printed = capsys.readouterr().out
+    assert f"no entry of a processor named {cpu_name()!r}" in printed
+    assert "REGRESSION" not in printed
+
+
 def test_a_ratio_to_something_else_is_not_compared(bench, monkeypatch, demo_model, capsys):
     monkeypatch.setattr(command, "measure", lambda *_: [Timed("a", 1.0, "c", 1.0)])
-    record(Path("micro.json"), {}, [Timed("a", 1.0, "b", 1.0)], {})
+    record(Path("micro.json"), {"cpu": cpu_name()}, [Timed("a", 1.0, "b", 1.0)], {})
     assert bench("micro", "--checkpoint", str(demo_model), "--check", "micro.json") != 0
     error = capsys.readouterr().err
     assert "a is a ratio to b there, and to c now; record it again" in error

@@ -17,7 +17,7 @@ class Timed:
         ms: of one unit of it, at best.
         reference: what it is compared to.
         reference_ms: of that, at best.
-        bound: of the ratio, whatever the history says; None compares it with the last of that.
+        bound: of the ratio, up to which it may be worse than the last of the history.
     """
 
     name: str
