@@ -18,6 +18,12 @@ SUFFIX_TOKENS = 5
 MAX_SEED = 2**63 - 1
 """Largest seed of a request; its further images count on from there."""
 
+MAX_ADAPTERS = 4
+"""The most of one image."""
+
+MAX_ADAPTER_SCALE = 10.0
+"""Adapters at a larger scale, or at less than its negative, leave nothing of a picture."""
+
 _ABSURD_SIDE = 100_000
 """Pixels of a side that nobody means."""
 
@@ -49,6 +55,21 @@ class RequestLimits:
 
 
 @dataclass(frozen=True)
+class AdapterUse:
+    """An adapter that an image is generated with.
+
+    Attributes:
+        name: what it is called.
+        digest: SHA-256 of what it is; see `krea2_srt.lora.adapter.Adapter`.
+        scale: 1 is as it was trained, 0 the base model.
+    """
+
+    name: str
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ImageRequest:
     """One request: ``num_images`` sequences with seeds seed, seed + 1, ...
 
@@ -61,6 +82,8 @@ class ImageRequest:
         seed: of the first image.
         num_images: sequences to run.
         mu: timestep shift; None takes the checkpoint's own.
+        adapters: those that are added up. A set, since SGLang's channel makes tuples anew and puts
+            them back, which what is frozen does not take.
     """
 
     prompt: str
@@ -72,6 +95,7 @@ class ImageRequest:
     seed: int = 0
     num_images: int = 1
     mu: float | None = None
+    adapters: frozenset[AdapterUse] = frozenset()
 
     @property
     def size(self) -> str:
@@ -135,6 +159,15 @@ class ImageRequest:
         check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
             check_number("mu", self.mu, *MU_RANGE)
+        if len(self.adapters) > MAX_ADAPTERS:
+            raise RequestError(
+                "adapters", f"must be at most {MAX_ADAPTERS}, got {len(self.adapters)}"
+            )
+        for use in self.adapters:
+            try:
+                check_number("adapters", use.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+            except RequestError as error:
+                raise RequestError("adapters", f"the scale of {use.name} {error.message}") from None
 
 
 def estimated_text_tokens(prompt: str) -> int:

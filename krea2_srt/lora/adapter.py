@@ -11,8 +11,8 @@ class Factor:
     """A change of some rows of a `Linear`: ``rows[start : start + out] += up @ down``.
 
     Attributes:
-        down: float32 [rank, in].
-        up: float32 [out, rank], the file's scale multiplied in.
+        down: [rank, in], float32 as it is read.
+        up: [out, rank], the same, with the file's scale multiplied in.
         start: the first row, where several matrices are fused.
     """
 
@@ -40,11 +40,13 @@ class Adapter:
 
     Attributes:
         name: of its file or folder, without the ending.
+        digest: SHA-256 of its files, in hexadecimal: what it is, whatever it is called.
         matrices: by the DiT's name of a `Linear`, as in ``blocks.0.attn.qkvg``; the factors of
             one are sorted by rows and do not overlap.
     """
 
     name: str
+    digest: str
     matrices: Mapping[str, tuple[Factor, ...]]
 
     @property

@@ -10,22 +10,26 @@ from krea2_srt.lora.peft_config import PeftConfig
 from krea2_srt.lora.stored import StoredModule
 
 
-def read_factor(module: StoredModule, peft: PeftConfig | None, limits: Limits) -> Factor:
+def read_factor(
+    module: StoredModule, peft: PeftConfig | None, limits: Limits, alpha: float | None
+) -> Factor:
     """Read one matrix's tensors, with their scale.
 
-    The scale is alpha / rank, where alpha is the file's own, else PEFT's config's, else the rank.
+    The scale is alpha / rank, where alpha is the file's own, else PEFT's config's, else what is
+    given, else the rank.
 
     Args:
         module: the tensors.
         peft: PEFT's config, if there is one.
         limits: of the rank.
+        alpha: what is given.
 
     Raises:
         AdapterError: some are missing, or do not fit the matrix or one another.
     """
     roles = module.roles
     if roles == {"down", "up"}:
-        down, up, scale = _lora(module, peft, limits)
+        down, up, scale = _lora(module, peft, limits, alpha)
     elif roles and all(role.startswith("lokr") for role in roles):
         down, up, scale = _lokr(module, peft, limits)
     else:
@@ -48,7 +52,7 @@ def _incomplete(module: StoredModule) -> str:
 
 
 def _lora(
-    module: StoredModule, peft: PeftConfig | None, limits: Limits
+    module: StoredModule, peft: PeftConfig | None, limits: Limits, given: float | None
 ) -> tuple[Tensor, Tensor, float]:
     out, width = module.matrix.shape
     down, up = module.shapes["down"], module.shapes["up"]
@@ -63,8 +67,10 @@ def _lora(
     alpha = module.alpha()
     if alpha is not None:
         scale = alpha / rank
+    elif peft is not None:
+        scale = peft.scale(module.name, rank)
     else:
-        scale = 1.0 if peft is None else peft.scale(module.name, rank)
+        scale = 1.0 if given is None else given / rank
     return module.tensor("down"), module.tensor("up"), scale
 
 

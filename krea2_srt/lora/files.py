@@ -1,5 +1,6 @@
 """Where an adapter's files lie, and what is known of them before a tensor is read."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from krea2_srt.lora.limits import Limits
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+Stamp = tuple[tuple[int, int, int], ...]
+"""What differs once one of some files is replaced or written to."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,36 @@ class AdapterFiles:
             )
         config = path.parent / _PEFT_CONFIG
         return cls(path, config if path.name == _PEFT_WEIGHTS and config.is_file() else None)
+
+    def stamp(self) -> Stamp:
+        """The stamp of the files as they are now.
+
+        Raises:
+            OSError: one is gone.
+        """
+        found = [file.stat() for file in (self.weights, self.config) if file is not None]
+        return tuple((at.st_ino, at.st_size, at.st_mtime_ns) for at in found)
+
+    def digest(self) -> str:
+        """SHA-256 of what is in them, in hexadecimal.
+
+        Raises:
+            OSError: one cannot be read.
+        """
+        found = hashlib.sha256()
+        for file in (self.weights, self.config):
+            if file is not None:
+                with file.open("rb") as stream:
+                    found.update(hashlib.file_digest(stream, "sha256").digest())
+        return found.hexdigest()
+
+
+def stamp_of(path: Path) -> Stamp | None:
+    """The stamp of an adapter's files; None where there is none to be had."""
+    try:
+        return AdapterFiles.at(path).stamp()
+    except (AdapterError, OSError):
+        return None
 
 
 def find_adapter(folder: Path, name: str) -> Path:

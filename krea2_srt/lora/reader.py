@@ -21,13 +21,19 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.matrices import Matrix, dit_matrices
 
 
-def read_adapter(path: Path, config: Krea2Config, limits: Limits = DEFAULT_LIMITS) -> Adapter:
+def read_adapter(
+    path: Path,
+    config: Krea2Config,
+    limits: Limits = DEFAULT_LIMITS,
+    alpha: float | None = None,
+) -> Adapter:
     """Read an adapter.
 
     Args:
         path: a ``.safetensors`` file of any common trainer, or a folder of PEFT's.
         config: the model that it has to fit.
         limits: how large it may be.
+        alpha: of a LoRA whose files do not say theirs; None is the rank.
 
     Raises:
         AdapterError: it is missing, too large, damaged, another model's, or has anything in it
@@ -35,26 +41,34 @@ def read_adapter(path: Path, config: Krea2Config, limits: Limits = DEFAULT_LIMIT
     """
     try:
         files = AdapterFiles.at(path)
+        stamp = files.stamp()
         peft = config_of_folder(files.config, limits) if files.config else None
         with open_weights(files.weights, limits) as tensors:
-            matrices = _read(tensors, dit_matrices(config), peft, limits)
+            matrices = _read(tensors, dit_matrices(config), peft, limits, alpha)
+        digest = files.digest()
+        if files.stamp() != stamp:
+            raise AdapterError("it was replaced while it was read")
     except AdapterError as error:
         raise AdapterError(f"adapter {shown(str(path))}: {error}") from None
     except OSError as error:
         reason = shown(error.strerror or first_line(error))
         raise AdapterError(f"adapter {shown(str(path))}: it cannot be read: {reason}") from None
-    return Adapter(path.stem if path.is_file() else path.name, matrices)
+    return Adapter(path.stem if path.is_file() else path.name, digest, matrices)
 
 
 def _read(
-    tensors: Any, matrices: Mapping[str, Matrix], peft: PeftConfig | None, limits: Limits
+    tensors: Any,
+    matrices: Mapping[str, Matrix],
+    peft: PeftConfig | None,
+    limits: Limits,
+    alpha: float | None,
 ) -> dict[str, tuple[Factor, ...]]:
     modules = _modules(tensors, Vocabulary(matrices))
     if peft is None:
         peft = config_in_metadata(tensors.metadata() or {}, limits)
     found: dict[str, list[Factor]] = {}
     for module in modules:
-        found.setdefault(module.matrix.linear, []).append(read_factor(module, peft, limits))
+        found.setdefault(module.matrix.linear, []).append(read_factor(module, peft, limits, alpha))
     if not any(factor.up.any() and factor.down.any() for some in found.values() for factor in some):
         raise AdapterError("it changes nothing: all of its factors are zero")
     return {linear: tuple(factors) for linear, factors in found.items()}

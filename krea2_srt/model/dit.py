@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.deltas import Deltas
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.layers import (
     GatedAttention,
@@ -94,12 +95,13 @@ class Krea2DiT(nn.Module):
         self.final_table = parameter(2, hidden, dtype=torch.float32)
         self.final_linear = Linear(hidden, {"linear": config.in_channels}, bias=True, dtype=dtype)
 
-    def modulation(self, timesteps: Tensor) -> Modulation:
+    def modulation(self, timesteps: Tensor, deltas: Deltas | None = None) -> Modulation:
         """Modulation of all blocks for the timesteps of one schedule.
 
         Args:
             timesteps: [n] in [0, 1]. They are rounded to the compute dtype first, as the original
                 sampler and Diffusers do.
+            deltas: of the matrices, the same for all rows.
 
         Returns:
             `Modulation` with n rows, on the model's device.
@@ -107,8 +109,9 @@ class Krea2DiT(nn.Module):
         config = self.config
         timesteps = to_device(timesteps.to(self.dtype), self.img_in.weight.device)
         embedding = timestep_embedding(timesteps, config.timestep_embed_dim).to(self.dtype)
-        time = self.time_linear_2(F.gelu(self.time_linear_1(embedding), approximate="tanh"))
-        shared = self.time_mod_proj(F.gelu(time, approximate="tanh")).float()
+        time = F.gelu(self.time_linear_1(embedding, deltas), approximate="tanh")
+        time = self.time_linear_2(time, deltas)
+        shared = self.time_mod_proj(F.gelu(time, approximate="tanh"), deltas).float()
         shared = shared.unflatten(-1, (6, -1))  # [n, 6, hidden]
         scales, shifts, gates = [], [], []
         for block in self.blocks:
@@ -131,22 +134,26 @@ class Krea2DiT(nn.Module):
         hidden_states: Tensor,
         prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
+        deltas: Deltas | None = None,
     ) -> Tensor:
         """Context tokens of one or several prompts; see `TextFusion.forward`."""
-        return self.text_fusion(hidden_states.to(self.dtype), prompts, attention)
+        return self.text_fusion(hidden_states.to(self.dtype), prompts, attention, deltas)
 
-    def embed(self, tokens: Tensor, context: Tensor, pack: Pack) -> Tensor:
+    def embed(
+        self, tokens: Tensor, context: Tensor, pack: Pack, deltas: Deltas | None = None
+    ) -> Tensor:
         """The token stream before the first block.
 
         Args:
             tokens: [T, in_channels], noisy patches (c ph pw) at the image tokens.
             context: [T, hidden] from `fuse_text` at the text tokens.
             pack: the layout.
+            deltas: of the matrices, by the pack's tokens.
 
         Returns:
             [T, hidden] in the compute dtype.
         """
-        image = self.img_in(tokens.to(self.dtype))
+        image = self.img_in(tokens.to(self.dtype), deltas)
         return torch.where(pack.is_text, context.to(self.dtype), image)
 
     def run_blocks(
@@ -156,6 +163,7 @@ class Krea2DiT(nn.Module):
         modulation: Modulation,
         blocks: range,
         attention: VarlenAttention = sdpa_attention,
+        deltas: Deltas | None = None,
     ) -> Tensor:
         """Run some consecutive blocks on the token stream, in place.
 
@@ -165,6 +173,7 @@ class Krea2DiT(nn.Module):
             modulation: one row per sequence.
             blocks: which blocks.
             attention: how to attend.
+            deltas: of the matrices, by the pack's tokens.
 
         Returns:
             x.
@@ -181,7 +190,7 @@ class Krea2DiT(nn.Module):
             h = do.add_gated_norm(
                 x,
                 m.gates[:, i, 0],
-                block.attn(h, attention, pack.segments, pack.rope, do),
+                block.attn(h, attention, pack.segments, pack.rope, do, deltas),
                 scale,
                 shift,
                 rows,
@@ -189,23 +198,29 @@ class Krea2DiT(nn.Module):
                 format,
             )
             if i + 1 == blocks.stop:
-                return do.add_gated(x, m.gates[:, i, 1], block.ff(h, do), rows)
+                return do.add_gated(x, m.gates[:, i, 1], block.ff(h, do, deltas), rows)
             scale, shift = m.scales[:, i + 1, 0], m.shifts[:, i + 1, 0]
             format = self.blocks[i + 1].attn.qkvg.format
             h = do.add_gated_norm(
-                x, m.gates[:, i, 1], block.ff(h, do), scale, shift, rows, eps, format
+                x, m.gates[:, i, 1], block.ff(h, do, deltas), scale, shift, rows, eps, format
             )
         return x
 
-    def finish(self, x: Tensor, pack: Pack, modulation: Modulation) -> Tensor:
+    def finish(
+        self, x: Tensor, pack: Pack, modulation: Modulation, deltas: Deltas | None = None
+    ) -> Tensor:
         """Velocity of the image tokens: [T, hidden] -> [T, in_channels].
 
         What it gives for text tokens means nothing.
         """
         scale, shift = modulation.final_scale, modulation.final_shift
         weight, bias = self.final_linear.weight, self.final_linear.bias
-        eps = self.config.norm_eps
-        return self.operations.final_layer(x, scale, shift, pack.rows, eps, weight, bias)
+        do, eps = self.operations, self.config.norm_eps
+        out = do.final_layer(x, scale, shift, pack.rows, eps, weight, bias)
+        if deltas is not None and deltas.touch(self.final_linear):
+            normed = do.norm_scale_shift(x, scale, shift, pack.rows, eps, None)
+            deltas.add(self.final_linear, normed, out)
+        return out
 
     def forward(
         self,
@@ -214,6 +229,7 @@ class Krea2DiT(nn.Module):
         pack: Pack,
         modulation: Modulation,
         attention: VarlenAttention = sdpa_attention,
+        deltas: Deltas | None = None,
     ) -> Tensor:
         """Velocity of a pack.
 
@@ -221,13 +237,14 @@ class Krea2DiT(nn.Module):
             tokens, context, pack: see `embed`.
             modulation: one row per sequence, its current step's.
             attention: how to attend.
+            deltas: of the matrices, by the pack's tokens.
 
         Returns:
             [T, in_channels] in the compute dtype; see `finish`.
         """
-        x = self.embed(tokens, context, pack)
-        x = self.run_blocks(x, pack, modulation, range(len(self.blocks)), attention)
-        return self.finish(x, pack, modulation)
+        x = self.embed(tokens, context, pack, deltas)
+        x = self.run_blocks(x, pack, modulation, range(len(self.blocks)), attention, deltas)
+        return self.finish(x, pack, modulation, deltas)
 
     def weight_map(self) -> dict[str, WeightSlot]:
         """Where each tensor of a Diffusers-layout checkpoint goes."""

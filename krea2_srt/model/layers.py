@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.kernels.quantize import TokenFormat, Tokens
 from krea2_srt.model.attention import VarlenAttention, attend_and_gate
+from krea2_srt.model.deltas import Deltas
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import WeightSlot
 
@@ -49,7 +50,15 @@ class Linear(nn.Module):
         self.scale: Tensor | None = None
         self.bias = parameter(rows, dtype=dtype) if bias else None
 
-    def forward(self, x: Tokens) -> Tensor:
+    def forward(self, x: Tokens, deltas: Deltas | None = None) -> Tensor:
+        """[..., in_features] -> [..., rows], with what is added to it."""
+        out = self.product_with(x)
+        if deltas is not None:
+            deltas.add(self, x, out)
+        return out
+
+    def product_with(self, x: Tokens) -> Tensor:
+        """The same without anything added."""
         assert isinstance(x, Tensor)
         return F.linear(x, self.weight, self.bias)
 
@@ -118,13 +127,17 @@ class GatedAttention(nn.Module):
         self.out = linears("attn.out", width, {"to_out.0": size})
 
     def project(
-        self, x: Tokens, rope: Tensor | None = None, operations: Operations = TORCH
+        self,
+        x: Tokens,
+        rope: Tensor | None = None,
+        operations: Operations = TORCH,
+        deltas: Deltas | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[T, size] -> q [T, heads, hd], k, v [T, kv_heads, hd], gate [T, heads * hd].
 
         All four are views of one matrix.
         """
-        fused = self.qkvg(x)
+        fused = self.qkvg(x, deltas)
         operations.qk_norm_rope(
             fused,
             self.norm_q.scale,
@@ -145,11 +158,12 @@ class GatedAttention(nn.Module):
         segments: Segments,
         rope: Tensor | None = None,
         operations: Operations = TORCH,
+        deltas: Deltas | None = None,
     ) -> Tensor:
         """Attend within each segment: x [T, size] -> [T, size]."""
-        q, k, v, gate = self.project(x, rope, operations)
+        q, k, v, gate = self.project(x, rope, operations, deltas)
         return self.out(
-            attend_and_gate(attention, q, k, v, gate, segments, operations, self.out.format)
+            attend_and_gate(attention, q, k, v, gate, segments, operations, self.out.format), deltas
         )
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
@@ -167,13 +181,17 @@ class SwiGLU(nn.Module):
         self.gate_up = linears("ff.gate_up", size, {"gate": hidden, "up": hidden})
         self.down = linears("ff.down", hidden, {"down": size})
 
-    def forward(self, x: Tokens, operations: Operations = TORCH) -> Tensor:
+    def forward(
+        self, x: Tokens, operations: Operations = TORCH, deltas: Deltas | None = None
+    ) -> Tensor:
         """[T, size] -> [T, size]."""
         gate_up, format = self.gate_up, self.down.format
-        if len(x) < operations.fused_mlp_tokens:
-            return self.down(operations.silu_mul(gate_up(x), format))
+        # What is added has to be there before silu: the fused product keeps no such moment.
+        added = deltas is not None and deltas.touch(gate_up)
+        if added or len(x) < operations.fused_mlp_tokens:
+            return self.down(operations.silu_mul(gate_up(x, deltas), format), deltas)
         weight, scale = gate_up.weight, gate_up.scale
-        return self.down(operations.swiglu_product(x, weight, scale, gate_up.dtype, format))
+        return self.down(operations.swiglu_product(x, weight, scale, gate_up.dtype, format), deltas)
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         yield from self.gate_up.weight_map(prefix)

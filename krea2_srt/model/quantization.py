@@ -114,7 +114,7 @@ class QuantizedLinear(Linear):
         self.bias = None
         self.product: ScaledProduct = scaled_product_torch
 
-    def forward(self, x: Tokens) -> Tensor:
+    def product_with(self, x: Tokens) -> Tensor:
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
         if self.format.dtype is torch.int8:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.deltas import Deltas
 from krea2_srt.model.layers import GatedAttention, Linear, RMSNorm, SwiGLU, plain_linears
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.weights import WeightSlot
@@ -38,27 +39,25 @@ class TextFusionBlock(nn.Module):
         )
         self.ff = SwiGLU(size, config.text_intermediate_size, plain_linears(dtype))
 
-    def across_layers(self, x: Tensor) -> Tensor:
+    def across_layers(self, x: Tensor, deltas: Deltas | None) -> Tensor:
         """Attend across the layers of each token on its own: [tokens, layers, size], same out."""
-        q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype).flatten(0, 1))
+        normed = self.norm1(x).to(x.dtype).flatten(0, 1)
+        q, k, v, gate = self.attn.project(normed, deltas=deltas)
         groups = self.attn.heads // self.attn.kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         q, k, v = (t.unflatten(0, x.shape[:2]).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v)
         out = out.transpose(1, 2).flatten(-2)
-        x = x + self.attn.out(out * torch.sigmoid(gate.unflatten(0, x.shape[:2])))
-        return x + self.ff(self.norm2(x).to(x.dtype))
+        x = x + self.attn.out(out * torch.sigmoid(gate.unflatten(0, x.shape[:2])), deltas)
+        return x + self.ff(self.norm2(x).to(x.dtype), deltas=deltas)
 
     def across_tokens(
-        self,
-        x: Tensor,
-        attention: VarlenAttention,
-        prompts: Segments,
+        self, x: Tensor, attention: VarlenAttention, prompts: Segments, deltas: Deltas | None
     ) -> Tensor:
         """Attend across the tokens of each prompt: [tokens, size], same out."""
-        x = x + self.attn(self.norm1(x).to(x.dtype), attention, prompts)
-        return x + self.ff(self.norm2(x).to(x.dtype))
+        x = x + self.attn(self.norm1(x).to(x.dtype), attention, prompts, deltas=deltas)
+        return x + self.ff(self.norm2(x).to(x.dtype), deltas=deltas)
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         yield from self.norm1.weight_map(f"{prefix}norm1.")
@@ -89,6 +88,7 @@ class TextFusion(nn.Module):
         hidden_states: Tensor,
         prompts: Segments,
         attention: VarlenAttention = sdpa_attention,
+        deltas: Deltas | None = None,
     ) -> Tensor:
         """Fuse one or several prompts.
 
@@ -96,22 +96,23 @@ class TextFusion(nn.Module):
             hidden_states: [tokens, num_text_layers, text_hidden_dim], prompts one after another.
             prompts: which tokens are one prompt's.
             attention: how to attend across the tokens of a prompt.
+            deltas: of the matrices, the same for all rows.
 
         Returns:
             [tokens, hidden_size], the text tokens of the DiT.
         """
-        some = [self._fuse_layers(part) for part in hidden_states.split(TOKENS_AT_ONCE)]
+        some = [self._fuse_layers(part, deltas) for part in hidden_states.split(TOKENS_AT_ONCE)]
         x = some[0] if len(some) == 1 else torch.cat(some)
         for block in self.refiner_blocks:
-            x = block.across_tokens(x, attention, prompts)
-        x = self.linear_1(self.norm(x).to(x.dtype))
-        return self.linear_2(F.gelu(x, approximate="tanh"))
+            x = block.across_tokens(x, attention, prompts, deltas)
+        x = self.linear_1(self.norm(x).to(x.dtype), deltas)
+        return self.linear_2(F.gelu(x, approximate="tanh"), deltas)
 
-    def _fuse_layers(self, x: Tensor) -> Tensor:
+    def _fuse_layers(self, x: Tensor, deltas: Deltas | None) -> Tensor:
         """[tokens, num_text_layers, text_hidden_dim] -> [tokens, text_hidden_dim]."""
         for block in self.layerwise_blocks:
-            x = block.across_layers(x)
-        return self.projector(x.transpose(1, 2)).squeeze(-1)
+            x = block.across_layers(x, deltas)
+        return self.projector(x.transpose(1, 2), deltas).squeeze(-1)
 
     def weight_map(self) -> Iterator[tuple[str, WeightSlot]]:
         for kind in ("layerwise_blocks", "refiner_blocks"):

@@ -132,6 +132,9 @@ class Eager(Enum):
     FAILED = "failed"
     """The capture for its size has failed."""
 
+    ADAPTERS = "adapters"
+    """It has adapters, which graphs do not know."""
+
 
 @dataclass
 class GraphRecord:
@@ -542,7 +545,7 @@ class StepGraphs:
             serves.
         """
         key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
-        why = self._why_eager(key, batch)
+        why = Eager.ADAPTERS if batch.has_adapters else self._why_eager(key, batch)
         if key is None or why is not None:
             self._count_eager(why, steps)
             return None
@@ -568,7 +571,7 @@ class StepGraphs:
             Whether there is one.
         """
         key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
-        if key is None or str(key) in self.failures:
+        if key is None or batch.has_adapters or str(key) in self.failures:
             return False
         if key not in self._graphs:
             self._buffers.load(key, batch, pack)

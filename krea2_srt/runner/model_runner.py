@@ -1,8 +1,9 @@
 """The model runner: from prompts to contexts, from noise to latents, from latents to pixels."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor
 from krea2_srt.engine.lifecycle import Sequence as ImageSequence
 from krea2_srt.engine.lifecycle import lone_sequence
 from krea2_srt.errors import CheckpointError, not_finite
+from krea2_srt.lora.beside import UniformDeltas
+from krea2_srt.lora.placed import NO_ADAPTERS, AdapterSet
+from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import load_dit
@@ -20,6 +24,7 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.model.text_encoder import TextEncoder, load_text_encoder
 from krea2_srt.model.vae import VAEDecoder, load_vae
+from krea2_srt.model.weights import WeightDelta
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.byte_cache import ByteCache
@@ -49,7 +54,8 @@ class Krea2Runner:
         caches: bounds of what is remembered.
 
     Attributes:
-        graphs: replay steps where it can; None runs all eagerly.
+        graphs: replay steps where it can; None runs all eagerly. Packs with adapters run eagerly.
+        adapters: those that images can be generated with.
     """
 
     def __init__(
@@ -69,7 +75,8 @@ class Krea2Runner:
         self.prompt_encoder = PromptEncoder(text_encoder, dit, attention)
         self.graphs: StepGraphs | None = None
         self.device = dit.img_in.weight.device
-        self.contexts: ByteCache[str, Tensor] = ByteCache(caches.contexts)
+        self.adapters = AdapterPool(dit)
+        self.contexts: ByteCache[tuple[str, Hashable], Tensor] = ByteCache(caches.contexts)
         self._modulations: ModulationRows = ByteCache(caches.modulations)
         self.packs = PackCache(dit.config, self.device, caches.layouts)
 
@@ -83,6 +90,7 @@ class Krea2Runner:
         text_dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
+        deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
         attention: AttentionChoice | None = None,
         text_encoder_resident: bool = True,
         caches: CacheBytes = CacheBytes(),
@@ -95,14 +103,16 @@ class Krea2Runner:
             dtype: of the DiT, and of the other parts unless given.
             text_dtype, vae_dtype: of the text encoder and the VAE.
             quantization: of the DiT's blocks.
+            deltas: what is added to the DiT's matrices for good; see `load_dit`.
             attention: overrides the choice by device, dtype and measurement.
             text_encoder_resident: see `load_text_encoder`.
             caches: bounds of what is remembered.
 
         Raises:
             CheckpointError: something is missing, damaged or does not fit together.
+            AdapterError: the deltas are another model's.
         """
-        dit = load_dit(checkpoint.transformer, device, dtype, quantization)
+        dit = load_dit(checkpoint.transformer, device, dtype, quantization, deltas)
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
             checkpoint.tokenizer,
@@ -160,20 +170,27 @@ class Krea2Runner:
             yield
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Fused context [text tokens, hidden] of each prompt, from the cache where it is known."""
+    def encode(self, prompts: Sequence[str], adapters: AdapterSet = NO_ADAPTERS) -> list[Tensor]:
+        """Fused context [text tokens, hidden] of each prompt, from the cache where it is known.
+
+        Args:
+            prompts: any number.
+            adapters: which all of them are fused with.
+        """
         found: dict[str, Tensor] = {}
         new = []
+        key = adapters.text_key
         for prompt in dict.fromkeys(prompts):
-            known = self.contexts.get(prompt)
+            known = self.contexts.get((prompt, key))
             if known is None:
                 new.append(prompt)
             else:
                 found[prompt] = known
-        contexts = self.prompt_encoder.encode(new) if new else []
+        deltas = UniformDeltas.of(adapters) if key else None
+        contexts = self.prompt_encoder.encode(new, deltas) if new else []
         for prompt, context in zip(new, contexts, strict=True):
             found[prompt] = context
-            self.contexts.put(prompt, context)
+            self.contexts.put((prompt, key), context)
         return [found[prompt] for prompt in prompts]
 
     def schedule(self, steps: int, width: int, height: int, mu: float | None = None) -> Schedule:
@@ -183,12 +200,24 @@ class Krea2Runner:
 
     @torch.inference_mode()
     def encode_sequences(self, sequences: Sequence[ImageSequence]) -> list[DeviceState]:
-        """Encode the prompts of some sequences, each once, and set their true `tokens`. They have
-        no latents before `begin`.
+        """Encode the prompts of some sequences, each once for all that have the same adapters, and
+        set their true `tokens`. They have no latents before `begin`.
+
+        Raises:
+            AdapterError: an adapter is not loaded.
         """
-        prompts = list(dict.fromkeys(p for s in sequences for p in s.image.prompts))
-        contexts = dict(zip(prompts, self.encode(prompts), strict=True))
-        return [self._state(s, [contexts[prompt] for prompt in s.image.prompts]) for s in sequences]
+        adapters = [self.adapters.find(s.image.adapters) for s in sequences]
+        prompts: dict[AdapterSet, dict[str, None]] = {}
+        for sequence, own in zip(sequences, adapters, strict=True):
+            prompts.setdefault(own, {}).update(dict.fromkeys(sequence.image.prompts))
+        contexts = {
+            own: dict(zip(some, self.encode(list(some), own), strict=True))
+            for own, some in prompts.items()
+        }
+        return [
+            self._state(s, [contexts[own][prompt] for prompt in s.image.prompts], own)
+            for s, own in zip(sequences, adapters, strict=True)
+        ]
 
     @torch.inference_mode()
     def begin(self, states: Sequence[DeviceState]) -> None:
@@ -208,8 +237,11 @@ class Krea2Runner:
             image: checked; for one image.
             contexts: [text tokens, hidden], of its prompt and, under guidance, of its negative
                 prompt.
+
+        Raises:
+            AdapterError: an adapter is not loaded.
         """
-        state = self._state(lone_sequence(image), contexts)
+        state = self._state(lone_sequence(image), contexts, self.adapters.find(image.adapters))
         self.begin([state])
         return state
 
@@ -389,7 +421,9 @@ class Krea2Runner:
         size = (max(1, round(height / shrink)), max(1, round(width / shrink)))
         return F.adaptive_avg_pool2d(latents, size)
 
-    def _state(self, sequence: ImageSequence, contexts: Sequence[Tensor]) -> DeviceState:
+    def _state(
+        self, sequence: ImageSequence, contexts: Sequence[Tensor], adapters: AdapterSet
+    ) -> DeviceState:
         image = sequence.image
         if len(contexts) != len(image.prompts):
             raise ValueError(
@@ -399,9 +433,12 @@ class Krea2Runner:
         shapes = branch_shapes(image, [len(context) for context in contexts])
         sequence.tokens = tuple(shape.tokens for shape in shapes)
         schedule = self.schedule(image.steps, image.width, image.height, image.mu)
-        modulation = ScheduleModulation(schedule, self._modulations, self._modulation)
-        return DeviceState(sequence, tuple(contexts), shapes, schedule, modulation)
+        modulation = ScheduleModulation(
+            schedule, self._modulations, partial(self._modulation, adapters), adapters.time_key
+        )
+        return DeviceState(sequence, tuple(contexts), shapes, schedule, modulation, adapters)
 
     @torch.inference_mode()
-    def _modulation(self, schedule: Schedule) -> Modulation:
-        return self.dit.modulation(torch.tensor(schedule.timesteps))
+    def _modulation(self, adapters: AdapterSet, schedule: Schedule) -> Modulation:
+        deltas = UniformDeltas.of(adapters) if adapters.time_key else None
+        return self.dit.modulation(torch.tensor(schedule.timesteps), deltas)

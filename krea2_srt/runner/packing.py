@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.kernels.segment_index import SegmentIndex
+from krea2_srt.lora.beside import PackDeltas
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
@@ -200,6 +201,15 @@ class ForwardBatch:
         return [s.modulation.row(s.sequence.step) for s in self.owners]
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether any of the sequences has one."""
+        return any(s.adapters for s in self.states)
+
+    def deltas(self, pack: Pack) -> PackDeltas | None:
+        """What adapters add, to both branches under guidance; None if no sequence has any."""
+        return PackDeltas.of(pack.segments.spans, (s.adapters for s in self.owners))
+
+    @property
     def tokens(self) -> list[Tensor]:
         """float32 [image tokens, channels] of each branch; all have begun."""
         return cast(list[Tensor], [s.tokens for s in self.owners])
@@ -251,9 +261,10 @@ class PackForward:
         self._batch = ForwardBatch.of(states)
         self._pack = packs.get(self._batch.shapes)
         self._modulation = Modulation.stack(self._batch.modulations)
+        self._deltas = self._batch.deltas(self._pack)
         self._tokens = self._pack.place(self._pack.image_spans, self._batch.tokens)
         context = self._pack.place(self._pack.text_spans, self._batch.contexts)
-        self._x = dit.embed(self._tokens, context, self._pack)
+        self._x = dit.embed(self._tokens, context, self._pack, self._deltas)
         # Here, and not between the blocks and the last layer, where the device would wait.
         self._scalars = to_device(
             torch.tensor([self._batch.dt, self._batch.guidance]), self._tokens.device
@@ -262,7 +273,7 @@ class PackForward:
     def run(self, blocks: range) -> None:
         """Run some blocks; those before them have run."""
         self._x = self._dit.run_blocks(
-            self._x, self._pack, self._modulation, blocks, self._attention
+            self._x, self._pack, self._modulation, blocks, self._attention, self._deltas
         )
 
     def finish(self) -> Tensor:
@@ -276,7 +287,7 @@ class PackForward:
         non_finite = torch.empty(len(batch.shapes), dtype=torch.int32, device=tokens.device)
         self._dit.operations.euler_step(
             tokens,
-            self._dit.finish(self._x, pack, self._modulation),
+            self._dit.finish(self._x, pack, self._modulation, self._deltas),
             pack.rows.index,
             pack.uncond_index,
             self._scalars[0],

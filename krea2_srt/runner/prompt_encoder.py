@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from krea2_srt.model.deltas import Deltas
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.pack import Segments
 from krea2_srt.model.text_encoder import PREFIX_TOKENS, TextEncoder, kept_tokens, padded
 from krea2_srt.runner.attention import AttentionChoice
-from krea2_srt.runner.graphs import Capture, TextGraphs
+from krea2_srt.runner.graphs import Capture, Eager, TextGraphs
 
 # Not cuDNN's, which builds a plan for each length of a prompt: tens to hundreds of milliseconds, in
 # which nothing else is launched, and not possible while a graph is captured.
@@ -42,13 +43,18 @@ class PromptEncoder:
         self.graphs: TextGraphs | None = None
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str], deltas: Deltas | None = None) -> list[Tensor]:
         """Fused context [text tokens, hidden] of each prompt; it does not depend on the others.
 
         Args:
             prompts: at least one.
+            deltas: of the fusion's matrices, the same for all; with them nothing is replayed.
         """
         ids = [self._text_encoder.tokenize(prompt)[0] for prompt in prompts]
+        if deltas is not None:
+            if self.graphs is not None:
+                self.graphs.record.eager[Eager.ADAPTERS] += 1
+            return self._encode_eagerly(ids, deltas)
         found = self.graphs.encode(ids) if self.graphs is not None else None
         return self._encode_eagerly(ids) if found is None else found
 
@@ -63,7 +69,9 @@ class PromptEncoder:
             capture,
         )
 
-    def forward(self, ids: Tensor, kept: Tensor, prompts: Segments) -> Tensor:
+    def forward(
+        self, ids: Tensor, kept: Tensor, prompts: Segments, deltas: Deltas | None = None
+    ) -> Tensor:
         """What is run on the device.
 
         Args:
@@ -71,21 +79,23 @@ class PromptEncoder:
             kept: int64 [T], which of these rows * length tokens become context, one prompt's after
                 another's.
             prompts: which of the T are one prompt's.
+            deltas: see `encode`.
 
         Returns:
             [T, hidden].
         """
         with sdpa_kernel(_KERNELS):
             states = self._text_encoder.states(ids).flatten(0, 1).index_select(0, kept)
-            return self._dit.fuse_text(states, prompts, self._attend)
+            return self._dit.fuse_text(states, prompts, self._attend, deltas)
 
-    def _encode_eagerly(self, ids: list[list[int]]) -> list[Tensor]:
+    def _encode_eagerly(self, ids: list[list[int]], deltas: Deltas | None = None) -> list[Tensor]:
         length, device = max(map(len, ids)), self._text_encoder.device
         prompts = Segments.of((len(some) - PREFIX_TOKENS for some in ids), device)
         contexts = self.forward(
             to_device(padded(ids, len(ids), length), device),
             to_device(torch.tensor(kept_tokens(ids, length)), device),
             replace(prompts, spans=()) if self._capturable else prompts,
+            deltas,
         )
         # Clones, so that a remembered prompt does not keep its whole batch alive.
         return [contexts[start:end].clone() for start, end in prompts.spans]

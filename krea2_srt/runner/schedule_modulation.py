@@ -4,13 +4,13 @@ All rows of a schedule are computed at once, which reads the weights once, and r
 one. A sequence holds none: what is in use is bounded by the cache and the rows of a pack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.runner.byte_cache import ByteCache
 
-ModulationRows = ByteCache[tuple[Schedule, int], Modulation]
+ModulationRows = ByteCache[tuple[Schedule, Hashable, int], Modulation]
 
 
 class ScheduleModulation:
@@ -20,18 +20,24 @@ class ScheduleModulation:
         schedule: which.
         rows: where they are remembered, by step.
         make: computes all rows of a schedule.
+        variant: what else the rows depend on.
     """
 
     def __init__(
-        self, schedule: Schedule, rows: ModulationRows, make: Callable[[Schedule], Modulation]
+        self,
+        schedule: Schedule,
+        rows: ModulationRows,
+        make: Callable[[Schedule], Modulation],
+        variant: Hashable = None,
     ) -> None:
         self._schedule = schedule
         self._rows = rows
         self._make = make
+        self._variant = variant
 
     def row(self, step: int) -> Modulation:
         """The modulation of one step: remembered, or computed with all others."""
-        found = self._rows.get((self._schedule, step))
+        found = self._rows.get((self._schedule, self._variant, step))
         return self._computed(step) if found is None else found
 
     def _computed(self, step: int) -> Modulation:
@@ -39,5 +45,5 @@ class ScheduleModulation:
         # Copies, or each row would keep all of them alive. This one last: a small cache keeps it.
         for other in (*range(step), *range(step + 1, self._schedule.steps), step):
             row = Modulation(*(tensor.clone() for tensor in made.row(other).tensors))
-            self._rows.put((self._schedule, other), row)
+            self._rows.put((self._schedule, self._variant, other), row)
         return row

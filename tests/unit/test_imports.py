@@ -24,9 +24,9 @@ BELOW = {
     "messages": {"errors", "request"},
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
-    "lora": {"errors", "model"},
+    "lora": {"errors", "request", "kernels", "model"},
     "engine": {"errors", "setting", "request"},
-    "runner": {"errors", "setting", "request", "kernels", "model", "engine"},
+    "runner": {"errors", "setting", "request", "kernels", "model", "lora", "engine"},
     "routing": {"request", "engine"},
 }
 """What the lower rooms of krea2_srt may import of it."""

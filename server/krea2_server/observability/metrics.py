@@ -68,6 +68,10 @@ _ENGINE_COUNTERS = {
         "krea2_engine_graph_misses_failed",
         "Forwards that ran kernel by kernel: the capture for their size has failed.",
     ),
+    "graph_misses_adapters": (
+        "krea2_engine_graph_misses_adapters",
+        "Forwards that ran kernel by kernel: they have adapters.",
+    ),
 }
 _ENGINE_GAUGES = {
     "waiting": ("krea2_engine_waiting_requests", "Requests that have not begun."),

@@ -8,6 +8,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from krea2_srt.lora.beside import PackDeltas, UniformDeltas
+from krea2_srt.lora.placed import NO_ADAPTERS, AdapterSet
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.pack import Segments
 from krea2_srt.runner.packing import build_pack
@@ -38,15 +40,17 @@ class Inputs:
         )[0][0]
 
     @torch.inference_mode()
-    def ours(self, dit: Krea2DiT) -> Tensor:
-        """The same of ours."""
+    def ours(self, dit: Krea2DiT, adapters: AdapterSet = NO_ADAPTERS) -> Tensor:
+        """The same of ours, with adapters beside it."""
         pack = build_pack([SequenceShape(TEXT, ROWS, COLUMNS)], dit.config, CPU)
-        context = dit.fuse_text(self.hidden_states, Segments.of([TEXT], CPU))
+        deltas = UniformDeltas.of(adapters)
+        context = dit.fuse_text(self.hidden_states, Segments.of([TEXT], CPU), deltas=deltas)
         velocity = dit(
             pack.place(pack.image_spans, [self.tokens]),
             pack.place(pack.text_spans, [context]),
             pack,
-            dit.modulation(self.timestep),
+            dit.modulation(self.timestep, deltas),
+            deltas=PackDeltas.of(pack.segments.spans, [adapters]),
         )
         ((start, end),) = pack.image_spans
         return velocity[start:end]

@@ -64,7 +64,7 @@ def test_an_adapter_is_added_before_weights_are_quantised(pairs, config, demo_mo
 
 def test_a_factor_of_some_rows_of_a_matrix_changes_only_these():
     factor = Factor(torch.ones(1, 64), torch.ones(4, 1), start=74)
-    deltas = merge([(Adapter("few", {"blocks.1.attn.qkvg": (factor,)}), 0.5)], SMALL)
+    deltas = merge([(Adapter("few", "", {"blocks.1.attn.qkvg": (factor,)}), 0.5)], SMALL)
     assert list(deltas) == ["transformer_blocks.1.attn.to_k.weight"]
     (delta,) = deltas.values()
     stored = torch.zeros(32, 64, dtype=torch.bfloat16)
@@ -88,12 +88,12 @@ def test_an_adapter_of_another_model_is_refused(adapter, config, demo_model):
 def test_an_adapter_of_more_rows_than_a_matrix_has_is_refused():
     factor = Factor(torch.zeros(1, 64), torch.zeros(4, 1), start=62)
     with pytest.raises(AdapterError, match=r"its img_in is not this model's"):
-        merge([(Adapter("wide", {"img_in": (factor,)}), 1.0)], SMALL)
+        merge([(Adapter("wide", "", {"img_in": (factor,)}), 1.0)], SMALL)
 
 
 def test_deltas_of_another_model_are_refused_before_anything_is_loaded(config, demo_model):
     factor = Factor(torch.ones(1, 64), torch.ones(64, 1))
-    deltas = merge([(Adapter("other", {"img_in": (factor,)}), 1.0)], SMALL)
+    deltas = merge([(Adapter("other", "", {"img_in": (factor,)}), 1.0)], SMALL)
     folder = demo_model / "transformer"
     with pytest.raises(AdapterError, match=r"img_in has shape \[256, 64\].*shape \[64, 64\]"):
         load_dit(folder, CPU, torch.float32, deltas=deltas)
