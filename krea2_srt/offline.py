@@ -12,8 +12,9 @@
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -23,13 +24,24 @@ from PIL import Image
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError, RequestCancelledError, RequestError
+from krea2_srt.lora.scaled_files import ScaledFile
 from krea2_srt.messages import preview_steps
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.hub import find_checkpoint
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.request import SIZE_MULTIPLE, ImageRequest, RequestLimits, fit_size
+from krea2_srt.request import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
+    SIZE_MULTIPLE,
+    AdapterUse,
+    ImageRequest,
+    RequestLimits,
+    check_number,
+    fit_size,
+)
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import DTYPES
+from krea2_srt.runner.device_errors import device_errors
 from krea2_srt.runner.generation import Generation
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import split_by_tokens
@@ -57,6 +69,9 @@ class ImageProgress:
 
 OnProgress = Callable[[ImageProgress], object]
 
+Lora = str | os.PathLike[str] | Mapping[str | os.PathLike[str], float]
+"""A file or folder of an adapter, at scale 1, or several with a scale each."""
+
 
 class Krea2:
     """A loaded checkpoint. Not for several threads at a time.
@@ -78,6 +93,7 @@ class Krea2:
         device: str | torch.device = "auto",
         dtype: str = "bfloat16",
         quantization: Quantization | None = None,
+        lora_merge: Lora | None = None,
     ) -> "Krea2":
         """Load a checkpoint, and download what of it is not on disk.
 
@@ -89,8 +105,11 @@ class Krea2:
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``bfloat16`` or ``float32``.
             quantization: of the transformer's matrices.
+            lora_merge: adapters that are added to the weights for good, before these are
+                quantised: images take no longer, and none can do without them.
 
         Raises:
+            AdapterError: an adapter cannot be read, or is another model's.
             CheckpointError: nothing there, or not a Krea 2 checkpoint.
             ConfigError: it does not fit, or a setting is wrong.
             RequestError: there is no such device.
@@ -110,6 +129,7 @@ class Krea2:
             # Graphs for sizes that nobody may ask for would only take time.
             replace(environment.runner, warm_up_s=0.0),
             engine=environment.engine,
+            merged=tuple(_scales(lora_merge, "lora_merge")),
         )
         # What an earlier model has left to the allocator counts as taken where memory is planned.
         gc.collect()
@@ -138,6 +158,7 @@ class Krea2:
         seed: int = 0,
         num_images: int = 1,
         mu: float | None = None,
+        lora: Lora | None = None,
         pack: int | None = None,
         previews: int = 0,
         on_progress: OnProgress | None = None,
@@ -154,15 +175,18 @@ class Krea2:
             seed: of the first image of each prompt; its further ones have seed + 1 and so on, as a
                 server's.
             num_images: of each prompt.
+            lora: see `load_lora`.
             pack, previews, on_progress, cancel: see `images`.
 
         Raises:
             RequestError: naming the argument that is wrong, before anything is computed.
+            AdapterError: an adapter cannot be read, or is another model's.
             GenerationCancelled: see `images`, which gives those that are done by then.
             OutOfMemoryError: of the device.
         """
         defaults = self.sampling
         width, height = (defaults.default_side,) * 2 if size is None else self._fitted(size)
+        adapters = self.load_lora(lora) if lora is not None else frozenset()
         requests = [
             ImageRequest(
                 text,
@@ -174,12 +198,13 @@ class Krea2:
                 seed,
                 num_images,
                 mu,
+                adapters,
             )
             for text in _texts(prompt)
         ]
         for number, request in enumerate(requests):
             at = "prompt" if isinstance(prompt, str) else f"prompt[{number}]"
-            names = {"width": "size[0]", "height": "size[1]", "prompt": at}
+            names = {"width": "size[0]", "height": "size[1]", "prompt": at, "adapters": "lora"}
             try:
                 request.check(self.limits)
             except RequestError as error:
@@ -188,6 +213,30 @@ class Krea2:
             requests, pack=pack, previews=previews, on_progress=on_progress, cancel=cancel
         )
         return [Image.fromarray(pixels) for pixels in images]
+
+    def load_lora(self, lora: Lora) -> frozenset[AdapterUse]:
+        """Adapters for `ImageRequest.adapters`: read, and put on the device.
+
+        Files that are known and have not changed are not read again. Images with different
+        adapters, or without, can be in one pack.
+
+        Args:
+            lora: ``"sepia.safetensors"``, or ``{"sepia.safetensors": 0.8, "ink.safetensors": 0.5}``
+                with at most four: files of any common trainer, or folders of PEFT's.
+
+        Raises:
+            AdapterError: one cannot be read, or is another model's.
+            RequestError: a scale is no number, or two are the same adapter.
+            OutOfMemoryError: of the device.
+        """
+        uses: dict[str, AdapterUse] = {}
+        for path, scale, _ in _scales(lora, "lora"):
+            with device_errors(), self.runner.on_stream():
+                placed = self.runner.adapters.load(path)
+            if placed.digest in uses:
+                raise RequestError("lora", f"{path} is an adapter that is there already")
+            uses[placed.digest] = AdapterUse(placed.name, placed.digest, scale)
+        return frozenset(uses.values())
 
     def _fitted(self, size: tuple[int, int]) -> tuple[int, int]:
         asked = _sides(size)
@@ -280,6 +329,22 @@ def _texts(prompt: str | Sequence[str]) -> list[str]:
             "prompt", f"must be text or a list of texts, got {type(prompt).__name__}"
         )
     return list(prompt)
+
+
+def _scales(lora: Lora | None, field: str) -> list[ScaledFile]:
+    if lora is None:
+        return []
+    if isinstance(lora, (str, os.PathLike)):
+        return [ScaledFile(Path(lora))]
+    if not isinstance(lora, Mapping):
+        raise RequestError(field, f"must be a path, or scales by paths, got {type(lora).__name__}")
+    if len(lora) > MAX_ADAPTERS:
+        raise RequestError(field, f"must be at most {MAX_ADAPTERS}, got {len(lora)}")
+    for path, scale in lora.items():
+        if not isinstance(path, (str, os.PathLike)):
+            raise RequestError(field, f"must be scales by paths, got {path!r}")
+        check_number(f"{field}[{os.fspath(path)!r}]", scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+    return [ScaledFile(Path(path), float(scale)) for path, scale in lora.items()]
 
 
 def _sides(size: tuple[int, int]) -> tuple[int, int]:

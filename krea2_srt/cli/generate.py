@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING
 from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 from krea2_srt.errors import RequestError
+from krea2_srt.lora.scaled_files import ScaledFile, scaled_file
 from krea2_srt.request import (
+    MAX_ADAPTER_SCALE,
+    MAX_ADAPTERS,
     MU_RANGE,
     ImageRequest,
     RequestLimits,
@@ -79,6 +82,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--text-encoder", metavar="DIR", help="Qwen3-VL-4B, to go with an original file")
     add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with an original file")
+    for flag, does in (
+        ("--lora", "an adapter beside the model, up to four"),
+        ("--lora-merge", "an adapter that is added to the weights before they are quantised"),
+    ):
+        add(
+            flag,
+            action="append",
+            default=[],
+            type=scaled_file,
+            metavar="FILE[:SCALE]",
+            help=f"{does}; may be given several times (scale 1 unless given); see docs/lora.md",
+        )
     add("--device", default="auto", help="cuda, cpu or auto (default)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="compute precision (default bfloat16)")
     add(
@@ -103,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             check_number("y1", args.y1 or 0.0, *MU_RANGE)
             check_number("y2", args.y2 or 0.0, *MU_RANGE)
+            for field in ("lora", "lora_merge"):
+                setattr(args, field, _lora(field, getattr(args, field)))
             _check_output(args.output, args.num_images)
             _run(args)
         except RequestError as error:
@@ -115,6 +132,8 @@ def _run(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from krea2_srt.lora.reader import read_adapter
+    from krea2_srt.model.dit_files import dit_config
     from krea2_srt.model.hub import find_checkpoint
     from krea2_srt.model.quantization import SERVED
     from krea2_srt.offline import Krea2, device_of
@@ -130,12 +149,18 @@ def _run(args: argparse.Namespace) -> None:
         _request(args, sampling.default_steps, sampling.default_guidance, sampling.default_side)
     )
     request.check(RequestLimits())
+    # Read before the model is, which takes long.
+    config = dit_config(checkpoint.transformer)
+    for path in (*args.lora, *args.lora_merge):
+        read_adapter(path, config)
     model = Krea2.load(
         replace(checkpoint, sampling=sampling),
         device=device,
         dtype=args.dtype,
         quantization=SERVED.get(args.quantization),
+        lora_merge=args.lora_merge,
     )
+    request = replace(request, adapters=model.load_lora(args.lora))
     if model.runner.text_encoder.tokenize(request.prompt)[1]:
         print(f"{COMMAND}: the prompt is too long; its end is not read", file=sys.stderr)
     with tqdm(total=request.steps * request.num_images, unit="step", disable=None) as progress:
@@ -152,6 +177,28 @@ def _refuse_shift_without_effect(args: argparse.Namespace, distilled: bool) -> N
             raise RequestError(field, "has no effect together with --mu")
         if distilled:
             raise RequestError(field, "has no effect on Turbo, whose shift is fixed; see --mu")
+
+
+def _lora(field: str, given: list[ScaledFile]) -> dict[Path, float]:
+    """Scales by file.
+
+    Raises:
+        RequestError: a file is given twice, or is not there, or a scale is too large.
+    """
+    found: dict[Path, float] = {}
+    for path, scale, _ in given:
+        if path in found:
+            raise RequestError(field, f"{path} is given twice")
+        if not path.exists():
+            raise RequestError(field, f"{path} does not exist")
+        try:
+            check_number(field, scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+        except RequestError as error:
+            raise RequestError(field, f"the scale of {path} {error.message}") from None
+        found[path] = scale
+    if len(found) > MAX_ADAPTERS:
+        raise RequestError(field, f"must be at most {MAX_ADAPTERS} adapters, got {len(found)}")
+    return found
 
 
 def _request(args: argparse.Namespace, steps: int, guidance: float, side: int) -> ImageRequest:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from krea2_srt.errors import AdapterError
 from krea2_srt.lora.adapter import Adapter
+from krea2_srt.lora.rounding import Rounding
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.matrices import Matrix, dit_matrices
 from krea2_srt.model.weights import WeightDelta
@@ -35,30 +36,38 @@ class _Sum:
     """All that is added to one matrix of a checkpoint."""
 
     name: str
-    shape: tuple[int, int]
+    matrix: Matrix
     products: tuple[_Product, ...]
+    rounding: Rounding | None
 
     def added_to(self, stored: Tensor) -> Tensor:
-        if tuple(stored.shape) != self.shape:
+        if tuple(stored.shape) != self.matrix.shape:
             raise AdapterError(
                 f"{self.name} has shape {list(stored.shape)}, the merged adapter is for one of "
-                f"shape {list(self.shape)}"
+                f"shape {list(self.matrix.shape)}"
             )
         total = stored.to(torch.float32, copy=True)
         for product in self.products:
             down, up = product.down.to(total.device), product.up.to(total.device)
             rows = total[product.start : product.start + len(up)]
             rows.addmm_(up, down, alpha=product.weight)
+        if self.rounding is not None:
+            self.rounding.note(self.matrix.linear, stored, total)
         return total
 
 
-def merge(adapters: Iterable[tuple[Adapter, float]], config: Krea2Config) -> dict[str, WeightDelta]:
+def merge(
+    adapters: Iterable[tuple[Adapter, float]],
+    config: Krea2Config,
+    rounding: Rounding | None = None,
+) -> dict[str, WeightDelta]:
     """What some adapters add to a checkpoint's matrices.
 
     Args:
         adapters: each with its weight; at 0 nothing is added, and the model is the base model to
             the bit.
         config: the model's.
+        rounding: is told of every matrix, as it is loaded.
 
     Returns:
         By Diffusers name of a tensor, for `krea2_srt.model.dit_files.load_dit`.
@@ -79,7 +88,7 @@ def merge(adapters: Iterable[tuple[Adapter, float]], config: Krea2Config) -> dic
             if products:
                 found.setdefault(name, []).extend(products)
     return {
-        f"{name}.weight": _Sum(name, matrices[name].shape, tuple(products))
+        f"{name}.weight": _Sum(name, matrices[name], tuple(products), rounding)
         for name, products in found.items()
     }
 

@@ -10,8 +10,14 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
+from krea2_srt.lora.merge import merge
+from krea2_srt.lora.reader import read_adapter
+from krea2_srt.lora.rounding import Rounding
+from krea2_srt.lora.scaled_files import ScaledFile, scaled_files
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.dit_files import dit_config
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.weights import WeightDelta
 from krea2_srt.runner.allocator import use_expandable_segments
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
@@ -32,6 +38,9 @@ from krea2_srt.runner.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
+MAX_LOST = 0.2
+"""The share of merged adapters that may be lost without a warning."""
+
 FP8_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs that multiply e4m3."""
 
@@ -48,6 +57,7 @@ class RunnerBuilder:
         config: settings.
         caches: bounds of what is remembered, which a small GPU may cut.
         engine: limits of what the runner will be asked for.
+        merged: adapters that are added to the DiT's weights, beside those of the settings.
     """
 
     checkpoint: Krea2Checkpoint
@@ -59,6 +69,7 @@ class RunnerBuilder:
     config: RunnerConfig = RunnerConfig()
     caches: CacheBytes = CacheBytes()
     engine: EngineConfig = EngineConfig()
+    merged: tuple[ScaledFile, ...] = ()
 
     def plan(self) -> MemoryPlan | None:
         """How the GPU's memory is used; None on a CPU, where all stays where it is.
@@ -141,7 +152,10 @@ class RunnerBuilder:
         Raises:
             ConfigError: a setting asks for what the device does not have.
             CheckpointError: something is missing, damaged or does not fit together.
+            AdapterError: one that is to be merged cannot be read, or is another model's.
         """
+        rounding = Rounding(self.dtype, self.quantization)
+        deltas = self._deltas(rounding)
         use_expandable_segments(self.device)
         operations = self._operations()
         check_fused_mlp(self.config.fused_mlp, operations)
@@ -166,10 +180,15 @@ class RunnerBuilder:
             text_dtype=self.text_dtype,
             vae_dtype=self.vae_dtype,
             quantization=self.quantization,
+            deltas=deltas,
             attention=attention,
             text_encoder_resident=plan.text_encoder_resident if plan else resident,
             caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
         )
+        if deltas:
+            level = logging.WARNING if rounding.lost > MAX_LOST else logging.INFO
+            text = "krea2-srt: %.0f%% of what was merged is lost in the rounding of the weights"
+            logger.log(level, text, 100 * rounding.lost)
         runner.dit.operations = operations
         use_fastest_product(runner.dit, products)
         runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
@@ -184,6 +203,17 @@ class RunnerBuilder:
             with runner.on_stream():
                 warm_up(runner, self.config.warm_up_s, race=race)
         return runner
+
+    def _deltas(self, rounding: Rounding) -> dict[str, WeightDelta]:
+        """What the adapters that are merged add."""
+        files = (*scaled_files("lora_merge", self.config.lora_merge), *self.merged)
+        if not files:
+            return {}
+        config = dit_config(self.checkpoint.transformer)
+        adapters = [(read_adapter(f.path, config, alpha=f.alpha), f.scale) for f in files]
+        for adapter, scale in adapters:
+            logger.info("krea2-srt: merges %s at %g (%s)", adapter.name, scale, adapter.digest)
+        return merge(adapters, config, rounding)
 
     def _operations(self) -> Operations:
         int8 = self.quantization is not None and self.quantization.format == "int8"

@@ -70,6 +70,11 @@ class RunnerConfig:
         "--text-encoder-cpu-offload says the same",
         choices=("auto", "resident", "offload"),
     )
+    lora_merge: str = setting(
+        "",
+        "adapters that are added to the weights at the start, for all images: FILE or FILE:SCALE, "
+        "several separated by commas; see docs/lora.md",
+    )
     gpu_memory_gib: float = setting(
         0.0, "GiB of the GPU to take; 0 is all that is free at the start", least=0
     )

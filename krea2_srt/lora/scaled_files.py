@@ -1,0 +1,56 @@
+"""Adapters as they are typed: ``FILE`` or ``FILE:SCALE``."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from krea2_srt.errors import ConfigError, RequestError
+from krea2_srt.request import MAX_ADAPTER_SCALE, check_number
+
+
+class ScaledFile(NamedTuple):
+    """An adapter that is not read yet.
+
+    Attributes:
+        path: of its file or folder.
+        scale: 1 is as it was trained.
+        alpha: see `krea2_srt.lora.reader.read_adapter`.
+    """
+
+    path: Path
+    scale: float = 1.0
+    alpha: float | None = None
+
+
+def scaled_file(text: str) -> ScaledFile:
+    """A file and its scale, which is 1 unless given; a colon that no number follows belongs to the
+    name, as does one in the name of a file that is there.
+    """
+    path, colon, scale = text.rpartition(":")
+    if colon and not Path(text).exists():
+        with suppress(ValueError):
+            return ScaledFile(Path(path), float(scale))
+    return ScaledFile(Path(text))
+
+
+def scaled_files(setting: str, text: str) -> tuple[ScaledFile, ...]:
+    """Several, separated by commas; none of nothing.
+
+    Args:
+        setting: its name, for errors.
+        text: its value.
+
+    Raises:
+        ConfigError: a scale is too large, or a part is empty.
+    """
+    found = []
+    for part in text.split(",") if text.strip() else ():
+        file = scaled_file(part.strip())
+        if not part.strip():
+            raise ConfigError(f"{setting}: must be FILE[:SCALE], or several separated by commas")
+        try:
+            check_number(setting, file.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+        except RequestError as error:
+            raise ConfigError(f"{setting}: the scale of {file.path} {error.message}") from None
+        found.append(file)
+    return tuple(found)

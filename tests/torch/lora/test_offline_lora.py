@@ -1,0 +1,251 @@
+"""Adapters by `krea2_srt.Krea2` and krea2-generate, as a user gives them."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from krea2_srt import Krea2
+from krea2_srt.cli.generate import main
+from krea2_srt.errors import AdapterError, RequestError
+from krea2_srt.lora.merge import merge
+from krea2_srt.lora.reader import read_adapter
+from krea2_srt.lora.rounding import Rounding
+from krea2_srt.model.dit_files import load_dit
+from krea2_srt.model.quantization import Quantization
+from krea2_srt.request import ImageRequest
+from krea2_srt.runner.model_runner import Krea2Runner
+from tests.comparisons import CPU, PROMPT, psnr
+from tests.torch.lora.forms import FORMS, random_pairs
+
+SMALL = {"size": (64, 48), "steps": 3, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def model(demo_model) -> Krea2:
+    return Krea2.load(demo_model, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def files(config, tmp_path_factory) -> tuple[Path, Path]:
+    """Different adapters, as Diffusers writes them."""
+    found = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp(f"adapter-{seed}")
+        found.append(FORMS[1].write(random_pairs(config, seed=seed), folder))
+    return found[0], found[1]
+
+
+def near(a: Image.Image, b: Image.Image) -> float:
+    return psnr(*(torch.from_numpy(np.asarray(image) / 255) for image in (a, b)))
+
+
+def diffusers_image(pipeline, path: Path, scale: float) -> Image.Image:
+    pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="x")
+    try:
+        pipeline.set_adapters(["x"], [scale])
+        return pipeline(
+            PROMPT,
+            width=64,
+            height=48,
+            num_inference_steps=3,
+            guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(5),
+        ).images[0]
+    finally:
+        pipeline.unload_lora_weights()
+
+
+def test_a_picture_is_diffusers_with_the_same_file(model, files, diffusers_pipeline):
+    (found,) = model.generate(PROMPT, lora={files[0]: 0.7}, **SMALL)
+    (base,) = model.generate(PROMPT, **SMALL)
+    expected = diffusers_image(diffusers_pipeline, files[0], 0.7)
+    assert near(found, expected) >= 60
+    assert near(found, base) < 30
+
+
+def test_a_path_alone_is_scale_1(model, files):
+    plain, scaled = (
+        model.generate(PROMPT, lora=lora, **SMALL)[0] for lora in (files[0], {files[0]: 1})
+    )
+    assert plain.tobytes() == scaled.tobytes()
+
+
+def test_requests_with_different_adapters_share_a_pack(model, files, monkeypatch):
+    first, second = ({file: 1.0} for file in files)
+    alone = [model.generate(PROMPT, lora=lora, **SMALL)[0] for lora in (first, second, None)]
+    packs = []
+    step = Krea2Runner.step
+
+    def counted(self, states, steps=1):
+        packs.append(len(states))
+        return step(self, states, steps)
+
+    monkeypatch.setattr(Krea2Runner, "step", counted)
+    requests = [
+        ImageRequest(PROMPT, 64, 48, 3, seed=5, adapters=model.load_lora(lora))
+        for lora in (first, second, {})
+    ]
+    images = list(model.images(requests))
+    assert packs == [3, 3, 3]
+    for image, expected in zip(images, alone, strict=True):
+        assert near(Image.fromarray(image), expected) >= 60
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(model, files, tmp_path, monkeypatch):
+    from krea2_srt.lora import pool
+
+    read = []
+    monkeypatch.setattr(pool, "read_adapter", lambda *a: read.append(a) or read_adapter(*a))
+    file = tmp_path / "changing.safetensors"
+    shutil.copy(files[0], file)
+    before, again = (model.generate(PROMPT, lora=file, **SMALL)[0] for _ in range(2))
+    assert len(read) == 1
+    assert before.tobytes() == again.tobytes()
+    shutil.copy(files[1], file)
+    (after,) = model.generate(PROMPT, lora=file, **SMALL)
+    assert len(read) == 2
+    assert near(before, after) < 30
+    (expected,) = model.generate(PROMPT, lora=files[1], **SMALL)
+    assert after.tobytes() == expected.tobytes()
+
+
+@pytest.mark.slow
+def test_merged_is_beside(demo_model, model, files):
+    merged = Krea2.load(demo_model, device="cpu", dtype="float32", lora_merge={files[0]: 0.7})
+    (found,) = merged.generate(PROMPT, **SMALL)
+    (beside,) = model.generate(PROMPT, lora={files[0]: 0.7}, **SMALL)
+    assert near(found, beside) >= 60
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (7, "lora: must be a path, or scales by paths, got int"),
+        ({1: 1.0}, "lora: must be scales by paths, got 1"),
+        ({"x": float("nan")}, r"lora\['x'\]: must be a finite number, got nan"),
+        ({"x": "1"}, r"lora\['x'\]: must be a finite number, got '1'"),
+        ({"x": 11}, r"lora\['x'\]: must be between -10 and 10, got 11"),
+        (dict.fromkeys("abcde", 1.0), "lora: must be at most 4, got 5"),
+    ],
+)
+def test_what_is_wrong_is_named(model, lora, message):
+    with pytest.raises(RequestError, match=message):
+        model.generate(PROMPT, lora=lora, **SMALL)
+
+
+def test_the_same_adapter_under_two_names_is_refused(model, files, tmp_path):
+    shutil.copy(files[0], tmp_path / "copy.safetensors")
+    with pytest.raises(RequestError, match=r"copy\.safetensors is an adapter that is there alr"):
+        model.load_lora({files[0]: 1.0, tmp_path / "copy.safetensors": 0.5})
+
+
+def test_a_file_that_is_none_changes_nothing(model, files, tmp_path):
+    (tmp_path / "bad.safetensors").write_bytes(b"PK\x03\x04 and more of a pickle")
+    with pytest.raises(AdapterError, match=r"bad\.safetensors: this is a pickle"):
+        model.generate(PROMPT, lora=tmp_path / "bad.safetensors", **SMALL)
+    with pytest.raises(AdapterError, match=r"missing\.safetensors: there is no such file"):
+        model.load_lora("missing.safetensors")
+
+
+@pytest.fixture
+def flags(demo_model, tmp_path, monkeypatch) -> list[str]:
+    """Flags of krea2-generate, for `SMALL`."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", str(demo_model), "--dtype=float32", "--width=64", "--height=48"]
+    return [*flags, "--steps=3", "--seed=5"]
+
+
+def test_the_command_takes_adapters(flags, model, files, capsys):
+    main([PROMPT, *flags, f"--lora={files[0]}:0.7", "--lora", str(files[1])])
+    (expected,) = model.generate(PROMPT, lora={files[0]: 0.7, files[1]: 1.0}, **SMALL)
+    assert Image.open("sample_0.png").tobytes() == expected.tobytes()
+    assert capsys.readouterr().out.split() == ["sample_0.png"]
+
+
+@pytest.mark.slow
+def test_the_command_merges_adapters(flags, model, files):
+    main([PROMPT, *flags, f"--lora-merge={files[0]}:0.7", f"--lora-merge={files[1]}"])
+    (expected,) = model.generate(PROMPT, lora={files[0]: 0.7, files[1]: 1.0}, **SMALL)
+    assert near(Image.open("sample_0.png"), expected) >= 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora=no.safetensors"], "--lora: no.safetensors does not exist"),
+        (["--lora-merge=no.safetensors:0.5"], "--lora-merge: no.safetensors does not exist"),
+        (["--lora=a:1", "--lora=a:2"], "--lora: a is given twice"),
+        (["--lora=a:x"], "--lora: a:x does not exist"),
+        (["--lora=a:nan"], "--lora: the scale of a must be a finite number, got nan"),
+        (["--lora=a:-11"], "--lora: the scale of a must be between -10 and 10, got -11"),
+        ([f"--lora={name}" for name in "abcde"], "--lora: must be at most 4 adapters, got 5"),
+        (["--lora=a"], "adapter a: files of no ending are not read, only .safetensors"),
+        (["--lora-merge=b"], "adapter b: files of no ending are not read, only .safetensors"),
+    ],
+)
+def test_a_wrong_adapter_is_one_line_before_the_model_is_loaded(
+    demo_model, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in "abcde":
+        Path(name).write_bytes(b"nothing")
+    monkeypatch.setattr(Krea2, "load", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as exit_:
+        main(["x", "--checkpoint", str(demo_model), *arguments])
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "quantization", "least", "most"),
+    [
+        (1.0, torch.float32, None, 0.0, 1e-4),
+        (1.0, torch.bfloat16, None, -0.01, 0.01),
+        (1e-5, torch.bfloat16, None, 0.2, 1.0),
+        (1.0, torch.float32, Quantization("fp8"), -0.05, 0.05),
+        (1.0, torch.float32, Quantization("fp8", rotation=True), -0.05, 0.05),
+    ],
+)
+def test_what_rounding_loses_is_measured(
+    config, demo_model, tmp_path, size, dtype, quantization, least, most
+):
+    pairs = {
+        name: type(pair)(pair.down * size, pair.up, pair.alpha)
+        for name, pair in random_pairs(config).items()
+    }
+    rounding = Rounding(dtype, quantization)
+    adapter = read_adapter(FORMS[0].write(pairs, tmp_path), config)
+    deltas = merge([(adapter, 1.0)], config, rounding)
+    assert rounding.lost == 0
+    load_dit(demo_model / "transformer", CPU, dtype, quantization, deltas)
+    assert least <= rounding.lost <= most
+
+
+def test_the_setting_merges_for_whoever_generates(demo_model, model, files, monkeypatch):
+    monkeypatch.setenv("KREA2_SRT_LORA_MERGE", f"{files[0]}:0.7")
+    merged = Krea2.load(demo_model, device="cpu", dtype="float32")
+    (found,) = merged.generate(PROMPT, **SMALL)
+    (beside,) = model.generate(PROMPT, lora={files[0]: 0.7}, **SMALL)
+    assert near(found, beside) >= 60
+    monkeypatch.setenv("KREA2_SRT_LORA_MERGE", "nope.safetensors")
+    with pytest.raises(AdapterError, match=r"nope\.safetensors: there is no such file"):
+        Krea2.load(demo_model, device="cpu", dtype="float32")
+
+
+def test_a_merge_that_is_lost_is_told(demo_model, config, tmp_path, caplog):
+    pairs = {
+        name: type(pair)(pair.down * 1e-5, pair.up, pair.alpha)
+        for name, pair in random_pairs(config).items()
+    }
+    file = FORMS[0].write(pairs, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        Krea2.load(demo_model, device="cpu", dtype="bfloat16", lora_merge=file)
+    (line,) = (r.getMessage() for r in caplog.records if "merged" in r.getMessage())
+    assert line.endswith("% of what was merged is lost in the rounding of the weights")
