@@ -80,6 +80,9 @@ SIGNATURES = {
     f"{RUNTIME}.platforms.plugins.load_plugins": "",
     f"{RUNTIME}.server_args.ServerArgs.is_arg_explicitly_set": "self, arg_name",
     f"{RUNTIME}.server_args.prepare_server_args": "argv",
+    f"{RUNTIME}.utils.hf_diffusers_utils.maybe_download_lora": (
+        "model_name_or_path, local_dir, download, weight_name"
+    ),
     f"{RUNTIME}.utils.hf_diffusers_utils.maybe_download_model": (
         "model_name_or_path, local_dir, download, is_lora, allow_patterns, "
         "force_diffusers_model, revision, skip_overlay_resolution"

@@ -35,6 +35,12 @@ _READ_BY_THE_RUNNER = """
     vae_decode_precision vae_precision vae_tiling
 """
 
+# Options of an adapter, which change nothing by themselves. All ways of SGLang's to apply one give
+# the same picture, so ours does for each.
+_OF_AN_ADAPTER = """
+    lora_alpha lora_merge_mode lora_nickname lora_path lora_scale lora_weight_name
+"""
+
 # Request fields, which `sglang generate` takes on its command line too. Quality chooses how much
 # SGLang may approximate: ours never does.
 _REQUEST_FIELDS = """
@@ -114,7 +120,10 @@ def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:
         f.name: f.default if f.default is not dataclasses.MISSING else None
         for f in dataclasses.fields(server_args)
     }
-    for name in explicit_options(server_args) - HONOURED:
+    honoured = HONOURED
+    if server_args.lora_path:
+        honoured |= frozenset(_OF_AN_ADAPTER.split())
+    for name in explicit_options(server_args) - honoured:
         value = getattr(server_args, name, None)
         neutral = _NEUTRAL.get(name, (defaults.get(name), False, None))
         # An unknown name has no value here (a request field, say): it was given, so it counts.

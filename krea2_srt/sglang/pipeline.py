@@ -19,7 +19,7 @@ from sglang.srt.environ import envs
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
-from krea2_srt.errors import CheckpointError, ConfigError
+from krea2_srt.errors import AdapterError, CheckpointError, ConfigError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.hub import FOLDER_PATTERNS, released_folder
 from krea2_srt.model.vae import default_tile
@@ -27,6 +27,7 @@ from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.sglang.adapters import adapters_of
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.commands import USERS, ending_in_a_line
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
@@ -62,7 +63,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         options = unsupported_options(server_args)
         if not server_args.model_subfolder:
-            with ending_in_a_line(CheckpointError, ConfigError):
+            with ending_in_a_line(AdapterError, CheckpointError, ConfigError):
                 folder = local_folder(model_path, server_args)
             # In place of the repo's name, by which SGLang would download all that is in it.
             model_path = str(folder)
@@ -83,7 +84,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     ) -> dict[str, Any]:
         """Load the checkpoint into the runner."""
         del loaded_modules
-        with ending_in_a_line(CheckpointError, ConfigError):
+        with ending_in_a_line(AdapterError, CheckpointError, ConfigError):
             # In place of SGLang's `_load_config`, which would have all that is in a repo.
             folder = local_folder(self.model_path, server_args)
             self.model_path = str(folder)
@@ -132,7 +133,7 @@ def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
     """What SGLang's options and the environment ask for.
 
     Raises:
-        CheckpointError, ConfigError: something of it is wrong.
+        AdapterError, CheckpointError, ConfigError: something of it is wrong.
     """
     config = server_args.pipeline_config
     environment = read_environment()
@@ -152,6 +153,7 @@ def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
         runner,
         CacheBytes(contexts=_context_cache_bytes(server_args)),
         environment.engine,
+        adapters_of(server_args),
     )
 
 

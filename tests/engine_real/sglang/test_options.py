@@ -12,7 +12,6 @@ from krea2_srt.runner.config import RunnerConfig
 
 # SGLang resolves some options by what else is set; each test starts from a clean slate.
 UNSUPPORTED = {
-    "--lora-path some/lora": "--lora-path",
     "--lora-scale 0.5": "--lora-scale",
     "--num-gpus 2": "--num-gpus",
     "--num-gpus 2 --tp-size 2": "--tp-size",
@@ -57,6 +56,9 @@ SUPPORTED = [
     "--quantization fp8",
     "--quantization fp8 --quantization-ignored-layers 0.* 27.*",
     "--text-encoder-cpu-offload",
+    "--lora-path some/lora",
+    "--lora-path x --lora-scale 0.5 --lora-alpha 8 --lora-nickname y --lora-weight-name z",
+    "--lora-path x --lora-merge-mode dynamic",
 ]
 
 
