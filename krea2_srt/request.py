@@ -159,6 +159,10 @@ class ImageRequest:
         check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
             check_number("mu", self.mu, *MU_RANGE)
+        if not isinstance(self.adapters, frozenset) or not all(
+            isinstance(use, AdapterUse) for use in self.adapters
+        ):
+            raise RequestError("adapters", "must be a frozenset of AdapterUse")
         if len(self.adapters) > MAX_ADAPTERS:
             raise RequestError(
                 "adapters", f"must be at most {MAX_ADAPTERS}, got {len(self.adapters)}"

@@ -19,7 +19,7 @@ MAX_BYTES = 4 << 30
 class AdapterPool:
     """Adapters by what is in them.
 
-    One that is dropped lives on as long as a sequence has it.
+    One that is dropped lives on as long as a sequence has it, and is read again for the next one.
 
     Args:
         dit: the model that they are for.
@@ -31,6 +31,7 @@ class AdapterPool:
         self._max_bytes = max_bytes
         self._placed: OrderedDict[str, PlacedAdapter] = OrderedDict()
         self._read: dict[Path, tuple[Stamp, str]] = {}
+        self._files: dict[str, Path] = {}
 
     def __len__(self) -> int:
         return len(self._placed)
@@ -55,6 +56,7 @@ class AdapterPool:
             self._placed.move_to_end(known[1])
             return self._placed[known[1]]
         found = self.add(read_adapter(path, self._dit.config))
+        self._files[found.digest] = path
         if stamp is not None:
             self._read[path] = (stamp, found.digest)
         return found
@@ -76,13 +78,17 @@ class AdapterPool:
         """What an image asks for.
 
         Raises:
-            AdapterError: one is not there.
+            AdapterError: one was never loaded, or made room and its file is another now.
         """
-        found = []
-        for use in uses:
-            adapter = self._placed.get(use.digest)
-            if adapter is None:
-                raise AdapterError(f"adapter {use.name}: it is not loaded")
+        return AdapterSet.of(*[(self._found(use), use.scale) for use in uses])
+
+    def _found(self, use: AdapterUse) -> PlacedAdapter:
+        if use.digest in self._placed:
             self._placed.move_to_end(use.digest)
-            found.append((adapter, use.scale))
-        return AdapterSet.of(*found)
+            return self._placed[use.digest]
+        if use.digest not in self._files:
+            raise AdapterError(f"adapter {use.name}: it is not loaded")
+        again = self.load(self._files[use.digest])
+        if again.digest != use.digest:
+            raise AdapterError(f"adapter {use.name}: its file has changed since it was loaded")
+        return again

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from krea2_srt.engine.lifecycle import lone_sequence
-from krea2_srt.errors import AdapterError
+from krea2_srt.errors import AdapterError, RequestError
 from krea2_srt.kernels.quantize import quantize_tokens
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.lora.beside import PackDeltas, Run, UniformDeltas
@@ -17,7 +17,7 @@ from krea2_srt.lora.reader import read_adapter
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.quantization import Quantization, QuantizedLinear
-from krea2_srt.request import AdapterUse, ImageRequest
+from krea2_srt.request import AdapterUse, ImageRequest, RequestLimits
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.graphs import Eager, StepGraphs
 from krea2_srt.runner.model_runner import Krea2Runner
@@ -248,6 +248,40 @@ def test_the_least_recently_used_adapter_makes_room(loaded, adapters):
 def released(state: DeviceState) -> bool:
     state.release()
     return state.empty and not state.adapters
+
+
+def test_one_that_made_room_is_read_again_for_who_asks_for_it(loaded, config, tmp_path):
+    paths = []
+    for seed in (0, 1):
+        (tmp_path / str(seed)).mkdir()
+        paths.append(FORMS[0].write(random_pairs(config, seed=seed), tmp_path / str(seed)))
+    pool = AdapterPool(loaded.dit, max_bytes=0)
+    first, second = (AdapterUse(str(n), pool.load(path).digest) for n, path in enumerate(paths))
+    assert (first.digest in pool, second.digest in pool) == (False, True)
+    both = pool.find([first, second])
+    assert {adapter.digest for adapter, _ in both.uses} == {first.digest, second.digest}
+    assert len(pool) == 1
+    paths[0].write_bytes(paths[1].read_bytes())
+    with pytest.raises(AdapterError, match="adapter 0: its file has changed since it was loaded"):
+        pool.find([first])
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        (["x"], "adapters: must be a frozenset of AdapterUse"),
+        (frozenset({"x"}), "adapters: must be a frozenset of AdapterUse"),
+        (frozenset(AdapterUse(n, n) for n in "abcde"), "adapters: must be at most 4, got 5"),
+        (
+            frozenset({AdapterUse("x", "x", float("inf"))}),
+            "adapters: the scale of x must be a finite number, got inf",
+        ),
+    ],
+)
+def test_a_request_for_what_cannot_be_is_refused(adapters, message):
+    with pytest.raises(RequestError) as caught:
+        ImageRequest(PROMPT, 64, 64, 1, adapters=adapters).check(RequestLimits())
+    assert str(caught.value) == message
 
 
 def test_a_released_image_holds_no_adapter(loaded, uses):
