@@ -36,6 +36,13 @@ def infotext(image: ImageRequest, model: str) -> str:
         lines.append(f"{_NEGATIVE} {image.negative_prompt}")
     if image.mu is not None:
         settings["Mu"] = repr(image.mu)
+    if image.adapters:
+        uses = sorted(image.adapters, key=lambda use: (use.name, use.digest))
+        # Twelve digits are what A1111 calls a hash of an adapter.
+        hashes = ", ".join(f"{use.name}: {use.digest[:12]}" for use in uses)
+        scales = ", ".join(f"{use.name}: {use.scale!r}" for use in uses)
+        settings["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+        settings["Lora scales"] = json.dumps(scales, ensure_ascii=False)
     prompts = {"Prompt": image.prompt, "Negative prompt": image.negative_prompt}
     if not all(map(_is_read_as_it_is, prompts.values())):
         # Settings of these names come later for A1111, and count.

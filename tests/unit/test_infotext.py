@@ -12,7 +12,7 @@ from PIL import Image
 from krea2_srt import __version__
 from krea2_srt.images import FORMATS, encode_image, holds_infotext
 from krea2_srt.infotext import infotext
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import AdapterUse, ImageRequest
 from tests.infotexts import settings_in, text_in
 
 IMAGE = ImageRequest("a fox", 64, 48, 8, seed=7)
@@ -40,13 +40,22 @@ def test_the_text_is_what_a1111_writes():
 
 def test_nothing_that_changes_a_picture_is_left_out():
     """A field that `ImageRequest` gets belongs into the text too."""
-    other = ImageRequest("a hen", 80, 64, 9, 0.5, "blur", 8, 2, 1.15)
+    adapters = frozenset({AdapterUse("sepia", "0123456789abcdef", 0.8)})
+    other = ImageRequest("a hen", 80, 64, 9, 0.5, "blur", 8, 2, 1.15, adapters)
     for field in dataclasses.fields(ImageRequest):
         changed = dataclasses.replace(IMAGE, **{field.name: getattr(other, field.name)})
         assert changed != IMAGE
         is_told = infotext(changed, "krea-2") != infotext(IMAGE, "krea-2")
         # The text is of one image, whatever came with it.
         assert is_told == (field.name != "num_images"), field.name
+
+
+def test_adapters_are_told_by_name_hash_and_scale():
+    uses = {AdapterUse("sepia", "0123456789abcdef", 0.8), AdapterUse("ink, v2", "f" * 64)}
+    told = infotext(dataclasses.replace(IMAGE, adapters=frozenset(uses)), "krea-2")
+    said = settings_in(told)
+    assert said["Lora hashes"] == "ink, v2: ffffffffffff, sepia: 0123456789ab"
+    assert said["Lora scales"] == "ink, v2: 1.0, sepia: 0.8"
 
 
 @given(lines.filter(str.strip), lines, st.floats(0.0, 100.0), prompts.filter(str.strip))
