@@ -41,8 +41,8 @@ class TextFusionBlock(nn.Module):
 
     def across_layers(self, x: Tensor, deltas: Deltas | None) -> Tensor:
         """Attend across the layers of each token on its own: [tokens, layers, size], same out."""
-        normed = self.norm1(x).to(x.dtype).flatten(0, 1)
-        q, k, v, gate = self.attn.project(normed, deltas=deltas)
+        # What is normalised gets no name: it would live on to the end, and take megabytes.
+        q, k, v, gate = self.attn.project(self.norm1(x).to(x.dtype).flatten(0, 1), deltas=deltas)
         groups = self.attn.heads // self.attn.kv_heads
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

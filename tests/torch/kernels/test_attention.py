@@ -171,7 +171,7 @@ def test_a_gate_before_8_bits_is_quantised_with(monkeypatch):
     fused = FusedGateAttention(sdpa_attention, lambda *args: pytest.fail("gated twice"))
     read = []
     block = layer(HEAD_DIM, TokenFormat())
-    monkeypatch.setattr(block.out, "forward", lambda x: read.append(x))
+    monkeypatch.setattr(block.out, "forward", lambda x, deltas: read.append(x))
     block(torch.ones(3, 64), fused, Segments.of((3,), torch.device("cpu")))
     assert isinstance(read[0], QuantizedTokens)
 

@@ -286,7 +286,8 @@ def test_what_ran_without_a_graph_has_a_reason(runner, graphs, packs, captures):
     other = copies(those)
     step(graphs, packs, other)
     step(graphs, packs, other)
-    assert graphs.record.eager == {Eager.FIRST_USE: 2, Eager.TOO_LARGE: 1, Eager.FAILED: 2}
+    eager = {Eager.FIRST_USE: 2, Eager.TOO_LARGE: 1, Eager.FAILED: 2, Eager.ADAPTERS: 0}
+    assert graphs.record.eager == eager
     captures.error = None
     lone = sequences(runner, *ONE)
     assert step(graphs, packs, lone, steps=4) is None

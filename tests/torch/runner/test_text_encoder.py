@@ -46,9 +46,9 @@ def test_the_same_text_is_encoded_once(runner, monkeypatch):
     calls = []
     encode = runner.prompt_encoder.encode
 
-    def counting(prompts):
+    def counting(prompts, deltas):
         calls.append(list(prompts))
-        return encode(prompts)
+        return encode(prompts, deltas)
 
     monkeypatch.setattr(runner.prompt_encoder, "encode", counting)
     first = runner.encode(["never seen", "nor this", "never seen"])

@@ -76,6 +76,7 @@ def test_a_size_that_cannot_be_captured_runs_without_and_says_so_once(runner, ca
         Eager.TOO_LARGE: 0,
         Eager.FIRST_USE: 1,
         Eager.FAILED: 3,
+        Eager.ADAPTERS: 0,
     }
 
 
