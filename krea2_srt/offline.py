@@ -234,7 +234,7 @@ class Krea2:
             with device_errors(), self.runner.on_stream():
                 placed = self.runner.adapters.load(path)
             if placed.digest in uses:
-                raise RequestError("lora", f"{path} is an adapter that is there already")
+                raise RequestError("lora", f"{path} and another one are the same adapter")
             uses[placed.digest] = AdapterUse(placed.name, placed.digest, scale)
         return frozenset(uses.values())
 
@@ -267,11 +267,13 @@ class Krea2:
 
         Raises:
             RequestError: naming what is wrong; by the call itself.
+            AdapterError: one is not loaded, by the call itself; or its file is another since.
             GenerationCancelled: `cancel` was set; the model is as usable as before.
             OutOfMemoryError: of the device.
         """
         for request in requests:
             request.check(self.limits)
+            self.runner.adapters.check(request.adapters)
         most = min(self.config.max_pack_sequences, self.config.max_active_sequences)
         if pack is not None:
             _check_whole("pack", pack, 1)

@@ -197,8 +197,12 @@ def check_number(field: str, value: float, least: float, most: float) -> None:
     Raises:
         RequestError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A whole number may be larger than any float.
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
         raise RequestError(field, f"must be a finite number, got {value!r}")
+    if isinstance(value, int) and abs(value) > 10**15:
+        raise RequestError(field, f"must be between {least:g} and {most:g}")
     if not least <= value <= most:
         raise RequestError(field, f"must be between {least:g} and {most:g}, got {value:g}")
 

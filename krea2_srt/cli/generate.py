@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 from krea2_srt.errors import RequestError
-from krea2_srt.lora.scaled_files import ScaledFile, scaled_file
+from krea2_srt.lora.scaled_files import ScaledFile, is_there, scaled_file
 from krea2_srt.request import (
     MAX_ADAPTER_SCALE,
     MAX_ADAPTERS,
@@ -132,6 +132,7 @@ def _run(args: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from krea2_srt.lora.adapter import check_different
     from krea2_srt.lora.reader import read_adapter
     from krea2_srt.model.dit_files import dit_config
     from krea2_srt.model.hub import find_checkpoint
@@ -149,10 +150,10 @@ def _run(args: argparse.Namespace) -> None:
         _request(args, sampling.default_steps, sampling.default_guidance, sampling.default_side)
     )
     request.check(RequestLimits())
-    # Read before the model is, which takes long.
+    # Read before the model is, which takes long, and once more when it is there.
     config = dit_config(checkpoint.transformer)
-    for path in (*args.lora, *args.lora_merge):
-        read_adapter(path, config)
+    for files in (args.lora, args.lora_merge):
+        check_different((path, read_adapter(path, config)) for path in files)
     model = Krea2.load(
         replace(checkpoint, sampling=sampling),
         device=device,
@@ -189,8 +190,8 @@ def _lora(field: str, given: list[ScaledFile]) -> dict[Path, float]:
     for path, scale, _ in given:
         if path in found:
             raise RequestError(field, f"{path} is given twice")
-        if not path.exists():
-            raise RequestError(field, f"{path} does not exist")
+        if not is_there(path):
+            raise RequestError(field, f"{path} does not exist, or cannot be read")
         try:
             check_number(field, scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
         except RequestError as error:

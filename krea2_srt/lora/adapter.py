@@ -1,9 +1,12 @@
 """What an adapter is once its file is read: low-rank changes of the model's own matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
+
+from krea2_srt.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,3 +60,16 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(factor.nbytes for factors in self.matrices.values() for factor in factors)
+
+
+def check_different(adapters: Iterable[tuple[Path, Adapter]]) -> None:
+    """Check that none is there twice, under whatever names.
+
+    Raises:
+        AdapterError: two are the same.
+    """
+    found: dict[str, Path] = {}
+    for path, adapter in adapters:
+        first = found.setdefault(adapter.digest, path)
+        if first is not path:
+            raise AdapterError(f"adapter {path} is the same as {first}; give one, with its scale")

@@ -31,7 +31,7 @@ def read_factor(
     if roles == {"down", "up"}:
         down, up, scale = _lora(module, peft, limits, alpha)
     elif roles and all(role.startswith("lokr") for role in roles):
-        down, up, scale = _lokr(module, peft, limits)
+        down, up, scale = _lokr(module, peft, limits, alpha)
     else:
         raise AdapterError(_incomplete(module))
     up = up * scale
@@ -75,7 +75,7 @@ def _lora(
 
 
 def _lokr(
-    module: StoredModule, peft: PeftConfig | None, limits: Limits
+    module: StoredModule, peft: PeftConfig | None, limits: Limits, given: float | None
 ) -> tuple[Tensor, Tensor, float]:
     if peft is not None:
         raise AdapterError(f"{module.key()} is of a LoKr, PEFT's config is a LoRA's")
@@ -91,6 +91,7 @@ def _lokr(
         )
     _check_rank(rank, module, limits)
     alpha, dim = module.alpha(), lokr_dim(shapes)
+    alpha = given if alpha is None else alpha
     scale = 1.0 if alpha is None or dim is None else alpha / dim
     return *lokr_factors(module.tensor, shapes), scale
 

@@ -60,7 +60,9 @@ class AdapterFiles:
                 f"files of {path.suffix or 'no ending'} are not read, only .safetensors"
             )
         config = path.parent / _PEFT_CONFIG
-        return cls(path, config if path.name == _PEFT_WEIGHTS and config.is_file() else None)
+        # It is that of PEFT's own file, or else of all that lie beside it, as SGLang takes it.
+        own = path.name == _PEFT_WEIGHTS or not (path.parent / _PEFT_WEIGHTS).exists()
+        return cls(path, config if own and config.is_file() else None)
 
     def stamp(self) -> Stamp:
         """The stamp of the files as they are now.

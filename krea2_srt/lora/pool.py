@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from krea2_srt.errors import AdapterError
@@ -30,8 +31,9 @@ class AdapterPool:
         self._dit = dit
         self._max_bytes = max_bytes
         self._placed: OrderedDict[str, PlacedAdapter] = OrderedDict()
+        # What was read from each file, and the files that each adapter was read from.
         self._read: dict[Path, tuple[Stamp, str]] = {}
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, list[Path]] = {}
 
     def __len__(self) -> int:
         return len(self._placed)
@@ -50,13 +52,16 @@ class AdapterPool:
         Raises:
             AdapterError: see `krea2_srt.lora.reader.read_adapter`.
         """
+        path = path.absolute()
         stamp = stamp_of(path)  # before it is read: one that is replaced meanwhile is read again
         known = self._read.get(path)
         if known is not None and known[0] == stamp and known[1] in self._placed:
             self._placed.move_to_end(known[1])
             return self._placed[known[1]]
         found = self.add(read_adapter(path, self._dit.config))
-        self._files[found.digest] = path
+        files = self._files.setdefault(found.digest, [])
+        if path not in files:
+            files.append(path)
         if stamp is not None:
             self._read[path] = (stamp, found.digest)
         return found
@@ -86,9 +91,25 @@ class AdapterPool:
         if use.digest in self._placed:
             self._placed.move_to_end(use.digest)
             return self._placed[use.digest]
-        if use.digest not in self._files:
-            raise AdapterError(f"adapter {use.name}: it is not loaded")
-        again = self.load(self._files[use.digest])
-        if again.digest != use.digest:
-            raise AdapterError(f"adapter {use.name}: its file has changed since it was loaded")
-        return again
+        self.check([use])
+        for path in list(self._files.get(use.digest, ())):
+            with suppress(AdapterError):
+                again = self.load(path)
+                if again.digest == use.digest:
+                    return again
+        raise AdapterError(f"adapter {use.name}: its file is gone or another since it was loaded")
+
+    def check(self, uses: Iterable[AdapterUse]) -> None:
+        """Check that adapters have been loaded; one may have made room since.
+
+        Raises:
+            AdapterError: one never was.
+        """
+        for use in uses:
+            if use.digest not in self._placed and use.digest not in self._files:
+                raise AdapterError(f"adapter {use.name}: it is not loaded")
+
+    def release(self) -> None:
+        """Drop those that can be read again."""
+        for digest in self._files:
+            self._placed.pop(digest, None)

@@ -13,8 +13,8 @@ _ROWS = 128
 class Rounding:
     """Measures, while weights are loaded, how much of an update they keep.
 
-    A small update can be lost in large weights: of what lies below half a step of their grid,
-    nothing is left of one weight, and on average all of many.
+    Weights in bfloat16 lie on a grid, and of a change of less than half a step nothing is left.
+    The share is of all that is merged: a small adapter does not show beside a large one.
 
     Args:
         dtype: of the weights that are not quantised.
@@ -49,8 +49,8 @@ class Rounding:
         return 1 - self._kept / self._whole if self._whole else 0.0
 
     def _rounded(self, linear: str, weight: Tensor) -> Tensor:
-        room, _, name = linear.partition(".")
-        if self._quantization is None or room != "blocks" or self._quantization.keeps(name):
+        part, _, name = linear.partition(".")
+        if self._quantization is None or part != "blocks" or self._quantization.keeps(name):
             return weight.to(self._dtype).float()
         dtype = DTYPES[self._quantization.format]
         block = rotation_block(weight.shape[1]) if self._quantization.rotation else 0

@@ -22,12 +22,20 @@ class ScaledFile(NamedTuple):
     alpha: float | None = None
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something that can be looked at."""
+    try:
+        return path.exists()
+    except OSError:  # a folder that nobody may look into, or a name that is too long
+        return False
+
+
 def scaled_file(text: str) -> ScaledFile:
     """A file and its scale, which is 1 unless given; a colon that no number follows belongs to the
     name, as does one in the name of a file that is there.
     """
     path, colon, scale = text.rpartition(":")
-    if colon and not Path(text).exists():
+    if colon and not is_there(Path(text)):
         with suppress(ValueError):
             return ScaledFile(Path(path), float(scale))
     return ScaledFile(Path(text))

@@ -8,8 +8,9 @@ import torch
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
-from krea2_srt.errors import ConfigError
+from krea2_srt.errors import AdapterError, ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
+from krea2_srt.lora.adapter import check_different
 from krea2_srt.lora.merge import merge
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.lora.rounding import Rounding
@@ -210,10 +211,15 @@ class RunnerBuilder:
         if not files:
             return {}
         config = dit_config(self.checkpoint.transformer)
-        adapters = [(read_adapter(f.path, config, alpha=f.alpha), f.scale) for f in files]
-        for adapter, scale in adapters:
-            logger.info("krea2-srt: merges %s at %g (%s)", adapter.name, scale, adapter.digest)
-        return merge(adapters, config, rounding)
+        try:
+            adapters = [read_adapter(f.path, config, alpha=f.alpha) for f in files]
+            check_different(zip((f.path for f in files), adapters, strict=True))
+        except AdapterError as error:
+            raise AdapterError(f"to be merged: {error}") from None
+        for file, adapter in zip(files, adapters, strict=True):
+            logger.info("krea2-srt: merges %s at %g (%s)", adapter.name, file.scale, adapter.digest)
+        scales = (file.scale for file in files)
+        return merge(zip(adapters, scales, strict=True), config, rounding)
 
     def _operations(self) -> Operations:
         int8 = self.quantization is not None and self.quantization.format == "int8"

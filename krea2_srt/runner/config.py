@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from krea2_srt.lora.scaled_files import scaled_files
 from krea2_srt.setting import check_settings, setting
 
 DTYPES = ("bfloat16", "float32")
@@ -81,3 +82,4 @@ class RunnerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        scaled_files("lora_merge", self.lora_merge)

@@ -73,6 +73,7 @@ class DeviceState:
         """Let go of everything but pixels that wait to be taken."""
         self.contexts, self.tokens, self.velocity, self.decode = (), None, None, None
         self.adapters = NO_ADAPTERS
+        self.modulation.release()
 
 
 @contextmanager

@@ -239,9 +239,11 @@ class Krea2Runner:
                 prompt.
 
         Raises:
-            AdapterError: an adapter is not loaded.
+            ValueError: it has adapters, which the contexts are not known to have.
         """
-        state = self._state(lone_sequence(image), contexts, self.adapters.find(image.adapters))
+        if image.adapters:
+            raise ValueError("adapters: `encode_sequences` takes them")
+        state = self._state(lone_sequence(image), contexts, NO_ADAPTERS)
         self.begin([state])
         return state
 
@@ -314,10 +316,12 @@ class Krea2Runner:
             graphs.release()
 
     def release_memory(self) -> None:
-        """Give back all memory on the device that can be made anew: graphs with their buffers, and
-        what is remembered of prompts, schedules and layouts. Sequences keep what they hold.
+        """Give back all memory on the device that can be made anew: graphs with their buffers, what
+        is remembered of prompts, schedules and layouts, and adapters that can be read again.
+        Sequences keep what they hold.
         """
         self.release_graphs()
+        self.adapters.release()
         for cache in (self.contexts, self._modulations, self.packs):
             cache.clear()
 

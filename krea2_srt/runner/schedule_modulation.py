@@ -40,6 +40,10 @@ class ScheduleModulation:
         found = self._rows.get((self._schedule, self._variant, step))
         return self._computed(step) if found is None else found
 
+    def release(self) -> None:
+        """Let go of what the rows are computed from; none is asked for any more."""
+        self._make = _released
+
     def _computed(self, step: int) -> Modulation:
         made = self._make(self._schedule)
         # Copies, or each row would keep all of them alive. This one last: a small cache keeps it.
@@ -47,3 +51,7 @@ class ScheduleModulation:
             row = Modulation(*(tensor.clone() for tensor in made.row(other).tensors))
             self._rows.put((self._schedule, self._variant, other), row)
         return row
+
+
+def _released(schedule: Schedule) -> Modulation:
+    raise RuntimeError(f"the modulation of {schedule.steps} steps is released")

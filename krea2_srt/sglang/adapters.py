@@ -1,31 +1,36 @@
 """SGLang's options for an adapter, as what is merged while our runner loads the weights."""
 
+import logging
 from pathlib import Path
 
 from sglang.multimodal_gen.runtime.server_args import ServerArgs
 from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_download_lora
 
-from krea2_srt.errors import AdapterError
+from krea2_srt.errors import AdapterError, RequestError, first_line
 from krea2_srt.lora.scaled_files import ScaledFile
+from krea2_srt.request import MAX_ADAPTER_SCALE, check_number
+
+logger = logging.getLogger(__name__)
 
 
 def adapters_of(server_args: ServerArgs) -> tuple[ScaledFile, ...]:
     """The adapter of ``--lora-path`` and the options beside it; downloads it where it is a repo.
 
     Raises:
-        AdapterError: there is none, or it cannot be downloaded.
+        AdapterError: there is none, it cannot be downloaded, or its scale cannot be.
     """
     if not server_args.lora_path:
         return ()
-    path = Path(server_args.lora_path)
-    if not path.is_file():
-        try:
-            # The file of a folder or repo that is meant, by SGLang's own rules.
-            found = maybe_download_lora(
-                server_args.lora_path, weight_name=server_args.lora_weight_name
-            )
-        except (ValueError, OSError) as error:
-            text = str(error).strip() or type(error).__name__
-            raise AdapterError(f"--lora-path: {text.splitlines()[0]}") from None
-        path = Path(found)
-    return (ScaledFile(path, server_args.lora_scale, server_args.lora_alpha),)
+    try:
+        check_number("--lora-scale", server_args.lora_scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+    except RequestError as error:
+        raise AdapterError(str(error)) from None
+    try:
+        # Of a folder or repo it finds the file that is meant.
+        path = maybe_download_lora(server_args.lora_path, weight_name=server_args.lora_weight_name)
+    except Exception as error:  # a hub that cannot be reached has errors of its client's library
+        logger.debug("krea2-srt: no adapter", exc_info=True)
+        raise AdapterError(f"--lora-path: {first_line(error)}") from None
+    if server_args.lora_merge_mode == "dynamic":
+        logger.warning("krea2-srt: --lora-merge-mode dynamic: the adapter is merged all the same")
+    return (ScaledFile(Path(path), server_args.lora_scale, server_args.lora_alpha),)

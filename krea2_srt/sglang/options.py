@@ -35,8 +35,7 @@ _READ_BY_THE_RUNNER = """
     vae_decode_precision vae_precision vae_tiling
 """
 
-# Options of an adapter, which change nothing by themselves. All ways of SGLang's to apply one give
-# the same picture, so ours does for each.
+# Options of an adapter, which change nothing by themselves. Ours is merged in every mode.
 _OF_AN_ADAPTER = """
     lora_alpha lora_merge_mode lora_nickname lora_path lora_scale lora_weight_name
 """

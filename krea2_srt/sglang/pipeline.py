@@ -73,7 +73,12 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
                 "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
                 ", ".join(options),
             )
-            # Such as an adapter that is not there.
+            with ending_in_a_line(ConfigError):
+                if read_environment().runner.lora_merge:
+                    raise ConfigError(
+                        "KREA2_SRT_LORA_MERGE: SGLang's own Krea 2 knows no such setting"
+                    )
+            # Such as a component that is not there.
             what = f"SGLang's own Krea 2 does not start with {', '.join(options)}: "
             with ending_in_a_line(*USERS, SafetensorError, what=what):
                 return Krea2Pipeline(model_path, server_args, *args, **kwargs)

@@ -70,7 +70,7 @@ _ENGINE_COUNTERS = {
     ),
     "graph_misses_adapters": (
         "krea2_engine_graph_misses_adapters",
-        "Forwards that ran kernel by kernel: they have adapters.",
+        "Forwards that ran kernel by kernel: of packs or prompts with adapters.",
     ),
 }
 _ENGINE_GAUGES = {

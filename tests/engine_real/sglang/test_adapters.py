@@ -23,8 +23,8 @@ def adapter(demo_model: Path, tmp_path_factory) -> Path:
 
 def options(**given: object) -> SimpleNamespace:
     """What of SGLang's arguments is read."""
-    defaults = {"lora_path": None, "lora_scale": 1.0, "lora_alpha": None, "lora_weight_name": None}
-    return SimpleNamespace(**{**defaults, **given})
+    unset = dict.fromkeys(("lora_path", "lora_alpha", "lora_weight_name"))
+    return SimpleNamespace(**{**unset, "lora_scale": 1.0, "lora_merge_mode": "auto", **given})
 
 
 def test_the_file_or_the_one_of_a_folder_is_meant(adapter):
@@ -38,16 +38,48 @@ def test_the_file_or_the_one_of_a_folder_is_meant(adapter):
     assert adapters_of(named) == (ScaledFile(adapter),)
 
 
-@pytest.mark.parametrize(
-    "given", [{"lora_path": "nope.safetensors"}, {"lora_weight_name": "other.safetensors"}]
-)
-def test_one_that_is_not_there_is_a_line_that_names_the_option(adapter, given):
+def test_a_mode_that_makes_no_difference_is_told(adapter, caplog):
     from krea2_srt.sglang.adapters import adapters_of
 
+    assert adapters_of(options(lora_path=str(adapter), lora_merge_mode="dynamic"))
+    assert "--lora-merge-mode dynamic: the adapter is merged all the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        ({"lora_path": "nope.safetensors"}, "--lora-path"),
+        ({"lora_weight_name": "other.safetensors"}, "--lora-path"),
+        ({"lora_path": "{file}", "lora_weight_name": "other.safetensors"}, "--lora-path"),
+        ({"lora_path": "nobody/nothing"}, "--lora-path"),
+        ({"lora_scale": float("nan")}, "--lora-scale"),
+        ({"lora_scale": 1e6}, "--lora-scale"),
+    ],
+)
+def test_what_cannot_be_is_a_line_that_names_the_option(adapter, monkeypatch, given, option):
+    from huggingface_hub import constants
+
+    from krea2_srt.sglang.adapters import adapters_of
+
+    # Nobody listens there.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    path = given.get("lora_path", str(adapter.parent)).format(file=adapter)
     with pytest.raises(AdapterError) as caught:
-        adapters_of(options(**{"lora_path": str(adapter.parent), **given}))
-    assert str(caught.value).startswith("--lora-path: ")
+        adapters_of(options(**{**given, "lora_path": path}))
+    assert str(caught.value).startswith(f"{option}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_setting_that_sglangs_own_would_ignore_ends_the_start(monkeypatch, capsys):
+    from krea2_srt.sglang import pipeline
+
+    monkeypatch.setenv("KREA2_SRT_LORA_MERGE", "x.safetensors")
+    monkeypatch.setattr(pipeline, "unsupported_options", lambda server_args: ["--enable-teacache"])
+    with pytest.raises(SystemExit) as ended:
+        pipeline.Krea2RunnerPipeline("/models/krea-2", SimpleNamespace(model_subfolder="x"))
+    assert ended.value.code == 2
+    assert "KREA2_SRT_LORA_MERGE: SGLang's own Krea 2 knows no" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,17 +11,18 @@ from PIL import Image
 
 from krea2_srt import Krea2
 from krea2_srt.cli.generate import main
-from krea2_srt.errors import AdapterError, RequestError
+from krea2_srt.errors import AdapterError, ConfigError, RequestError
 from krea2_srt.lora.merge import merge
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.lora.rounding import Rounding
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr
 from tests.torch.lora.forms import FORMS, random_pairs
 
+UNKNOWN = frozenset({AdapterUse("d", "unknown")})
 SMALL = {"size": (64, 48), "steps": 3, "seed": 5}
 
 
@@ -129,6 +130,7 @@ def test_merged_is_beside(demo_model, model, files):
         ({1: 1.0}, "lora: must be scales by paths, got 1"),
         ({"x": float("nan")}, r"lora\['x'\]: must be a finite number, got nan"),
         ({"x": "1"}, r"lora\['x'\]: must be a finite number, got '1'"),
+        ({"x": 10**400}, r"lora\['x'\]: must be between -10 and 10"),
         ({"x": 11}, r"lora\['x'\]: must be between -10 and 10, got 11"),
         (dict.fromkeys("abcde", 1.0), "lora: must be at most 4, got 5"),
     ],
@@ -140,7 +142,7 @@ def test_what_is_wrong_is_named(model, lora, message):
 
 def test_the_same_adapter_under_two_names_is_refused(model, files, tmp_path):
     shutil.copy(files[0], tmp_path / "copy.safetensors")
-    with pytest.raises(RequestError, match=r"copy\.safetensors is an adapter that is there alr"):
+    with pytest.raises(RequestError, match=r"copy\.safetensors and another one are the same"):
         model.load_lora({files[0]: 1.0, tmp_path / "copy.safetensors": 0.5})
 
 
@@ -160,6 +162,12 @@ def flags(demo_model, tmp_path, monkeypatch) -> list[str]:
     return [*flags, "--steps=3", "--seed=5"]
 
 
+def test_an_adapter_that_is_not_loaded_is_found_before_anything_is_generated(model):
+    images = [ImageRequest(PROMPT, 64, 48, 3), ImageRequest(PROMPT, 64, 48, 3, adapters=UNKNOWN)]
+    with pytest.raises(AdapterError, match="adapter d: it is not loaded"):
+        model.images(images, pack=1)
+
+
 def test_the_command_takes_adapters(flags, model, files, capsys):
     main([PROMPT, *flags, f"--lora={files[0]}:0.7", "--lora", str(files[1])])
     (expected,) = model.generate(PROMPT, lora={files[0]: 0.7, files[1]: 1.0}, **SMALL)
@@ -177,13 +185,14 @@ def test_the_command_merges_adapters(flags, model, files):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lora=no.safetensors"], "--lora: no.safetensors does not exist"),
+        (["--lora=no.safetensors"], "--lora: no.safetensors does not exist, or cannot"),
         (["--lora-merge=no.safetensors:0.5"], "--lora-merge: no.safetensors does not exist"),
         (["--lora=a:1", "--lora=a:2"], "--lora: a is given twice"),
         (["--lora=a:x"], "--lora: a:x does not exist"),
         (["--lora=a:nan"], "--lora: the scale of a must be a finite number, got nan"),
         (["--lora=a:-11"], "--lora: the scale of a must be between -10 and 10, got -11"),
         ([f"--lora={name}" for name in "abcde"], "--lora: must be at most 4 adapters, got 5"),
+        (["--lora=" + 300 * "a" + ":1"], "does not exist, or cannot be read"),
         (["--lora=a"], "adapter a: files of no ending are not read, only .safetensors"),
         (["--lora-merge=b"], "adapter b: files of no ending are not read, only .safetensors"),
     ],
@@ -235,7 +244,13 @@ def test_the_setting_merges_for_whoever_generates(demo_model, model, files, monk
     (beside,) = model.generate(PROMPT, lora={files[0]: 0.7}, **SMALL)
     assert near(found, beside) >= 60
     monkeypatch.setenv("KREA2_SRT_LORA_MERGE", "nope.safetensors")
-    with pytest.raises(AdapterError, match=r"nope\.safetensors: there is no such file"):
+    with pytest.raises(AdapterError, match=r"merged: adapter nope\.safetensors: there is no such"):
+        Krea2.load(demo_model, device="cpu", dtype="float32")
+    monkeypatch.setenv("KREA2_SRT_LORA_MERGE", f"{files[0]},{files[0]}:0.5")
+    with pytest.raises(AdapterError, match=r"is the same as .*; give one, with its scale"):
+        Krea2.load(demo_model, device="cpu", dtype="float32")
+    monkeypatch.setenv("KREA2_SRT_LORA_MERGE", "a:20")
+    with pytest.raises(ConfigError, match="KREA2_SRT_LORA_MERGE: the scale of a must be between"):
         Krea2.load(demo_model, device="cpu", dtype="float32")
 
 
@@ -249,3 +264,29 @@ def test_a_merge_that_is_lost_is_told(demo_model, config, tmp_path, caplog):
         Krea2.load(demo_model, device="cpu", dtype="bfloat16", lora_merge=file)
     (line,) = (r.getMessage() for r in caplog.records if "merged" in r.getMessage())
     assert line.endswith("% of what was merged is lost in the rounding of the weights")
+
+
+def test_a_config_beside_a_file_of_another_name_is_its_own(config, tmp_path):
+    """As published folders of PEFT's have it; beside PEFT's own file it belongs to that one."""
+    (form,) = (form for form in FORMS if form.name == "peft folder")
+    folder = form.write(random_pairs(config), tmp_path)
+    (file,) = folder.glob("*.safetensors")
+    renamed = folder / "style.safetensors"
+    shutil.copy(file, renamed)
+    beside = read_adapter(renamed, config)
+    file.unlink()
+    alone = read_adapter(renamed, config)
+    for linear, factors in alone.matrices.items():
+        for factor, other in zip(factors, beside.matrices[linear], strict=True):
+            # Alpha 2 of rank 4; without the config alpha is the rank.
+            assert torch.allclose(2 * factor.up, other.up)
+
+
+def test_an_alpha_that_files_do_not_say_can_be_given(config, tmp_path):
+    pairs = random_pairs(config)
+    silent = read_adapter(FORMS[1].write(pairs, tmp_path), config, alpha=8.0)
+    plain = read_adapter(tmp_path / "adapter.safetensors", config)
+    said = read_adapter(FORMS[0].write(pairs, tmp_path), config, alpha=8.0)
+    for linear, factors in plain.matrices.items():
+        assert torch.allclose(silent.matrices[linear][0].up, 2 * factors[0].up)
+        assert torch.allclose(said.matrices[linear][0].up, 0.5 * factors[0].up)
