@@ -30,7 +30,10 @@ def adapters_of(server_args: ServerArgs) -> tuple[ScaledFile, ...]:
         path = maybe_download_lora(server_args.lora_path, weight_name=server_args.lora_weight_name)
     except Exception as error:  # a hub that cannot be reached has errors of its client's library
         logger.debug("krea2-srt: no adapter", exc_info=True)
-        raise AdapterError(f"--lora-path: {first_line(error)}") from None
+        text = first_line(error)
+        if isinstance(error, (ValueError, OSError)):  # SGLang's own words, without their class
+            text = text.removeprefix(f"{type(error).__name__}: ")
+        raise AdapterError(f"--lora-path: {text}") from None
     if server_args.lora_merge_mode == "dynamic":
         logger.warning("krea2-srt: --lora-merge-mode dynamic: the adapter is merged all the same")
     return (ScaledFile(Path(path), server_args.lora_scale, server_args.lora_alpha),)
