@@ -41,8 +41,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def last_of(entries: Sequence[Mapping[str, Any]], cpu: str) -> Mapping[str, Any] | None:
     """The last entry of a kind of processor; None if there is none.
 
-    Ratios differ between kinds too: with threads that spin shortly a mix of pictures takes as long
-    as with libgomp's own waiting on an AMD EPYC, and a fifth longer on an Intel Xeon.
+    Ratios differ between kinds too, as that of an HTTP request does between those of the history.
     """
     return next((entry for entry in reversed(entries) if entry["run"].get("cpu") == cpu), None)
 

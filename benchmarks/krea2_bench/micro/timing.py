@@ -17,7 +17,8 @@ class Timed:
         ms: of one unit of it, at best.
         reference: what it is compared to.
         reference_ms: of that, at best.
-        bound: of the ratio, up to which it may be worse than the last of the history.
+        bound: of the ratio, up to which it may be worse than the last of the history; None is by a
+            share of that.
     """
 
     name: str
