@@ -168,10 +168,7 @@ class ImageRequest:
                 "adapters", f"must be at most {MAX_ADAPTERS}, got {len(self.adapters)}"
             )
         for use in self.adapters:
-            try:
-                check_number("adapters", use.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
-            except RequestError as error:
-                raise RequestError("adapters", f"the scale of {use.name} {error.message}") from None
+            check_scale("adapters", use.name, use.scale)
 
 
 def estimated_text_tokens(prompt: str) -> int:
@@ -205,6 +202,18 @@ def check_number(field: str, value: float, least: float, most: float) -> None:
         raise RequestError(field, f"must be between {least:g} and {most:g}")
     if not least <= value <= most:
         raise RequestError(field, f"must be between {least:g} and {most:g}, got {value:g}")
+
+
+def check_scale(field: str, adapter: object, scale: float) -> None:
+    """Check the scale of an adapter, of which a field may have several.
+
+    Raises:
+        RequestError: it is no number, or too large.
+    """
+    try:
+        check_number(field, scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+    except RequestError as error:
+        raise RequestError(field, f"the scale of {adapter} {error.message}") from None
 
 
 def round_up_size(pixels: int) -> int:

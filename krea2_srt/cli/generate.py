@@ -14,12 +14,12 @@ from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 from krea2_srt.errors import RequestError
 from krea2_srt.lora.scaled_files import ScaledFile, is_there, scaled_file
 from krea2_srt.request import (
-    MAX_ADAPTER_SCALE,
     MAX_ADAPTERS,
     MU_RANGE,
     ImageRequest,
     RequestLimits,
     check_number,
+    check_scale,
     fit_size,
 )
 from krea2_srt.runner.config import DTYPES
@@ -192,10 +192,7 @@ def _lora(field: str, given: list[ScaledFile]) -> dict[Path, float]:
             raise RequestError(field, f"{path} is given twice")
         if not is_there(path):
             raise RequestError(field, f"{path} does not exist, or cannot be read")
-        try:
-            check_number(field, scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
-        except RequestError as error:
-            raise RequestError(field, f"the scale of {path} {error.message}") from None
+        check_scale(field, path, scale)
         found[path] = scale
     if len(found) > MAX_ADAPTERS:
         raise RequestError(field, f"must be at most {MAX_ADAPTERS} adapters, got {len(found)}")

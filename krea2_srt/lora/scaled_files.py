@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from krea2_srt.errors import ConfigError, RequestError
-from krea2_srt.request import MAX_ADAPTER_SCALE, check_number
+from krea2_srt.request import check_scale
 
 
 class ScaledFile(NamedTuple):
@@ -57,8 +57,8 @@ def scaled_files(setting: str, text: str) -> tuple[ScaledFile, ...]:
         if not part.strip():
             raise ConfigError(f"{setting}: must be FILE[:SCALE], or several separated by commas")
         try:
-            check_number(setting, file.scale, -MAX_ADAPTER_SCALE, MAX_ADAPTER_SCALE)
+            check_scale(setting, file.path, file.scale)
         except RequestError as error:
-            raise ConfigError(f"{setting}: the scale of {file.path} {error.message}") from None
+            raise ConfigError(str(error)) from None
         found.append(file)
     return tuple(found)

@@ -9,6 +9,7 @@ from sglang.multimodal_gen.runtime.utils.hf_diffusers_utils import maybe_downloa
 from krea2_srt.errors import AdapterError, RequestError, first_line
 from krea2_srt.lora.scaled_files import ScaledFile
 from krea2_srt.request import MAX_ADAPTER_SCALE, check_number
+from krea2_srt.sglang.commands import USERS, text_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,7 @@ def adapters_of(server_args: ServerArgs) -> tuple[ScaledFile, ...]:
         path = maybe_download_lora(server_args.lora_path, weight_name=server_args.lora_weight_name)
     except Exception as error:  # a hub that cannot be reached has errors of its client's library
         logger.debug("krea2-srt: no adapter", exc_info=True)
-        text = first_line(error)
-        if isinstance(error, (ValueError, OSError)):  # SGLang's own words, without their class
-            text = text.removeprefix(f"{type(error).__name__}: ")
+        text = text_of(error) if isinstance(error, USERS) else first_line(error)
         raise AdapterError(f"--lora-path: {text}") from None
     if server_args.lora_merge_mode == "dynamic":
         logger.warning("krea2-srt: --lora-merge-mode dynamic: the adapter is merged all the same")

@@ -39,7 +39,7 @@ def ending_in_a_line(*kinds: type[Exception], what: str = "") -> Iterator[None]:
         yield
     except kinds as error:
         logger.debug("krea2-srt: the command ends", exc_info=True)
-        print(f"krea2-srt: error: {what}{_text(error)}", file=sys.stderr)
+        print(f"krea2-srt: error: {what}{text_of(error)}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR) from None
 
 
@@ -65,6 +65,7 @@ def workers_that_say_why() -> Iterator[None]:
         raise SystemExit(USAGE_ERROR) from None
 
 
-def _text(error: Exception) -> str:
+def text_of(error: Exception) -> str:
+    """The first line of what SGLang says, without its class where it says anything."""
     text = str(error).strip()
     return text.splitlines()[0] if text else first_line(error)
