@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 from krea2_server.errors import ApiError
 from krea2_server.settings import Settings
-from krea2_server.yaml_files import YamlFileError, read_yaml
 from krea2_srt.engine.engine import MAX_PRIORITY
 from krea2_srt.errors import ConfigError
+from krea2_srt.yaml_files import YamlFileError, read_yaml
 
 
 @dataclass(frozen=True)

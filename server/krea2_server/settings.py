@@ -33,12 +33,12 @@ from krea2_server.json_objects import JsonObject
 from krea2_server.proxies.hosts import checked_host, checked_network
 from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
 from krea2_server.variables import Variables
-from krea2_server.yaml_files import YamlFileError, read_yaml
 from krea2_srt.cli.errors import add_version
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.service_links import is_service_link
+from krea2_srt.yaml_files import YamlFileError, read_yaml
 
 COMMAND = "krea2-serve"
 PREFIX = "KREA2_SERVE_"

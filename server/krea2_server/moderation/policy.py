@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from krea2_server.yaml_files import YamlFileError, read_yaml
+from krea2_srt.yaml_files import YamlFileError, read_yaml
 
 Stage = Literal["prompt", "image"]
 
