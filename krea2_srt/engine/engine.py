@@ -66,7 +66,11 @@ class Engine:
         self._table = RequestTable(cost, POLICIES[self.config.policy])
         self._admission = Admission(self.config.max_queue_s)
         self._scheduler = StepScheduler(
-            self.config, cost, executor.overlaps_decodes, executor.full_schedule_graphs
+            self.config,
+            cost,
+            executor.overlaps_decodes,
+            executor.full_schedule_graphs,
+            executor.adapters_fit,
         )
         self._calibration = OnlineCalibration()
         self._decoding: dict[ImageSequence, None] = {}
@@ -332,6 +336,8 @@ class Engine:
             now,
             None if deadline_s is None else now + deadline_s,
         )
+        if request.adapters and not self._executor.adapters_fit(request.adapters):
+            raise RequestError("adapters", "need more memory together than the device has for them")
         self._table.estimate(request)
         self._admission.check(request, self.outstanding_ms)
         self._table.add(request)

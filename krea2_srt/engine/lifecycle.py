@@ -103,6 +103,7 @@ class Request:
         key: its place in the policy's order; smaller runs first.
         error: why it failed.
         text_tokens: of all its prompts, estimated.
+        adapters: digests of all that its images are generated with.
         reached: clock time at which it came to each state; with the last of its sequences, where
             they do so one by one.
     """
@@ -118,10 +119,12 @@ class Request:
     key: float = 0.0
     error: Krea2Error | None = None
     text_tokens: int = 0
+    adapters: frozenset[str] = frozenset()
     reached: dict[State, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.text_tokens = sum(map(estimated_text_tokens, self.prompts))
+        self.adapters = frozenset(use.digest for image in self.images for use in image.adapters)
         self.reached[State.WAITING] = self.arrival
         self.sequences = tuple(
             Sequence(self, index, image, image.estimated_tokens)

@@ -1,7 +1,8 @@
 """The step scheduler: which unit of work comes next."""
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import count
 from operator import attrgetter
 
@@ -30,6 +31,9 @@ class StepScheduler:
         cost: estimates of time.
         overlaps_decodes: decodes run beside the steps, so they are no work of their own.
         full_schedule_graphs: a lone sequence does all its steps in one turn, where they fit.
+        adapters_fit: see `Executor.adapters_fit`. A request whose adapters find no room waits
+            aside, and those behind it that have any wait too, or it might wait for ever; requests
+            without adapters pass.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class StepScheduler:
         cost: CostModel,
         overlaps_decodes: bool = False,
         full_schedule_graphs: bool = False,
+        adapters_fit: Callable[[Collection[str]], bool] = lambda digests: True,
     ) -> None:
         self.config = config
         self.cost = cost
@@ -48,6 +53,9 @@ class StepScheduler:
         self.paused: list[PackStep] = []
         self.isolated_sequences: dict[Sequence, None] = {}
         self._waiting: list[tuple[float, int, Request]] = []
+        self._aside: list[tuple[float, int, Request]] = []
+        self._adapters_fit = adapters_fit
+        self._adapters: Counter[str] = Counter()
         self._arrivals = count()
         self.num_waiting = 0
         self.num_active_sequences = 0
@@ -61,7 +69,8 @@ class StepScheduler:
     def reorder(self, cost: CostModel) -> None:
         """Go by other estimates; the keys of the requests have changed."""
         self.cost = cost
-        self._waiting = [(r.key, n, r) for _, n, r in self._waiting if not r.ended]
+        both = self._waiting + self._aside
+        self._waiting, self._aside = [(r.key, n, r) for _, n, r in both if not r.ended], []
         heapq.heapify(self._waiting)
 
     def activate(self, request: Request) -> None:
@@ -89,12 +98,17 @@ class StepScheduler:
         """
         if request in self.active:
             del self.active[request]
+            self._adapters.subtract(request.adapters)
+            self._call_back()
         else:
             # It stays in the heap until it comes up, or until such requests are half of it.
             self.num_waiting -= 1
-            if len(self._waiting) > 2 * self.num_waiting + 64:
+            if len(self._waiting) + len(self._aside) > 2 * self.num_waiting + 64:
                 self._waiting = [entry for entry in self._waiting if not entry[2].ended]
                 heapq.heapify(self._waiting)
+                self._aside = [entry for entry in self._aside if not entry[2].ended]
+            if request.adapters:
+                self._call_back()
         void = [s for s in self.paused if any(q.request is request for q in s.sequences)]
         self.paused = [s for s in self.paused if s not in void]
         return void
@@ -176,9 +190,26 @@ class StepScheduler:
         """The first of those that wait, where there is room for one more."""
         if self.num_active_sequences >= self.config.max_active_sequences:
             return None
-        while self._waiting and self._waiting[0][2].ended:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][2] if self._waiting else None
+        while self._waiting:
+            request = self._waiting[0][2]
+            if not request.ended and self._has_room(request):
+                return request
+            entry = heapq.heappop(self._waiting)
+            if not request.ended:
+                self._aside.append(entry)
+        return None
+
+    def _has_room(self, request: Request) -> bool:
+        if not request.adapters:
+            return True
+        return not self._aside and self._adapters_fit(self._adapters.keys() | request.adapters)
+
+    def _call_back(self) -> None:
+        """Some that wait aside may have room now."""
+        self._adapters = +self._adapters
+        for entry in self._aside:
+            heapq.heappush(self._waiting, entry)
+        self._aside.clear()
 
     def _encode(self, urgent: Request | None, builder: PackBuilder | None = None) -> Encode:
         """The first of those that wait, and those behind it that would be next anyway.
@@ -202,6 +233,7 @@ class StepScheduler:
             ):
                 break
             heapq.heappop(self._waiting)
+            self._adapters.update(request.adapters)
             chosen.append(request)
         return Encode(tuple(chosen))
 

@@ -89,6 +89,9 @@ class Executor(Protocol):
     def full_schedule_graphs(self) -> bool:
         """Whether all steps of a lone sequence are best run at once, where they fit into a turn."""
 
+    def adapters_fit(self, digests: Collection[str]) -> bool:
+        """Whether the device has room for all of these adapters at a time."""
+
     def encode(self, requests: Collection[Request]) -> None:
         """Encode all prompts; sets the true `Sequence.tokens`."""
 

@@ -1,9 +1,10 @@
-"""An adapter on the model's device, in the form in which it is multiplied."""
+"""An adapter in the form in which it is multiplied, on the host or on the model's device."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from krea2_srt.errors import AdapterError
@@ -20,7 +21,7 @@ class PlacedAdapter:
     Attributes:
         name: see `Adapter`.
         digest: see `Adapter`; what is remembered of a prompt or a schedule is known by it.
-        factors: of each matrix that it changes, on the model's device, in its compute dtype.
+        factors: of each matrix that it changes, all on one device, in the model's compute dtype.
         touches_text: whether it changes what becomes of a prompt.
         touches_time: whether it changes what becomes of a schedule.
     """
@@ -32,8 +33,10 @@ class PlacedAdapter:
     touches_time: bool
 
     @classmethod
-    def beside(cls, dit: Krea2DiT, adapter: Adapter) -> "PlacedAdapter":
-        """Put an adapter on a model's device.
+    def on_host(cls, dit: Krea2DiT, adapter: Adapter) -> "PlacedAdapter":
+        """Make an adapter ready for a model, in memory that its device copies from.
+
+        Any thread may do so: it reads no weights.
 
         Raises:
             AdapterError: it is another model's.
@@ -44,7 +47,7 @@ class PlacedAdapter:
             linear = linears.get(name)
             if linear is None or not all(_fits(factor, linear) for factor in found):
                 raise AdapterError(f"adapter {adapter.name}: its {name} is not this model's")
-            factors[linear] = tuple(_placed(factor, linear) for factor in found)
+            factors[linear] = tuple(_ready(factor, linear) for factor in found)
         text = set(dit.text_fusion.modules())
         time = {dit.time_linear_1, dit.time_linear_2, dit.time_mod_proj}
         touched = factors.keys()
@@ -52,9 +55,21 @@ class PlacedAdapter:
             adapter.name, adapter.digest, factors, bool(touched & text), bool(touched & time)
         )
 
+    def to(self, device: torch.device) -> "PlacedAdapter":
+        """A copy on a device, under way on its current stream; of the CPU's, a view."""
+        if device.type == "cpu":
+            return replace(self)
+
+        def copied(factor: Factor) -> Factor:
+            down, up = (t.to(device, non_blocking=True) for t in (factor.down, factor.up))
+            return Factor(down, up, factor.start)
+
+        moved = {linear: tuple(map(copied, some)) for linear, some in self.factors.items()}
+        return replace(self, factors=moved)
+
     @cached_property
     def nbytes(self) -> int:
-        """Bytes on the device."""
+        """Bytes of its factors."""
         return sum(factor.nbytes for some in self.factors.values() for factor in some)
 
 
@@ -63,17 +78,18 @@ def _fits(factor: Factor, linear: Linear) -> bool:
     return factor.down.shape[1] == width and factor.stop <= rows
 
 
-def _placed(factor: Factor, linear: Linear) -> Factor:
+def _ready(factor: Factor, linear: Linear) -> Factor:
     down = factor.down
     if linear.format is not None and linear.format.rotation:
         # Its tokens come rotated: a rotation of both factors of a product leaves that as it was.
         down = rotate(down, linear.format.rotation)
-    device = linear.weight.device
+    pinned = linear.weight.device.type == "cuda"
 
-    def placed(tensor: Tensor) -> Tensor:
-        return tensor.to(device, linear.dtype, copy=True)
+    def ready(tensor: Tensor) -> Tensor:
+        found = torch.empty(tensor.shape, dtype=linear.dtype, pin_memory=pinned)
+        return found.copy_(tensor)
 
-    return Factor(placed(down), placed(factor.up), factor.start)
+    return Factor(ready(down), ready(factor.up), factor.start)
 
 
 @dataclass(frozen=True)

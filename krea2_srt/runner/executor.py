@@ -61,6 +61,9 @@ class RunnerExecutor:
         """Whether it holds no tensors of any sequence."""
         return not self._states and not self._steps
 
+    def adapters_fit(self, digests: Collection[str]) -> bool:
+        return self._runner.adapters.fit(digests)
+
     @torch.inference_mode()
     def encode(self, requests: Collection[Request]) -> None:
         sequences = [sequence for request in requests for sequence in request.sequences]
@@ -154,6 +157,7 @@ class RunnerExecutor:
             "context_cache_misses": contexts.misses,
             "context_cache_bytes": contexts.num_bytes,
             **self._runner.graph_statistics(),
+            **self._runner.adapters.statistics(),
         }
         if device.type == "cuda":
             found["device_memory_bytes"] = torch.cuda.memory_reserved(device)

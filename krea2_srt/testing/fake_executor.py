@@ -33,6 +33,7 @@ class FakeExecutor:
         overlaps_decodes, full_schedule_graphs: as of any executor.
         host_ms: added to every unit of work.
         decode_slice_ms: longest slice of a decode.
+        max_adapters: on the device at a time.
     """
 
     clock: VirtualClock
@@ -41,7 +42,11 @@ class FakeExecutor:
     full_schedule_graphs: bool = False
     host_ms: float = 0.0
     decode_slice_ms: float = inf
+    max_adapters: float = inf
     _decode_slices: dict[Sequence, int] = field(default_factory=dict)
+
+    def adapters_fit(self, digests: Collection[str]) -> bool:
+        return len(digests) <= self.max_adapters
 
     def encode(self, requests: Collection[Request]) -> None:
         if self.cost is None:

@@ -75,7 +75,7 @@ def latents(runner: Krea2Runner, *packs: list[ImageRequest]) -> list[list[torch.
 def test_a_step_is_what_diffusers_does_with_the_factors(
     loaded, adapters, pairs, diffusers_velocity
 ):
-    used = AdapterSet.of((PlacedAdapter.beside(loaded.dit, adapters["a"]), 1.0))
+    used = AdapterSet.of((PlacedAdapter.on_host(loaded.dit, adapters["a"]), 1.0))
     theirs = diffusers_velocity(pairs)
     assert relative_error(theirs, diffusers_velocity({})) > 0.1
     assert relative_error(inputs().ours(loaded.dit, used), theirs) <= BOUND
@@ -85,7 +85,7 @@ def test_beside_is_what_merged_is(loaded, adapters, config, demo_model):
     scales = {"a": 0.7, "b": -0.4}
     deltas = merge([(adapters[name], scale) for name, scale in scales.items()], config)
     merged = load_dit(demo_model / "transformer", CPU, torch.float32, deltas=deltas)
-    placed = [(PlacedAdapter.beside(loaded.dit, adapters[n]), s) for n, s in scales.items()]
+    placed = [(PlacedAdapter.on_host(loaded.dit, adapters[n]), s) for n, s in scales.items()]
     beside = inputs().ours(loaded.dit, AdapterSet.of(*placed))
     assert relative_error(beside, inputs().ours(merged)) <= BOUND
 
@@ -187,7 +187,7 @@ def test_beside_a_base_in_8_bits_a_delta_stays_within_a_percent(config, demo_mod
     adapter = Adapter("x", "x", {"blocks.0.ff.down": (Factor(down, up),)})
     x = torch.randn(512, width, generator=generator)
     tokens = quantize_tokens(x, linear.format)
-    deltas = UniformDeltas(AdapterSet.of((PlacedAdapter.beside(dit, adapter), 1.0)))
+    deltas = UniformDeltas(AdapterSet.of((PlacedAdapter.on_host(dit, adapter), 1.0)))
     delta = linear(tokens, deltas) - linear(tokens)
     exact = tokens.dequantized() if not rotation else None
     if exact is not None:
@@ -199,7 +199,7 @@ def test_beside_a_base_in_8_bits_a_delta_stays_within_a_percent(config, demo_mod
 
 
 def test_equal_neighbours_are_one_run(loaded, adapters):
-    a, b = (PlacedAdapter.beside(loaded.dit, adapters[name]) for name in "ab")
+    a, b = (PlacedAdapter.on_host(loaded.dit, adapters[name]) for name in "ab")
     one, other = AdapterSet.of((a, 1.0), (b, 0.5)), AdapterSet.of((b, 0.5), (a, 1.0))
     assert one == other
     less = AdapterSet.of((a, 1.0), (b, 0.0))
@@ -226,23 +226,48 @@ def test_an_adapter_of_another_model_is_refused(loaded):
     }.items():
         with pytest.raises(AdapterError, match=f"adapter x: its {name} is not this model's"):
             pool.add(Adapter("x", name, {name: (factor,)}))
-    assert len(pool) == 0
+    assert len(pool.on_device) == len(pool.on_host) == 0
 
 
 def test_the_least_recently_used_adapter_makes_room(loaded, adapters):
     a, b, c = (adapters[name] for name in "abc")
-    pool = AdapterPool(loaded.dit, max_bytes=a.nbytes + b.nbytes)
+    pool = AdapterPool(loaded.dit, a.nbytes + b.nbytes, max_host_bytes=0)
     pool.add(a)
     pool.add(b)
-    held = pool.find([AdapterUse("a", a.digest)])
+    pool.find([AdapterUse("a", a.digest)])
     pool.add(replace(c, matrices=a.matrices))
-    assert a.digest in pool
-    assert b.digest not in pool
+    assert [digest in pool.on_device for digest in (a.digest, b.digest, c.digest)] == [1, 0, 1]
+    assert pool.on_device.nbytes <= a.nbytes + b.nbytes
+    assert pool.on_device.evictions == 1
+
+
+def test_who_has_an_adapter_keeps_it_and_it_counts(loaded, adapters):
+    a, b = adapters["a"], adapters["b"]
+    pool = AdapterPool(loaded.dit, a.nbytes, max_host_bytes=0)
+    held = [pool.add(a)]
     pool.add(b)
-    pool.add(c)
-    assert a.digest not in pool
-    assert held.uses[0][0].factors, "who has it keeps it"
-    assert pool.nbytes <= a.nbytes + b.nbytes or len(pool) == 1
+    assert a.digest in pool.on_device, "it would be copied there a second time"
+    assert pool.on_device.nbytes == a.nbytes + b.nbytes
+    assert pool.find([AdapterUse("a", a.digest)]).uses[0][0] is held[0]
+    held.clear()
+    pool.add(b)
+    assert pool.on_device.nbytes <= a.nbytes + b.nbytes
+    assert not pool.fit([a.digest, b.digest])
+    assert pool.fit([a.digest])
+    assert pool.fit([a.digest, "not known"])
+
+
+def test_one_that_left_the_device_comes_back_from_the_host(loaded, adapters):
+    a, b = adapters["a"], adapters["b"]
+    pool = AdapterPool(loaded.dit, max_bytes=0)
+    pool.add(a)
+    pool.add(b)
+    assert [pool.where(x.digest) for x in (a, b)] == ["host", "device"]
+    pool.find([AdapterUse("a", a.digest)])
+    assert [pool.where(x.digest) for x in (a, b)] == ["device", "host"]
+    assert (pool.uploads, pool.hits, pool.reads) == (3, 0, 0)
+    pool.drop(a.digest)
+    assert pool.where(a.digest) == "disk"
 
 
 def test_one_that_made_room_is_read_again_for_who_asks_for_it(loaded, config, tmp_path):
@@ -250,17 +275,19 @@ def test_one_that_made_room_is_read_again_for_who_asks_for_it(loaded, config, tm
     for seed in (0, 1):
         (tmp_path / str(seed)).mkdir()
         paths.append(FORMS[0].write(random_pairs(config, seed=seed), tmp_path / str(seed)))
-    pool = AdapterPool(loaded.dit, max_bytes=0)
+    pool = AdapterPool(loaded.dit, max_bytes=0, max_host_bytes=0)
     first, second = (AdapterUse(str(n), pool.load(path).digest) for n, path in enumerate(paths))
-    assert (first.digest in pool, second.digest in pool) == (False, True)
+    assert [pool.where(use.digest) for use in (first, second)] == ["disk", "device"]
     both = pool.find([first, second])
     assert {adapter.digest for adapter, _ in both.uses} == {first.digest, second.digest}
-    assert len(pool) == 1
+    del both
+    pool.find([second])
+    assert len(pool.on_device) == len(pool.on_host) == 1
     paths[0].write_bytes(paths[1].read_bytes())
     with pytest.raises(AdapterError, match="adapter 0: its file is gone or another since it was"):
         pool.find([first])
     pool.release()
-    assert len(pool) == pool.nbytes == 0
+    assert len(pool.on_device) == 0
     assert [adapter.digest for adapter, _ in pool.find([second]).uses] == [second.digest]
 
 
@@ -290,7 +317,7 @@ def test_a_released_image_holds_no_adapter(loaded, adapters, monkeypatch):
     image = ImageRequest(PROMPT, 48, 48, 1, adapters=frozenset({use}))
     (state,) = loaded.encode_sequences([lone_sequence(image)])
     adapter = ref(state.adapters.uses[0][0])
-    pool._placed.clear()
+    pool.drop(use.digest)
     assert adapter() is not None
     state.release()
     gc.collect()

@@ -135,6 +135,9 @@ class StrictExecutor(FakeExecutor):
         if not self._tried.issuperset(requests) and self.max_active_sequences is not None:
             room = len(self.begun) < self.max_active_sequences
             self._require(room, "encode of another request beside too many", sequences[0])
+        there = [request for request in self._tried if not request.ended]
+        digests = {digest for request in [*there, *requests] for digest in request.adapters}
+        self._require(self.adapters_fit(digests), "encode beside too many adapters", sequences[0])
         self._tried.update(requests)
         branches = {
             prompt: self._lane(tokens - sequence.image.image_tokens)

@@ -19,8 +19,8 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import CostModel
 from krea2_srt.engine.lifecycle import TRANSITIONS, Sequence, State
 from krea2_srt.engine.policy import POLICIES
-from krea2_srt.errors import DrainingError, QueueFullError
-from krea2_srt.request import ImageRequest
+from krea2_srt.errors import DrainingError, QueueFullError, RequestError
+from krea2_srt.request import AdapterUse, ImageRequest
 from tests.unit.engine.fakes import H200, Harness, image
 
 QUICK = settings(
@@ -65,6 +65,11 @@ def random_config(choose: Random) -> EngineConfig:
     )
 
 
+def random_adapters(choose: Random) -> frozenset[AdapterUse]:
+    names = choose.sample("abcdefghi", choose.choice([0, 0, 1, 1, 2]))
+    return frozenset(AdapterUse(name, name) for name in names)
+
+
 def random_image(choose: Random, sides: tuple[int, ...]) -> ImageRequest:
     return image(
         (choose.choice(sides), choose.choice(sides)),
@@ -72,6 +77,7 @@ def random_image(choose: Random, sides: tuple[int, ...]) -> ImageRequest:
         num_images=choose.choice([1, 1, 1, 2, 3, 6]),
         guidance=choose.choice([0.0, 0.0, 3.5]),
         prompt=choose.choice(["", "a" * 100, "b" * 1000, "c" * 5000]),
+        adapters=random_adapters(choose),
     )
 
 
@@ -102,6 +108,7 @@ class EngineMachine(RuleBasedStateMachine):
             text_tokens=choose.choice([None, 17]),
             slowdown=choose.choice([1.0, 1.0, 0.3, 4.0]),
             memory_tokens=choose.choice([None, None, 5000, 20000]),
+            max_adapters=choose.choice([100, 8, 3]),
         )
         self.states: dict[Sequence, State] = {}
         self.stepped: set[Sequence] = set()
@@ -126,6 +133,11 @@ class EngineMachine(RuleBasedStateMachine):
         }
         try:
             request = self.harness.submit(images=images, **urgency)
+        except RequestError:
+            self.refused += 1
+            used = {use.digest for image in images for use in image.adapters}
+            assert len(used) > self.harness.executor.max_adapters
+            return
         except DrainingError:
             self.refused += 1
             assert self.harness.engine.draining
