@@ -39,6 +39,23 @@ class CheckpointError(Krea2Error):
 class AdapterError(Krea2Error):
     """An adapter is missing, damaged, or holds something that is not understood."""
 
+    code = "adapter_failed"
+
+
+class UnknownAdapterError(Krea2Error):
+    """No adapter is served under a name.
+
+    Args:
+        name: that was asked for.
+    """
+
+    code = "unknown_adapter"
+    status = 404
+    field = "adapters"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"adapters: {name!r} is not served here")
+
 
 class ModelError(Krea2Error):
     """The model computed something that is no picture."""
@@ -140,6 +157,8 @@ KINDS: dict[str, type[Krea2Error]] = {
         DeadlineError,
         OutOfMemoryError,
         RequestCancelledError,
+        AdapterError,
+        UnknownAdapterError,
     )
 }
 """What clients are told apart, by its code; all else is a failure."""

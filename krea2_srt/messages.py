@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 
 from krea2_srt.errors import foreign
-from krea2_srt.request import ImageRequest, RequestLimits
+from krea2_srt.request import AdapterChoice, AdapterUse, ImageRequest, RequestLimits
 
-_CARRIED = " ".join(field.name for one in (ImageRequest, RequestLimits) for field in fields(one))
+_CARRIED = " ".join(
+    field.name
+    for one in (ImageRequest, RequestLimits, AdapterChoice, AdapterUse)
+    for field in fields(one)
+)
 
-VERSION = f"6-{zlib.crc32(_CARRIED.encode()):08x}"
+VERSION = f"7-{zlib.crc32(_CARRIED.encode()):08x}"
 """Version of these messages, and of the fields of what they carry: one that the other side does not
 know would be ignored in silence. A server and its engines are of one version: a scheduler refuses a
 message of another by name, and cannot even read one of a class that it does not know.
@@ -58,7 +62,7 @@ class GenerateRequest:
 
     Attributes:
         request_id: unique among those of this client; names it in `Cancel`.
-        image: with the number of images.
+        image: with the number of images, and without adapters.
         output_format: ``png``, ``jpeg`` or ``webp``.
         quality: of JPEG and WebP, 0 to 100.
         priority: see `krea2_srt.engine.policy`.
@@ -67,6 +71,7 @@ class GenerateRequest:
         previews: how many pictures on the way to send of each image, evenly spread.
         infotext_model: what the model is called in the text that each file gets, see
             `krea2_srt.infotext`; where it is empty, files get none.
+        adapters: which it is generated with, by their names; each name once.
 
     It holds no lists, tuples or dicts: SGLang makes those anew in what its scheduler receives,
     which a frozen dataclass does not let it do.
@@ -81,6 +86,7 @@ class GenerateRequest:
     progress: bool = False
     previews: int = 0
     infotext_model: str = ""
+    adapters: frozenset[AdapterChoice] = frozenset()
     version: str = VERSION
 
 
@@ -103,6 +109,7 @@ class Generated:
         image_tokens: latent tokens of all images.
         prompt_cut: whether a prompt had more tokens than the model reads.
         stage_ms: milliseconds in each stage: queue, encode, denoise, decode.
+        adapters: which they were generated with, by name.
         error: why there are no images.
     """
 
@@ -112,6 +119,7 @@ class Generated:
     image_tokens: int = 0
     prompt_cut: bool = False
     stage_ms: dict[str, float] = field(default_factory=dict)
+    adapters: tuple[AdapterUse, ...] = ()
     error: "EngineError | None" = None
     version: str = VERSION
 
@@ -148,16 +156,78 @@ class GetModel:
 
 
 @dataclass(frozen=True)
+class GetAdapters:
+    """Reply: an `AdapterInfo` of each adapter that is served, sorted by name."""
+
+    version: str = VERSION
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    """Read an adapter now, and serve it.
+
+    Reply: its `AdapterInfo`, or why it cannot be.
+
+    Attributes:
+        name: under which it is served.
+        path: of its file or folder, within the folder of adapters; "" is where its name says.
+    """
+
+    name: str
+    path: str = ""
+    version: str = VERSION
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    """Serve an adapter no more, until it is loaded again. What is in the engine goes on.
+
+    Reply: None, or that there is none of this name.
+    """
+
+    name: str
+    version: str = VERSION
+
+
+Command = GetStatistics | GetModel | GetAdapters | LoadAdapter | UnloadAdapter
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter that is served.
+
+    Attributes:
+        name: under which.
+        title, trigger_words, default_scale: see `krea2_srt.lora.card.AdapterCard`.
+        where: ``device``, ``host`` or ``disk``.
+        bytes: of its files.
+        digest: SHA-256 of its files; "" as long as they have not been read.
+        rank: the largest of its factors; 0 as long as they have not been read.
+        error: why it cannot be used; "" where it can, as far as is known.
+    """
+
+    name: str
+    title: str = ""
+    trigger_words: tuple[str, ...] = ()
+    default_scale: float = 1.0
+    where: str = "disk"
+    bytes: int = 0
+    digest: str = ""
+    rank: int = 0
+    error: str = ""
+
+
+@dataclass(frozen=True)
 class ControlRequest:
     """A command of a client that does not import SGLang.
 
     Attributes:
         control_id: comes back with the reply.
-        command: `GetStatistics` or `GetModel`.
+        command: what to do.
     """
 
     control_id: str
-    command: "GetStatistics | GetModel"
+    command: Command
     version: str = VERSION
 
 
@@ -167,12 +237,12 @@ class ControlReply:
 
     Attributes:
         output: what the command's own docstring promises.
-        error: why there is none.
+        error: why there is none; an `EngineError` where a client is to be told.
     """
 
     control_id: str
     output: Any = None
-    error: str | None = None
+    error: "str | EngineError | None" = None
     version: str = VERSION
 
 

@@ -1,6 +1,7 @@
 """What a client asks for, and the limits within which it may ask."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 from krea2_srt.errors import RequestError
@@ -23,6 +24,12 @@ MAX_ADAPTERS = 4
 
 MAX_ADAPTER_SCALE = 10.0
 """Adapters at a larger scale, or at less than its negative, leave nothing of a picture."""
+
+_ADAPTER = r"\w[\w .()+&'=~@#!\[\]-]{0,126}(?<![ .])"
+_ADAPTER_NAME = re.compile(rf"(?:{_ADAPTER}/)?{_ADAPTER}")
+
+ADAPTER_NAMES = "1 to 127 letters, digits, spaces and . _ - + ( ), after one folder's name at most"
+"""What `is_adapter_name` takes, for errors."""
 
 _ABSURD_SIDE = 100_000
 """Pixels of a side that nobody means."""
@@ -52,6 +59,19 @@ class RequestLimits:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True)
+class AdapterChoice:
+    """An adapter that a client asks for, by the name under which it is served.
+
+    Attributes:
+        name: see `krea2_srt.lora.names`.
+        scale: see `AdapterUse`; None is the adapter's own default.
+    """
+
+    name: str
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -159,16 +179,7 @@ class ImageRequest:
         check_number("guidance", self.guidance, 0.0, limits.max_guidance)
         if self.mu is not None:
             check_number("mu", self.mu, *MU_RANGE)
-        if not isinstance(self.adapters, frozenset) or not all(
-            isinstance(use, AdapterUse) for use in self.adapters
-        ):
-            raise RequestError("adapters", "must be a frozenset of AdapterUse")
-        if len(self.adapters) > MAX_ADAPTERS:
-            raise RequestError(
-                "adapters", f"must be at most {MAX_ADAPTERS}, got {len(self.adapters)}"
-            )
-        for use in self.adapters:
-            check_scale("adapters", use.name, use.scale)
+        _check_adapters(self.adapters, AdapterUse)
 
 
 def estimated_text_tokens(prompt: str) -> int:
@@ -188,15 +199,18 @@ def _check_text(field: str, value: object, most: int) -> None:
         raise RequestError(field, f"is not valid Unicode text: {error.reason}") from None
 
 
-def check_number(field: str, value: float, least: float, most: float) -> None:
+def check_number(field: str, value: object, least: float, most: float) -> None:
     """Check that a request's number is finite and in range.
 
     Raises:
         RequestError: it is not.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A whole number may be larger than any float.
-    if not number or (isinstance(value, float) and not math.isfinite(value)):
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
         raise RequestError(field, f"must be a finite number, got {value!r}")
     if isinstance(value, int) and abs(value) > 10**15:
         raise RequestError(field, f"must be between {least:g} and {most:g}")
@@ -204,7 +218,40 @@ def check_number(field: str, value: float, least: float, most: float) -> None:
         raise RequestError(field, f"must be between {least:g} and {most:g}, got {value:g}")
 
 
-def check_scale(field: str, adapter: object, scale: float) -> None:
+def check_choices(choices: frozenset[AdapterChoice]) -> None:
+    """Check the adapters that are asked for by name.
+
+    Raises:
+        RequestError: naming what is wrong.
+    """
+    _check_adapters(choices, AdapterChoice)
+    names = [choice.name for choice in choices]
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            raise RequestError("adapters", f"must be different names, got {names}")
+
+
+def _check_adapters(
+    adapters: frozenset[AdapterUse] | frozenset[AdapterChoice],
+    kind: type[AdapterUse] | type[AdapterChoice],
+) -> None:
+    if not isinstance(adapters, frozenset) or not all(isinstance(one, kind) for one in adapters):
+        raise RequestError("adapters", f"must be a frozenset of {kind.__name__}")
+    if len(adapters) > MAX_ADAPTERS:
+        raise RequestError("adapters", f"must be at most {MAX_ADAPTERS}, got {len(adapters)}")
+    for one in adapters:
+        if one.scale is not None or kind is AdapterUse:
+            check_scale("adapters", one.name, one.scale)
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether an adapter can be served under a name: its file's without the ending, or that of a
+    folder, and a slash before it where it lies in a folder. No name leads anywhere else.
+    """
+    return _ADAPTER_NAME.fullmatch(name) is not None and name.isprintable()
+
+
+def check_scale(field: str, adapter: object, scale: object) -> None:
     """Check the scale of an adapter, of which a field may have several.
 
     Raises:

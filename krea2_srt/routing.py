@@ -4,13 +4,13 @@ Taking them in turn lets small requests queue behind a big one while another rep
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from krea2_srt.engine import policy
 from krea2_srt.engine.cost import roofline
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import AdapterChoice, ImageRequest
 
 _COST = roofline()
 
@@ -82,6 +82,33 @@ def image_ms(request: ImageRequest, images: int) -> int:
     return 1 + int(images * (image + _COST.decode(request.width * request.height)))
 
 
+_UPLOAD_BYTES_PER_MS = 25e6
+_READ_BYTES_PER_MS = 1e6
+_TYPICAL_BYTES = 235_000_000
+"""An adapter's of which a replica has said nothing: rank 32, all matrices."""
+
+
+def adapters_ms(choices: Iterable[AdapterChoice], there: Mapping[str, tuple[str, int]]) -> int:
+    """Milliseconds until a replica has adapters on its device, as `image_ms` counts them.
+
+    Args:
+        choices: that a request asks for.
+        there: where the replica has adapters, and their bytes, by name.
+    """
+    total = 0.0
+    for choice in choices:
+        where, nbytes = there.get(choice.name, ("disk", _TYPICAL_BYTES))
+        if where != "device":
+            total += nbytes / _UPLOAD_BYTES_PER_MS
+        if where == "disk":
+            total += nbytes / _READ_BYTES_PER_MS
+    return int(total)
+
+
+def _nothing(index: int) -> int:
+    return 0
+
+
 class ReplicaExited(RuntimeError):
     """No replica is left that a request could go to."""
 
@@ -122,11 +149,15 @@ class Replicas:
     def live(self) -> list[int]:
         return [index for index in range(len(self)) if index not in self._dead]
 
-    def choose(self, work: int = 0) -> int:
+    def choose(self, work: int = 0, more_ms: Callable[[int], int] = _nothing) -> int:
         """The live replica where a request of ``work`` ms adds least to what all wait.
 
         See `OutstandingWork.added_wait`. Then counts all outstanding work; equal replicas take
         turns.
+
+        Args:
+            work: estimated milliseconds.
+            more_ms: those that it waits for on one of them alone, by index: for its adapters.
 
         Raises:
             ReplicaExited: none is left.
@@ -137,23 +168,23 @@ class Replicas:
         def wait(index: int) -> tuple[int, int, int]:
             load = self.loads[index]
             turn = (index - self._turn) % len(self)
-            return load.added_wait(work), load.outstanding, turn
+            return load.added_wait(work) + more_ms(index), load.outstanding, turn
 
         index = min(self.live, key=wait)
         self._turn = index + 1
         return index
 
     @contextmanager
-    def place(self, work: int) -> Iterator[Assignment]:
+    def place(self, work: int, more_ms: Callable[[int], int] = _nothing) -> Iterator[Assignment]:
         """Count a request as outstanding on the best replica for as long as it lasts.
 
         Args:
-            work: estimated milliseconds.
+            work, more_ms: see `choose`.
 
         Raises:
             ReplicaExited: none is left.
         """
-        index = self.choose(work)
+        index = self.choose(work, more_ms)
         entry = self.loads[index].add(work)
         try:
             yield Assignment(index, entry)

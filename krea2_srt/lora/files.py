@@ -1,9 +1,8 @@
 """Where an adapter's files lie, and what is known of them before a tensor is read."""
 
 import hashlib
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,15 @@ from safetensors import SafetensorError, safe_open
 from krea2_srt.errors import AdapterError, first_line
 from krea2_srt.lora.keys import shown
 from krea2_srt.lora.limits import Limits
+from krea2_srt.request import ADAPTER_NAMES, is_adapter_name
 
+SUFFIX = ".safetensors"
 _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+class NoAdapterError(AdapterError):
+    """There is none of this name."""
 
 
 Stamp = tuple[tuple[int, int, int], ...]
@@ -55,7 +59,7 @@ class AdapterFiles:
             raise AdapterError("there is no such file or folder")
         if not path.is_file():
             raise AdapterError("this is no file")
-        if path.suffix != ".safetensors":
+        if path.suffix != SUFFIX:
             raise AdapterError(
                 f"files of {path.suffix or 'no ending'} are not read, only .safetensors"
             )
@@ -63,6 +67,15 @@ class AdapterFiles:
         # It is that of PEFT's own file, or else of all that lie beside it, as SGLang takes it.
         own = path.name == _PEFT_WEIGHTS or not (path.parent / _PEFT_WEIGHTS).exists()
         return cls(path, config if own and config.is_file() else None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of them.
+
+        Raises:
+            OSError: one is gone.
+        """
+        return sum(file.stat().st_size for file in (self.weights, self.config) if file is not None)
 
     def stamp(self) -> Stamp:
         """The stamp of the files as they are now.
@@ -99,32 +112,60 @@ def find_adapter(folder: Path, name: str) -> Path:
     """The adapter of a name in a folder: ``name.safetensors``, or PEFT's folder ``name``.
 
     Args:
-        folder: where adapters lie.
-        name: 1 to 64 letters, digits, dots, underscores and hyphens, with no dot in front.
+        folder: where adapters lie, or folders of them.
+        name: see `krea2_srt.request.is_adapter_name`.
 
     Raises:
-        AdapterError: there is none, it cannot be read, or a part of it is a link that leads out.
+        NoAdapterError: there is none.
+        AdapterError: it cannot be read, or a part of it is a link that leads out.
     """
-    if not _NAME.fullmatch(name):
-        raise AdapterError(
-            f"adapter {shown(repr(name))}: names are 1 to 64 of A-Z a-z 0-9 . _ -, "
-            f"and do not begin with a dot"
-        )
+    if not is_adapter_name(name):
+        raise NoAdapterError(f"adapter {shown(repr(name))}: names are {ADAPTER_NAMES}")
     try:
         return _found(folder, name)
     except AdapterError as error:
-        raise AdapterError(f"adapter {name}: {error}") from None
+        raise type(error)(f"adapter {name}: {error}") from None
     except OSError as error:
-        reason = shown(error.strerror or first_line(error))
-        raise AdapterError(f"adapter {name}: it cannot be read: {reason}") from None
+        raise AdapterError(f"adapter {name}: {unreadable(error)}") from None
+
+
+def adapter_names(folder: Path) -> list[str]:
+    """The names of all that look like adapters in a folder, and in the folders in it, in order.
+
+    What is called as no adapter can be is not among them.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    names: set[str] = set()
+    for path in folder.iterdir():
+        if (name := _name_of(path)) is not None:
+            names.add(name)
+        elif path.is_dir() and is_adapter_name(path.name):
+            with suppress(OSError):
+                inner = (_name_of(file) for file in path.iterdir())
+                names |= {f"{path.name}/{name}" for name in inner if name is not None}
+    return sorted(filter(is_adapter_name, names))
+
+
+def _name_of(path: Path) -> str | None:
+    """What an adapter would be called; None of what is none."""
+    if path.suffix == SUFFIX:
+        return path.stem
+    return path.name if (path / _PEFT_WEIGHTS).is_file() else None
+
+
+def unreadable(error: OSError) -> str:
+    """Why a file is not read, without its path."""
+    return f"it cannot be read: {shown(error.strerror or first_line(error))}"
 
 
 def _found(folder: Path, name: str) -> Path:
-    file, peft = folder / f"{name}.safetensors", folder / name
-    if file.exists() and peft.is_dir():
-        raise AdapterError(f"{file.name} and the folder {name} are both there")
+    file, peft = folder / f"{name}{SUFFIX}", folder / name
+    if file.exists() and (peft / _PEFT_WEIGHTS).exists():
+        raise AdapterError(f"{file.name} and the folder {peft.name} are both there")
     if not file.exists() and not peft.is_dir():
-        raise AdapterError(f"there is none in {shown(str(folder))}")
+        raise NoAdapterError("there is none")
     path = file if file.exists() else peft
     files = AdapterFiles.at(path)
     for part in (files.weights, files.config):

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from krea2_srt.errors import AdapterError, first_line
+from krea2_srt.errors import AdapterError
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.lora.factors import read_factor
-from krea2_srt.lora.files import AdapterFiles, open_weights
+from krea2_srt.lora.files import AdapterFiles, open_weights, unreadable
 from krea2_srt.lora.keys import shown, split_key
 from krea2_srt.lora.limits import DEFAULT_LIMITS, Limits
 from krea2_srt.lora.peft_config import PeftConfig, config_in_metadata, config_of_folder
@@ -26,6 +26,7 @@ def read_adapter(
     config: Krea2Config,
     limits: Limits = DEFAULT_LIMITS,
     alpha: float | None = None,
+    called: str = "",
 ) -> Adapter:
     """Read an adapter.
 
@@ -34,11 +35,13 @@ def read_adapter(
         config: the model that it has to fit.
         limits: how large it may be.
         alpha: of a LoRA whose files do not say theirs; None is the rank.
+        called: its name, and what errors call it in place of the path.
 
     Raises:
         AdapterError: it is missing, too large, damaged, another model's, or has anything in it
             that is not understood; one line that names the file and the key.
     """
+    label = called or shown(str(path))
     try:
         files = AdapterFiles.at(path)
         stamp = files.stamp()
@@ -49,11 +52,10 @@ def read_adapter(
         if files.stamp() != stamp:
             raise AdapterError("it was replaced while it was read")
     except AdapterError as error:
-        raise AdapterError(f"adapter {shown(str(path))}: {error}") from None
+        raise AdapterError(f"adapter {label}: {error}") from None
     except OSError as error:
-        reason = shown(error.strerror or first_line(error))
-        raise AdapterError(f"adapter {shown(str(path))}: it cannot be read: {reason}") from None
-    return Adapter(path.stem if path.is_file() else path.name, digest, matrices)
+        raise AdapterError(f"adapter {label}: {unreadable(error)}") from None
+    return Adapter(called or (path.stem if path.is_file() else path.name), digest, matrices)
 
 
 def _read(

@@ -30,6 +30,11 @@ def is_there(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether it is one that can be looked at."""
+    return is_there(path) and path.is_dir()
+
+
 def scaled_file(text: str) -> ScaledFile:
     """A file and its scale, which is 1 unless given; a colon that no number follows belongs to the
     name, as does one in the name of a file that is there.

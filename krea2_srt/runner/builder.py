@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -11,10 +12,12 @@ from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import AdapterError, ConfigError
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.lora.adapter import check_different
+from krea2_srt.lora.library import AdapterLibrary
 from krea2_srt.lora.merge import merge
+from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.lora.rounding import Rounding
-from krea2_srt.lora.scaled_files import ScaledFile, scaled_files
+from krea2_srt.lora.scaled_files import ScaledFile, is_folder, scaled_files
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import dit_config
 from krea2_srt.model.quantization import Quantization
@@ -190,6 +193,11 @@ class RunnerBuilder:
             level = logging.WARNING if rounding.lost > MAX_LOST else logging.INFO
             text = "krea2-srt: %.0f%% of what was merged is lost in the rounding of the weights"
             logger.log(level, text, 100 * rounding.lost)
+        runner.adapters = AdapterPool(
+            runner.dit,
+            int(self.config.lora_memory_gib * GIB),
+            int(self.config.lora_host_gib * GIB),
+        )
         runner.dit.operations = operations
         use_fastest_product(runner.dit, products)
         runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
@@ -204,6 +212,20 @@ class RunnerBuilder:
             with runner.on_stream():
                 warm_up(runner, self.config.warm_up_s, race=race)
         return runner
+
+    def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
+        """What serves the adapters of the settings' folder; None where there is none.
+
+        Raises:
+            ConfigError: the folder is not there.
+        """
+        if not self.config.lora_dir:
+            return None
+        folder = Path(self.config.lora_dir).expanduser()
+        if not is_folder(folder):
+            raise ConfigError(f"lora_dir: there is no folder {folder}")
+        logger.info("krea2-srt: serves the adapters in %s", folder)
+        return AdapterLibrary(folder, runner.adapters, runner.dit)
 
     def _deltas(self, rounding: Rounding) -> dict[str, WeightDelta]:
         """What the adapters that are merged add."""

@@ -76,6 +76,21 @@ class RunnerConfig:
         "adapters that are added to the weights at the start, for all images: FILE or FILE:SCALE, "
         "several separated by commas; see docs/lora.md",
     )
+    lora_dir: str = setting(
+        "",
+        "folder of the adapters that requests may name; see docs/lora.md",
+    )
+    lora_any_path: str = setting(
+        "off",
+        "whether SGLang's /v1/set_lora may name files outside of that folder",
+        choices=("off", "on"),
+    )
+    lora_memory_gib: float = setting(
+        2.0, "GiB of the device for adapters; all of the images that are begun fit into it", above=0
+    )
+    lora_host_gib: float = setting(
+        4.0, "GiB of host memory for adapters that are not on the device", least=0
+    )
     gpu_memory_gib: float = setting(
         0.0, "GiB of the GPU to take; 0 is all that is free at the start", least=0
     )

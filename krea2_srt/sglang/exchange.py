@@ -8,7 +8,7 @@ import numpy as np
 
 from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.request import ImageRequest, RequestLimits
+from krea2_srt.request import AdapterChoice, ImageRequest, RequestLimits
 
 # What a request's time is spent on: the states that begin and end each stage.
 _STAGES = (
@@ -27,6 +27,9 @@ class Exchange(Protocol):
     ASLEEP: ClassVar[str]
     """What is said while the weights are away."""
 
+    held: object
+    """What is kept for as long as it lasts: its adapters."""
+
     @property
     def identity(self) -> bytes:
         """The client's socket."""
@@ -43,8 +46,12 @@ class Exchange(Protocol):
     def deadline_s(self) -> float | None:
         """Seconds from its arrival after which nobody waits any more."""
 
+    @property
+    def adapters(self) -> frozenset[AdapterChoice]:
+        """Which its images are generated with, by name."""
+
     def images(self, limits: RequestLimits) -> list[ImageRequest]:
-        """What to generate; checks what the engine does not look at.
+        """What to generate, without adapters; checks what the engine does not look at.
 
         Raises:
             Krea2Error: it is not possible.
@@ -85,4 +92,6 @@ def summary(request: Request) -> str:
     stages = ", ".join(f"{name} {ms:.0f}" for name, ms in stage_ms(request).items())
     total = (request.reached[State.DONE] - request.arrival) * 1e3
     what = f"{len(request.images)} x {image.size}, {image.steps} steps"
-    return f"done in {total:.0f} ms ({stages}); {what}"
+    uses = sorted(image.adapters, key=lambda use: use.name)
+    adapters = ", ".join(f"{use.name}:{use.scale:g} ({use.digest[:12]})" for use in uses)
+    return f"done in {total:.0f} ms ({stages}); {what}{f', with {adapters}' if adapters else ''}"

@@ -23,7 +23,13 @@ from krea2_srt.messages import (
     preview_steps,
 )
 from krea2_srt.model.text_encoder import TextEncoder
-from krea2_srt.request import MAX_TEXT_TOKENS, ImageRequest, RequestLimits
+from krea2_srt.request import (
+    MAX_TEXT_TOKENS,
+    AdapterChoice,
+    ImageRequest,
+    RequestLimits,
+    check_choices,
+)
 from krea2_srt.sglang.exchange import stage_ms
 from krea2_srt.sglang.previews import Previews
 from krea2_srt.sglang.replies import Replies
@@ -42,6 +48,7 @@ class NativeExchange:
     """
 
     ASLEEP: ClassVar[str] = "the engine is asleep"
+    held: object = None
 
     def __init__(
         self, identity: bytes, message: GenerateRequest, replies: Replies, previews: Previews
@@ -63,6 +70,10 @@ class NativeExchange:
     def deadline_s(self) -> float | None:
         return self.message.deadline_s
 
+    @property
+    def adapters(self) -> frozenset[AdapterChoice]:
+        return self.message.adapters
+
     def images(self, limits: RequestLimits) -> list[ImageRequest]:
         message = self.message
         if message.version != VERSION:
@@ -71,6 +82,9 @@ class NativeExchange:
             raise RequestError("request_id", f"must be text, got {type(message.request_id)}")
         if not isinstance(message.image, ImageRequest):
             raise RequestError("image", "must be an ImageRequest")
+        if message.image.adapters:
+            raise RequestError("image", "must be without adapters; they are given beside it")
+        check_choices(message.adapters)
         if not isinstance(message.previews, int) or message.previews < 0:
             raise RequestError("previews", "must be a whole number from 0 on")
         if message.output_format not in FORMATS:
@@ -153,4 +167,5 @@ class NativeExchange:
                 for prompt, tokens in branches
             ),
             stage_ms=stage_ms(request),
+            adapters=tuple(sorted(first.image.adapters, key=lambda use: use.name)),
         )

@@ -20,6 +20,7 @@ from sglang.srt.environ import envs
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import AdapterError, CheckpointError, ConfigError
+from krea2_srt.lora.library import AdapterLibrary
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.hub import FOLDER_PATTERNS, released_folder
 from krea2_srt.model.vae import default_tile
@@ -58,6 +59,8 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
     tile: int
     attention: str
     plan: MemoryPlan | None
+    adapters: AdapterLibrary | None
+    any_adapter_path: bool
     engine_config: EngineConfig
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
@@ -96,7 +99,11 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             builder = make_builder(folder, server_args)
             self.plan = builder.plan()
             self.engine_config = builder.within(self.plan)
+            self.adapters, self.any_adapter_path = None, False
             self.runner = builder.load(self.plan, backends())
+            if is_server(server_args):
+                self.any_adapter_path = builder.config.lora_any_path == "on"
+                self.adapters = builder.adapter_library(self.runner)
         self.attention = self.runner.attention.name
         logger.info(
             "krea2-srt: our runner serves %s (%s, %s, %s%s, attention %s)",

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import signal
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,7 +16,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sglang.multimodal_gen.runtime.entrypoints.control_requests import ShutdownReq
+from sglang.multimodal_gen.runtime.entrypoints.control_requests import (
+    ListLorasReq,
+    MergeLoraWeightsReq,
+    SetLoraReq,
+    ShutdownReq,
+    UnmergeLoraWeightsReq,
+)
 from sglang.multimodal_gen.runtime.entrypoints.post_training.io_struct import (
     ReleaseMemoryOccupationReqInput,
 )
@@ -35,26 +42,34 @@ from krea2_srt.errors import (
     RequestError,
     foreign,
 )
+from krea2_srt.lora.library import AwaitedAdapters
 from krea2_srt.messages import (
     VERSION,
     Cancel,
     ControlReply,
     ControlRequest,
+    EngineError,
     GenerateRequest,
+    GetAdapters,
     GetModel,
     GetStatistics,
+    LoadAdapter,
     ModelInfo,
+    UnloadAdapter,
 )
 from krea2_srt.model.flops import step_flops, step_weight_bytes
+from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.calibration import cached_calibration
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.sglang.client_monitor import WatchedRouter, events_in_order
+from krea2_srt.sglang.default_adapters import DefaultAdapters
 from krea2_srt.sglang.exchange import Exchange, summary
 from krea2_srt.sglang.native_exchange import NativeExchange
 from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.previews import Previews
 from krea2_srt.sglang.replies import Replies
 from krea2_srt.sglang.served import serves_krea2
+from krea2_srt.sglang.served_adapters import ServedAdapters
 from krea2_srt.sglang.sglang_exchange import SglangExchange
 
 logger = init_logger(__name__)
@@ -72,7 +87,7 @@ _MAX_REPLIES = 64
 """Replies whose pictures are being saved, beyond which no further work is begun."""
 
 _IDLE_WAIT_S = 1.0
-_DECODE_POLL_S = 0.001
+_POLL_S = 0.001
 _LINGER_MS = 1000
 
 
@@ -122,6 +137,10 @@ class Krea2Scheduler(Scheduler):
         self.receiver = WatchedRouter(self.receiver)
         self._exchanges: dict[Request, Exchange] = {}
         self._previews = Previews(self._executor)
+        self._adapters = ServedAdapters(pipeline.adapters)
+        self._defaults = DefaultAdapters(
+            self._adapters, runner.adapters, runner.dit, pipeline.any_adapter_path
+        )
         self._numbers = count()
         self._replies = Replies(self.worker, self._send, self._return_item_result)
         self.request_handlers |= {
@@ -165,6 +184,7 @@ class Krea2Scheduler(Scheduler):
         try:
             while not self._finished():
                 self._receive()
+                self._adapters.poll()
                 self._cancel_lost()
                 if (events := self._turn()) is not None:
                     self._handle(events)
@@ -184,7 +204,9 @@ class Krea2Scheduler(Scheduler):
 
     def _finished(self) -> bool:
         # Nobody wakes an engine that shuts down.
-        return self._engine.draining and (self._engine.idle or self.worker.is_sleeping())
+        if not self._engine.draining or self._adapters.waiting:
+            return False
+        return self._engine.idle or self.worker.is_sleeping()
 
     def _open_turn_log(self, path: str) -> TurnLog | None:
         if not path:
@@ -243,6 +265,10 @@ class Krea2Scheduler(Scheduler):
                 self._reply_control(identity, payload)
             case Cancel():
                 self._cancel(identity, payload)
+            case SetLoraReq() | MergeLoraWeightsReq() | UnmergeLoraWeightsReq() | ListLorasReq():
+                self._defaults.command(
+                    payload, lambda output: self._replies.reply(identity, payload, output)
+                )
             case _ if (error := _wrong_version(payload)) is not None:
                 self._replies.reply(identity, payload, OutputBatch(error=error))
             case _:
@@ -260,15 +286,60 @@ class Krea2Scheduler(Scheduler):
     def _submit(self, exchange: Exchange) -> None:
         try:
             self._refuse_asleep(exchange)
-            request = self._engine.submit(
-                f"{exchange.request_id}#{next(self._numbers)}",
-                exchange.images(self._limits),
-                exchange.priority,
-                exchange.deadline_s,
+            images = exchange.images(self._limits)
+            if not exchange.adapters:
+                self._enter(exchange, images, *self._defaults.of(exchange))
+                return
+            arrived = time.monotonic()
+            self._adapters.ask(
+                exchange,
+                lambda awaited: self._enter_with_adapters(exchange, images, awaited, arrived),
             )
         except (Krea2Error, ValueError) as error:
             self._refuse(exchange, error)
-            return
+
+    def _enter_with_adapters(
+        self,
+        exchange: Exchange,
+        images: list[ImageRequest],
+        awaited: AwaitedAdapters,
+        arrived: float,
+    ) -> None:
+        try:
+            uses, held = awaited.result()
+            self._enter(exchange, images, uses, held, time.monotonic() - arrived)
+        except (Krea2Error, ValueError) as error:
+            self._refuse(exchange, error)
+        except Exception as error:
+            logger.exception("krea2-srt: request %s: its adapters", exchange.request_id)
+            exchange.failed(foreign(error))
+
+    def _enter(
+        self,
+        exchange: Exchange,
+        images: list[ImageRequest],
+        adapters: frozenset[AdapterUse],
+        held: object,
+        waited_s: float = 0.0,
+    ) -> None:
+        """Put a request into the engine.
+
+        Args:
+            adapters: of all its images.
+            held: what has to live as long as it does.
+            waited_s: since it arrived.
+
+        Raises:
+            Krea2Error, ValueError: it is refused.
+        """
+        deadline_s = exchange.deadline_s
+        request = self._engine.submit(
+            f"{exchange.request_id}#{next(self._numbers)}",
+            [replace(image, adapters=adapters) for image in images] if adapters else images,
+            exchange.priority,
+            deadline_s if deadline_s is None else max(0.0, deadline_s - waited_s),
+        )
+        exchange.held = held
         self._exchanges[request] = exchange
         try:
             exchange.accepted(request)
@@ -350,13 +421,18 @@ class Krea2Scheduler(Scheduler):
     # Control.
 
     def _reply_control(self, identity: bytes, request: ControlRequest) -> None:
-        error = _wrong_version(request)
+        def reply(output: object, error: Krea2Error | str | None) -> None:
+            said = EngineError.of(error) if isinstance(error, Krea2Error) else error
+            self._replies.send(identity, ControlReply(request.control_id, output, said))
+
+        error, command = _wrong_version(request), request.command
         if error is not None:
-            reply = ControlReply(request.control_id, error=error)
+            reply(None, error)
+        elif isinstance(command, GetAdapters | LoadAdapter | UnloadAdapter):
+            self._adapters.command(command, reply)
         else:
-            output = self._dispatch_single_request(request.command)
-            reply = ControlReply(request.control_id, output.output, output.error)
-        self._replies.send(identity, reply)
+            found = self._dispatch_single_request(command)
+            reply(found.output, found.error)
 
     def _model(self, _reqs: list[Any]) -> OutputBatch:
         return OutputBatch(output=self._model_info)
@@ -368,7 +444,8 @@ class Krea2Scheduler(Scheduler):
     def _statistics(self, _reqs: list[Any]) -> OutputBatch:
         where = {"replica": self.dp_replica, "pid": os.getpid()}
         engine, runner = self._engine.statistics(), self._executor.statistics()
-        return OutputBatch(output=where | engine | runner)
+        adapters = {"adapters": self._adapters.statistics()}
+        return OutputBatch(output=where | engine | runner | adapters)
 
     # Cancelling.
 
@@ -380,6 +457,9 @@ class Krea2Scheduler(Scheduler):
         for request, exchange in list(self._exchanges.items()):
             if exchange.request_id == message.request_id:
                 self._end_early(request, reply=exchange.identity != identity)
+        for exchange in self._adapters.exchanges:
+            if exchange.request_id == message.request_id:
+                self._forget(exchange, reply=exchange.identity != identity)
 
     def _cancel_lost(self) -> None:
         """Cancel what clients have left behind that are gone."""
@@ -389,6 +469,18 @@ class Krea2Scheduler(Scheduler):
         for request, exchange in list(self._exchanges.items()):
             if exchange.identity in lost:
                 self._end_early(request, reply=False)
+        for exchange in self._adapters.exchanges:
+            if exchange.identity in lost:
+                self._forget(exchange, reply=False)
+
+    def _forget(self, exchange: Exchange, reply: bool) -> None:
+        """End a request whose adapters are on their way."""
+        self._adapters.forget(exchange)
+        reason = RequestCancelledError("the request was cancelled")
+        if reply:
+            exchange.failed(reason)
+        else:
+            exchange.abandoned(reason)
 
     def _end_early(self, request: Request, reply: bool) -> None:
         self._engine.cancel(request.id)
@@ -398,8 +490,8 @@ class Krea2Scheduler(Scheduler):
 
     def _rest(self) -> None:
         overlapped = self._engine.has_overlapped_decodes or self._previews.rendering
-        if overlapped and not self.worker.is_sleeping():
-            self._wait_idle(_DECODE_POLL_S)
+        if self._adapters.waiting or (overlapped and not self.worker.is_sleeping()):
+            self._wait_idle(_POLL_S)
             return
         due_s = None if self._inflight_finalizes else self.worker.release_cache_if_idle()
         self._wait_idle(_IDLE_WAIT_S if due_s is None else min(due_s, _IDLE_WAIT_S))
@@ -412,6 +504,8 @@ class Krea2Scheduler(Scheduler):
             # Only if the loop was broken off: a drained engine is empty.
             self._handle(self._engine.cancel(request.id))
         self._replies.finish()
+        self._adapters.close()
+        self._defaults.close()
         self._executor.close()
         if self._turn_log is not None:
             self._turn_log.close()

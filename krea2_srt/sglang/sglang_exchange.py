@@ -14,7 +14,7 @@ from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
 from krea2_srt.engine.events import Progress
 from krea2_srt.engine.lifecycle import Request, State
-from krea2_srt.request import ImageRequest, RequestLimits
+from krea2_srt.request import AdapterChoice, ImageRequest, RequestLimits
 from krea2_srt.sglang.compat import check_group, finalize_output, merge_outputs, save_output
 from krea2_srt.sglang.exchange import stage_ms
 from krea2_srt.sglang.replies import Replies
@@ -38,6 +38,8 @@ class SglangExchange:
     ASLEEP: ClassVar[str] = "Server is sleeping. Call resume_memory_occupation first."
     priority = 0
     deadline_s = None
+    adapters: frozenset[AdapterChoice] = frozenset()
+    held: object = None
 
     def __init__(
         self,

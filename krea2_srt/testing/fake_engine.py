@@ -20,25 +20,44 @@ import numpy as np
 import zmq
 from numpy.typing import NDArray
 
+from krea2_srt.errors import AdapterError, Krea2Error, UnknownAdapterError
 from krea2_srt.images import encode_image
 from krea2_srt.infotext import infotext
 from krea2_srt.messages import (
     Accepted,
+    AdapterInfo,
     Cancel,
     ControlReply,
     ControlRequest,
     EngineError,
     Generated,
     GenerateRequest,
+    GetAdapters,
     GetModel,
     GetStatistics,
+    LoadAdapter,
     ModelInfo,
     ProgressUpdate,
+    UnloadAdapter,
     preview_steps,
 )
-from krea2_srt.request import MAX_TEXT_TOKENS, RequestLimits, estimated_text_tokens
+from krea2_srt.request import (
+    MAX_TEXT_TOKENS,
+    AdapterUse,
+    RequestLimits,
+    estimated_text_tokens,
+)
 
 MODULE = "krea2_srt.testing.fake_engine"
+ADAPTERS = (
+    AdapterInfo("acme/ink", digest="a" * 64, rank=16, bytes=2_000_000, where="host"),
+    AdapterInfo("broken", error="adapter broken: there is no tensor in it"),
+    AdapterInfo(
+        "sepia", "Everything in sepia", ("sepia tones",), 0.8, "device", 500_000, "5" * 64, 8
+    ),
+)
+"""For tests to put into `FakeEngine.adapters`."""
+
 MODEL = ModelInfo("krea/Krea-2-Turbo", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
 
 
@@ -57,6 +76,7 @@ class FakeEngine:
         on_preview: called with a request's id just before a preview of it is sent.
         port: to listen on; 0 is any free one.
         model: what it says that it serves.
+        adapters: those that it serves, by name.
     """
 
     step_s: float = 0.0
@@ -69,6 +89,7 @@ class FakeEngine:
     on_preview: Callable[[str], None] = lambda _: None
     port: int = 0
     model: ModelInfo = MODEL
+    adapters: dict[str, AdapterInfo] = field(default_factory=dict)
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
@@ -99,6 +120,7 @@ class FakeEngine:
         self.requests.clear()
         self.cancelled.clear()
         self.hold.clear()
+        self.adapters.clear()
 
     @property
     def waiting(self) -> int:
@@ -123,6 +145,9 @@ class FakeEngine:
                 if self.refuse is not None:
                     send(Generated(message.request_id, error=self.refuse))
                     return
+                if (error := self._adapter_error(message)) is not None:
+                    send(Generated(message.request_id, error=EngineError.of(error)))
+                    return
                 send(Accepted(message.request_id))
                 self._running[identity, message.request_id] = _Running(message, send)
             case Cancel(request_id):
@@ -132,6 +157,32 @@ class FakeEngine:
                 send(ControlReply(control_id, self.model))
             case ControlRequest(control_id, GetStatistics()):
                 send(ControlReply(control_id, self._statistics()))
+            case ControlRequest(control_id, GetAdapters()):
+                infos = tuple(self.adapters[name] for name in sorted(self.adapters))
+                send(ControlReply(control_id, infos))
+            case ControlRequest(control_id, LoadAdapter(name)):
+                self.adapters[name] = AdapterInfo(name, where="host", digest="f" * 64, rank=8)
+                send(ControlReply(control_id, self.adapters[name]))
+            case ControlRequest(control_id, UnloadAdapter(name)):
+                gone = self.adapters.pop(name, None)
+                unknown = EngineError.of(UnknownAdapterError(name)) if gone is None else None
+                send(ControlReply(control_id, error=unknown))
+
+    def _adapter_error(self, message: GenerateRequest) -> Krea2Error | None:
+        for choice in sorted(message.adapters, key=lambda choice: choice.name):
+            if choice.name not in self.adapters:
+                return UnknownAdapterError(choice.name)
+            if self.adapters[choice.name].error:
+                return AdapterError(self.adapters[choice.name].error)
+        return None
+
+    def _adapters(self, message: GenerateRequest) -> tuple[AdapterUse, ...]:
+        found = []
+        for choice in sorted(message.adapters, key=lambda choice: choice.name):
+            info = self.adapters[choice.name]
+            scale = info.default_scale if choice.scale is None else choice.scale
+            found.append(AdapterUse(choice.name, info.digest, scale))
+        return tuple(found)
 
     def _statistics(self) -> dict[str, float]:
         number = len(self._running)
@@ -172,7 +223,8 @@ class FakeEngine:
                 running.send(replace(update, preview=_picture(64, 64, running.step)))
 
     def _generated(self, message: GenerateRequest) -> Generated:
-        image = message.image
+        adapters = self._adapters(message)
+        image = replace(message.image, adapters=frozenset(adapters))
         pictures = tuple(
             self.picture
             or encode_image(
@@ -191,6 +243,7 @@ class FakeEngine:
             image_tokens=image.image_tokens * image.num_images,
             prompt_cut=tokens == MAX_TEXT_TOKENS,
             stage_ms={"queue": 1.0, "encode": 2.0, "denoise": 30.0, "decode": 4.0},
+            adapters=adapters,
         )
 
 

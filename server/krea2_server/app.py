@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from krea2_server.a1111.routes import PREFIX as A1111_PREFIX
 from krea2_server.a1111.routes import a1111_router
+from krea2_server.api.adapters import adapters_router
 from krea2_server.api.event_schemas import event_components
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.images import FILES_PATH, images_router
@@ -67,6 +68,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.include_router(images_router(services))
     app.include_router(operations_router(services))
+    app.include_router(adapters_router(services))
     if settings.accept == "common":
         app.include_router(a1111_router(services))
     if settings.playground:
@@ -192,7 +194,8 @@ def as_api_error(problems: Any) -> ApiError:
         case "json_invalid":
             return invalid(None, "the body is not valid JSON", "invalid_json")
         case "missing" if location:
-            return invalid(location[0], f"{location[0]} is missing", "missing_parameter")
+            name = ".".join(location)
+            return invalid(location[0], f"{name} is missing", "missing_parameter")
     if not location:
         return invalid(None, "the body must be a JSON object, sent as application/json")
     return invalid(location[0], f"{location[0]}: {problem['msg']}")

@@ -120,6 +120,7 @@ _FIELDS = {
     "guidance": "guidance_scale",
     "num_images": "n",
     "deadline_s": "deadline_ms",
+    "adapters": "lora",
 }
 
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from krea2_server.adapters import unknown_adapter
 from krea2_server.api.schemas import ImageGenerationRequest
 from krea2_server.engine.base import Engine, Job
 from krea2_server.errors import ApiError, from_engine
@@ -24,6 +25,7 @@ from krea2_server.storage.store import (
     StorageFullError,
     put_all,
 )
+from krea2_srt.errors import UnknownAdapterError
 from krea2_srt.images import encode_image
 from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
 from krea2_srt.request import ImageRequest
@@ -74,6 +76,7 @@ class Generation:
         service: that it belongs to.
         asked: what the client sent.
         message: what the engine was asked for.
+        client: the name of who asks.
         base_url: how the client reaches this server.
         job: it in the engine.
         span: its trace.
@@ -86,6 +89,7 @@ class Generation:
         service: "ImageService",
         asked: ImageGenerationRequest,
         message: GenerateRequest,
+        client: str,
         base_url: str,
         job: Job,
         span: RequestSpan,
@@ -95,6 +99,7 @@ class Generation:
         self._service = service
         self._asked = asked
         self._message = message
+        self._client = client
         self._base_url = base_url
         self._job = job
         self._span = span
@@ -158,7 +163,8 @@ class Generation:
             output_format = self._message.output_format
             urls = await service.store(generated.images, output_format, self._base_url)
         self._span.outcome = "done"
-        service.metrics.done(self._message, generated, time.monotonic() - self._started)
+        seconds = time.monotonic() - self._started
+        service.metrics.done(self._message, generated, self._client, seconds)
         return Result(generated, urls)
 
     async def _preview(self, update: ProgressUpdate, index: int, pixels: Any) -> Preview:
@@ -240,11 +246,21 @@ class ImageService:
                 low = asked.low_moderation and self.moderates
                 check_rights(client, message.priority, low)
                 resources.enter_context(self._limits.request(client))
+                choices = message.adapters
+                if not all(client.may_use(choice.name) for choice in choices):
+                    # As of one that is not there: whose it is, is no client's to know.
+                    raise await unknown_adapter(self._engine, client, asked, choices)
                 await self._check_prompts(message.image, asked.low_moderation)
-                job = await self._engine.submit(message)
+                try:
+                    job = await self._engine.submit(message)
+                except ApiError as error:
+                    if error.code != UnknownAdapterError.code:
+                        raise
+                    raise await unknown_adapter(self._engine, client, asked, choices) from None
                 resources.callback(job.close)
             kept = resources.pop_all()
-            return Generation(self, asked, message, base_url, job, span, kept, started)
+            name = client.name
+            return Generation(self, asked, message, name, base_url, job, span, kept, started)
 
     async def store(
         self, images: Sequence[bytes], output_format: str, base_url: str

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -24,6 +25,8 @@ class Client:
         requests_per_minute, max_concurrent: limits; 0 is none.
         max_priority: highest priority that it may give.
         low_moderation: whether it may ask for ``moderation: low``.
+        adapters: patterns, as of file names, of the adapters that are there for it.
+        admin: whether it may have adapters loaded and unloaded.
     """
 
     name: str
@@ -31,6 +34,12 @@ class Client:
     max_concurrent: int = 0
     max_priority: int = MAX_PRIORITY
     low_moderation: bool = False
+    adapters: tuple[str, ...] = ("*",)
+    admin: bool = False
+
+    def may_use(self, adapter: str) -> bool:
+        """Whether there is an adapter of this name for it, if there is one at all."""
+        return any(fnmatchcase(adapter, pattern) for pattern in self.adapters)
 
 
 class _KeyEntry(BaseModel):
@@ -45,6 +54,8 @@ class _KeyEntry(BaseModel):
     max_concurrent: int | None = Field(default=None, ge=0)
     max_priority: int = Field(default=MAX_PRIORITY, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     low_moderation: bool = False
+    adapters: list[str] = Field(default=["*"], max_length=1024)
+    admin: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> "_KeyEntry":
@@ -104,6 +115,8 @@ class Keys:
                 default.max_concurrent if entry.max_concurrent is None else entry.max_concurrent,
                 entry.max_priority,
                 entry.low_moderation,
+                tuple(entry.adapters),
+                entry.admin,
             )
         return cls(clients, default)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from krea2_server.settings import Settings
 from krea2_srt.messages import ModelInfo
+from krea2_srt.request import is_adapter_name
 
 _HUB_CACHE = re.compile(r"(?:.*/)?models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+")
 
@@ -49,6 +50,11 @@ class ModelNames:
     def listed(self) -> list[str]:
         """The names that can be told."""
         return [name for name in (self.own, *self.aliases) if name not in ("", "*")]
+
+    def adapter_in(self, name: str) -> str | None:
+        """The adapter of ``MODEL:ADAPTER``, whose name has no colon; None of another name."""
+        model, _, adapter = name.rpartition(":")
+        return adapter if is_adapter_name(adapter) and self.serves(model) else None
 
     def serves(self, name: str) -> bool:
         """Whether a client may call the model that."""

@@ -35,19 +35,24 @@ class Services:
         """What clients call the model that is served now."""
         return ModelNames.of(self.settings, self.engine.model)
 
-    def check_model(self, name: str, param: str = "model") -> None:
+    def check_model(self, name: str, param: str = "model") -> str | None:
         """Check that a client may call the model that.
 
         Args:
             param: the field in which it does.
+
+        Returns:
+            The adapter that it names behind the model's name and a colon; None if none.
 
         Raises:
             ApiError: 404, it may not; 503, what is served is not known yet.
         """
         names = self.names
         if names.serves(name):
-            return
+            return None
         if not names.known:
             raise self.engine.unavailable()
+        if (adapter := names.adapter_in(name)) is not None:
+            return adapter
         text = f"{param}: {shown(name)} is not served here; {names.own} is"
         raise ApiError(404, text, "model_not_found", param)

@@ -45,6 +45,7 @@ PREFIX = "KREA2_SERVE_"
 """Environment variables are this and the setting's name in capitals, KREA2_SERVE_MAX_N."""
 
 _NESTED = "__"
+_LORA_DIR = ENGINE_PREFIX + "LORA_DIR"
 _CONFIG = "config"
 
 
@@ -117,6 +118,11 @@ class Settings(BaseSettings):
     )
     engine_endpoints: CommaList[Endpoint] = Field(
         [], description="start no schedulers, but use those that listen at tcp://host:port"
+    )
+    lora_dir: File = Field(
+        None,
+        description="folder of adapters that requests may name, as runner.lora_dir; see "
+        "docs/lora.md",
     )
     engine: EngineSettings = EngineSettings()
     runner: RunnerSettings = RunnerSettings()
@@ -280,7 +286,8 @@ class Settings(BaseSettings):
     @property
     def scheduler_environment(self) -> dict[str, str]:
         """What scheduler processes read from their environment."""
-        return {**self.engine.environment(), **self.runner.environment()}
+        folder = {} if self.lora_dir is None else {_LORA_DIR: str(self.lora_dir)}
+        return {**self.engine.environment(), **self.runner.environment(), **folder}
 
     @model_validator(mode="after")
     def _check_access(self) -> "Settings":
@@ -319,8 +326,10 @@ class Settings(BaseSettings):
         """Refuse what would be ignored."""
         if self.engine_endpoints:
             self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
-            self._refuse_with("engine_endpoints", "quantization")
+            self._refuse_with("engine_endpoints", "quantization", "lora_dir")
             self._refuse_with("engine_endpoints", "start_timeout_s")
+        if self.lora_dir is not None and getattr(self.runner, "lora_dir", None) is not None:
+            raise ValueError("lora_dir: has no effect beside runner.lora_dir")
         if self.public_url:
             self._refuse_with("public_url", "trusted_proxies", "allowed_hosts")
         if "://" in self.storage or self.storage == NO_STORAGE:

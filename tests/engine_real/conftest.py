@@ -94,12 +94,25 @@ def turn_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def adapters_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the engine's adapters are; tests put their own into it."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="session")
 def server(
-    trained_model: Path, turn_log: Path, tmp_path_factory: pytest.TempPathFactory
+    trained_model: Path,
+    turn_log: Path,
+    adapters_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     """SGLang's own HTTP server, with the engine that all tests share."""
     folder = tmp_path_factory.mktemp("serve")
-    with serve(trained_model, folder, KREA2_SRT_TURN_LOG=str(turn_log)) as running:
+    variables = {
+        "KREA2_SRT_TURN_LOG": str(turn_log),
+        "KREA2_SRT_LORA_DIR": str(adapters_folder),
+    }
+    with serve(trained_model, folder, **variables) as running:
         yield running
 
 

@@ -24,7 +24,7 @@ BELOW = {
     "messages": {"errors", "request"},
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
-    "lora": {"errors", "request", "kernels", "model"},
+    "lora": {"errors", "request", "messages", "yaml_files", "kernels", "model"},
     "engine": {"errors", "setting", "request"},
     "runner": {"errors", "setting", "request", "kernels", "model", "lora", "engine"},
     "routing": {"request", "engine"},

@@ -1,6 +1,7 @@
 """What txt2img answers: images as base64 text, and twice what is known of them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -33,9 +34,13 @@ def txt2img_answer(
         yield b',"' if index else b'"'
         yield pybase64.b64encode(picture)
         yield b'"'
-    info = {**_info(message.image, model), **said}
+    image = replace(message.image, adapters=frozenset(generated.adapters))
+    # As the webui does, with the adapters that it names: who sends it again means the same.
+    prompts = {"prompt": asked.request.prompt}
+    everyones = {"all_prompts": [asked.request.prompt] * image.num_images}
+    info = {**_info(image, model), **prompts, **everyones, **said}
     rest = {
-        "parameters": _parameters(message.image, asked.send_images),
+        "parameters": {**_parameters(image, asked.send_images), **prompts},
         "info": orjson.dumps(info).decode(),
         **said,
     }

@@ -1,12 +1,13 @@
 """What front ends fill their menus with: what there is, and empty lists of what there is not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from krea2_server.a1111.answers import SAMPLER, SCHEDULER
+from krea2_srt.messages import AdapterInfo
 
 _EMPTY_LISTS = (
-    *("latent-upscale-modes", "sd-vae", "sd-modules", "loras", "hypernetworks"),
+    *("latent-upscale-modes", "sd-vae", "sd-modules", "hypernetworks"),
     *("face-restorers", "realesrgan-models", "prompt-styles", "script-info", "extensions"),
 )
 
@@ -45,6 +46,20 @@ def catalog(names: Sequence[str]) -> dict[str, Any]:
         "cmd-flags": {},
         **{name: [] for name in _EMPTY_LISTS},
     }
+
+
+def adapter_list(adapters: Iterable[AdapterInfo]) -> list[dict[str, Any]]:
+    """The adapters, as the webui lists its own; where their files are is the server's affair."""
+    return [
+        {
+            "name": info.name,
+            "alias": info.title or info.name,
+            "path": info.name,
+            "metadata": {"ss_tag_frequency": {}, "trigger_words": list(info.trigger_words)},
+        }
+        for info in adapters
+        if not info.error
+    ]
 
 
 def options(name: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from krea2_server.api.dialects import NoEffect
 
 _IMAGES = "input images are not served yet"
 _SCRIPTS = "there are no scripts here"
-_ADAPTERS = "adapters are not served"
 _RESIZED_NOISE = "noise is sampled at the size that is asked for"
 
 REFUSED = {
@@ -27,8 +26,6 @@ REFUSED = {
     "seed_resize_from_h": _RESIZED_NOISE,
     "refiner_checkpoint": "there is one model",
     "infotext": "it is not read; send its values as fields",
-    "lora": _ADAPTERS,
-    "loras": _ADAPTERS,
     "control": _IMAGES,
     "controlnet_units": _IMAGES,
     "ip_adapter": _IMAGES,

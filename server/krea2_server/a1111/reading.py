@@ -36,7 +36,7 @@ _KNOWN_OPTIONS = ("sd_model_checkpoint", "samples_format", "jpeg_quality")
 MAX_WARNINGS = 32
 """Words on options; an object may hold a hundred thousand."""
 
-_ADAPTER = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{0,200}>", re.IGNORECASE)
+_HYPERNETWORK = re.compile(r"<hypernet:[^<>]{0,200}>", re.IGNORECASE)
 _WEIGHT = re.compile(r"\([^()]{1,500}:\s*[0-9.]{1,8}\s*\)|\[[^\[\]]{0,500}:\s*[0-9.]{1,8}\s*\]")
 
 
@@ -192,8 +192,8 @@ def _asks_unit(unit: Any) -> bool:
 def _check_syntax(request: ImageGenerationRequest, field: str) -> None:
     """Refuse what a prompt's text asks of the webui for another model, name what it weighs."""
     text, name = getattr(request, field) or "", request.sent_as(field)
-    if found := _ADAPTER.search(text):
-        message = f"{name}: {shown(found[0])} asks for an adapter, and none are served"
+    if found := _HYPERNETWORK.search(text):
+        message = f"{name}: {shown(found[0])} asks for a hypernetwork, and none are served"
         raise FieldError(name, message, "unsupported_value")
     if found := _WEIGHT.search(text):
         request.warnings.append(f"{name}: {shown(found[0])} is read as text; there are no weights")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Body, Request
 from fastapi.responses import JSONResponse, Response
 
 from krea2_server.a1111.answers import txt2img_answer
-from krea2_server.a1111.catalog import catalog, options
+from krea2_server.a1111.catalog import adapter_list, catalog, options
 from krea2_server.a1111.reading import (
     MAX_WARNINGS,
     checkpoint_of,
@@ -40,7 +40,9 @@ def a1111_router(services: Services) -> APIRouter:
     async def txt2img(request: Request, body: Annotated[dict[str, Any], Body()]) -> Response:
         asked = read_txt2img(body, settings.max_n)
         if asked.checkpoint is not None:
-            services.check_model(asked.checkpoint, f"{asked.overrides}.sd_model_checkpoint")
+            param = f"{asked.overrides}.sd_model_checkpoint"
+            adapter = services.check_model(asked.checkpoint, param)
+            asked.request.set_model_adapter(adapter, param)
         message = resolve_asked(services, asked.request, request.state.request_id)
         message = replace(message, progress=True)
         client: Client = request.state.client
@@ -88,6 +90,17 @@ def a1111_router(services: Services) -> APIRouter:
     @router.post("/refresh-checkpoints")
     async def refresh_checkpoints() -> Response:
         # The list is always as it is.
+        return JSONResponse({})
+
+    @router.get("/loras")
+    async def loras(request: Request) -> Response:
+        client: Client = request.state.client
+        found = await services.engine.adapters()
+        return JSONResponse(adapter_list(i for i in found if client.may_use(i.name)))
+
+    @router.post("/refresh-loras")
+    async def refresh_loras() -> Response:
+        # So is this one.
         return JSONResponse({})
 
     for name in catalog(()):

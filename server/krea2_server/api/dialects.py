@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from krea2_server.api.adapter_fields import adapters_of
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.sizes import merged, size_of, with_resolution
 from krea2_server.api.spelling import flag, is_blank, lower, name_of, number, shown, whole
@@ -51,6 +52,8 @@ SYNONYMS = {
     "image_format": ("output_format", "scripts"),
     "output_quality": ("output_compression", "SGLang, Replicate"),
     "jpeg_quality": ("output_compression", "scripts"),
+    "loras": ("lora", "fal, Runware, stable-diffusion.cpp"),
+    "image_loras": ("lora", "Together"),
     "enable_pnginfo": ("embed_metadata", "A1111"),
 }
 
@@ -309,6 +312,8 @@ def _converted(ours: str, name: str, value: Any, ratio: bool) -> Any:
         convert = flag
     elif ours == "size":
         return size_of(value, name, is_ratio=ratio)
+    elif ours == "lora":
+        return adapters_of(name, value) or None
     elif ours in ("user", "safety_identifier"):
         convert = name_of
     return value if convert is None else convert(name, value)

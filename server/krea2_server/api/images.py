@@ -135,7 +135,8 @@ def resolve_asked(
     if body.response_format is None:
         body.response_format = settings.default_response_format
     if body.model is not None:
-        services.check_model(body.model, body.sent_as("model"))
+        param = body.sent_as("model")
+        body.set_model_adapter(services.check_model(body.model, param), param)
     if services.store is None and body.wants_urls:
         name = body.sent_as("response_format")
         text = f"{name}: must be b64_json; this server keeps no images"

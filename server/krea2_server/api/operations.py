@@ -14,6 +14,7 @@ from krea2_server.api.schemas import (
     QueueState,
     Status,
 )
+from krea2_server.api.spelling import shown
 from krea2_server.errors import ApiError
 from krea2_server.keys import Client
 from krea2_server.services import Services
@@ -44,8 +45,16 @@ def operations_router(services: Services) -> APIRouter:
 
     @router.get("/v1/models", summary="What is served", response_model_exclude_none=True)
     async def models(request: Request) -> ModelList:
-        client = request.state.client
-        return ModelList(data=[_model(name, client) for name in services.names.listed])
+        client: Client = request.state.client
+        names = services.names
+        found = [_model(name, client) for name in names.listed]
+        if engine.num_ready:
+            found += [
+                Model(id=f"{names.own}:{info.name}", created=services.started, parent=names.own)
+                for info in await engine.adapters()
+                if client.may_use(info.name) and not info.error
+            ]
+        return ModelList(data=found)
 
     @router.get(
         "/v1/models/{model:path}",
@@ -54,8 +63,16 @@ def operations_router(services: Services) -> APIRouter:
         response_model_exclude_none=True,
     )
     async def model(request: Request, model: Annotated[str, Path(max_length=256)]) -> Model:
-        services.check_model(model)
-        return _model(model, request.state.client)
+        client: Client = request.state.client
+        adapter = services.check_model(model)
+        if adapter is None:
+            return _model(model, client)
+        infos = await engine.adapters()
+        if not client.may_use(adapter) or all(info.name != adapter for info in infos):
+            text = f"model: {shown(model)} is not served here"
+            raise ApiError(404, text, "model_not_found", "model")
+        parent = model.removesuffix(f":{adapter}")
+        return _model(model, client).model_copy(update={"parent": parent})
 
     @router.get("/v1/queue", summary="How much is waiting")
     async def queue() -> QueueState:

@@ -3,6 +3,7 @@
 import secrets
 from dataclasses import replace
 
+from krea2_server.adapters import AskedAdapters, refuse_tags
 from krea2_server.api.dialects import GUIDANCE_PLUS_ONE
 from krea2_server.api.field_errors import FieldError
 from krea2_server.api.quality import Preset, automatic_size, preset_of, steps_of
@@ -49,11 +50,13 @@ def resolve(
     for field in ("prompt", "negative_prompt"):
         if len(getattr(request, field) or "") > max_prompt:
             raise _invalid(request, field, f"must have at most {max_prompt} characters")
+    asked = asked_adapters(request)
+    prompt = asked.add_tags(request.prompt, request.sent_as("prompt"))
     preset = preset_of(request.quality)
     steps = request.num_inference_steps
     width, height = _size(request, preset, model, default_size)
     image = ImageRequest(
-        prompt=request.prompt,
+        prompt=prompt,
         width=width,
         height=height,
         steps=steps_of(preset, model) if steps is None else steps,
@@ -83,7 +86,8 @@ def resolve(
         _no_effect(request, "partial_images", "needs stream", "has no effect without stream")
         previews = 0
     named = model_name or model.path
-    embeds = _embeds(request, image, output_format, named, default_embed_metadata)
+    told = replace(image, adapters=asked.longest)
+    embeds = _embeds(request, told, output_format, named, default_embed_metadata)
     return GenerateRequest(
         request_id,
         image,
@@ -94,7 +98,24 @@ def resolve(
         progress=bool(request.stream),
         previews=previews,
         infotext_model=named if embeds else "",
+        adapters=asked.frozen,
     )
+
+
+def asked_adapters(request: ImageGenerationRequest) -> AskedAdapters:
+    """The adapters of a request's fields; those of its prompt are not among them.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    asked = AskedAdapters()
+    if request.model_adapter is not None:
+        asked.add(request.model_adapter, None, request.sent_as("model"))
+    for one in request.lora or ():
+        asked.add(one.name, one.scale, request.sent_as("lora"))
+    if request.negative_prompt:
+        refuse_tags(request.negative_prompt, request.sent_as("negative_prompt"))
+    return asked
 
 
 def _invalid(request: ImageGenerationRequest, field: str, problem: str) -> ApiError:

@@ -118,8 +118,12 @@ class ResponseBuilder:
 
 
 def _accounts(generated: Generated, usage: Usage) -> dict[str, Any]:
+    adapters = [
+        {"name": use.name, "scale": use.scale, "sha256": use.digest} for use in generated.adapters
+    ]
     timings = Timings(**{f"{name}_ms": round(ms, 3) for name, ms in generated.stage_ms.items()})
     return {
+        **({"lora": adapters} if adapters else {}),
         "prompt_truncated": generated.prompt_cut,
         "usage": usage.model_dump(),
         "timings": timings.model_dump(),

@@ -14,7 +14,7 @@ from pydantic import (
 
 from krea2_server.api.field_errors import FieldError, UnknownFieldError, UnsupportedError
 from krea2_srt.engine.engine import MAX_DEADLINE_S, MAX_PRIORITY
-from krea2_srt.request import MAX_SEED
+from krea2_srt.request import MAX_ADAPTERS, MAX_SEED
 
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -44,6 +44,19 @@ UNSUPPORTED_FIELDS = {
     "mask": "images cannot be edited",
     "input_fidelity": "images cannot be edited",
 }
+
+
+class AdapterField(BaseModel):
+    """An adapter, and how strongly it works."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str = Field(max_length=256, description="As /v1/loras lists it.")
+    scale: float | None = Field(
+        default=None,
+        allow_inf_nan=False,
+        description="1 is as it was trained; by default what /v1/loras says.",
+    )
 
 
 class ImageGenerationRequest(BaseModel):
@@ -118,9 +131,17 @@ class ImageGenerationRequest(BaseModel):
         description="Put prompts, seed and settings into the images' files, as A1111 does.",
     )
 
+    lora: list[AdapterField] | None = Field(
+        default=None,
+        max_length=MAX_ADAPTERS,
+        description="Adapters; model may name one too, MODEL:ADAPTER, and the prompt any, "
+        "<lora:NAME:SCALE>.",
+    )
+
     # Copied for each request; of a factory pydantic reads the signature each time, for 0.1 ms.
     _warnings: list[str] = PrivateAttr(default=[])
     _sent_as: dict[str, str] = PrivateAttr(default={})
+    _model_adapter: str | None = PrivateAttr(default=None)
 
     @property
     def warnings(self) -> list[str]:
@@ -135,6 +156,20 @@ class ImageGenerationRequest(BaseModel):
     def sent_as(self, field: str) -> str:
         """What the client called a field."""
         return self._sent_as.get(field, field)
+
+    @property
+    def model_adapter(self) -> str | None:
+        """The adapter that the model's name has behind a colon."""
+        return self._model_adapter
+
+    def set_model_adapter(self, adapter: str | None, param: str) -> None:
+        """Say which adapter the model's name has.
+
+        Args:
+            param: what the client calls the field of the model's name.
+        """
+        self._model_adapter = adapter
+        self._sent_as = {**self._sent_as, "model": param}
 
     @property
     def wants_urls(self) -> bool:
@@ -243,9 +278,18 @@ class ImageData(BaseModel):
     seed: int
 
 
+class AdapterUsed(BaseModel):
+    """An adapter that an image was generated with."""
+
+    name: str
+    scale: float
+    sha256: str = Field(description="Of its files.")
+
+
 class ImagesResponse(ImageMetadata):
     """Answer of ``POST /v1/images/generations``."""
 
+    lora: list[AdapterUsed] | None = Field(default=None, description="Absent without adapters.")
     created: int = Field(description="Unix time in seconds.")
     data: list[ImageData]
     prompt_truncated: bool = Field(description="Whether the model has read only its beginning.")
@@ -275,6 +319,7 @@ class CompletedEvent(ImageMetadata):
     url: str | None = Field(default=None, description="Where response_format is url.")
     created_at: int
     image_index: int
+    lora: list[AdapterUsed] | None = Field(default=None, description="Absent without adapters.")
     prompt_truncated: bool
     usage: Usage
     timings: Timings
@@ -334,6 +379,7 @@ class ModelCapabilities(BaseModel):
 
 class Model(BaseModel):
     id: str
+    parent: str | None = Field(None, description="Of an adapter: the model that it is for.")
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "krea"

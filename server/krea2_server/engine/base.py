@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self
 from krea2_server.errors import ApiError, from_engine
 from krea2_srt.messages import (
     Accepted,
+    AdapterInfo,
     Generated,
     GenerateRequest,
     ModelInfo,
@@ -139,6 +140,27 @@ class Engine(Protocol):
 
         Raises:
             ApiError: it refuses, no replica is there, or the one that was asked has gone.
+        """
+
+    async def adapters(self) -> Sequence[AdapterInfo]:
+        """What is served, sorted by name; of several replicas, as the one that has it nearest says.
+
+        Raises:
+            ApiError: 503, no replica answers.
+        """
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Have an adapter read and served, by every replica; see `LoadAdapter`.
+
+        Raises:
+            ApiError: it cannot be, or no replica answers.
+        """
+
+    async def unload_adapter(self, name: str) -> None:
+        """Have an adapter served no more, by any replica.
+
+        Raises:
+            ApiError: there is none of this name, or no replica answers.
         """
 
     def unavailable(self) -> ApiError:

@@ -12,17 +12,24 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from krea2_server.engine.base import JobMessages, Message
+from krea2_server.errors import from_engine
 from krea2_srt.messages import (
     Accepted,
+    AdapterInfo,
     Cancel,
+    Command,
     ControlReply,
     ControlRequest,
+    EngineError,
     Generated,
     GenerateRequest,
+    GetAdapters,
     GetModel,
     GetStatistics,
+    LoadAdapter,
     ModelInfo,
     ProgressUpdate,
+    UnloadAdapter,
 )
 
 logger = logging.getLogger(__name__)
@@ -112,6 +119,27 @@ class EngineChannel:
         assert isinstance(answer, dict)
         return answer
 
+    async def adapters(self, timeout_s: float) -> tuple[AdapterInfo, ...]:
+        """The adapters that it serves; raises as `model` does."""
+        answer = await self._control(GetAdapters(), timeout_s)
+        assert isinstance(answer, tuple)
+        return answer
+
+    async def load_adapter(self, name: str, path: str, timeout_s: float) -> AdapterInfo:
+        """Have an adapter read and served.
+
+        Raises:
+            ApiError: it cannot be.
+            TimeoutError, EngineExitedError: as `model`.
+        """
+        answer = await self._control(LoadAdapter(name, path), timeout_s)
+        assert isinstance(answer, AdapterInfo)
+        return answer
+
+    async def unload_adapter(self, name: str, timeout_s: float) -> None:
+        """Have one served no more; raises as `load_adapter` does."""
+        await self._control(UnloadAdapter(name), timeout_s)
+
     async def disconnected(self) -> None:
         """Return when the connection to the scheduler is lost."""
         await recv_monitor_message(self._monitor)
@@ -137,7 +165,7 @@ class EngineChannel:
         self._monitor.close(0)
         self._socket.close()
 
-    async def _control(self, command: GetModel | GetStatistics, timeout_s: float) -> Any:
+    async def _control(self, command: Command, timeout_s: float) -> Any:
         control_id = self._control_id()
         future = asyncio.get_running_loop().create_future()
         self._replies[control_id] = future
@@ -147,6 +175,8 @@ class EngineChannel:
                 answer = await future
         finally:
             del self._replies[control_id]
+        if isinstance(answer.error, EngineError):
+            raise from_engine(answer.error)
         if answer.error is not None:
             raise EngineExitedError(answer.error)
         return answer.output

@@ -3,19 +3,25 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import zmq.asyncio
 
 from krea2_server.engine.base import QueueCounts
 from krea2_server.engine.channel import ChannelJob, EngineChannel, EngineExitedError
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
-from krea2_srt.messages import Generated, GenerateRequest, ModelInfo, ProgressUpdate
-from krea2_srt.routing import ReplicaExited, Replicas, image_ms
+from krea2_srt.messages import (
+    AdapterInfo,
+    Generated,
+    GenerateRequest,
+    ModelInfo,
+    ProgressUpdate,
+)
+from krea2_srt.routing import ReplicaExited, Replicas, adapters_ms, image_ms
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +34,16 @@ POLL_S = 1.0
 LOOK_S = 2.0
 """For the answer to who asks for the queue: longer than most units of work."""
 
+LOAD_S = 120.0
+"""For an adapter to be read: two gigabytes from a slow disk."""
+
 READY_SILENCE_S = 15.0
 """A replica that has not answered for as long is not ready; units of work are shorter."""
+
+
+_NEAREST = ("device", "host", "disk")
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -64,6 +78,7 @@ class EngineClient:
         self.replicas = [Replica() for _ in range(count)]
         self.routing = Replicas(count)
         self._context = zmq.asyncio.Context()
+        self._adapters: dict[str, str | None] = {}
         self._pollers: dict[int, asyncio.Task[None]] = {}
         for index in range(count):
             self.routing.mark_dead(index)
@@ -116,6 +131,7 @@ class EngineClient:
         try:
             model = await _model(channel)
             check(model)
+            await self._tell_of_adapters(channel)
         except BaseException:
             channel.close()
             raise
@@ -154,7 +170,9 @@ class EngineClient:
         work = image_ms(message.image, message.image.num_images)
         place = ExitStack()
         try:
-            assignment = place.enter_context(self.routing.place(work))
+            assignment = place.enter_context(
+                self.routing.place(work, partial(self._adapters_ms, message))
+            )
             channel = self.replicas[assignment.index].channel
             assert channel is not None
             job = await channel.submit(message)
@@ -168,6 +186,54 @@ class EngineClient:
             raise
         return ClientJob(job, place, partial(self.routing.ahead, assignment))
 
+    async def adapters(self) -> list[AdapterInfo]:
+        """See `Engine`."""
+        answers = await self._ask_all(lambda channel: channel.adapters(LOOK_S * 5))
+        found: dict[str, AdapterInfo] = {}
+        for info in (info for infos in answers for info in infos):
+            known = found.get(info.name)
+            if known is None or _NEAREST.index(info.where) < _NEAREST.index(known.where):
+                found[info.name] = info
+        return [found[name] for name in sorted(found)]
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """See `Engine`; a replica that starts later is told too."""
+        answers = await self._ask_all(lambda c: c.load_adapter(name, path, LOAD_S))
+        self._adapters[name] = path
+        return answers[0]
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine`; a replica that starts later is told too."""
+        await self._ask_all(lambda channel: channel.unload_adapter(name, LOOK_S * 5))
+        self._adapters[name] = None
+
+    async def _ask_all(self, ask: Callable[[EngineChannel], Awaitable[T]]) -> list[T]:
+        """What each replica answers that is there.
+
+        Raises:
+            ApiError: one of them refuses, or none answers.
+        """
+        channels = [c for i in self.routing.live if (c := self.replicas[i].channel) is not None]
+        answers = await asyncio.gather(*map(ask, channels), return_exceptions=True)
+        found: list[T] = []
+        for answer in answers:
+            if not isinstance(answer, BaseException):
+                found.append(answer)
+            elif not isinstance(answer, TimeoutError | EngineExitedError):
+                raise answer
+        if not found:
+            raise self.unavailable()
+        return found
+
+    async def _tell_of_adapters(self, channel: EngineChannel) -> None:
+        """What was commanded before a replica started."""
+        for name, path in self._adapters.items():
+            with suppress(ApiError):  # its file has gone since, say
+                if path is None:
+                    await channel.unload_adapter(name, LOAD_S)
+                else:
+                    await channel.load_adapter(name, path, LOAD_S)
+
     def unavailable(self) -> ApiError:
         if self.routing.live:
             text = "the engine does not answer"
@@ -175,6 +241,10 @@ class EngineClient:
             again = "" if self.model is None else " again"
             text = f"the model is being loaded{again}"
         return engine_unavailable(text, ENGINE_RETRY_S)
+
+    def _adapters_ms(self, message: GenerateRequest, index: int) -> int:
+        """What it takes a replica to have a request's adapters on its device."""
+        return adapters_ms(message.adapters, self.replicas[index].statistics.get("adapters", {}))
 
     def detach_all(self, reason: str = "the server has shut down") -> None:
         """End everything: all requests fail; see `detach`."""

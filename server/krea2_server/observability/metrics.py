@@ -55,6 +55,13 @@ _ENGINE_COUNTERS = {
     "retried": ("krea2_engine_retried_sequences", "Sequences run again after a failed pack."),
     "context_cache_hits": ("krea2_engine_prompt_cache_hits", "Prompts found encoded."),
     "context_cache_misses": ("krea2_engine_prompt_cache_misses", "Prompts that were encoded."),
+    "adapter_hits": ("krea2_engine_adapter_hits", "Adapters found on the device."),
+    "adapter_uploads": ("krea2_engine_adapter_uploads", "Adapters copied to the device."),
+    "adapter_reads": ("krea2_engine_adapter_reads", "Adapters read from their files."),
+    "adapter_evictions": (
+        "krea2_engine_adapter_evictions",
+        "Adapters that made room for others on the device.",
+    ),
     "graph_replays": ("krea2_engine_graph_replays", "Forwards that were a CUDA graph."),
     "graph_misses_too_large": (
         "krea2_engine_graph_misses_too_large",
@@ -86,6 +93,13 @@ _ENGINE_GAUGES = {
     ),
     "device_memory_peak_bytes": ("krea2_engine_device_memory_peak_bytes", "The most of it so far."),
     "context_cache_bytes": ("krea2_engine_prompt_cache_bytes", "Memory of encoded prompts."),
+    "adapters_on_device": ("krea2_engine_adapters_on_device", "Adapters kept on the device."),
+    "adapters_on_host": ("krea2_engine_adapters_on_host", "Adapters kept in host memory."),
+    "adapter_device_bytes": (
+        "krea2_engine_adapter_device_bytes",
+        "Memory of adapters on the device.",
+    ),
+    "adapter_host_bytes": ("krea2_engine_adapter_host_bytes", "Memory of adapters on the host."),
     "graphs": ("krea2_engine_graphs", "CUDA graphs that are kept."),
     "graphs_failed": (
         "krea2_engine_graphs_failed",
@@ -116,6 +130,12 @@ class Metrics:
             "krea2_images",
             "Images sent to clients, by the smallest of some squares that has as many pixels.",
             ["up_to"],
+            registry=self._registry,
+        )
+        self._adapter_images = Counter(
+            "krea2_adapter_images",
+            "Images sent to clients that an adapter was used for, by the name of the key.",
+            ["key", "adapter"],
             registry=self._registry,
         )
         self._request_seconds = Histogram(
@@ -162,15 +182,20 @@ class Metrics:
         """
         self._requests.labels(outcome).inc()
 
-    def done(self, message: GenerateRequest, generated: Generated, seconds: float) -> None:
+    def done(
+        self, message: GenerateRequest, generated: Generated, client: str, seconds: float
+    ) -> None:
         """Count what one that is done has taken.
 
         Args:
+            client: whose it was.
             seconds: from its validation until its images were there.
         """
         size = _size_class(message.image)
         self._request_seconds.labels(size).observe(seconds)
         self._images.labels(size).inc(len(generated.images))
+        for use in generated.adapters:
+            self._adapter_images.labels(client, use.name).inc(len(generated.images))
         for stage, ms in generated.stage_ms.items():
             self._stage_seconds.labels(stage).observe(ms / 1e3)
         step_ms = generated.stage_ms.get("denoise", 0.0) / message.image.steps

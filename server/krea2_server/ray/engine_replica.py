@@ -17,7 +17,7 @@ from krea2_server.engine.supervisor import Supervisor
 from krea2_server.errors import ApiError
 from krea2_server.observability.logs import configure_logs
 from krea2_server.ray.arguments import RaySettings
-from krea2_srt.messages import Accepted, Generated, GenerateRequest
+from krea2_srt.messages import Accepted, AdapterInfo, Generated, GenerateRequest
 from krea2_srt.routing import image_ms
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,13 @@ class EngineReplica:
             self._sent[source] -= work
             if not self._sent[source]:
                 del self._sent[source]
+
+    async def adapters(self) -> list[AdapterInfo]:
+        """The adapters that its engine serves; none while it is away."""
+        try:
+            return await self._client.adapters()
+        except ApiError:
+            return []
 
     async def check_health(self) -> None:
         """Raise if no engine will come any more: Ray Serve then makes a new replica."""

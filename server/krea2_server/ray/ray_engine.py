@@ -15,7 +15,14 @@ from krea2_server.engine.base import JobMessages, Message, QueueCounts
 from krea2_server.errors import ENGINE_RETRY_S, ApiError, engine_unavailable
 from krea2_server.ray.engine_replica import Unavailable
 from krea2_server.ray.fleet import SOURCE, Fleet, Member
-from krea2_srt.messages import Accepted, Generated, GenerateRequest, ModelInfo, ProgressUpdate
+from krea2_srt.messages import (
+    Accepted,
+    AdapterInfo,
+    Generated,
+    GenerateRequest,
+    ModelInfo,
+    ProgressUpdate,
+)
 from krea2_srt.request import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -73,6 +80,24 @@ class RayEngine:
         """See `Engine`."""
         return await RayJob(self, message).until_accepted()
 
+    async def adapters(self) -> list[AdapterInfo]:
+        """See `Engine`: as one of the replicas says, which all read the same folder."""
+        if not self._fleet.members:
+            raise self.unavailable()
+        try:
+            found: list[AdapterInfo] = await self._handle.options(stream=False).adapters.remote()
+        except _LOST:
+            raise self.unavailable() from None
+        return found
+
+    async def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Not possible: Ray Serve starts and ends replicas, and each would have to know."""
+        raise _not_on_ray()
+
+    async def unload_adapter(self, name: str) -> None:
+        """Not possible; see `load_adapter`."""
+        raise _not_on_ray()
+
     def send(self, message: GenerateRequest) -> DeploymentResponseGenerator[Any]:
         """Give a request to a replica.
 
@@ -95,6 +120,11 @@ class RayEngine:
     def unavailable(self) -> ApiError:
         again = "" if self._model is None else " again"
         return engine_unavailable(f"the model is being loaded{again}", ENGINE_RETRY_S)
+
+
+def _not_on_ray() -> ApiError:
+    text = "not with Ray Serve; put the file into --lora-dir, or take it out"
+    return ApiError(400, text, "unsupported_operation", retry=False)
 
 
 class RayJob(JobMessages):

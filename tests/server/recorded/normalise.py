@@ -106,6 +106,8 @@ class Normaliser:
         values = {**_changed(changed.pop("image"), ImageRequest), **changed}
         if values["request_id"] == self._request_id:
             del values["request_id"]
+        if "adapters" in values:
+            values["adapters"] = {one.name: one.scale for one in values["adapters"]}
         values = {key: _shortened(value) for key, value in values.items()}
         found: dict[str, Any] = json.loads(self._text(json.dumps(values, separators=(",", ":"))))
         return found

@@ -22,10 +22,11 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import Sequence, State
 from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.calibration import calibrate, device_name
 from krea2_srt.runner.config import RunnerConfig
@@ -446,12 +447,34 @@ def test_offloaded_weights_wait_in_pinned_memory(cuda):
     assert layer.weight.is_pinned()
 
 
+def with_an_adapter(runner: Krea2Runner) -> AdapterUse:
+    """One of a matrix of each block, on the device."""
+    width = runner.dit.config.hidden_size
+    factor = Factor(torch.ones(2, width), torch.ones(width, 2))
+    adapter = Adapter("x", "x", {"blocks.0.attn.qkvg": (factor,)})
+    placed = runner.adapters.add(adapter)
+    host = runner.adapters.host_copy("x")
+    for side, device in ((placed, "cuda"), (host, "cpu")):
+        (found,) = side.factors[runner.dit.blocks[0].attn.qkvg]
+        assert found.down.device.type == found.up.device.type == device
+    assert found.down.is_pinned()
+    assert found.up.is_pinned()
+    return AdapterUse("x", "x")
+
+
+def test_an_adapter_goes_to_the_device_from_pinned_memory(cuda):
+    runner = small_runner()
+    adapters = frozenset({with_an_adapter(runner)})
+    assert generated(executor_of(runner), "a cat", adapters=adapters) is State.DONE
+
+
 def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
     questions = Questions(Path(offline.__file__).parent)
     assert len(questions.all) > 20
     with questions.noted(), cuda_rules() as cuda, torch.inference_mode():
         assert offline.device_of("auto").type == "cuda"
         test_offloaded_weights_wait_in_pinned_memory(cuda)
+        test_an_adapter_goes_to_the_device_from_pinned_memory(cuda)
         assert device_name(CUDA) == "rules of CUDA"
         started(demo_model, warm_up_s=0.0, kernels="triton")
         runner = small_runner(Quantization("fp8", rotation=True))

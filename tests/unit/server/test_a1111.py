@@ -26,7 +26,7 @@ from krea2_server.keys import Keys
 from krea2_server.services import Services
 from krea2_server.settings import Settings
 from krea2_srt.messages import Generated, GenerateRequest, ProgressUpdate
-from krea2_srt.request import ImageRequest
+from krea2_srt.request import AdapterChoice, ImageRequest
 from krea2_srt.testing.fake_engine import MODEL
 from tests.unit.server.test_dialects import RAW, canonical
 
@@ -150,10 +150,12 @@ def test_what_nobody_knows_is_named_as_the_webui_would_pass_over_it():
     ]
 
 
-def test_a_prompt_that_asks_for_an_adapter_is_refused():
-    error = refused(prompt="a fox <lora:detail:0.8>")
-    assert (error.param, error.code) == ("prompt", "unsupported_value")
-    assert "<lora:detail:0.8>" in error.message
+def test_a_prompt_may_ask_for_an_adapter_and_not_for_a_hypernetwork():
+    message, warnings = read(prompt="a fox <lora:detail:0.8>")
+    assert (message.image.prompt, warnings) == ("a fox", [])
+    assert message.adapters == {AdapterChoice("detail", 0.8)}
+    assert read(lora=["detail:0.8"])[0].adapters == message.adapters
+    assert refused(prompt="a fox <hypernet:x:1>").code == "unsupported_value"
     assert refused(negative_prompt="<hypernet:x:1>").param == "negative_prompt"
 
 
@@ -198,8 +200,8 @@ def test_what_our_request_refuses_is_refused_by_the_same_check(fields):
 
 @pytest.mark.parametrize("field", ["prompt", "Prompt", "positive_prompt", "negative", "negPrompt"])
 @pytest.mark.parametrize("nested", [None, "extra", "parameters"])
-def test_an_adapter_is_seen_whatever_its_prompt_is_called(field, nested):
-    values = {field: "<lora:x:1>"}
+def test_a_hypernetwork_is_seen_whatever_its_prompt_is_called(field, nested):
+    values = {field: "a fox <hypernet:x:1>"}
     if "neg" in field:
         values["prompt"] = "a fox"
     with pytest.raises(ApiError) as caught:

@@ -31,6 +31,9 @@ CONFIGS = {"engine": EngineConfig, "runner": RunnerConfig}
 BESIDE = {"host": ["--allow-anonymous"], "storage_options": ["--storage=s3://bucket/images"]}
 """Flags without which these settings cannot be other than they are by default."""
 
+ALSO = {"lora_dir": "runner.lora_dir"}
+"""Settings that are one of the scheduler processes' under a shorter name."""
+
 WRONG = ("nonsense", "-1", "[")
 """Each setting is given those of these that it cannot be; some take any text."""
 
@@ -173,7 +176,8 @@ def test_a_setting_arrives_whichever_way_it_comes(name, way, tmp_path, monkeypat
         del changed["config"]
     assert changed == {name: value}
     read = changes(scheduler_values({}), scheduler_values(settings.scheduler_environment))
-    assert read == ({name: value} if name in DECLARED else {})
+    told = ALSO.get(name, name)
+    assert read == ({told: value} if told in DECLARED else {})
 
 
 @pytest.mark.parametrize("name", DECLARED)
