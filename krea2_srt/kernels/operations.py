@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from krea2_srt.kernels import euler, final_layer, gates, norm, products, qk_norm_rope
+from krea2_srt.kernels import euler, final_layer, gates, lora, norm, products, qk_norm_rope
 from krea2_srt.kernels.quantize import Tokens
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What lies between the matrix multiplications, and one that does more than multiply; see the
-    functions of the same names, whose signatures both kinds have.
+    """What lies between the matrix multiplications, one that does more than multiply, and those of
+    adapters; see the functions of the same names, whose signatures both kinds have.
 
     Attributes:
         fused_mlp_tokens: of a pack from which on the MLP's first product is `swiglu_product`,
@@ -31,6 +31,8 @@ class Operations:
     swiglu_product: Callable[..., Tokens]
     final_layer: Callable[..., Tensor]
     euler_step: Callable[..., None]
+    lora_shrink: Callable[..., Tensor]
+    lora_expand: Callable[..., None]
     fused_mlp_tokens: float = math.inf
 
 
@@ -45,6 +47,8 @@ TORCH = Operations(
     products.swiglu_product,
     final_layer.final_layer,
     euler.euler_step,
+    lora.lora_shrink,
+    lora.lora_expand,
 )
 """On any device."""
 
@@ -59,6 +63,8 @@ TRITON = Operations(
     products.swiglu_product_triton,
     final_layer.final_layer_triton,
     euler.euler_step_triton,
+    lora.lora_shrink_triton,
+    lora.lora_expand_triton,
 )
 """On NVIDIA GPUs; they quantise to fp8 only."""
 

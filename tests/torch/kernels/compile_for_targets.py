@@ -12,6 +12,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from krea2_srt.kernels import attention, products
 from krea2_srt.kernels.channel_norm import channel_norm_triton
+from krea2_srt.kernels.lora import lora_expand_triton, lora_shrink_triton
 from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
 from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
@@ -38,6 +41,16 @@ FP8_FROM = 89
 PROCESSES = 2
 
 HIDDEN, MLP, HEADS, KV_HEADS, TOKENS, ROWS = 6144, 16384, 48, 12, 8, 2
+
+KV = KV_HEADS * 128
+ADAPTED = {
+    "qkvg": (HIDDEN, (0, HIDDEN, HIDDEN + KV, HIDDEN + 2 * KV), 2 * (HIDDEN + KV)),
+    "gate up": (HIDDEN, (0, MLP), 2 * MLP),
+    "down": (MLP, (0,), HIDDEN),
+    "img in": (64, (0,), HIDDEN),
+    "final": (HIDDEN, (0,), 64),
+}
+"""Matrices beside which adapters lie: their width, where their parts begin and end."""
 
 
 Call = tuple[JITFunction, tuple, dict]
@@ -168,6 +181,35 @@ def launches():
         yield f"channel norm {channels}", lambda i=image, g=gamma: channel_norm_triton(i, g, True)
 
 
+def lora_launches():
+    """The same of adapters: of the matrices with the most and the fewest columns at each rank, of
+    the others at one.
+    """
+    slots, scales = torch.zeros(ROWS, 4, dtype=torch.int32), torch.ones(ROWS, 4)
+    index = torch.zeros(TOKENS, dtype=torch.int32)
+    for matrix, (width, starts, columns) in ADAPTED.items():
+        for rank in (16, 32, 64, 128) if matrix in ("qkvg", "down") else (32,):
+            parts = len(starts)
+            down, up = (
+                torch.empty(2, *shape, dtype=torch.bfloat16)
+                for shape in ((parts * rank, width), (columns, rank))
+            )
+            x = torch.empty(TOKENS, width, dtype=torch.bfloat16)
+            name = f"{matrix} rank {rank}"
+            yield f"lora shrink {name}", partial(lora_shrink_triton, x, down, index, slots, parts)
+            quantized = QuantizedTokens(x.to(torch.float8_e4m3fn), torch.ones(TOKENS, 1))
+            yield (
+                f"lora shrink fp8 {name}",
+                partial(lora_shrink_triton, quantized, down, index, slots, parts),
+            )
+            h = torch.empty(TOKENS, 4, parts * rank, dtype=torch.bfloat16)
+            out = torch.empty(TOKENS, columns, dtype=torch.bfloat16)
+            yield (
+                f"lora expand {name}",
+                partial(lora_expand_triton, out, h, up, index, slots, scales, starts),
+            )
+
+
 def recorded(target: int) -> dict[str, Call]:
     """Every variant's call as for a target, which is not made."""
     for module in (attention, products):
@@ -177,7 +219,7 @@ def recorded(target: int) -> dict[str, Call]:
     JITFunction.run = lambda self, *args, grid, warmup, **options: made.append(
         (self, args, options)
     )
-    for name, launch in launches():
+    for name, launch in chain(launches(), lora_launches()):
         launch()
         for number, call in enumerate(made, 1):
             calls[name if len(made) == 1 else f"{name} {number}"] = call

@@ -26,6 +26,15 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return values.view(bits).numpy().reshape(data.shape)
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_as_a_gpu)
+    cast_integers = interpreter.InterpreterBuilder.create_si_to_fp
+
+    def integers_to_bf16(self, source, target):
+        # The interpreter's own takes a whole number for the bits of the bf16 number.
+        if target.scalar == tl.bfloat16:
+            return self.cast_impl(cast_integers(self, source, tl.float32), target)
+        return cast_integers(self, source, target)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", integers_to_bf16)
     dot = interpreter.InterpreterBuilder.create_dot
 
     def dot_of_bf16(self, a, b, *rest):

@@ -67,20 +67,20 @@ def test_every_kernel_loads_16_bytes_at_a_time(resources):
 
 
 def on_tensor_cores(name: str) -> bool:
-    return "product" in name or "attention" in name
+    return any(word in name for word in ("product", "attention", "lora"))
 
 
-def test_products_and_attention_run_on_the_newest_tensor_cores(resources):
+def test_products_attention_and_adapters_run_on_the_newest_tensor_cores(resources):
     kernels = {name: r for name, r in resources.items() if on_tensor_cores(name)}
-    assert len(kernels) >= 2 + 2
+    assert len(kernels) >= 2 + 2 + 2
     for name, found in kernels.items():
         newest = {"90": "wgmma", "100": "tcgen05"}.get(name.rpartition("_")[2], "mma")
         assert newest in found["tensor_cores"], name
 
 
 def test_a_processor_holds_enough_warps_of_every_kernel(resources):
-    # It has 65,536 registers; with fewer than 16 warps nothing hides the loads, except in products
-    # and attention, which load several steps ahead.
+    # It has 65,536 registers; with fewer than 16 warps nothing hides the loads, except in products,
+    # also those of adapters, and attention, which load several steps ahead.
     held = {
         name: 65536 // (found["registers"] * 32 * found["warps"]) * found["warps"]
         for name, found in resources.items()
