@@ -113,6 +113,7 @@ class RunnerBuilder:
             max_branches=self.engine.max_pack_sequences * (1 if sampling.distilled else 2),
             schedule_steps=sampling.default_steps,
             cache_bytes=self.caches.total,
+            adapter_bytes=int(self.config.lora_memory_gib * GIB) if self.config.lora_dir else 0,
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",

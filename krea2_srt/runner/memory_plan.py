@@ -1,7 +1,7 @@
 """What fits on a GPU: token budget, graphs, and what stays resident. Pure arithmetic.
 
-    weights | caches | sequences | graphs | work: the larger of a step and of encoding, and decodes
-    beside it | workspace of libraries
+    weights | caches | adapters | sequences | graphs | work: the larger of a step and of encoding,
+    and decodes beside it | workspace of libraries
 
 Encoding and steps share their memory, since one follows the other on one stream; decodes run
 beside them on their own.
@@ -135,6 +135,7 @@ class MemoryRequest:
         max_branches: of a pack.
         schedule_steps: of most schedules; a longer one is built rarely.
         cache_bytes: of prompts, schedules and layouts.
+        adapter_bytes: of adapters beside the model.
         text_encoder: ``auto``, ``resident`` or ``offload``.
         max_graph_tokens: 0 is what fits.
         graphs: whether there may be any.
@@ -147,6 +148,7 @@ class MemoryRequest:
     max_branches: int = 64
     schedule_steps: int = 8
     cache_bytes: int = 7 * GIB // 4
+    adapter_bytes: int = 0
     text_encoder: str = "auto"
     max_graph_tokens: int = 0
     graphs: bool = True
@@ -221,7 +223,7 @@ def plan_memory(free: int, total: int, sizes: PartSizes, request: MemoryRequest)
     margin = int(total * MARGIN_SHARE) + MARGIN_BYTES
     # On a small GPU the caches leave the most to work.
     cache = min(request.cache_bytes, max(0, free) // 20)
-    room = free - margin - sizes.dit - sizes.vae - cache - sizes.libraries
+    room = free - margin - sizes.dit - sizes.vae - cache - request.adapter_bytes - sizes.libraries
     for candidate in _candidates(request):
         encoder = sizes.text_encoder if candidate.resident else 0
         beside = encoder + candidate.decodes * sizes.decode(candidate.image_tokens)
@@ -238,7 +240,7 @@ def plan_memory(free: int, total: int, sizes: PartSizes, request: MemoryRequest)
         if left >= encode and budget >= min(least, request.max_pack_tokens):
             work = max(encode, budget * sizes.step_per_token)
             return _plan(free, total, sizes, candidate, budget, work, cache, margin, request)
-    raise _too_small(free, sizes, cache + margin, request)
+    raise _too_small(free, sizes, cache + margin + request.adapter_bytes, request)
 
 
 def _candidates(request: MemoryRequest) -> Iterator[_Candidate]:
@@ -295,6 +297,11 @@ def _plan(
         ("text encoder", sizes.text_encoder if candidate.resident else 0, where),
         ("VAE decoder", sizes.vae, "resident"),
         ("caches", cache, "prompts, schedules, layouts"),
+        *(
+            [("adapters", request.adapter_bytes, "beside the model")]
+            if request.adapter_bytes
+            else []
+        ),
         (
             "CUDA graphs",
             graphs,
@@ -348,5 +355,7 @@ def _too_small(free: int, sizes: PartSizes, fixed: int, request: MemoryRequest) 
     helps = [] if sizes.quantized else ["--quantization fp8 halves the transformer"]
     if resident:
         helps.append("text_encoder auto leaves the encoder on the host")
+    if request.adapter_bytes:
+        helps.append("a smaller lora_memory_gib leaves more to the model")
     message = f"{free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed"
     return ConfigError("; ".join([f"gpu_memory: {message}", *helps]))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from krea2_srt import routing
 from krea2_srt.engine import policy
-from krea2_srt.request import ImageRequest
-from krea2_srt.routing import ReplicaExited, Replicas, image_ms
+from krea2_srt.request import AdapterChoice, ImageRequest
+from krea2_srt.routing import ReplicaExited, Replicas, adapters_ms, image_ms
 
 SMALL = image_ms(ImageRequest(prompt="x", width=256, height=256, steps=8), 1)
 BIG = image_ms(ImageRequest(prompt="x", width=2048, height=2048, steps=52, guidance=3.5), 1)
@@ -88,6 +88,26 @@ def test_whatever_begins_and_ends_in_whatever_order_nothing_remains(steps, data)
                     open_ones.append(one)
     assert replicas.outstanding == [0, 0, 0]
     assert [len(load) for load in replicas.loads] == [0, 0, 0]
+
+
+def test_adapters_cost_what_it_takes_to_have_them_on_the_device():
+    there = {"near": ("device", 10**8), "host": ("host", 10**8), "disk": ("disk", 10**8)}
+
+    def ms(*names: str) -> int:
+        return adapters_ms([AdapterChoice(name) for name in names], there)
+
+    assert ms() == ms("near") == 0
+    assert 0 < ms("host") < ms("disk") < ms("unknown")
+    assert ms("host", "disk", "near") == ms("host") + ms("disk")
+
+
+def test_a_replica_that_has_the_adapter_is_preferred_unless_it_has_too_much_to_do():
+    replicas = Replicas(2)
+    more_ms = [300, 0].__getitem__
+    with replicas.place(1000, more_ms) as first:
+        assert first.index == 1
+        with replicas.place(1000, more_ms) as second:
+            assert second.index == 0, "the other one would take longer than to read it"
 
 
 def test_the_estimate_grows_with_the_work():

@@ -6,6 +6,7 @@ from itertools import count
 from ray.serve.request_router import ReplicaID, RequestRouter
 
 from krea2_server.ray.router import WorkRouter
+from krea2_srt.messages import GenerateRequest
 
 
 class RoundRobinRouter(WorkRouter):
@@ -15,7 +16,9 @@ class RoundRobinRouter(WorkRouter):
         super().initialize_state()
         self._turns = count()
 
-    def ranking(self, work: int, candidates: Sequence[ReplicaID]) -> Sequence[ReplicaID]:
+    def ranking(
+        self, message: GenerateRequest | None, candidates: Sequence[ReplicaID]
+    ) -> Sequence[ReplicaID]:
         first = next(self._turns) % max(len(candidates), 1)
         return [*candidates[first:], *candidates[:first]]
 

@@ -2,11 +2,12 @@
 
 import time
 import uuid
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from krea2_srt.routing import OutstandingWork, WorkEntry
+from krea2_srt.request import AdapterChoice
+from krea2_srt.routing import OutstandingWork, WorkEntry, adapters_ms
 
 SOURCE = uuid.uuid4().hex
 """This process, among those that send to the same replicas."""
@@ -33,6 +34,12 @@ class Member:
     def ready(self) -> bool:
         """Whether it generates. One that has said nothing has just started, and starts ready."""
         return bool(self.report.get("ready", True)) and time.monotonic() >= self.suspect_until
+
+    @property
+    def adapters(self) -> Mapping[str, tuple[str, int]]:
+        """Where it has adapters; see `krea2_srt.routing.adapters_ms`."""
+        found: Mapping[str, tuple[str, int]] = self.report.get("statistics", {}).get("adapters", {})
+        return found
 
     @property
     def other_routers_ms(self) -> int:
@@ -71,17 +78,27 @@ class Fleet:
         if (member := self.members.get(replica)) is not None:
             member.suspect_until = time.monotonic() + SUSPECT_S
 
-    def ranking(self, work: int, candidates: Sequence[Hashable]) -> list[Hashable]:
+    def ranking(
+        self,
+        work: int,
+        candidates: Sequence[Hashable],
+        adapters: Collection[AdapterChoice] = (),
+    ) -> list[Hashable]:
         """The candidates, first the one where a request of ``work`` ms adds least to what all wait.
 
         See `OutstandingWork.added_wait`. Of work that others have sent only the sum is known: the
         request waits for all of it. Replicas that are not ready come last.
+
+        Args:
+            work: estimated milliseconds.
+            candidates: those to choose from.
+            adapters: that it needs, for which it waits where they are not on the device.
         """
 
         def wait(replica: Hashable) -> tuple[bool, int, int, int]:
             member = self.members.get(replica) or Member()
             load, others_ms = member.load, member.other_routers_ms
-            added = load.added_wait(work) + others_ms
+            added = load.added_wait(work) + others_ms + adapters_ms(adapters, member.adapters)
             turn = self._turn.get(replica, 0)
             return not member.ready, added, load.outstanding + others_ms, turn
 

@@ -38,9 +38,9 @@ class WorkRouter(RequestRouter):
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         """All of them, a rank each: one that has no room is passed over."""
-        work = 1 if pending_request is None else _work(pending_request)
+        message = None if pending_request is None else _message(pending_request)
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        ranking = self.ranking(work, list(by_id))
+        ranking = self.ranking(message, list(by_id))
         if pending_request is not None and ranking:
             # Else all ranks would be tried again without a pause while none has room.
             pending_request.routing_context.should_backoff = True
@@ -50,9 +50,13 @@ class WorkRouter(RequestRouter):
             self._place(pending_request, ranking[0])
         return [[by_id[replica_id]] for replica_id in ranking]
 
-    def ranking(self, work: int, candidates: Sequence[ReplicaID]) -> Sequence[ReplicaID]:
-        """The candidates for a request of ``work`` ms, the best first."""
-        return self._fleet.ranking(work, candidates)
+    def ranking(
+        self, message: GenerateRequest | None, candidates: Sequence[ReplicaID]
+    ) -> Sequence[ReplicaID]:
+        """The candidates for a request, or for anything else, the best first."""
+        if message is None:
+            return self._fleet.ranking(1, candidates)
+        return self._fleet.ranking(_work(message), candidates, message.adapters)
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
@@ -65,10 +69,10 @@ class WorkRouter(RequestRouter):
 
     def _place(self, request: PendingRequest, replica_id: ReplicaID) -> None:
         internal_id = request.metadata.internal_request_id
-        message = request.args[0] if request.args else None
-        name = message.request_id if isinstance(message, GenerateRequest) else internal_id
+        message = _message(request)
+        name = internal_id if message is None else message.request_id
         self._names[internal_id] = name
-        self._fleet.place(name, replica_id, _work(request))
+        self._fleet.place(name, replica_id, 1 if message is None else _work(message))
 
     def _remove(self, internal_id: str, replica_id: ReplicaID | None = None) -> None:
         name = self._names.get(internal_id)
@@ -87,9 +91,12 @@ class WorkRouter(RequestRouter):
                 self._remove(internal_id)
 
 
-def _work(request: PendingRequest) -> int:
-    """Estimated milliseconds."""
+def _message(request: PendingRequest) -> GenerateRequest | None:
+    """What is to be generated; None of a call that generates nothing."""
     message = request.args[0] if request.args else None
-    if not isinstance(message, GenerateRequest):
-        return 1
+    return message if isinstance(message, GenerateRequest) else None
+
+
+def _work(message: GenerateRequest) -> int:
+    """Estimated milliseconds."""
     return image_ms(message.image, message.image.num_images)

@@ -211,6 +211,16 @@ def test_the_table_lists_all_that_is_planned():
     assert f"packs up to {found.max_pack_tokens} tokens" in found.table()
 
 
+def test_adapters_beside_the_model_have_a_row_and_take_from_the_rest():
+    without = plan("L40S", FP8)
+    found = plan("L40S", FP8, replace(REQUEST, adapter_bytes=2 * GIB))
+    assert ("adapters", 2 * GIB, "beside the model") in found.rows
+    assert not [row for row in without.rows if row[0] == "adapters"]
+    assert found.planned <= found.free
+    with pytest.raises(ConfigError, match="a smaller lora_memory_gib leaves more to the model"):
+        plan("RTX 4090", FP8, replace(REQUEST, adapter_bytes=20 * GIB))
+
+
 @given(st.floats(1, 160), st.floats(0.5, 1), st.sampled_from([BF16, FP8]))
 def test_a_plan_never_takes_more_than_is_free(total, share, sizes):
     free = int(total * share * GIB)

@@ -3,6 +3,7 @@
 import random
 
 from krea2_server.ray.fleet import SOURCE, Fleet
+from krea2_srt.request import AdapterChoice
 
 LARGE, SMALL = 10_000, 50
 
@@ -115,3 +116,15 @@ def test_whatever_comes_and_goes_nothing_remains():
         fleet.remove(request)
     assert all(not len(member.load) for member in fleet.members.values())
     assert all(member.load.outstanding == 0 for member in fleet.members.values())
+
+
+def test_a_replica_that_has_the_adapter_is_preferred_unless_it_has_too_much_to_do():
+    fleet = fleet_of("a", "b")
+    there = {"sepia": ("device", 235_000_000)}
+    fleet.update({"a": {}, "b": {"statistics": {"adapters": there}}})
+    sepia = [AdapterChoice("sepia")]
+    assert fleet.ranking(SMALL, ["a", "b"], sepia) == ["b", "a"]
+    assert fleet.ranking(SMALL, ["a", "b"], [AdapterChoice("other")]) == ["a", "b"]
+    fleet.place("x", "b", LARGE)
+    fleet.place("y", "b", LARGE)
+    assert fleet.ranking(LARGE, ["a", "b"], sepia) == ["a", "b"]
