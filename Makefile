@@ -30,7 +30,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-unit test-slow lint lock lock-clients bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads simulate drills clean
+.PHONY: install serve generate test test-unit test-slow lint lock lock-clients bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads bench-adapters simulate drills clean
 
 install: $(STAMP)
 
@@ -125,6 +125,11 @@ bench-quantization: $(STAMP) $(DEMO)
 # cores that nobody else uses.
 bench-threads: $(STAMP) $(DEMO)
 	$(BIN)/python -m krea2_bench.threads --model $(DEMO)
+
+# Packs with adapters, first requests, and eight tenants with one each against unmodified SGLang, on
+# quiet cores; ten minutes. Writes the table in benchmarks/results/.
+bench-adapters: $(STAMP) $(DEMO)
+	$(BIN)/python -m krea2_bench.adapters --model $(DEMO)
 
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)

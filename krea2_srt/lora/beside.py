@@ -105,9 +105,14 @@ def _add(adapters: AdapterSet, linear: nn.Module, x: Tokens, out: Tensor) -> Non
     """Add to a matrix's product [rows, width], in place."""
     plain: Tensor | None = None
     for adapter, scale in adapters.uses:
-        for factor in adapter.factors.get(linear, ()):
-            if plain is None:
-                dequantized = x.dequantized() if isinstance(x, QuantizedTokens) else x
-                plain = dequantized.to(factor.down.dtype)
-            columns = out[:, factor.start : factor.stop]
-            columns.addmm_(plain @ factor.down.t(), factor.up.t(), alpha=scale)
+        if linear not in adapter.factors:
+            continue
+        down, start = adapter.downs[linear], 0
+        if plain is None:
+            dequantized = x.dequantized() if isinstance(x, QuantizedTokens) else x
+            plain = dequantized.to(down.dtype)
+        narrow = plain @ down.t()
+        for factor in adapter.factors[linear]:
+            own = narrow[:, start : start + factor.rank]
+            out[:, factor.start : factor.stop].addmm_(own, factor.up.t(), alpha=scale)
+            start += factor.rank

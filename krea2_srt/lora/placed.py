@@ -1,6 +1,6 @@
 """An adapter in the form in which it is multiplied, on the host or on the model's device."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,6 +22,8 @@ class PlacedAdapter:
         name: see `Adapter`.
         digest: see `Adapter`; what is remembered of a prompt or a schedule is known by it.
         factors: of each matrix that it changes, all on one device, in the model's compute dtype.
+        downs: [ranks of all, in] of each: those that the factors' are parts of, to be multiplied
+            with in one go.
         touches_text: whether it changes what becomes of a prompt.
         touches_time: whether it changes what becomes of a schedule.
     """
@@ -29,6 +31,7 @@ class PlacedAdapter:
     name: str
     digest: str
     factors: Mapping[nn.Module, tuple[Factor, ...]]
+    downs: Mapping[nn.Module, Tensor]
     touches_text: bool
     touches_time: bool
 
@@ -43,16 +46,19 @@ class PlacedAdapter:
         """
         linears = {name: m for name, m in dit.named_modules() if isinstance(m, Linear)}
         factors: dict[nn.Module, tuple[Factor, ...]] = {}
+        downs: dict[nn.Module, Tensor] = {}
         for name, found in adapter.matrices.items():
             linear = linears.get(name)
             if linear is None or not all(_fits(factor, linear) for factor in found):
                 raise AdapterError(f"adapter {adapter.name}: its {name} is not this model's")
-            factors[linear] = tuple(_ready(factor, linear) for factor in found)
+            downs[linear] = _ready(_down(found, linear), linear)
+            ups = [_ready(factor.up, linear) for factor in found]
+            factors[linear] = _parts(downs[linear], zip(ups, found, strict=True))
         text = set(dit.text_fusion.modules())
         time = {dit.time_linear_1, dit.time_linear_2, dit.time_mod_proj}
         touched = factors.keys()
         return cls(
-            adapter.name, adapter.digest, factors, bool(touched & text), bool(touched & time)
+            adapter.name, adapter.digest, factors, downs, bool(touched & text), bool(touched & time)
         )
 
     def to(self, device: torch.device) -> "PlacedAdapter":
@@ -60,12 +66,12 @@ class PlacedAdapter:
         if device.type == "cpu":
             return replace(self)
 
-        def copied(factor: Factor) -> Factor:
-            down, up = (t.to(device, non_blocking=True) for t in (factor.down, factor.up))
-            return Factor(down, up, factor.start)
-
-        moved = {linear: tuple(map(copied, some)) for linear, some in self.factors.items()}
-        return replace(self, factors=moved)
+        downs = {m: down.to(device, non_blocking=True) for m, down in self.downs.items()}
+        moved = {
+            linear: _parts(downs[linear], ((f.up.to(device, non_blocking=True), f) for f in some))
+            for linear, some in self.factors.items()
+        }
+        return replace(self, factors=moved, downs=downs)
 
     @cached_property
     def nbytes(self) -> int:
@@ -78,18 +84,28 @@ def _fits(factor: Factor, linear: Linear) -> bool:
     return factor.down.shape[1] == width and factor.stop <= rows
 
 
-def _ready(factor: Factor, linear: Linear) -> Factor:
-    down = factor.down
+def _down(factors: Sequence[Factor], linear: Linear) -> Tensor:
+    """Those of all factors, one below another."""
+    down = torch.cat([factor.down for factor in factors])
     if linear.format is not None and linear.format.rotation:
         # Its tokens come rotated: a rotation of both factors of a product leaves that as it was.
-        down = rotate(down, linear.format.rotation)
+        return rotate(down, linear.format.rotation)
+    return down
+
+
+def _ready(tensor: Tensor, linear: Linear) -> Tensor:
+    """A copy in the compute dtype, pinned where there is a device to copy it to."""
     pinned = linear.weight.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=linear.dtype, pin_memory=pinned).copy_(tensor)
 
-    def ready(tensor: Tensor) -> Tensor:
-        found = torch.empty(tensor.shape, dtype=linear.dtype, pin_memory=pinned)
-        return found.copy_(tensor)
 
-    return Factor(ready(down), ready(factor.up), factor.start)
+def _parts(down: Tensor, factors: Iterable[tuple[Tensor, Factor]]) -> tuple[Factor, ...]:
+    """Factors with other tensors: their parts of a common one, and their own."""
+    found, start = [], 0
+    for up, factor in factors:
+        found.append(Factor(down[start : start + factor.rank], up, factor.start))
+        start += factor.rank
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,8 @@ async def unknown_adapter(
     Raises:
         ApiError: 503, no replica answers.
     """
-    there = [info.name for info in await engine.adapters() if client.may_use(info.name)]
+    infos = [info for info in await engine.adapters() if client.may_use(info.name)]
+    there = [info.name for info in infos if not info.error]
     names = sorted(choice.name for choice in choices)
     name = next((name for name in names if name not in there), names[0])
     param = _field_of(name, asked)
