@@ -34,6 +34,30 @@ export async function fetchModel(key) {
 }
 
 /**
+ * @typedef {object} Adapter  That requests may name.
+ * @property {string} name
+ * @property {string | null} title
+ * @property {string[]} trigger_words
+ * @property {number} default_scale
+ */
+
+/**
+ * The adapters that can be used; a server that knows of none has none.
+ *
+ * @returns {Promise<Adapter[]>}
+ */
+export async function fetchAdapters(key) {
+  try {
+    const response = await send("loras", { headers: headers(key) });
+    const { data } = await response.json();
+    return data.filter((adapter) => !adapter.error);
+  } catch (error) {
+    if (error.status === 404) return [];
+    throw error;
+  }
+}
+
+/**
  * Generate, and tell how it goes.
  *
  * @yields {{kind: "queued", ahead: number}

@@ -1,5 +1,6 @@
 // The form: its values as settings, its limits by the model.
 
+import { Adapters } from "./adapters.js";
 import { byId } from "./dom.js";
 import { MAX_SEED } from "./settings.js";
 import { CUSTOM, offerSizes, sidesOf } from "./sizes.js";
@@ -25,6 +26,7 @@ export class Form {
     this.height = byId("height");
     this.seed = byId("seed");
     this.key = byId("key");
+    this.adapters = new Adapters(this.prompt, this.key);
     this.limits = UNKNOWN_MODEL;
     this.sizeIsChosen = false;
     this.lastSeed = null;
@@ -81,6 +83,7 @@ export class Form {
       steps: byId("steps").value,
       guidance: byId("guidance").value,
       negativePrompt: byId("negative").value.trim(),
+      adapters: this.adapters.settings(),
     };
   }
 
@@ -97,6 +100,7 @@ export class Form {
     byId("steps").value = settings.steps;
     byId("guidance").value = settings.guidance;
     byId("negative").value = settings.negativePrompt;
+    this.adapters.fill(settings.adapters);
     this.#showCustom();
     this.#check();
     this.prompt.focus();

@@ -39,6 +39,7 @@ async function reach() {
     const isFirst = !model;
     model = await fetchModel(form.key.value);
     form.setModel(model);
+    form.adapters.refresh();
     showServer("ready", model.id);
     // What led to this call, such as a lost connection, is still worth reading.
     if (isFirst) complain("");

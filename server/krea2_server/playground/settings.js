@@ -10,6 +10,13 @@
  * @property {string} steps
  * @property {string} guidance
  * @property {string} negativePrompt  unused where guidance is 0
+ * @property {ChosenScale[]} adapters
+ */
+
+/**
+ * @typedef {object} ChosenScale  An adapter, and how strongly it works.
+ * @property {string} name
+ * @property {string} scale
  */
 
 export const MAX_SEED = 2n ** 63n - 1n;
@@ -35,7 +42,16 @@ export function ownFields(settings) {
   if (settings.negativePrompt && Number(settings.guidance) > 0) {
     fields.push(["negative_prompt", JSON.stringify(settings.negativePrompt)]);
   }
+  if (settings.adapters.length > 0) {
+    fields.push(["lora", `[${settings.adapters.map(adapterField).join(", ")}]`]);
+  }
   return fields;
+}
+
+function adapterField({ name, scale }) {
+  const fields = [["name", JSON.stringify(name)]];
+  if (scale) fields.push(["scale", String(Number(scale))]);
+  return toObject(fields);
 }
 
 /** Body of a request. */

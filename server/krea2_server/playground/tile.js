@@ -63,10 +63,12 @@ export class Tile {
     const facts = [sizeText(answer.size ?? settings.size), `seed ${seed}`];
     if (settings.steps) facts.push(`${settings.steps} steps`);
     if (Number(settings.guidance) > 0) facts.push(`guidance ${settings.guidance}`);
+    const used = answer.lora ?? [];
+    facts.push(...used.map(({ name, scale }) => `${name} at\u00a0${scale}`));
     this.picture = {
       url: URL.createObjectURL(toBlob(answer.b64_json, `image/${format}`)),
       fileName: fileName({ ...settings, outputFormat: format }, seed),
-      settings,
+      settings: { ...settings, adapters: withScales(settings.adapters, used) },
       seed,
       facts: facts.join(" · "),
     };
@@ -109,6 +111,14 @@ export function durationText(milliseconds) {
   if (milliseconds < 10) return `${milliseconds.toFixed(1)} ms`;
   if (milliseconds < 1000) return `${Math.round(milliseconds)} ms`;
   return `${(milliseconds / 1e3).toFixed(milliseconds < 1e4 ? 2 : 1)} s`;
+}
+
+// Defaults may change; those that the prompt names itself stay in the prompt alone.
+function withScales(adapters, used) {
+  return adapters.map(({ name, scale }) => {
+    const found = used.find((adapter) => adapter.name === name);
+    return { name, scale: found ? String(found.scale) : scale };
+  });
 }
 
 function toBlob(b64, type) {

@@ -24,6 +24,8 @@ CONTENT_SECURITY_POLICY = (
 TOTAL_STEPS = 8
 PREVIEW_STEPS = (2, 4, 6)
 RANDOM_SEED = 4_000_000_000
+MAX_ADAPTERS = 4
+MAX_SCALE = 10
 PAUSE_S = 0.02
 
 
@@ -35,6 +37,7 @@ class Script:
         ready: whether the model is loaded.
         key: the API key that is asked for.
         limits: of the model, in place of the usual.
+        adapters: that are listed, as `adapter` makes them; None is a server that knows of none.
         refusal: status, message and headers of the next answer.
         ahead: requests that the stream says are before it; None is no word about it.
         hold_at: steps after which streams stand still; 0 is before the first, in the queue.
@@ -47,6 +50,7 @@ class Script:
     ready: bool = True
     key: str | None = None
     limits: dict[str, Any] = field(default_factory=dict)
+    adapters: list[dict[str, Any]] | None = field(default_factory=list)
     refusal: tuple[int, str, dict[str, str]] | None = None
     ahead: int | None = None
     hold_at: set[int] = field(default_factory=set)
@@ -54,6 +58,22 @@ class Script:
     truncated: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0
+
+
+def adapter(name: str, **fields: Any) -> dict[str, Any]:
+    """An entry of /v1/loras."""
+    usual = {
+        "title": None,
+        "trigger_words": [],
+        "default_scale": 1.0,
+        "where": "disk",
+        "bytes": 500_000,
+        "sha256": None,
+        "rank": None,
+        "error": None,
+    }
+    assert fields.keys() <= usual.keys()
+    return {"name": name, **usual, **fields}
 
 
 class StandIn:
@@ -65,6 +85,7 @@ class StandIn:
         self.app.middleware("http")(self._add_policy)
         self.app.get("/ready")(self._ready)
         self.app.get("/v1/models")(self._models)
+        self.app.get("/v1/loras")(self._loras)
         self.app.post("/v1/images/generations")(self._generate)
         for path, (content, media_type) in playground_files().items():
             self.app.get(path)(_serving(content, media_type))
@@ -100,6 +121,13 @@ class StandIn:
         model["krea2"] = limits | self.script.limits
         return JSONResponse({"object": "list", "data": [model]})
 
+    async def _loras(self, request: Request) -> Response:
+        if refusal := self._refuse_key(request):
+            return refusal
+        if self.script.adapters is None:
+            return JSONResponse(_error("there is nothing here", "not_found"), 404)
+        return JSONResponse({"object": "list", "data": self.script.adapters})
+
     async def _generate(self, request: Request) -> Response:
         script = self.script
         if refusal := self._refuse_key(request):
@@ -109,6 +137,8 @@ class StandIn:
         if script.refusal:
             status, message, headers = script.refusal
             return JSONResponse(_error(message, "refused"), status, headers)
+        if problem := _adapters_problem(body, script):
+            return JSONResponse(_error(problem, "unknown_adapter"), 400)
         if not body.get("stream"):
             pictures = [(await _completed(body, index, script)) for index in range(body["n"])]
             return JSONResponse({"created": 1, "data": pictures})
@@ -118,6 +148,36 @@ class StandIn:
         if self.script.key and request.headers.get("authorization") != f"Bearer {self.script.key}":
             return JSONResponse(_error("The API key is missing or wrong.", "invalid_api_key"), 401)
         return None
+
+
+def _adapters_problem(body: dict[str, Any], script: Script) -> str | None:
+    """What the server would have against the adapters of a request."""
+    asked = body.get("lora", [])
+    names = [one["name"] for one in asked]
+    if len(asked) > MAX_ADAPTERS:
+        return f"lora: at most {MAX_ADAPTERS} adapters at a time"
+    if len({*names}) < len(names):
+        return "lora: one is asked for twice; give one scale"
+    usable = {one["name"] for one in script.adapters or () if not one["error"]}
+    for one in asked:
+        if not one.keys() <= {"name", "scale"}:
+            return "lora: has a field that is unknown"
+        scale = one.get("scale", 0)
+        if not isinstance(scale, int | float) or abs(scale) > MAX_SCALE:
+            return f"lora: the scale of {one['name']} must be a number from -10 to 10"
+        if one["name"] not in usable:
+            return f"lora: adapter {one['name']!r} is not served here, nor is any other"
+    return None
+
+
+def _adapters_used(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
+    defaults = {one["name"]: one["default_scale"] for one in script.adapters or ()}
+    return [
+        {"name": name, "scale": scale, "sha256": "5" * 64}
+        for name, scale in sorted(
+            (one["name"], one.get("scale", defaults[one["name"]])) for one in body["lora"]
+        )
+    ]
 
 
 async def _stream(script: Script, body: dict[str, Any]) -> AsyncIterator[str]:
@@ -198,6 +258,7 @@ async def _completed(body: dict[str, Any], index: int, script: Script) -> dict[s
         "timings": {"queue_ms": 3.4, "encode_ms": 12.0, "denoise_ms": 1144.0, "decode_ms": 61.0},
         "usage": {"input_tokens": 12, "output_tokens": 1024, "total_tokens": 1036},
         "prompt_truncated": script.truncated,
+        **({"lora": _adapters_used(body, script)} if body.get("lora") else {}),
     }
 
 

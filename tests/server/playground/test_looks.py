@@ -5,13 +5,23 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.server.playground.stand_in import Script
+from tests.server.playground.stand_in import Script, adapter
 from tests.server.playground.test_generating import finished, generate
 
 DESKTOP = {"width": 1280, "height": 860}
 PHONE = {"width": 360, "height": 740}
 PROMPT = "layered hills at dusk, a low sun behind haze, flat shapes, screen print"
 LONG_WORD = "incomprehensibilities" * 12
+ADAPTERS = [
+    adapter("acme/ink"),
+    adapter("sepia", title="Everything in sepia", trigger_words=["dusk", "sepia tones"]),
+    adapter(
+        "long",
+        title=" ".join(["A title that nobody has shortened"] * 3),
+        trigger_words=["in the style of nobody", LONG_WORD[:200], "flat shapes", "xyz"],
+        default_scale=-0.35,
+    ),
+]
 
 # WCAG 2: text in a colour on the first ground behind it that is not transparent.
 LOW_CONTRASTS = """() => {
@@ -70,6 +80,14 @@ def fill_page(script: Script, page: Page) -> None:
     page.evaluate("Promise.all([...document.images].map((i) => i.src && i.decode()))")
 
 
+def choose_adapters(page: Page) -> None:
+    page.locator("#prompt").fill(PROMPT)
+    page.locator("#adapters summary").click()
+    for name in ("sepia", "long"):
+        page.get_by_label("Add an adapter").select_option(name)
+        page.get_by_role("button", name="Add", exact=True).click()
+
+
 def overflow(page: Page) -> int:
     """Pixels by which the page is wider than its window."""
     return page.evaluate("document.documentElement.scrollWidth - innerWidth")
@@ -97,7 +115,12 @@ class TestLooks:
             assert page.evaluate(LOW_CONTRASTS) == []
             assert overflow(page) <= 0
 
+        script.adapters = ADAPTERS
+        page.reload()
+        page.locator("#adapters").wait_for()
         look("empty")
+        choose_adapters(page)
+        look("adapters")
         fill_page(script, page)
         look("generating")
         script.hold_at = set()
