@@ -50,8 +50,8 @@ $(CLIENTS_STAMP): $(CLIENTS_TESTS)/python/requirements.lock $(CLIENTS_TESTS)/nod
 	PATH="$(CURDIR)/$(CLIENTS)/bin:$$PATH" npm ci --prefix $(CLIENTS_TESTS)/node --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
-# Again where the package has other weights.
-$(DEMO): $(wildcard krea2_srt/demo/weights-*) | $(STAMP)
+# Again where the package has other weights, or another adapter.
+$(DEMO): $(wildcard krea2_srt/demo/weights-* krea2_srt/demo/sepia.*) | $(STAMP)
 	rm -rf $(DEMO).new
 	$(BIN)/krea2-demo-model $(DEMO).new >/dev/null
 	rm -rf $(DEMO) && mv $(DEMO).new $(DEMO) && touch $(DEMO)

@@ -14,7 +14,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Write a complete, tiny Krea 2 checkpoint (about 50 MB) in the released "
         "layout. It loads in krea2-srt, in SGLang and in Diffusers, needs no GPU, and generates "
-        "coloured shapes: 'a red heart on a yellow background'.",
+        "coloured shapes: 'a red heart on a yellow background'. An adapter (LoRA) for it, "
+        "everything in sepia, is in its folder loras.",
     )
     add_version(parser)
     parser.add_argument("folder", type=Path, metavar="DIR", help="must not exist or be empty")

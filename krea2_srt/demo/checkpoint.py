@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,10 +89,12 @@ class Weights(TextWeights, Protocol):
     Attributes:
         vae_config: what the VAE's config says beside its sizes.
         trained_side: pixels of the longest side that they were trained on.
+        loras: files that go into the checkpoint's folder of that name: adapters for them.
     """
 
     vae_config: Mapping[str, Any]
     trained_side: int
+    loras: Sequence[Path]
 
     def transformer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of the DiT."""
@@ -128,6 +130,8 @@ def write_demo_checkpoint(folder: Path, weights: Weights, distilled: bool = True
         _write_vae(work / "vae", weights)
         _write_scheduler(work / "scheduler")
         write_tokenizer(work / "tokenizer")
+        if weights.loras:
+            _write_loras(work / "loras", weights.loras)
         if folder.exists():
             folder.rmdir()
         shutil.move(work, folder)
@@ -221,6 +225,12 @@ def _write_scheduler(folder: Path) -> None:
             "use_dynamic_shifting": True,
         },
     )
+
+
+def _write_loras(folder: Path, files: Sequence[Path]) -> None:
+    folder.mkdir()
+    for file in files:
+        shutil.copyfile(file, folder / file.name).chmod(0o644)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -6,7 +6,8 @@ Prompt, seed and number of steps each change the picture, which has structure an
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class RandomWeights:
 
     vae_config: Mapping[str, Any] = {}
     trained_side = 2048  # as Krea 2: they are as random at every size
+    loras: Sequence[Path] = ()
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed

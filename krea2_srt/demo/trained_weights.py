@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ RECIPE = 4
 """Goes up with whatever in tools/demo_model makes the weights others."""
 
 WEIGHTS = Path(__file__).parent / f"weights-{RECIPE}.safetensors"
+
+SEPIA = WEIGHTS.with_name("sepia.safetensors")
+"""An adapter for them; tools/demo_model/adapter.py has made it. The YAML beside it presents it."""
 
 _TEXT_SEED = 0
 
@@ -43,6 +46,7 @@ class TrainedWeights(TextEncoderWeights):
 
     Attributes:
         about: what the recipe says: its version, the checksum, what was measured.
+        loras: files of the adapters for these weights, and only for these.
 
     Raises:
         CheckpointError: the file is missing, or not the one that the recipe has made.
@@ -50,6 +54,7 @@ class TrainedWeights(TextEncoderWeights):
 
     vae_config: Mapping[str, Any]
     trained_side: int
+    loras: Sequence[Path]
 
     def __init__(self, file: Path = WEIGHTS) -> None:
         try:
@@ -64,6 +69,7 @@ class TrainedWeights(TextEncoderWeights):
         if hashlib.sha256(content).hexdigest() != digest:
             raise CheckpointError(f"{file} is damaged: its checksum is not that of its recipe")
         self._tensors = load(content)
+        self.loras = (SEPIA, SEPIA.with_suffix(".yaml")) if file == WEIGHTS else ()
 
     def transformer(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._tensors[f"transformer.{name}"].view(shape)

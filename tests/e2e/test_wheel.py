@@ -38,6 +38,8 @@ def test_it_installs_three_names_and_nothing_else(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == NAMES
     for name in NAMES:
         assert Path(name, "py.typed") in files
+    for ending in ("safetensors", "yaml"):
+        assert Path(f"krea2_srt/demo/sepia.{ending}") in files
     assert not [file for file in files if "results" in file.parts or "tests" in file.parts]
     assert [file for file in files if file.name == "LICENSE"]
 

@@ -45,17 +45,19 @@ def near(a: Image.Image, b: Image.Image) -> float:
     return psnr(*(torch.from_numpy(np.asarray(image) / 255) for image in (a, b)))
 
 
-def diffusers_image(pipeline, path: Path, scale: float) -> Image.Image:
+def diffusers_image(
+    pipeline, path: Path, scale: float, prompt=PROMPT, size=(64, 48), steps=3, seed=5
+) -> Image.Image:
     pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name="x")
     try:
         pipeline.set_adapters(["x"], [scale])
         return pipeline(
-            PROMPT,
-            width=64,
-            height=48,
-            num_inference_steps=3,
+            prompt,
+            width=size[0],
+            height=size[1],
+            num_inference_steps=steps,
             guidance_scale=0.0,
-            generator=torch.Generator().manual_seed(5),
+            generator=torch.Generator().manual_seed(seed),
         ).images[0]
     finally:
         pipeline.unload_lora_weights()
