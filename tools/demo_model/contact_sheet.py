@@ -42,16 +42,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     sheet(pictures, PROMPTS).save(args.output, optimize=True)
 
 
-def sheet(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+def sheet(
+    pictures: Sequence[Image.Image], captions: Sequence[str], columns: int = _COLUMNS
+) -> Image.Image:
     """Pictures in rows, each with its caption."""
     cell_width, cell_height = _SIDE + _MARGIN, _SIDE + _TEXT + _MARGIN
-    rows = -(-len(pictures) // _COLUMNS)
-    size = (_COLUMNS * cell_width + _MARGIN, rows * cell_height + _MARGIN)
+    rows = -(-len(pictures) // columns)
+    size = (columns * cell_width + _MARGIN, rows * cell_height + _MARGIN)
     page = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        left = _MARGIN + number % _COLUMNS * cell_width
-        top = _MARGIN + number // _COLUMNS * cell_height
+        left = _MARGIN + number % columns * cell_width
+        top = _MARGIN + number // columns * cell_height
         page.paste(picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS), (left, top))
         text = "\n".join(textwrap.wrap(caption, 27))
         pen.multiline_text((left, top + _SIDE + 3), text, fill="black", font=font, spacing=1)
