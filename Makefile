@@ -65,6 +65,7 @@ endif
 
 # exec: Ctrl-C and SIGTERM reach the server itself, which finishes what it has accepted.
 serve: $(STAMP)
+	if [ -d "$$MODEL/loras" ]; then export KREA2_SRT_LORA_DIR="$${KREA2_SRT_LORA_DIR:-$$MODEL/loras}"; fi; \
 	exec $(BIN)/krea2-serve --model-path "$$MODEL" --port $(PORT) $(SERVE_ARGS)
 
 generate: $(STAMP)

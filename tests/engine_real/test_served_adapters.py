@@ -8,6 +8,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from random import Random
 
 import httpx
 import numpy as np
@@ -17,6 +18,11 @@ from PIL import Image
 from krea2_srt.lora.library import FRESH_S
 from krea2_srt.request import AdapterUse, ImageRequest
 from tests.channel import endpoints, statistics, wait_until
+from tests.engine_real.test_right_pictures import RIGHT
+from tests.torch.demo.test_sepia import WISHES
+from tools.demo_model.captions import caption
+from tools.demo_model.judge import judge, look
+from tools.demo_model.sepia import distance_from_sepia
 
 PROMPT, SIZE, SEED = "a red circle above a blue square", "96x64", 11
 
@@ -173,7 +179,6 @@ def test_a_card_says_the_default(real_server, folder):
 
 
 def test_who_hangs_up_while_an_adapter_is_read_leaves_nothing(real_server, server, folder):
-    before = engine(server)
     for _ in range(8):
         (folder / "four.safetensors").touch()
         with contextlib.suppress(httpx.TimeoutException):
@@ -182,11 +187,37 @@ def test_who_hangs_up_while_an_adapter_is_read_leaves_nothing(real_server, serve
                 json={"prompt": PROMPT, "size": SIZE, "lora": "four"},
                 timeout=0.02,
             )
-    wait_until(lambda: engine(server)["requests"] == 0)
-    after = engine(server)
-    ended = sum(after[key] - before[key] for key in ("done", "cancelled", "refused"))
-    assert ended == after["accepted"] - before["accepted"] + after["refused"] - before["refused"]
+
+    def balanced() -> bool:
+        found = engine(server)
+        ended = found["done"] + found["failed"] + found["cancelled"]
+        return found["requests"] == 0 and ended == found["accepted"]
+
+    wait_until(balanced)
     draw(real_server, lora="four")
+
+
+def test_sepia_is_where_it_was_asked_for_and_nowhere_else(real_server, folder, trained_model):
+    """64 at once: colours as the prompts say, or brown, each as its own request says."""
+    for file in (trained_model / "loras").iterdir():
+        shutil.copy(file, folder)
+    prompts = [caption(wish, Random(1)) for wish in WISHES]
+
+    def ask(number: int) -> np.ndarray:
+        lora = {"lora": [{"name": "sepia"}]} if number % 2 else {}
+        fields = {"prompt": prompts[number // 2 % 4], "size": "128x128", "seed": number // 8}
+        return pixels(real_server.post(**fields, **lora)).astype(np.uint8)
+
+    with ThreadPoolExecutor(64) as pool:
+        pictures = list(pool.map(ask, range(64)))
+    for number, picture in enumerate(pictures):
+        wish = WISHES[number // 2 % 4]
+        if number % 2:
+            assert distance_from_sepia(picture) < 40, number
+            assert [thing.shape for thing in look(picture).things] == [wish.asked[0].shape], number
+        else:
+            assert distance_from_sepia(picture) > 60, number
+            assert judge(picture, wish) == RIGHT, number
 
 
 # SGLang's own endpoints.
