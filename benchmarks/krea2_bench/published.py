@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from krea2_bench.adapters.table import figures as adapter_figures
 from krea2_bench.dialect_tables import no_effect_table, synonyms_table
 from krea2_bench.settings_tables import settings_table
 from krea2_srt.engine.config import EngineConfig
@@ -174,5 +175,6 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "runner-settings": lambda _: settings_table(RunnerConfig),
     "synonyms": lambda _: synonyms_table(),
     "no-effect": lambda _: no_effect_table(),
+    "adapters": lambda results: adapter_figures(results("adapters.json")),
 }
 """Tables, given what reads a file of results; settings and words of clients are in none."""

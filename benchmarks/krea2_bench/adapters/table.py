@@ -8,57 +8,56 @@ from krea2_bench.percentiles import percentile
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown of the results, beside what was wanted."""
-    run, packs, tenants = results["run"], results["packs"], results["tenants"]
+    """The page, in Markdown."""
+    run = results["run"]
+    about = (
+        f"`{run['command']}`, {run['date'][:10]}, {run['cpu_count']} cores of {run['cpu']}.",
+        *_about_tenants(results["tenants"]),
+    )
+    return "\n".join(("# Adapters", "", figures(results), "", *about, ""))
+
+
+def figures(results: dict[str, Any]) -> str:
+    """What was measured, beside what was wanted."""
+    packs, tenants = results["packs"], results["tenants"]
     first = [disk - device for disk, device in zip(*results["first"].values(), strict=True)]
     base = _ratios(results["base"]["with adapters about"], results["base"]["without"])
-    ours, theirs = (percentile(tenants[name], 95) for name in ("ours", "sglang"))
     rows = (
         (
-            "the steps of four images with four different adapters in one pack, over the same "
+            "four images with four different adapters in one pack: the steps' time over the same "
             "without",
             _spread(_ratios(packs["with"], packs["without"])),
             "at most 1.25",
         ),
         (
-            "the first request with an adapter, from its file, less the next one with it, ms",
+            "the first request with an adapter, from its file: ms more than the next one with it",
             _spread(first, 1),
             "at most 50",
         ),
         (
-            "a request without adapters where a server has served some, over one where it knows "
-            "none",
+            "a request without adapters: its time where a server has served some, over one that "
+            "knows none",
             _spread(base),
             "1",
         ),
         (
-            "p95 of eight tenants' requests, each with an adapter of its own, over SGLang's",
-            f"{ours / theirs:.2f}",
+            "eight tenants with an adapter each: p95 over that of unmodified SGLang, which "
+            "switches by `/v1/set_lora`",
+            f"{percentile(tenants['ours'], 95) / percentile(tenants['sglang'], 95):.2f}",
             "at most 0.25",
         ),
     )
-    return "\n".join(
-        (
-            "# Adapters",
-            "",
-            f"`{run['command']}`, {run['date'][:10]}, {run['cpu_count']} cores of {run['cpu']}; "
-            "the demo checkpoint, adapters of",
-            "rank 16, 256x256, 8 steps. Medians of interleaved rounds, with the middle half.",
-            "",
-            "| | measured | wanted |",
-            "| --- | --- | --- |",
-            *(f"| {what} | {found} | {wanted} |" for what, found, wanted in rows),
-            "",
-            *_about_tenants(tenants, ours, theirs),
-            "",
-        )
-    )
+    lines = (f"| {what} | {found} | {wanted} |" for what, found, wanted in rows)
+    return "\n".join(("| | measured | wanted |", "| --- | --- | --- |", *lines))
 
 
-def _about_tenants(tenants: dict[str, Any], ours: float, theirs: float) -> tuple[str, ...]:
+def _about_tenants(tenants: dict[str, Any]) -> tuple[str, ...]:
     like = tenants["likeness_db"]
+    ours, theirs = (percentile(tenants[name], 95) for name in ("ours", "sglang"))
     same = " and ".join(map(str, like["same adapter"]))
     return (
+        "Medians of interleaved rounds, with the middle half; the demo checkpoint, adapters of "
+        "rank 16, 256x256, 8 steps.",
         f"Tenants: a request every {tenants['interval_s']:.2f} s, which is what unmodified SGLang "
         "takes for one after another with a",
         f"`/v1/set_lora` before each. p95 here {ours:.2f} s, there {theirs:.2f} s; medians "
