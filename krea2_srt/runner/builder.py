@@ -9,7 +9,7 @@ import torch
 
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
-from krea2_srt.errors import AdapterError, ConfigError
+from krea2_srt.errors import AdapterError, ConfigError, first_line
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.lora.adapter import check_different
 from krea2_srt.lora.library import AdapterLibrary
@@ -18,7 +18,9 @@ from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.lora.rounding import Rounding
 from krea2_srt.lora.scaled_files import ScaledFile, is_folder, scaled_files
+from krea2_srt.lora.slots import NUM_SLOTS, RANKS, AdapterSlots, largest_rank, slot_bytes
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import dit_config
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.weights import WeightDelta
@@ -264,6 +266,27 @@ class RunnerBuilder:
             CudaCapture(self.device, STREAM_PRIORITY),
             int(min(plan.max_graph_tokens, runner.attention.max_graph_tokens)),
             plan.max_graphs,
+            self._adapter_slots(runner.dit),
         )
         if plan.text_encoder_resident:
             runner.use_text_graphs(CudaCapture(self.device, STREAM_PRIORITY))
+
+    def _adapter_slots(self, dit: Krea2DiT) -> AdapterSlots | None:
+        """Slots for graphs with adapters, as large as the settings allow; None without."""
+        if not self.config.lora_dir or dit.operations.name != "triton":
+            return None
+        rank = largest_rank(dit, NUM_SLOTS, int(self.config.lora_memory_gib * GIB))
+        if rank is None:
+            needed = NUM_SLOTS * slot_bytes(dit, RANKS[0]) / GIB
+            text = "krea2-srt: no CUDA graphs with adapters: lora_memory_gib is less than %.2f"
+            logger.info(text, needed)
+            return None
+        try:
+            slots = AdapterSlots(dit, rank)
+        except torch.OutOfMemoryError as error:
+            # Packs with adapters run without graphs, and need no more than before.
+            logger.warning("krea2-srt: no CUDA graphs with adapters: %s", first_line(error))
+            return None
+        text = "krea2-srt: CUDA graphs with adapters of ranks up to %d, %d at a time, %.2f GiB"
+        logger.info(text, rank, NUM_SLOTS, slots.nbytes / GIB)
+        return slots

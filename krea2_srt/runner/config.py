@@ -86,7 +86,10 @@ class RunnerConfig:
         choices=("off", "on"),
     )
     lora_memory_gib: float = setting(
-        2.0, "GiB of the device for adapters; all of the images that are begun fit into it", above=0
+        2.0,
+        "GiB of the device for adapters; all of the images that are begun fit into it; with "
+        "LORA_DIR at most as much again for CUDA graphs with adapters",
+        above=0,
     )
     lora_host_gib: float = setting(
         4.0, "GiB of host memory for adapters that are not on the device", least=0

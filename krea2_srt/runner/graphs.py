@@ -10,11 +10,12 @@ import logging
 import time
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 from weakref import WeakSet, ref
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from krea2_srt.errors import first_line
 from krea2_srt.kernels.segment_index import SegmentIndex
+from krea2_srt.lora.slot_deltas import SlotDeltas
+from krea2_srt.lora.slots import AdapterSlots
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
@@ -30,6 +33,7 @@ from krea2_srt.model.host_copies import copy_to
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.text_encoder import PREFIX_TOKENS, kept_tokens, padded
+from krea2_srt.request import MAX_ADAPTERS
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.packing import ForwardBatch
 
@@ -61,17 +65,20 @@ class GraphKey:
         segments: most of them, the padding's own included.
         longest: most tokens of a segment.
         steps: 1 for one step of a pack; for a lone sequence all steps of its schedule.
+        adapters: whether any sequence has one. Which is read from the buffers.
     """
 
     tokens: int
     segments: int
     longest: int
     steps: int = 1
+    adapters: bool = False
 
     def __str__(self) -> str:
         whole = f", {self.steps} steps" if self.steps > 1 else ""
+        adapters = ", with adapters" if self.adapters else ""
         segments = f"{self.segments} segments of up to {self.longest}"
-        return f"{self.tokens} tokens in up to {segments}{whole}"
+        return f"{self.tokens} tokens in up to {segments}{whole}{adapters}"
 
 
 class Buckets:
@@ -86,7 +93,7 @@ class Buckets:
         self.tokens = token_buckets(max_tokens)
         self.max_segments = max_segments
 
-    def key(self, lengths: list[int], steps: int = 1) -> GraphKey | None:
+    def key(self, lengths: list[int], steps: int = 1, adapters: bool = False) -> GraphKey | None:
         """The key of a pack of segments of these lengths; None if it is too large for a graph."""
         place = bisect_left(self.tokens, sum(lengths))
         segments = _power_of_two(len(lengths) + 1)
@@ -98,7 +105,7 @@ class Buckets:
         # a segment too, of fewer tokens than the step of the ladder.
         padding = tokens - (self.tokens[place - 1] if place else 0)
         longest = min(tokens, _power_of_two(max(*lengths, padding)))
-        return GraphKey(tokens, segments, longest, steps)
+        return GraphKey(tokens, segments, longest, steps, adapters)
 
 
 def token_buckets(max_tokens: int) -> tuple[int, ...]:
@@ -133,7 +140,7 @@ class Eager(Enum):
     """The capture for its size has failed."""
 
     ADAPTERS = "adapters"
-    """It has adapters, which graphs do not know."""
+    """It is a prompt with adapters, or a pack with some that do not fit into slots."""
 
 
 @dataclass
@@ -348,6 +355,8 @@ class StepBuffers:
         cu_seqlens: int32 [segments + 1].
         scalars: float32 [2, rows], dt and guidance.
         modulation: of ``rows`` rows: one per branch of a pack, or one per step of a lone sequence.
+        slots: int32 [rows, 4], each branch's of `AdapterSlots`, -1 for none.
+        scales: float32 [rows, 4], of the adapters in them.
         non_finite: int32 [rows].
     """
 
@@ -361,6 +370,8 @@ class StepBuffers:
     cu_seqlens: Tensor
     scalars: Tensor
     modulation: Modulation
+    slots: Tensor
+    scales: Tensor
     non_finite: Tensor
 
     @classmethod
@@ -395,6 +406,8 @@ class StepBuffers:
                 zeros(max_rows, hidden),
                 zeros(max_rows, hidden),
             ),
+            slots=zeros(max_rows, MAX_ADAPTERS, dtype=torch.int32).fill_(-1),
+            scales=zeros(max_rows, MAX_ADAPTERS),
             non_finite=zeros(max_rows, dtype=torch.int32),
         )
 
@@ -411,8 +424,21 @@ class StepBuffers:
             self.uncond_index[:n],
         )
 
-    def load(self, key: GraphKey, batch: ForwardBatch, pack: Pack) -> None:
-        """Copy a pack in, padded to the key's tokens."""
+    def load(
+        self,
+        key: GraphKey,
+        batch: ForwardBatch,
+        pack: Pack,
+        placed: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Copy a pack in, padded to the key's tokens.
+
+        Args:
+            key: what it is captured for.
+            batch: the pack.
+            pack: its layout.
+            placed: the slot of each of its adapters, by digest.
+        """
         n = pack.num_tokens
         self._load_layout(key, pack)
         places = [self.tokens[start:end] for start, end in pack.image_spans]
@@ -436,6 +462,16 @@ class StepBuffers:
         torch._foreach_copy_(own, sources)
         unused = [0.0] * (self.scalars.shape[1] - len(rows))
         copy_to(self.scalars, torch.tensor([some + unused for some in scalars]))
+        if key.adapters:
+            self._load_adapters(batch, placed)
+
+    def _load_adapters(self, batch: ForwardBatch, placed: Mapping[str, int]) -> None:
+        numbers, scales = batch.adapter_rows(placed)
+        unused = len(self.slots) - len(numbers)
+        numbers += [[-1] * MAX_ADAPTERS] * unused
+        scales += [[0.0] * MAX_ADAPTERS] * unused
+        copy_to(self.slots, torch.tensor(numbers, dtype=torch.int32))
+        copy_to(self.scales, torch.tensor(scales, dtype=torch.float32))
 
     def _load_layout(self, key: GraphKey, pack: Pack) -> None:
         n, count = pack.num_tokens, len(pack.segments.spans)
@@ -465,8 +501,10 @@ class StepGraphs:
         max_segments: of a graph, its padding's own included.
         max_graphs: kept at a time, a whole schedule for as many as it has steps; the one used last
             longest ago makes room.
+        adapter_slots: where adapters are; without, packs that have any run eagerly.
 
     Attributes:
+        adapter_slots: where adapters are; None without.
         max_tokens: of a graph.
         record: what they have done.
     """
@@ -479,8 +517,10 @@ class StepGraphs:
         max_tokens: int,
         max_segments: int = MAX_SEGMENTS,
         max_graphs: int = 256,
+        adapter_slots: AdapterSlots | None = None,
     ) -> None:
         self._dit = dit
+        self.adapter_slots = adapter_slots
         self._attention = attention
         self._capture = capture
         self._max_segments = max_segments
@@ -492,7 +532,7 @@ class StepGraphs:
 
     def limit_to(self, max_tokens: int) -> None:
         """Serve packs up to this size from now on, with memory for no larger ones."""
-        self.release()
+        self._forget()
         self.max_tokens = max_tokens
         self._buckets = Buckets(max_tokens, self._max_segments)
         self._made: StepBuffers | None = self._new_buffers()
@@ -544,21 +584,21 @@ class StepGraphs:
             Tokens and velocities [T, channels] after it, and a flag per branch; None if no graph
             serves.
         """
-        key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
-        why = Eager.ADAPTERS if batch.has_adapters else self._why_eager(key, batch)
+        key = self._key(batch, steps)
+        why = self._why_eager(key, batch)
         if key is None or why is not None:
             self._count_eager(why, steps)
             return None
-        buffers = self._buffers
-        buffers.load(key, batch, pack)
-        replay = self._graphs.get(key) or self._add(key)
+        replay = None
+        if self._load(key, batch, pack):
+            replay = self._graphs.get(key) or self._add(key)
         if replay is None:
             self._count_eager(Eager.FAILED, steps)
             return None
         self._graphs.move_to_end(key)
         replay()
         self.record.replayed += 1
-        n = pack.num_tokens
+        buffers, n = self._buffers, pack.num_tokens
         tokens = buffers.tokens[:n].clone()
         keep = any(s.sequence.wants_previews for s in batch.states)
         velocity = buffers.velocity[:n].clone() if keep else tokens
@@ -570,11 +610,10 @@ class StepGraphs:
         Returns:
             Whether there is one.
         """
-        key = self._buckets.key([shape.tokens for shape in batch.shapes], steps)
-        if key is None or batch.has_adapters or str(key) in self.failures:
+        key = self._key(batch, steps)
+        if key is None or not self._knows_adapters(batch) or str(key) in self.failures:
             return False
-        if key not in self._graphs:
-            self._buffers.load(key, batch, pack)
+        if key not in self._graphs and self._load(key, batch, pack):
             self._add(key)
         return key in self._graphs
 
@@ -594,9 +633,15 @@ class StepGraphs:
         return key in self._graphs
 
     def release(self) -> None:
-        """Forget all graphs and their buffers: the weights move, and with them what graphs read, or
-        the memory is needed elsewhere.
+        """Forget all graphs, their buffers and the adapters' slots: the weights move, and with them
+        what graphs read, or the memory is needed elsewhere.
         """
+        self._forget()
+        if self.adapter_slots is not None:
+            self.adapter_slots.release()
+
+    def _forget(self) -> None:
+        """The same, with adapters kept in their slots."""
         self._graphs.clear()
         self._made = None
         self.record.memory_freed()
@@ -604,6 +649,7 @@ class StepGraphs:
     def forward(self, key: GraphKey) -> None:
         """What a graph does, on what lies in the buffers."""
         buffers, pack = self._buffers, self._buffers.pack(key)
+        deltas = self._deltas(key, pack)
         for number in range(key.steps):
             # One step reads a row for each of its branches; of several, each reads its own one row.
             rows = slice(number, number + 1) if key.steps > 1 else slice(0, key.segments)
@@ -611,7 +657,14 @@ class StepGraphs:
             tokens = buffers.tokens[: key.tokens]
             self._dit.operations.euler_step(
                 tokens,
-                self._dit(tokens, buffers.context[: key.tokens], pack, modulation, self._attention),
+                self._dit(
+                    tokens,
+                    buffers.context[: key.tokens],
+                    pack,
+                    modulation,
+                    self._attention,
+                    deltas,
+                ),
                 pack.rows.index,
                 pack.uncond_index,
                 buffers.scalars[0, rows],
@@ -620,8 +673,51 @@ class StepGraphs:
                 buffers.non_finite[: 1 if key.steps > 1 else key.segments],
             )
 
+    def _key(self, batch: ForwardBatch, steps: int) -> GraphKey | None:
+        return self._buckets.key([s.tokens for s in batch.shapes], steps, batch.has_adapters)
+
+    def _knows_adapters(self, batch: ForwardBatch) -> bool:
+        """Whether slots have room for a pack's adapters, where it has any."""
+        slots = self.adapter_slots
+        return not batch.has_adapters or (slots is not None and slots.fit(batch.adapters))
+
+    def _load(self, key: GraphKey, batch: ForwardBatch, pack: Pack) -> bool:
+        """Copy a pack into the buffers, and its adapters into slots.
+
+        Returns:
+            Whether there was memory for slots: they were given back in between.
+        """
+        placed: Mapping[str, int] = {}
+        if key.adapters:
+            assert self.adapter_slots is not None
+            try:
+                placed = self.adapter_slots.place(batch.adapters)
+            except torch.OutOfMemoryError as error:
+                self.record.failed(str(key), error)
+                return False
+        self._buffers.load(key, batch, pack, placed)
+        return True
+
+    def _deltas(self, key: GraphKey, pack: Pack) -> SlotDeltas | None:
+        """What the adapters of the buffers add. The padding counts as tokens of the first row, here
+        as elsewhere.
+        """
+        if not key.adapters:
+            return None
+        assert self.adapter_slots is not None
+        buffers, rows = self._buffers, slice(0, key.segments)
+        return SlotDeltas(
+            self.adapter_slots,
+            self._dit.operations,
+            pack.rows.index,
+            buffers.slots[rows],
+            buffers.scales[rows],
+        )
+
     def _why_eager(self, key: GraphKey | None, batch: ForwardBatch) -> Eager | None:
         """Why not to replay or capture; notes who has come."""
+        if not self._knows_adapters(batch):
+            return Eager.ADAPTERS
         if key is None:
             return Eager.TOO_LARGE
         if key in self._graphs:

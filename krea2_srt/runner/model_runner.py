@@ -15,6 +15,7 @@ from krea2_srt.errors import CheckpointError, not_finite
 from krea2_srt.lora.beside import UniformDeltas
 from krea2_srt.lora.placed import NO_ADAPTERS, AdapterSet
 from krea2_srt.lora.pool import AdapterPool
+from krea2_srt.lora.slots import AdapterSlots
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import load_dit
@@ -54,7 +55,7 @@ class Krea2Runner:
         caches: bounds of what is remembered.
 
     Attributes:
-        graphs: replay steps where it can; None runs all eagerly. Packs with adapters run eagerly.
+        graphs: replay steps where it can; None runs all eagerly.
         adapters: those that images can be generated with.
     """
 
@@ -282,7 +283,13 @@ class Krea2Runner:
         assert flags is not None
         return flags
 
-    def use_graphs(self, capture: Capture, max_tokens: int, max_graphs: int = 256) -> None:
+    def use_graphs(
+        self,
+        capture: Capture,
+        max_tokens: int,
+        max_graphs: int = 256,
+        adapter_slots: AdapterSlots | None = None,
+    ) -> None:
         """Replay the steps that can be replayed from now on. The weights must stay where they are,
         or `release_graphs` be called before they move.
 
@@ -290,10 +297,17 @@ class Krea2Runner:
             capture: how graphs are captured.
             max_tokens: of a pack that is replayed.
             max_graphs: kept at a time.
+            adapter_slots: for packs with adapters, which run eagerly where they do not fit into
+                these, or there are none.
         """
         assert self.attention.graph is not None
         self.graphs = StepGraphs(
-            self.dit, self.attention.graph.attend, capture, max_tokens, max_graphs=max_graphs
+            self.dit,
+            self.attention.graph.attend,
+            capture,
+            max_tokens,
+            max_graphs=max_graphs,
+            adapter_slots=adapter_slots,
         )
 
     def use_text_graphs(self, capture: Capture) -> None:
@@ -316,8 +330,9 @@ class Krea2Runner:
             graphs.release()
 
     def release_memory(self) -> None:
-        """Give back all memory on the device that can be made anew: graphs with their buffers, what
-        is remembered of prompts, schedules and layouts, and adapters that can be read again.
+        """Give back all memory on the device that can be made anew: graphs with their buffers and
+        the adapters' slots, what is remembered of prompts, schedules and layouts, and adapters that
+        can be read again.
         Sequences keep what they hold.
         """
         self.release_graphs()
@@ -337,6 +352,7 @@ class Krea2Runner:
         if not self.all_graphs:
             return {}
         records = [graphs.record for graphs in self.all_graphs]
+        slots = self.graphs.adapter_slots if self.graphs is not None else None
         failures = {f"{r.kind}: {size}": why for r in records for size, why in r.failures.items()}
         return {
             "graphs": sum(map(len, self.all_graphs)),
@@ -344,6 +360,7 @@ class Krea2Runner:
             "graph_failures": failures,
             "graph_replays": sum(r.replayed for r in records),
             **{f"graph_misses_{why.value}": sum(r.eager[why] for r in records) for why in Eager},
+            **(slots.statistics() if slots is not None else {}),
         }
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """From sequences that step together to one forward: layouts, what it reads, and one Euler step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.lora.beside import PackDeltas
+from krea2_srt.lora.placed import PlacedAdapter
 from krea2_srt.model.attention import VarlenAttention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
@@ -16,6 +17,7 @@ from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments, Span
 from krea2_srt.model.rope import rope_rotations
+from krea2_srt.request import MAX_ADAPTERS
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.sequence_shape import SequenceShape
@@ -204,6 +206,25 @@ class ForwardBatch:
     def has_adapters(self) -> bool:
         """Whether any of the sequences has one."""
         return any(s.adapters for s in self.states)
+
+    @property
+    def adapters(self) -> dict[str, PlacedAdapter]:
+        """Those of all sequences, by digest."""
+        return {adapter.digest: adapter for s in self.states for adapter, _ in s.adapters.uses}
+
+    def adapter_rows(self, slots: Mapping[str, int]) -> tuple[list[list[int]], list[list[float]]]:
+        """Slots and scales of each branch, `MAX_ADAPTERS` of either; a slot of -1 is none.
+
+        Args:
+            slots: by digest of the adapter in it.
+        """
+        numbers, scales = [], []
+        for owner in self.owners:
+            uses = owner.adapters.uses
+            unused = MAX_ADAPTERS - len(uses)
+            numbers.append([slots[adapter.digest] for adapter, _ in uses] + [-1] * unused)
+            scales.append([scale for _, scale in uses] + [0.0] * unused)
+        return numbers, scales
 
     def deltas(self, pack: Pack) -> PackDeltas | None:
         """What adapters add, to both branches under guidance; None if no sequence has any."""

@@ -77,7 +77,8 @@ _ENGINE_COUNTERS = {
     ),
     "graph_misses_adapters": (
         "krea2_engine_graph_misses_adapters",
-        "Forwards that ran kernel by kernel: of packs or prompts with adapters.",
+        "Forwards that ran kernel by kernel: of prompts with adapters, or of packs with some that "
+        "have no slots.",
     ),
 }
 _ENGINE_GAUGES = {
