@@ -115,12 +115,19 @@ class RunnerBuilder:
             max_branches=self.engine.max_pack_sequences * (1 if sampling.distilled else 2),
             schedule_steps=sampling.default_steps,
             cache_bytes=self.caches.total,
-            adapter_bytes=int(self.config.lora_memory_gib * GIB) if self.config.lora_dir else 0,
+            adapter_bytes=self._adapter_bytes(),
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
         )
         return plan_memory(free, total, sizes, request)
+
+    def _adapter_bytes(self) -> int:
+        """What adapters beside the model take: as much again in slots, where there are graphs."""
+        if not self.config.lora_dir:
+            return 0
+        places = 1 if self.config.cuda_graphs == "off" else 2
+        return int(places * self.config.lora_memory_gib * GIB)
 
     def _graph_tokens(self) -> int:
         """The most that a graph is ever asked for: packs are held to a turn, and steps of larger
