@@ -199,7 +199,7 @@ def test_a_step_that_cannot_be_captured_is_no_graph_row(monkeypatch):
 def test_without_a_gpu_nothing_is_called_reached(tmp_path):
     assert gpu.main(["--plan", "--output", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(stored["targets"]) == 26
+    assert len(stored["targets"]) == 27
     assert all(t["measured"] == t["reached"] == NOT_MEASURED for t in stored["targets"])
     assert stored["rows"] == []
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from krea2_bench.gpu import (
+    adapters,
     attention,
     baselines,
     beside,
@@ -126,6 +127,8 @@ PARTS: dict[str, Part] = {
     # Ours twice and theirs, at 1.3 times the time; least three rounds and two warm-ups.
     "plain": Part(baselines.run, "packs", 5 * (0.9 * 2 + 1.2) + 5 * 0.6 + 4, first_call=False),
     "packs": Part(steps.run_packs, "packs", 8 * 4.5, first_call=False),
+    # Two sizes, with and without, both ways; four captures, and two kernels for each matrix.
+    "adapters": Part(adapters.run, "packs", 20 * 0.18 + 4 + 8 * KERNEL_S, first_call=False),
     # Three graphs of 30 s.
     "compile": Part(baselines.run_compiled, "compile", 3 * 30 + 6, first_call=False),
     # A guess: the first 3-D convolutions of a size.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from krea2_bench.gpu import cost
+from krea2_bench.gpu.adapters import WITH
 from krea2_bench.gpu.cost import Estimate
 from krea2_bench.gpu.rows import Findings, Row
 
@@ -201,6 +202,12 @@ def _plain_target(size: str, limit: float) -> Target:
     return Target(f"against plain PyTorch, {size}", limit, True, "x", figure)
 
 
+def _adapter_target(size: str, limit: float) -> Target:
+    beside = [f"{size} {WITH} graph", f"{size} {WITH} eager"]
+    figure = _ratio(("adapters", beside), ("adapters", _ways(size)))
+    return Target(f"step {size} {WITH}, against without", limit, False, "x", figure)
+
+
 _TEXT, _1024, _2048 = cost.encode(), "1024x1024", "2048x2048"
 
 TARGETS = (
@@ -216,6 +223,7 @@ TARGETS = (
     _over_target("8 of 256x256, graph", 1.15, "packs", ["8 of 256x256 graph"], [320] * 8),
     _plain_target(_1024, 1.3),
     _plain_target("256x256", 3),
+    _adapter_target(_1024, 1.06),
     Target("against torch.compile, anywhere", 1, True, "x", _slowest_against_compiled),
     _fp8_target(_1024, 1.5),
     _fp8_target(_2048, 1.4),
