@@ -31,7 +31,8 @@ def infotext(image: ImageRequest, model: str) -> str:
         "Guidance scale": repr(float(image.guidance)),
         "Version": f"krea2-srt {__version__}",
     }
-    lines = [image.prompt]
+    prompt = image.prompt + "".join(f" {tag}" for tag in _tags(image))
+    lines = [prompt]
     if image.negative_prompt:
         lines.append(f"{_NEGATIVE} {image.negative_prompt}")
     if image.mu is not None:
@@ -43,12 +44,18 @@ def infotext(image: ImageRequest, model: str) -> str:
         scales = ", ".join(f"{use.name}: {use.scale!r}" for use in uses)
         settings["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
         settings["Lora scales"] = json.dumps(scales, ensure_ascii=False)
-    prompts = {"Prompt": image.prompt, "Negative prompt": image.negative_prompt}
+    prompts = {"Prompt": prompt, "Negative prompt": image.negative_prompt}
     if not all(map(_is_read_as_it_is, prompts.values())):
         # Settings of these names come later for A1111, and count.
         settings |= {name: json.dumps(text, ensure_ascii=False) for name, text in prompts.items()}
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _tags(image: ImageRequest) -> list[str]:
+    """A request's adapters as A1111's prompts name them."""
+    uses = sorted(image.adapters, key=lambda use: (use.name, use.digest))
+    return [f"<lora:{use.name}:{use.scale!r}>" for use in uses]
 
 
 def _is_read_as_it_is(prompt: str) -> bool:

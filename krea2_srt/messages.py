@@ -135,6 +135,7 @@ class ModelInfo:
         limits: of requests.
         device, dtype, attention: how it runs.
         trained_side: pixels of the longest side that the checkpoint was trained on.
+        adapters: whether there is a folder of adapters that requests may name.
     """
 
     path: str
@@ -146,6 +147,7 @@ class ModelInfo:
     dtype: str
     attention: str
     trained_side: int = 2048
+    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,24 @@ class UnloadAdapter:
     version: str = VERSION
 
 
-Command = GetStatistics | GetModel | GetAdapters | LoadAdapter | UnloadAdapter
+@dataclass(frozen=True)
+class SetAdapterNames:
+    """Serve adapters under these names beside those of their files, and some no more: all that
+    `LoadAdapter` and `UnloadAdapter` have come to elsewhere. Nothing is read.
+
+    Reply: None.
+
+    Attributes:
+        aliases: names, each with the name of its file in the folder.
+        unloaded: names of files that are not served.
+    """
+
+    aliases: frozenset[tuple[str, str]] = frozenset()
+    unloaded: frozenset[str] = frozenset()
+    version: str = VERSION
+
+
+Command = GetStatistics | GetModel | GetAdapters | LoadAdapter | UnloadAdapter | SetAdapterNames
 
 
 @dataclass(frozen=True)

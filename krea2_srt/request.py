@@ -244,6 +244,16 @@ def _check_adapters(
             check_scale("adapters", one.name, one.scale)
 
 
+def inner_name(name: str, path: str) -> str:
+    """The name in its folder of an adapter that is served under a name.
+
+    Args:
+        name: under which.
+        path: of its file or folder there; "" is where its name says.
+    """
+    return path.removesuffix("/").removesuffix(".safetensors") if path else name
+
+
 def is_adapter_name(name: str) -> bool:
     """Whether an adapter can be served under a name: its file's without the ending, or that of a
     folder, and a slash before it where it lies in a folder. No name leads anywhere else.

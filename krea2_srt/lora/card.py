@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from krea2_srt.errors import AdapterError, RequestError
+from krea2_srt.lora.keys import shown
 from krea2_srt.request import check_scale
 from krea2_srt.yaml_files import YamlFileError, read_yaml
 
-_MAX_BYTES = 65_536
+_MAX_BYTES = 8192
 _MAX_TEXT = 200
 _MAX_WORDS = 32
 
@@ -38,6 +39,8 @@ def read_card(file: Path) -> AdapterCard:
     try:
         if not file.exists():
             return AdapterCard()
+        if not file.is_file():
+            raise AdapterError(f"{file.name} is no file")
         if file.stat().st_size > _MAX_BYTES:
             raise AdapterError(f"{file.name} has more than {_MAX_BYTES} bytes")
         values = read_yaml(file)
@@ -51,7 +54,8 @@ def read_card(file: Path) -> AdapterCard:
         raise AdapterError(f"{file.name}: must hold fields, such as title: In sepia")
     for name in values:
         if name not in _READ:
-            raise AdapterError(f"{file.name}: {name!r} is not known; {', '.join(_READ)} are")
+            what = shown(repr(name)) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise AdapterError(f"{file.name}: {what} is not known; {', '.join(_READ)} are")
     try:
         return AdapterCard(**{name: _READ[name](value) for name, value in values.items()})
     except (RequestError, ValueError) as error:

@@ -19,6 +19,10 @@ _PEFT_WEIGHTS = "adapter_model.safetensors"
 _PEFT_CONFIG = "adapter_config.json"
 
 
+class UnreadableError(AdapterError):
+    """It could not be read this time."""
+
+
 class NoAdapterError(AdapterError):
     """There is none of this name."""
 
@@ -126,7 +130,7 @@ def find_adapter(folder: Path, name: str) -> Path:
     except AdapterError as error:
         raise type(error)(f"adapter {name}: {error}") from None
     except OSError as error:
-        raise AdapterError(f"adapter {name}: {unreadable(error)}") from None
+        raise UnreadableError(f"adapter {name}: {unreadable(error)}") from None
 
 
 def adapter_names(folder: Path) -> list[str]:

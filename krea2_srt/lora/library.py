@@ -6,17 +6,18 @@ what they have found. From there they go to the device when an image begins.
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from krea2_srt.errors import AdapterError, RequestError, UnknownAdapterError
+from krea2_srt.errors import AdapterError, RequestError, UnknownAdapterError, foreign
 from krea2_srt.lora.card import AdapterCard, read_card
 from krea2_srt.lora.files import (
-    SUFFIX,
     AdapterFiles,
     NoAdapterError,
     Stamp,
+    UnreadableError,
     adapter_names,
     find_adapter,
     unreadable,
@@ -24,15 +25,25 @@ from krea2_srt.lora.files import (
 from krea2_srt.lora.placed import PlacedAdapter
 from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.reader import read_adapter
-from krea2_srt.messages import AdapterInfo
+from krea2_srt.lora.readers import Readers
+from krea2_srt.messages import AdapterInfo, SetAdapterNames
 from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.request import ADAPTER_NAMES, AdapterChoice, AdapterUse, is_adapter_name
+from krea2_srt.request import (
+    ADAPTER_NAMES,
+    AdapterChoice,
+    AdapterUse,
+    inner_name,
+    is_adapter_name,
+)
 
 FRESH_S = 1.0
 """For so long after a look, a file is taken to be as it was."""
 
-_READERS = 4
-"""Threads: a large file does not hold up a small one."""
+_READERS = 16
+"""Threads: large files do not hold up a small one."""
+
+_Cards = dict[Path, tuple[tuple[int, int, int], AdapterCard | str]]
+"""Cards as they were read, or what is wrong with them, each with what changes with its file."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class LibraryAdapter:
         rank: the largest of its factors.
         adapter: it, on the host; None where it was read before and has made room, and in what is
             kept of it, or it could never make room.
-        error: why it cannot be used; the last three say nothing then.
+        error: why it cannot be used, but for its name; the last three say nothing then.
     """
 
     path: Path
@@ -71,7 +82,7 @@ class LibraryAdapter:
             bytes=self.nbytes,
             digest=self.digest,
             rank=self.rank,
-            error=self.error,
+            error=self.error and f"adapter {name}: {self.error}",
         )
 
 
@@ -96,7 +107,11 @@ class AdapterLibrary:
         self._pool = pool
         self._dit = dit
         self._clock = clock
-        self._threads = ThreadPoolExecutor(_READERS, thread_name_prefix="krea2-srt adapters")
+        self._readers = Readers(_READERS, "krea2-srt adapters")
+        self._lister = Readers(1, "krea2-srt adapter list")
+        self._listing: Future[dict[str, LibraryAdapter]] | None = None
+        self._listing_begun = 0.0
+        self._cards: _Cards = {}
         # By name in the folder.
         self._known: dict[str, LibraryAdapter] = {}
         self._looked: dict[str, float] = {}
@@ -108,11 +123,11 @@ class AdapterLibrary:
     def ask(self, choices: Collection[AdapterChoice]) -> "AwaitedAdapters":
         """Have adapters read that are not there as they are now."""
         looks = {choice: self._look_for(choice.name) for choice in choices}
-        return AwaitedAdapters(looks)
+        return AwaitedAdapters(looks, self._pool)
 
     def ask_as(self, name: str, choice: AdapterChoice) -> "AwaitedAdapters":
         """The same of one adapter, which goes by another name."""
-        return AwaitedAdapters({choice: self._look_for(name)})
+        return AwaitedAdapters({choice: self._look_for(name)}, self._pool)
 
     def name_of(self, path: str) -> str | None:
         """The name of an adapter whose path is told, in the folder or from outside; None of one
@@ -130,13 +145,16 @@ class AdapterLibrary:
     def collect(self) -> None:
         """Take in what was read since the last call; before what was asked for is looked at."""
         for name, future in list(self._looking.items()):
-            if future.done():
-                del self._looking[name]
+            if not future.done():
+                continue
+            del self._looking[name]
+            self._listing = None  # it would not know
+            if future.exception() is None:
                 self._looked[name] = self._clock()
-                if future.exception() is None:
-                    self._take_in(name, future.result())
-                else:
-                    self._known.pop(name, None)
+                self._take_in(name, future.result())
+            else:
+                self._known.pop(name, None)
+                self._looked.pop(name, None)
 
     def read(self, name: str, path: str) -> "AwaitedAdapters":
         """Have an adapter read that is to be served under a name; `serve` is to follow.
@@ -145,61 +163,81 @@ class AdapterLibrary:
             path: of its file or folder in the folder; "" is where its name says.
 
         Raises:
-            RequestError: neither can be, or the name is another's; names ``lora_name`` or
-                ``lora_path``.
+            RequestError: neither can be; names ``lora_name`` or ``lora_path``.
         """
         inner = inner_name(name, path)
         for field, one in (("lora_name", name), ("lora_path", inner)):
             if not is_adapter_name(one):
                 raise RequestError(field, f"{one!r} cannot be an adapter's: {ADAPTER_NAMES}")
-        in_folder = name in self._known and name not in self._unloaded
-        if inner != name and (in_folder or self._aliases.get(name, inner) != inner):
-            text = f"{name!r} is another adapter's; unload that one first"
-            raise RequestError("lora_name", text)
-        return AwaitedAdapters({AdapterChoice(name): self._look(inner)})
+        looks = {AdapterChoice(inner): self._look(inner)}
+        if inner != name:
+            looks[AdapterChoice(name)] = self._look(name)
+        return AwaitedAdapters(looks, self._pool)
 
-    def serve(self, name: str, path: str) -> AdapterInfo:
-        """Serve what was read under a name from now on."""
+    def serve(self, name: str, path: str, read: "AwaitedAdapters") -> AdapterInfo:
+        """Serve what was read under a name from now on.
+
+        Args:
+            read: what `read` has given.
+
+        Raises:
+            RequestError: it is not there, or the name is another's; names ``lora_name`` or
+                ``lora_path``.
+            AdapterError: it cannot be used.
+        """
         inner = inner_name(name, path)
-        if inner == name:
-            self._unloaded.discard(name)
-        else:
+        field = "lora_path" if path else "lora_name"
+        try:
+            read.result_of(inner)
+        except UnknownAdapterError:
+            raise RequestError(field, f"there is no adapter {inner!r} in the folder") from None
+        if inner != name:
+            there = name not in self._unloaded and read.is_there(name)
+            if there or self._aliases.get(name, inner) != inner:
+                text = f"{name!r} is another adapter's; unload that one first"
+                raise RequestError("lora_name", text)
             self._aliases[name] = inner
+        else:
+            self._aliases.pop(name, None)
+            self._unloaded.discard(name)
         return self._located(self._known[inner].info(name))
 
     def unload(self, name: str) -> None:
-        """Serve an adapter no more; its file stays.
-
-        Raises:
-            UnknownAdapterError: there is none of this name.
-        """
-        inner = self._inner(name)
-        if self._aliases.pop(name, None) is None:
-            if inner not in self._known and not _is_there(self._folder, inner):
-                raise UnknownAdapterError(name)
-            self._unloaded.add(name)
+        """Serve no adapter under a name any more; its file stays, and other names of it."""
+        inner = self._aliases.pop(name, name)
+        self._unloaded.add(name)
         if inner in self._known:
             self._pool.drop(self._known[inner].digest)
 
-    def listing(self) -> "Future[list[AdapterInfo]]":
-        """Have the folder looked through, for `infos`."""
-        return self._threads.submit(_listed, self._folder, dict(self._known))
+    def set_names(self, names: SetAdapterNames) -> None:
+        """What `serve` and `unload` have come to elsewhere; a file that is missing stays missing
+        under its other name.
+        """
+        self._aliases, self._unloaded = dict(names.aliases), set(names.unloaded)
 
-    def infos(self, listed: "Future[list[AdapterInfo]]") -> tuple[AdapterInfo, ...]:
+    def listing(self) -> "Future[dict[str, LibraryAdapter]]":
+        """Have the folder looked through, for `infos`; what is fresh is taken again."""
+        listing = self._listing
+        old = self._clock() - self._listing_begun >= FRESH_S
+        if listing is None or (listing.done() and old):
+            work = partial(_listed, self._folder, dict(self._known), self._cards)
+            listing = self._listing = self._lister.submit(work)
+            self._listing_begun = self._clock()
+        return listing
+
+    def infos(self, listing: "Future[dict[str, LibraryAdapter]]") -> tuple[AdapterInfo, ...]:
         """What was listed, by the names that are served, and where each is now.
 
         Raises:
             AdapterError: the folder cannot be read.
         """
         try:
-            there = {info.name: info for info in listed.result()}
+            there = listing.result()
         except OSError as error:
             raise AdapterError(f"the folder of adapters: {unreadable(error)}") from None
-        inner = {name: name for name in there.keys() - self._unloaded}
+        inner = {name: name for name in there.keys() - self._unloaded - self._aliases.keys()}
         inner |= {alias: name for alias, name in self._aliases.items() if name in there}
-        return tuple(
-            self._located(replace(there[inner[name]], name=name)) for name in sorted(inner)
-        )
+        return tuple(self._located(there[inner[name]].info(name)) for name in sorted(inner))
 
     def statistics(self) -> dict[str, tuple[str, int]]:
         """Where adapters are, and the bytes of their files; those of the disk alone are not told.
@@ -216,8 +254,9 @@ class AdapterLibrary:
         return found
 
     def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        """End the threads; those that wait for a disk end with the process."""
+        self._readers.close()
+        self._lister.close()
 
     def _inner(self, name: str) -> str:
         """The name in the folder.
@@ -250,12 +289,13 @@ class AdapterLibrary:
                 fresh: Future[LibraryAdapter] = Future()
                 fresh.set_result(known)
                 return fresh
-        self._looking[name] = self._threads.submit(_read, self._folder, name, known, self._dit)
+        work = partial(_read, self._folder, name, known, self._dit, self._cards)
+        self._looking[name] = self._readers.submit(work)
         return self._looking[name]
 
     def _take_in(self, name: str, found: LibraryAdapter) -> None:
         self._known[name] = replace(found, adapter=None)
-        if found.adapter is not None and self._pool.host_copy(found.digest) is None:
+        if found.adapter is not None:
             self._pool.put(found.adapter, found.path)
 
     def _located(self, info: AdapterInfo) -> AdapterInfo:
@@ -267,10 +307,14 @@ class AwaitedAdapters:
 
     Args:
         looks: for each that it asks for.
+        pool: keeps them.
     """
 
-    def __init__(self, looks: "Mapping[AdapterChoice, Future[LibraryAdapter]]") -> None:
+    def __init__(
+        self, looks: "Mapping[AdapterChoice, Future[LibraryAdapter]]", pool: AdapterPool
+    ) -> None:
         self._looks = looks
+        self._pool = pool
 
     @property
     def done(self) -> bool:
@@ -286,16 +330,25 @@ class AwaitedAdapters:
         uses, held = [], []
         for choice, look in self._looks.items():
             found = _looked_at(look, choice.name)
-            assert found.adapter is not None
             scale = found.card.default_scale if choice.scale is None else choice.scale
             uses.append(AdapterUse(choice.name, found.digest, scale))
-            held.append(found.adapter)
+            held.append(self._kept(found))
         return frozenset(uses), tuple(held)
 
+    def result_of(self, name: str) -> PlacedAdapter:
+        """The same of one of them, by its name."""
+        (look,) = (look for choice, look in self._looks.items() if choice.name == name)
+        return self._kept(_looked_at(look, name))
 
-def inner_name(name: str, path: str) -> str:
-    """The name in the folder of an adapter that is to be served under a name, from a path."""
-    return path.removesuffix("/").removesuffix(SUFFIX) if path else name
+    def is_there(self, name: str) -> bool:
+        """Whether there is a file of a name, in whatever state."""
+        (look,) = (look for choice, look in self._looks.items() if choice.name == name)
+        return not isinstance(look.exception(), UnknownAdapterError)
+
+    def _kept(self, found: LibraryAdapter) -> PlacedAdapter:
+        assert found.adapter is not None
+        # The pool's own, which is the one that images are given.
+        return self._pool.put(found.adapter, found.path)
 
 
 def _looked_at(look: "Future[LibraryAdapter]", name: str) -> LibraryAdapter:
@@ -306,7 +359,7 @@ def _looked_at(look: "Future[LibraryAdapter]", name: str) -> LibraryAdapter:
     except OSError as error:
         raise AdapterError(f"adapter {name}: {unreadable(error)}") from None
     if found.error:
-        raise AdapterError(found.error)
+        raise AdapterError(f"adapter {name}: {found.error}")
     return found
 
 
@@ -321,11 +374,13 @@ def _is_there(folder: Path, name: str) -> bool:
     return True
 
 
-def _read(folder: Path, name: str, known: LibraryAdapter | None, dit: Krea2DiT) -> LibraryAdapter:
+def _read(
+    folder: Path, name: str, known: LibraryAdapter | None, dit: Krea2DiT, cards: _Cards
+) -> LibraryAdapter:
     """An adapter as its files are now; read where they are not as they are known, or it is not on
     the host.
     """
-    found = _at(folder, name)
+    found = _at(folder, name, cards)
     if found.error:
         return found
     if known is not None and known.stamp == found.stamp:
@@ -336,12 +391,14 @@ def _read(folder: Path, name: str, known: LibraryAdapter | None, dit: Krea2DiT) 
     try:
         adapter = read_adapter(found.path, dit.config, called=name)
         placed = PlacedAdapter.on_host(dit, adapter)
+    except UnreadableError as error:
+        return replace(found, stamp=(), error=_without(name, error))
     except AdapterError as error:
-        return replace(found, error=str(error))
+        return replace(found, error=_without(name, error))
     return replace(found, digest=adapter.digest, rank=adapter.rank, adapter=placed)
 
 
-def _at(folder: Path, name: str) -> LibraryAdapter:
+def _at(folder: Path, name: str, cards: _Cards) -> LibraryAdapter:
     """What can be said of an adapter without reading it.
 
     Raises:
@@ -354,32 +411,57 @@ def _at(folder: Path, name: str) -> LibraryAdapter:
     except NoAdapterError:
         raise UnknownAdapterError(name) from None
     except AdapterError as error:
-        return LibraryAdapter(folder / name, (), 0, AdapterCard(), error=str(error))
+        return LibraryAdapter(folder / name, (), 0, AdapterCard(), error=_without(name, error))
     found = LibraryAdapter(path, files.stamp(), files.nbytes, AdapterCard())
-    try:
-        return replace(found, card=_card(folder, name))
-    except AdapterError as error:
-        # Without a stamp: the files may be the same when the card is mended.
-        return replace(found, stamp=(), error=f"adapter {name}: {error}")
+    card = _card(folder, name, cards)
+    if isinstance(card, AdapterCard):
+        return replace(found, card=card)
+    # Without a stamp: the files may be the same when the card is mended.
+    return replace(found, stamp=(), error=card)
 
 
-def _card(folder: Path, name: str) -> AdapterCard:
+def _card(folder: Path, name: str, cards: _Cards) -> AdapterCard | str:
+    """An adapter's card, or what is wrong with it."""
     file = folder / f"{name}.yaml"
+    try:
+        at = file.stat()
+    except FileNotFoundError:
+        return AdapterCard()
+    stamp = (at.st_ino, at.st_size, at.st_mtime_ns)
+    known = cards.get(file)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    card: AdapterCard | str
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise AdapterError(f"{file.name} is a link that leads out of the folder")
-    return read_card(file)
+        card = f"{file.name} is a link that leads out of the folder"
+    else:
+        try:
+            card = read_card(file)
+        except AdapterError as error:
+            card = str(error)
+    cards[file] = stamp, card
+    return card
 
 
-def _listed(folder: Path, known: Mapping[str, LibraryAdapter]) -> list[AdapterInfo]:
+def _listed(
+    folder: Path, known: Mapping[str, LibraryAdapter], cards: _Cards
+) -> dict[str, LibraryAdapter]:
     """All that lie in a folder, with what is known of those that have not changed."""
-    found = []
+    found = {}
     for name in adapter_names(folder):
         try:
-            one = _at(folder, name)
+            one = _at(folder, name, cards)
         except (UnknownAdapterError, OSError):
             continue  # it has gone since
+        except Exception as error:
+            one = LibraryAdapter(folder / name, (), 0, AdapterCard(), error=str(foreign(error)))
         before = known.get(name)
         if before is not None and before.stamp == one.stamp and not one.error:
             one = replace(before, card=one.card)
-        found.append(one.info(name))
+        found[name] = one
     return found
+
+
+def _without(name: str, error: AdapterError) -> str:
+    """An error's text but for the name that it begins with: it may be served under others."""
+    return str(error).removeprefix(f"adapter {name}: ")

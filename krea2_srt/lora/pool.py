@@ -78,18 +78,25 @@ class AdapterPool:
             self._keep(PlacedAdapter.on_host(self._dit, adapter))
         return self._placed(adapter.digest)
 
-    def put(self, adapter: PlacedAdapter, path: Path) -> None:
+    def put(self, adapter: PlacedAdapter, path: Path) -> PlacedAdapter:
         """Keep an adapter on the host that was read from a file.
 
         Args:
             adapter: from `PlacedAdapter.on_host`.
             path: where it can be read again.
+
+        Returns:
+            The one that is kept: another, where an equal one was there.
         """
-        self.reads += 1
-        self._keep(adapter)
+        kept = self.on_host.find(adapter.digest)
+        if kept is None:
+            self.reads += 1
+            self._keep(adapter)
+            kept = adapter
         files = self._files.setdefault(adapter.digest, [])
         if path not in files:
             files.append(path)
+        return kept
 
     def find(self, uses: Iterable[AdapterUse]) -> AdapterSet:
         """What an image asks for, on the device.

@@ -11,7 +11,7 @@ from typing import Any
 from krea2_srt.errors import AdapterError
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.lora.factors import read_factor
-from krea2_srt.lora.files import AdapterFiles, open_weights, unreadable
+from krea2_srt.lora.files import AdapterFiles, UnreadableError, open_weights, unreadable
 from krea2_srt.lora.keys import shown, split_key
 from krea2_srt.lora.limits import DEFAULT_LIMITS, Limits
 from krea2_srt.lora.peft_config import PeftConfig, config_in_metadata, config_of_folder
@@ -50,11 +50,11 @@ def read_adapter(
             matrices = _read(tensors, dit_matrices(config), peft, limits, alpha)
         digest = files.digest()
         if files.stamp() != stamp:
-            raise AdapterError("it was replaced while it was read")
+            raise UnreadableError("it was replaced while it was read")
     except AdapterError as error:
-        raise AdapterError(f"adapter {label}: {error}") from None
+        raise type(error)(f"adapter {label}: {error}") from None
     except OSError as error:
-        raise AdapterError(f"adapter {label}: {unreadable(error)}") from None
+        raise UnreadableError(f"adapter {label}: {unreadable(error)}") from None
     return Adapter(called or (path.stem if path.is_file() else path.name), digest, matrices)
 
 

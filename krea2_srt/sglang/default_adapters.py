@@ -5,8 +5,9 @@ model, for what comes from then on, so nothing is waited for and nothing is lost
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from krea2_srt.lora.library import AwaitedAdapters
 from krea2_srt.lora.placed import PlacedAdapter
 from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.reader import read_adapter
+from krea2_srt.lora.readers import Readers
 from krea2_srt.lora.scaled_files import is_there
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.request import MAX_ADAPTER_SCALE as MAX_SCALE
@@ -71,7 +73,8 @@ class DefaultAdapters:
         self._any_path = any_path
         self._set = _Set()
         self._is_on = False
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="krea2-srt set_lora")
+        self._readers = Readers(2, "krea2-srt set_lora")
+        self._commands = 0
 
     def of(self, exchange: Exchange) -> tuple[frozenset[AdapterUse], object]:
         """The adapters of a request that names none, and what keeps them."""
@@ -81,6 +84,8 @@ class DefaultAdapters:
 
     def command(self, command: Any, reply: Reply) -> None:
         """Do what one of SGLang's requests says, and reply, now or when files have been read."""
+        if not isinstance(command, ListLorasReq):
+            self._commands += 1
         try:
             match command:
                 case SetLoraReq():
@@ -99,8 +104,8 @@ class DefaultAdapters:
             reply(OutputBatch(error=str(error)))
 
     def close(self) -> None:
-        """End the thread."""
-        self._threads.shutdown(cancel_futures=True)
+        """End the threads."""
+        self._readers.close()
 
     def _begin_set(self, request: SetLoraReq, reply: Reply) -> None:
         names = _several(request.lora_nickname)
@@ -125,11 +130,16 @@ class DefaultAdapters:
         )
         self._served.wait_for(
             lambda: all(look.done for look in looks),
-            lambda: self._end_set(looks, told, reply),
+            partial(self._end_set, looks, told, self._commands, reply),
+            lambda error: reply(OutputBatch(error=str(error))),
         )
 
     def _end_set(
-        self, looks: "list[AwaitedAdapters | _Elsewhere]", paths: Any, reply: Reply
+        self,
+        looks: "list[AwaitedAdapters | _Elsewhere]",
+        paths: Any,
+        number: int,
+        reply: Reply,
     ) -> None:
         try:
             found = [look.result() for look in looks]
@@ -137,6 +147,9 @@ class DefaultAdapters:
             reply(OutputBatch(error=str(error)))
             return
         uses = frozenset(use for some, _ in found for use in some)
+        if number != self._commands:
+            reply(OutputBatch(error="another command came while the adapters were read"))
+            return
         self._set = _Set(uses, [held for _, held in found], paths)
         self._is_on = True
         reply(OutputBatch())
@@ -163,7 +176,9 @@ class DefaultAdapters:
             )
         if not path:
             raise RequestError("lora_path", f"{name!r} is not known; name its file, folder or repo")
-        return _Elsewhere(self._threads.submit(_read, path, name, self._dit), choice, self._pool)
+        return _Elsewhere(
+            self._readers.submit(partial(_read, path, name, self._dit)), choice, self._pool
+        )
 
     def _switch_on(self, request: MergeLoraWeightsReq) -> None:
         _check_target(request.target)
@@ -211,14 +226,17 @@ class _Elsewhere:
 
     def result(self) -> tuple[frozenset[AdapterUse], object]:
         path, adapter = self._look.result()
-        self._pool.put(adapter, path)
+        adapter = self._pool.put(adapter, path)
         scale = 1.0 if self._choice.scale is None else self._choice.scale
         return frozenset({AdapterUse(self._choice.name, adapter.digest, scale)}), adapter
 
 
 def _read(path: str, name: str, dit: Krea2DiT) -> tuple[Path, PlacedAdapter]:
     """In a thread: an adapter of a file, a folder or a repo of the hub."""
-    file = Path(path).expanduser()
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as error:  # there is no such user
+        raise AdapterError(f"lora_path: {first_line(error)}") from None
     if not is_there(file):
         try:
             file = Path(maybe_download_lora(path))

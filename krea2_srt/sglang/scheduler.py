@@ -50,12 +50,9 @@ from krea2_srt.messages import (
     ControlRequest,
     EngineError,
     GenerateRequest,
-    GetAdapters,
     GetModel,
     GetStatistics,
-    LoadAdapter,
     ModelInfo,
-    UnloadAdapter,
 )
 from krea2_srt.model.flops import step_flops, step_weight_bytes
 from krea2_srt.request import AdapterUse, ImageRequest
@@ -69,7 +66,7 @@ from krea2_srt.sglang.pipeline import Krea2RunnerPipeline
 from krea2_srt.sglang.previews import Previews
 from krea2_srt.sglang.replies import Replies
 from krea2_srt.sglang.served import serves_krea2
-from krea2_srt.sglang.served_adapters import ServedAdapters
+from krea2_srt.sglang.served_adapters import AdapterCommand, ServedAdapters
 from krea2_srt.sglang.sglang_exchange import SglangExchange
 
 logger = init_logger(__name__)
@@ -159,6 +156,7 @@ class Krea2Scheduler(Scheduler):
             str(runner.dit.dtype).removeprefix("torch.") + quantized,
             pipeline.attention,
             runner.sampling.trained_side,
+            pipeline.adapters is not None,
         )
 
     @property
@@ -204,8 +202,9 @@ class Krea2Scheduler(Scheduler):
 
     def _finished(self) -> bool:
         # Nobody wakes an engine that shuts down.
-        if not self._engine.draining or self._adapters.waiting:
+        if not self._engine.draining:
             return False
+        self._adapters.refuse()
         return self._engine.idle or self.worker.is_sleeping()
 
     def _open_turn_log(self, path: str) -> TurnLog | None:
@@ -310,9 +309,6 @@ class Krea2Scheduler(Scheduler):
             self._enter(exchange, images, uses, held, time.monotonic() - arrived)
         except (Krea2Error, ValueError) as error:
             self._refuse(exchange, error)
-        except Exception as error:
-            logger.exception("krea2-srt: request %s: its adapters", exchange.request_id)
-            exchange.failed(foreign(error))
 
     def _enter(
         self,
@@ -355,6 +351,8 @@ class Krea2Scheduler(Scheduler):
         try:
             self._refuse_asleep(exchange)
             exchange.images(self._limits)
+            if self._defaults.of(exchange)[0]:
+                raise RequestError("profile", "is not possible while /v1/set_lora has set adapters")
             if not self._engine.idle or self._engine.draining:
                 text = "is only possible while nothing else is in the engine"
                 raise RequestError("profile", text)
@@ -428,7 +426,7 @@ class Krea2Scheduler(Scheduler):
         error, command = _wrong_version(request), request.command
         if error is not None:
             reply(None, error)
-        elif isinstance(command, GetAdapters | LoadAdapter | UnloadAdapter):
+        elif isinstance(command, AdapterCommand):
             self._adapters.command(command, reply)
         else:
             found = self._dispatch_single_request(command)

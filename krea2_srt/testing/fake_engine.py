@@ -38,6 +38,7 @@ from krea2_srt.messages import (
     LoadAdapter,
     ModelInfo,
     ProgressUpdate,
+    SetAdapterNames,
     UnloadAdapter,
     preview_steps,
 )
@@ -58,7 +59,9 @@ ADAPTERS = (
 )
 """For tests to put into `FakeEngine.adapters`."""
 
-MODEL = ModelInfo("krea/Krea-2-Turbo", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none")
+MODEL = ModelInfo(
+    "krea/Krea-2-Turbo", True, 8, 0.0, RequestLimits(), "cpu", "float32", "none", adapters=True
+)
 
 
 @dataclass
@@ -77,6 +80,8 @@ class FakeEngine:
         port: to listen on; 0 is any free one.
         model: what it says that it serves.
         adapters: those that it serves, by name.
+        names: what it was last told of them.
+        load_error: why it loads none.
     """
 
     step_s: float = 0.0
@@ -90,6 +95,8 @@ class FakeEngine:
     port: int = 0
     model: ModelInfo = MODEL
     adapters: dict[str, AdapterInfo] = field(default_factory=dict)
+    names: SetAdapterNames | None = None
+    load_error: EngineError | None = None
     endpoint: str = ""
 
     def __enter__(self) -> "FakeEngine":
@@ -160,9 +167,14 @@ class FakeEngine:
             case ControlRequest(control_id, GetAdapters()):
                 infos = tuple(self.adapters[name] for name in sorted(self.adapters))
                 send(ControlReply(control_id, infos))
+            case ControlRequest(control_id, LoadAdapter()) if self.load_error is not None:
+                send(ControlReply(control_id, error=self.load_error))
             case ControlRequest(control_id, LoadAdapter(name)):
                 self.adapters[name] = AdapterInfo(name, where="host", digest="f" * 64, rank=8)
                 send(ControlReply(control_id, self.adapters[name]))
+            case ControlRequest(control_id, SetAdapterNames() as names):
+                self.names = names
+                send(ControlReply(control_id))
             case ControlRequest(control_id, UnloadAdapter(name)):
                 gone = self.adapters.pop(name, None)
                 unknown = EngineError.of(UnknownAdapterError(name)) if gone is None else None

@@ -20,6 +20,8 @@ from krea2_srt.request import (
 )
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]{0,300})>", re.IGNORECASE)
+_TAG_AND_BLANKS = re.compile(rf"\s+{_TAG.pattern}(?=\s|$)|{_TAG.pattern}", re.IGNORECASE)
+_LIKE_A_TAG = re.compile(r"(?:<|&lt;)\s{0,9}(?:lora|lyco)\s{0,9}:", re.IGNORECASE)
 _MAX_TOLD = 10
 
 
@@ -49,6 +51,7 @@ class AskedAdapters:
         Raises:
             ApiError: 400, there cannot be one of this name, it is there already, or too many are.
         """
+        name = name.removesuffix(".safetensors")
         if not is_adapter_name(name):
             text = f"{param}: {shown(name)} cannot be an adapter's name: {ADAPTER_NAMES}"
             raise invalid(param, text)
@@ -72,16 +75,36 @@ class AskedAdapters:
         Raises:
             ApiError: as `add`; or a tag cannot be read, or nothing is left beside them.
         """
-        if "<" not in prompt:
-            return prompt
         for name, scale in _tags(prompt, param):
             self.add(name, scale, param)
-        rest = _TAG.sub("", prompt)
+        rest = _TAG_AND_BLANKS.sub("", prompt)
+        if (like := _LIKE_A_TAG.search(rest)) is not None:
+            shown_text = shown(rest[like.start() : like.start() + 40])
+            raise invalid(param, f"{param}: {shown_text} cannot be read; <lora:NAME:SCALE> can")
         if rest == prompt:
             return prompt
         if not rest.strip():
             raise invalid(param, f"{param}: must say what to generate, beside adapters")
         return rest.strip()
+
+
+def name_model_adapter(request: ImageGenerationRequest, adapter: str | None, param: str) -> None:
+    """Say which adapter the model's name has, in one of the fields that may name the model.
+
+    Args:
+        adapter: None is none, and changes nothing.
+        param: what the client calls the field.
+
+    Raises:
+        ApiError: 400, another field has said another one.
+    """
+    if adapter is None:
+        return
+    before = request.model_adapter
+    if before not in (None, adapter):
+        text = f"{param}: names adapter {shown(adapter)}, and {request.sent_as('model')} {before!r}"
+        raise invalid(param, text)
+    request.set_model_adapter(adapter, param)
 
 
 def refuse_tags(text: str, param: str) -> None:
@@ -90,8 +113,9 @@ def refuse_tags(text: str, param: str) -> None:
     Raises:
         ApiError: 400, it does.
     """
-    if "<" in text and (tag := _TAG.search(text)) is not None:
-        raise invalid(param, f"{param}: {shown(tag[0])} belongs into the prompt")
+    if (tag := _LIKE_A_TAG.search(text)) is not None:
+        what = shown(text[tag.start() : tag.start() + 40])
+        raise invalid(param, f"{param}: {what} belongs into the prompt")
 
 
 def _tags(prompt: str, param: str) -> Iterator[tuple[str, float | None]]:

@@ -165,8 +165,54 @@ def test_what_cannot_be_is_refused_by_name(fields, param, message, fake_server, 
 
 
 def test_words_in_pointed_brackets_are_words(fake_server, engine):
-    assert fake_server.post(prompt="a <b> fox < lora:x", size="64x64").status_code == 200
-    assert engine.requests[-1].image.prompt == "a <b> fox < lora:x"
+    for prompt in ("a <b> fox < 3 hares", "lora: a name <3", "<loraline>"):
+        assert fake_server.post(prompt=prompt, size="64x64").status_code == 200
+        assert engine.requests[-1].image.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "< lora:sepia:1>",
+        "<lora :sepia:1>",
+        "<lora:" + "x" * 301 + ":1>",
+        "&lt;lora:sepia:1&gt;",
+        "<lo<lora:sepia:1>ra:acme/ink>",
+    ],
+)
+def test_what_looks_like_a_tag_is_not_taken_for_words(tag, fake_server, engine):
+    for field in ("prompt", "negative_prompt"):
+        fields = {"prompt": "a fox", "guidance_scale": 1.0, field: f"a fox {tag}"}
+        response = fake_server.post(size="64x64", **fields)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert not engine.requests
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left"),
+    [
+        ("a fox <lora:sepia:1> in ink", "a fox in ink"),
+        ("a fox<lora:sepia:1>, in ink", "a fox, in ink"),
+        ("<lora:sepia:1> a fox\n<lora:acme/ink:1>\nin ink", "a fox\nin ink"),
+    ],
+)
+def test_what_is_left_of_a_prompt_is_as_if_no_tag_had_been_there(prompt, left, fake_server, engine):
+    assert fake_server.post(prompt=prompt, size="64x64").status_code == 200
+    assert engine.requests[-1].image.prompt == left
+
+
+def test_fields_that_name_different_adapters_are_refused(fake_server, engine):
+    url = f"{fake_server.url}/sdapi/v1/txt2img"
+    override = {"override_settings": {"sd_model_checkpoint": "krea-2-turbo:sepia"}}
+    body = {"prompt": "a fox", "width": 64, "height": 64, **override}
+    assert httpx.post(url, json={**body, "model": "krea-2-turbo"}, timeout=60).status_code == 200
+    assert asked(engine) == {"sepia": None}, "the other field names none"
+    refused = httpx.post(url, json={**body, "model": "krea-2-turbo:acme/ink"}, timeout=60)
+    assert refused.status_code == 400
+    assert "sepia" in refused.json()["error"]["message"]
+    options = {"sd_model_checkpoint": "krea-2-turbo:sepia"}
+    refused = httpx.post(f"{fake_server.url}/sdapi/v1/options", json=options, timeout=60)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "sd_model_checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +361,7 @@ def test_nobody_else_does(path, with_keys, fake_server, engine):
 def test_the_file_says_which(fake_server, engine):
     body = fake_server.post(prompt="a fox <lora:sepia>", size="64x64", embed_metadata=True).json()
     text = text_in(base64.b64decode(body["data"][0]["b64_json"]))
-    assert "a fox\n" in text
+    assert text.startswith("a fox <lora:sepia:0.8>\n"), "as front ends read it and send it again"
     assert f'Lora hashes: "sepia: {"5" * 12}"' in text
     assert 'Lora scales: "sepia: 0.8"' in text
 

@@ -20,7 +20,7 @@ WITH = f"with an adapter of rank {RANK}"
 
 
 def run(context: Context) -> None:
-    """Of all matrices that a step multiplies with."""
+    """An adapter changes all matrices that a step multiplies with."""
     for side in SMOKE_SIDES if context.smoke else SIDES:
         with context.findings.attempt("adapters", name_of(side)):
             _measure(context, side)

@@ -53,9 +53,9 @@ def adapter_list(adapters: Iterable[AdapterInfo]) -> list[dict[str, Any]]:
     return [
         {
             "name": info.name,
-            "alias": info.title or info.name,
+            "alias": info.name,
             "path": info.name,
-            "metadata": {"ss_tag_frequency": {}, "trigger_words": list(info.trigger_words)},
+            "metadata": {"title": info.title, "trigger_words": list(info.trigger_words)},
         }
         for info in adapters
         if not info.error

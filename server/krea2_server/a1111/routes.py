@@ -16,10 +16,11 @@ from krea2_server.a1111.reading import (
     read_txt2img,
 )
 from krea2_server.a1111.running import Running, RunningRequests
+from krea2_server.adapters import name_model_adapter
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.images import resolve_asked
 from krea2_server.api.spelling import printable
-from krea2_server.errors import ApiError, set_outcome
+from krea2_server.errors import ApiError, invalid, set_outcome
 from krea2_server.image_service import Generation, Result
 from krea2_server.keys import Client
 from krea2_server.proxies.public_address import PublicAddress
@@ -42,7 +43,7 @@ def a1111_router(services: Services) -> APIRouter:
         if asked.checkpoint is not None:
             param = f"{asked.overrides}.sd_model_checkpoint"
             adapter = services.check_model(asked.checkpoint, param)
-            asked.request.set_model_adapter(adapter, param)
+            name_model_adapter(asked.request, adapter, param)
         message = resolve_asked(services, asked.request, request.state.request_id)
         message = replace(message, progress=True)
         client: Client = request.state.client
@@ -77,7 +78,10 @@ def a1111_router(services: Services) -> APIRouter:
     async def set_options(body: Annotated[dict[str, Any], Body()]) -> Response:
         checkpoint = checkpoint_of(body)
         if checkpoint is not None:
-            services.check_model(checkpoint, "sd_model_checkpoint")
+            param = "sd_model_checkpoint"
+            if (adapter := services.check_model(checkpoint, param)) is not None:
+                text = f"{param}: no option chooses an adapter; name it in the prompt"
+                raise invalid(param, f"{text}, <lora:{adapter}:1>")
         # Some front ends send all that they have got back again.
         known = {**options(services.names.own), "sd_model_checkpoint": checkpoint}
         others = [name for name, value in body.items() if name not in known or known[name] != value]

@@ -9,6 +9,7 @@ import orjson
 from fastapi import APIRouter, Body, Request
 from fastapi.responses import Response, StreamingResponse
 
+from krea2_server.adapters import name_model_adapter
 from krea2_server.api.chunked_json import ChunkedJSONResponse
 from krea2_server.api.event_schemas import event_stream_content
 from krea2_server.api.event_stream import EventStreamResponse, comment, event
@@ -62,8 +63,11 @@ def images_router(services: Services) -> APIRouter:
         body: Annotated[body_model, Body()],  # type: ignore[valid-type]
     ) -> Response:
         asked: ImageGenerationRequest = body
+        deployment: str | None = getattr(request.state, "deployment", None)
         if asked.model is None:
-            asked.model = getattr(request.state, "deployment", None)
+            asked.model = deployment
+        elif deployment is not None:
+            name_model_adapter(asked, services.check_model(deployment), "the path's model")
         message = resolve_asked(services, asked, request.state.request_id)
         client: Client = request.state.client
         base_url = address.base_url(request.scope) if asked.wants_urls else ""
@@ -136,7 +140,7 @@ def resolve_asked(
         body.response_format = settings.default_response_format
     if body.model is not None:
         param = body.sent_as("model")
-        body.set_model_adapter(services.check_model(body.model, param), param)
+        name_model_adapter(body, services.check_model(body.model, param), param)
     if services.store is None and body.wants_urls:
         name = body.sent_as("response_format")
         text = f"{name}: must be b64_json; this server keeps no images"

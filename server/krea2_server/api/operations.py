@@ -48,7 +48,7 @@ def operations_router(services: Services) -> APIRouter:
         client: Client = request.state.client
         names = services.names
         found = [_model(name, client) for name in names.listed]
-        if engine.num_ready:
+        if engine.num_ready and engine.model is not None and engine.model.adapters:
             found += [
                 Model(id=f"{names.own}:{info.name}", created=services.started, parent=names.own)
                 for info in await engine.adapters()

@@ -29,6 +29,7 @@ from krea2_srt.messages import (
     LoadAdapter,
     ModelInfo,
     ProgressUpdate,
+    SetAdapterNames,
     UnloadAdapter,
 )
 
@@ -139,6 +140,10 @@ class EngineChannel:
     async def unload_adapter(self, name: str, timeout_s: float) -> None:
         """Have one served no more; raises as `load_adapter` does."""
         await self._control(UnloadAdapter(name), timeout_s)
+
+    async def set_adapter_names(self, names: SetAdapterNames, timeout_s: float) -> None:
+        """Have these served, and no others by hand; raises as `model` does."""
+        await self._control(names, timeout_s)
 
     async def disconnected(self) -> None:
         """Return when the connection to the scheduler is lost."""

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Self, TypeVar
@@ -20,7 +20,9 @@ from krea2_srt.messages import (
     GenerateRequest,
     ModelInfo,
     ProgressUpdate,
+    SetAdapterNames,
 )
+from krea2_srt.request import inner_name
 from krea2_srt.routing import ReplicaExited, Replicas, adapters_ms, image_ms
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,9 @@ class EngineClient:
         self.replicas = [Replica() for _ in range(count)]
         self.routing = Replicas(count)
         self._context = zmq.asyncio.Context()
-        self._adapters: dict[str, str | None] = {}
+        self._names = SetAdapterNames()
+        # Held while names change, and while a replica is told of them.
+        self._naming = asyncio.Lock()
         self._pollers: dict[int, asyncio.Task[None]] = {}
         for index in range(count):
             self.routing.mark_dead(index)
@@ -131,13 +135,16 @@ class EngineClient:
         try:
             model = await _model(channel)
             check(model)
-            await self._tell_of_adapters(channel)
+            async with self._naming:
+                # Before it gets requests; nothing changes meanwhile.
+                if self._names != SetAdapterNames():
+                    await channel.set_adapter_names(self._names, LOOK_S * 5)
+                self.model = model
+                self.replicas[index] = Replica(channel, answered=time.monotonic())
+                self.routing.mark_live(index)
         except BaseException:
             channel.close()
             raise
-        self.model = model
-        self.replicas[index] = Replica(channel, answered=time.monotonic())
-        self.routing.mark_live(index)
         self._pollers[index] = asyncio.create_task(self._poll(self.replicas[index]))
 
     def detach(self, index: int, reason: str = "the engine has exited") -> None:
@@ -198,41 +205,59 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str) -> AdapterInfo:
         """See `Engine`; a replica that starts later is told too."""
-        answers = await self._ask_all(lambda c: c.load_adapter(name, path, LOAD_S))
-        self._adapters[name] = path
+        async with self._naming:
+            answers = await self._tell_all(lambda c: c.load_adapter(name, path, LOAD_S))
+            names = dict(self._names.aliases)
+            names.pop(name, None)
+            if path and inner_name(name, path) != name:
+                names[name] = inner_name(name, path)
+                unloaded = self._names.unloaded
+            else:
+                unloaded = self._names.unloaded - {name}
+            self._names = SetAdapterNames(frozenset(names.items()), unloaded)
         return answers[0]
 
     async def unload_adapter(self, name: str) -> None:
         """See `Engine`; a replica that starts later is told too."""
-        await self._ask_all(lambda channel: channel.unload_adapter(name, LOOK_S * 5))
-        self._adapters[name] = None
+        async with self._naming:
+            await self._tell_all(lambda channel: channel.unload_adapter(name, LOAD_S))
+            aliases = frozenset(one for one in self._names.aliases if one[0] != name)
+            self._names = SetAdapterNames(aliases, self._names.unloaded | {name})
 
-    async def _ask_all(self, ask: Callable[[EngineChannel], Awaitable[T]]) -> list[T]:
-        """What each replica answers that is there.
+    async def _tell_all(self, tell: Callable[[EngineChannel], Awaitable[T]]) -> list[T]:
+        """What each replica answers that is there; where one does not do it, none does.
 
         Raises:
-            ApiError: one of them refuses, or none answers.
+            ApiError: one of them refuses or does not answer, or none is there.
         """
-        channels = [c for i in self.routing.live if (c := self.replicas[i].channel) is not None]
-        answers = await asyncio.gather(*map(ask, channels), return_exceptions=True)
-        found: list[T] = []
-        for answer in answers:
-            if not isinstance(answer, BaseException):
-                found.append(answer)
-            elif not isinstance(answer, TimeoutError | EngineExitedError):
-                raise answer
-        if not found:
+        channels = self._channels()
+        answers = await asyncio.gather(*map(tell, channels), return_exceptions=True)
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failed:
+            again = (c.set_adapter_names(self._names, LOOK_S * 5) for c in channels)
+            await asyncio.gather(*again, return_exceptions=True)
+            refused = [error for error in failed if isinstance(error, ApiError)]
+            raise refused[0] if refused else self.unavailable()
+        if not answers:
             raise self.unavailable()
+        return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+    async def _ask_all(self, ask: Callable[[EngineChannel], Awaitable[T]]) -> list[T]:
+        """What each replica answers that does.
+
+        Raises:
+            ApiError: none does.
+        """
+        answers = await asyncio.gather(*map(ask, self._channels()), return_exceptions=True)
+        found = [answer for answer in answers if not isinstance(answer, BaseException)]
+        if not found:
+            refused = [error for error in answers if isinstance(error, ApiError)]
+            raise refused[0] if refused else self.unavailable()
         return found
 
-    async def _tell_of_adapters(self, channel: EngineChannel) -> None:
-        """What was commanded before a replica started."""
-        for name, path in self._adapters.items():
-            with suppress(ApiError):  # its file has gone since, say
-                if path is None:
-                    await channel.unload_adapter(name, LOAD_S)
-                else:
-                    await channel.load_adapter(name, path, LOAD_S)
+    def _channels(self) -> list[EngineChannel]:
+        """To the replicas that are there."""
+        return [c for i in self.routing.live if (c := self.replicas[i].channel) is not None]
 
     def unavailable(self) -> ApiError:
         if self.routing.live:

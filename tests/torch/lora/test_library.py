@@ -13,8 +13,11 @@ from krea2_srt.engine.cost import roofline
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.errors import AdapterError, RequestError, UnknownAdapterError
+from krea2_srt.lora import library as library_module
+from krea2_srt.lora.files import UnreadableError
 from krea2_srt.lora.library import FRESH_S, AdapterLibrary
 from krea2_srt.lora.pool import AdapterPool
+from krea2_srt.messages import SetAdapterNames
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.request import AdapterChoice, AdapterUse, ImageRequest
 from krea2_srt.runner.executor import RunnerExecutor
@@ -73,9 +76,16 @@ class Served:
         return use
 
     def list(self):
+        self.age()
         listing = self.library.listing()
         wait_until(listing.done, poll_s=0.002)
         return {info.name: info for info in self.library.infos(listing)}
+
+    def load(self, name: str, path: str = ""):
+        read = self.library.read(name, path)
+        wait_until(lambda: read.done, poll_s=0.002)
+        self.library.collect()
+        return self.library.serve(name, path, read)
 
 
 @pytest.fixture
@@ -143,8 +153,7 @@ def test_a_name_that_leads_elsewhere_is_unknown(name, served):
 def test_other_names_are_given_and_taken_away(served):
     library = served.library
     use = served.ask("a")
-    served.wait(library.read("z", "a.safetensors"))
-    info = library.serve("z", "a.safetensors")
+    info = served.load("z", "a.safetensors")
     assert (info.name, info.digest, info.rank) == ("z", use.digest, 4)
     assert served.ask("z").digest == use.digest
     assert set(served.list()) == {"a", "b", "c", "z"}
@@ -152,20 +161,20 @@ def test_other_names_are_given_and_taken_away(served):
     with pytest.raises(UnknownAdapterError):
         served.ask("a")
     assert set(served.list()) == {"b", "c", "z"}
-    with pytest.raises(UnknownAdapterError):
-        library.unload("a")
-    served.wait(library.read("a", ""))
-    library.serve("a", "")
+    served.load("a")
     assert served.ask("a").digest == use.digest
     library.unload("z")
     assert set(served.list()) == {"a", "b", "c"}
 
 
 def test_a_name_is_given_once(served):
-    served.ask("a")
-    served.ask("b")
     with pytest.raises(RequestError, match="lora_name: 'b' is another adapter's; unload"):
-        served.library.read("b", "a")
+        served.load("b", "a")  # whether anybody has asked for it or not
+    served.load("z", "a")
+    with pytest.raises(RequestError, match="lora_name: 'z' is another adapter's; unload"):
+        served.load("z", "b")
+    with pytest.raises(RequestError, match="lora_path: there is no adapter 'nope' in the folder"):
+        served.load("y", "nope")
     with pytest.raises(RequestError, match=r"lora_path: '\.\./x' cannot be an adapter's"):
         served.library.read("z", "../x")
 
@@ -278,3 +287,75 @@ def test_nine_adapters_on_fewer_places_whatever_happens(seed, places, loaded, fi
             alone[image] = executor.take_pixels(again.sequences[0]).astype(int)
         assert abs(picture.astype(int) - alone[image]).max() <= 1, image
     served.library.close()
+
+
+def test_names_that_are_told_need_no_files_and_never_mean_others(served):
+    use = served.ask("b")
+    names = SetAdapterNames(frozenset({("z", "a"), ("y", "gone"), ("c", "gone")}), frozenset({"b"}))
+    served.library.set_names(names)
+    assert served.ask("z").digest == served.ask("a").digest != use.digest
+    for name in ("y", "b", "c"):
+        with pytest.raises(UnknownAdapterError):
+            served.ask(name)
+    assert set(served.list()) == {"a", "z"}, "c is not the folder's own again"
+
+
+def test_what_passes_is_not_kept_for_an_error(served, monkeypatch):
+    def fails(*args, **kwargs):
+        raise UnreadableError("adapter a: it cannot be read: Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library_module, "read_adapter", fails)
+        with pytest.raises(AdapterError, match="Permission denied"):
+            served.ask("a")
+    assert served.ask("a").digest
+
+
+def test_an_error_names_what_was_asked_for(served):
+    (served.folder / "secret.safetensors").write_bytes(b"x")
+    served.library.set_names(SetAdapterNames(frozenset({("z", "secret")})))
+    with pytest.raises(AdapterError, match=r"^adapter z: the file is damaged"):
+        served.ask("z")
+    assert "secret" not in served.list()["z"].error
+
+
+def test_equal_files_are_one_adapter_on_the_host(served):
+    served.put("copy", 0)
+    first, second = (
+        served.library.ask([AdapterChoice("a")]),
+        served.library.ask([AdapterChoice("copy")]),
+    )
+    held = [served.wait(one)[1][0] for one in (first, second)]
+    assert held[0] is held[1]
+    assert served.pool.reads == 1
+
+
+def test_a_request_may_be_first_to_look_at_what_was_read(served):
+    awaited = served.library.ask([AdapterChoice("a")])
+    wait_until(lambda: awaited.done, poll_s=0.002)
+    (use,), _ = awaited.result()
+    assert served.pool.find([use]), "whoever collects it later"
+    served.pool.on_device.max_bytes = 0
+    assert not served.pool.fit([use.digest]), "its size is known by then"
+
+
+def test_cards_that_are_none_are_told(served):
+    card = served.folder / "a.yaml"
+    os.mkfifo(card)
+    with pytest.raises(AdapterError, match=r"^adapter a: a\.yaml is no file"):
+        served.ask("a")
+    card.unlink()
+    card.write_text("? 0x" + "f" * 6000 + "\n: 1\n")
+    served.age()
+    with pytest.raises(AdapterError, match=r"a\.yaml: a int is not known"):
+        served.ask("a")
+    assert served.list()["a"].error.startswith("adapter a: a.yaml: ")
+    card.write_text("x: " + "[" * 9000)
+    assert "more than 8192 bytes" in served.list()["a"].error
+
+
+def test_unknown_names_leave_nothing(served):
+    for number in range(50):
+        with pytest.raises(UnknownAdapterError):
+            served.ask(f"unknown-{number}")
+    assert len(served.library._looked) == len(served.library._known) == 0
