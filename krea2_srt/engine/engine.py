@@ -327,7 +327,7 @@ class Engine:
             raise RequestError(
                 "num_images", f"must be between 1 and {limits.max_images}, got {num_images}"
             )
-        _check_urgency(priority, deadline_s)
+        check_urgency(priority, deadline_s)
         now = self._clock()
         request = Request(
             request_id,
@@ -458,7 +458,12 @@ class Engine:
         logger.warning("krea2-srt: %s failed: %s", what, first_line(error), exc_info=not known)
 
 
-def _check_urgency(priority: int, deadline_s: float | None) -> None:
+def check_urgency(priority: int, deadline_s: float | None) -> None:
+    """Check what `Engine.submit` is told of a request's urgency.
+
+    Raises:
+        RequestError: naming what is wrong.
+    """
     if not isinstance(priority, int) or isinstance(priority, bool):
         raise RequestError("priority", f"must be a whole number, got {priority!r}")
     check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)

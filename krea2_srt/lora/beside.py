@@ -9,6 +9,7 @@ images with other adapters, or with none, can be in the same pack.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from krea2_srt.kernels.quantize import QuantizedTokens, Tokens
@@ -38,6 +39,13 @@ class PackDeltas:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = tuple(runs)
+        # One after another and equally long, as images of one size are: one product for all.
+        length = runs[0].end - runs[0].start
+        self._is_even = all(
+            run.start == runs[0].start + number * length and run.end == run.start + length
+            for number, run in enumerate(runs)
+        )
+        self._at_once: dict[nn.Module, tuple[Tensor, Tensor, Tensor] | None] = {}
         self._touched = {
             m for run in runs for adapter, _ in run.adapters.uses for m in adapter.factors
         }
@@ -65,9 +73,39 @@ class PackDeltas:
         return linear in self._touched
 
     def add(self, linear: nn.Module, x: Tokens, out: Tensor) -> None:
-        if linear in self._touched:
-            for run in self.runs:
-                _add(run.adapters, linear, _rows(x, run.start, run.end), out[run.start : run.end])
+        if linear not in self._touched:
+            return
+        if linear not in self._at_once:
+            self._at_once[linear] = self._stacked(linear)
+        if (stacked := self._at_once[linear]) is not None:
+            self._add_at_once(*stacked, x, out)
+            return
+        for run in self.runs:
+            _add(run.adapters, linear, _rows(x, run.start, run.end), out[run.start : run.end])
+
+    def _stacked(self, linear: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The factors of all runs, so that two products do for all; None where they are of
+        different shapes.
+
+        Returns:
+            [runs, in, ranks], [runs, ranks, rows of the matrix], and scales [runs, 1, ranks].
+        """
+        if not self._is_even or len(self.runs) == 1:
+            return None
+        joined = [j for run in self.runs if (j := _joined(run.adapters, linear)) is not None]
+        if len(joined) < len(self.runs) or len({len(j.down) for j in joined}) > 1:
+            return None
+        downs, ups = torch.stack([j.down for j in joined]), torch.stack([j.up for j in joined])
+        scales = torch.stack([j.scales for j in joined])[:, None]
+        return downs.transpose(1, 2).contiguous(), ups, scales
+
+    def _add_at_once(
+        self, downs: Tensor, ups: Tensor, scales: Tensor, x: Tokens, out: Tensor
+    ) -> None:
+        start, stop, count = self.runs[0].start, self.runs[-1].end, len(self.runs)
+        rows = _plain(_rows(x, start, stop), downs.dtype)
+        narrow = torch.bmm(rows.view(count, -1, rows.shape[-1]), downs).mul_(scales)
+        out[start:stop].view(count, -1, out.shape[-1]).baddbmm_(narrow, ups)
 
 
 class UniformDeltas:
@@ -95,6 +133,36 @@ class UniformDeltas:
             _add(self._adapters, linear, x, out.view(-1, out.shape[-1]))
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """Several adapters of a matrix as one with the sum of their ranks.
+
+    Attributes:
+        down: [ranks, in].
+        up: [ranks, rows of the matrix].
+        scales: [ranks].
+    """
+
+    down: Tensor
+    up: Tensor
+    scales: Tensor
+
+
+def _joined(adapters: AdapterSet, linear: nn.Module) -> _Joined | None:
+    """None where one does not have its ups in one, or none changes the matrix."""
+    own = [(a, scale) for a, scale in adapters.uses if linear in a.factors]
+    if not own or not all(linear in adapter.ups for adapter, _ in own):
+        return None
+    downs, ups = zip(*((a.downs[linear], a.ups[linear]) for a, _ in own), strict=True)
+    scales = [scale for (_, scale), down in zip(own, downs, strict=True) for _ in range(len(down))]
+    down, up = (some[0] if len(own) == 1 else torch.cat(some) for some in (downs, ups))
+    return _Joined(down, up, torch.tensor(scales, dtype=up.dtype))
+
+
+def _plain(x: Tokens, dtype: torch.dtype) -> Tensor:
+    return (x.dequantized() if isinstance(x, QuantizedTokens) else x).to(dtype)
+
+
 def _rows(x: Tokens, start: int, end: int) -> Tokens:
     if isinstance(x, QuantizedTokens):
         return QuantizedTokens(x.values[start:end], x.scale[start:end])
@@ -109,9 +177,11 @@ def _add(adapters: AdapterSet, linear: nn.Module, x: Tokens, out: Tensor) -> Non
             continue
         down, start = adapter.downs[linear], 0
         if plain is None:
-            dequantized = x.dequantized() if isinstance(x, QuantizedTokens) else x
-            plain = dequantized.to(down.dtype)
+            plain = _plain(x, down.dtype)
         narrow = plain @ down.t()
+        if (up := adapter.ups.get(linear)) is not None:
+            out.addmm_(narrow, up, alpha=scale)
+            continue
         for factor in adapter.factors[linear]:
             own = narrow[:, start : start + factor.rank]
             out[:, factor.start : factor.stop].addmm_(own, factor.up.t(), alpha=scale)

@@ -24,6 +24,9 @@ class PlacedAdapter:
         factors: of each matrix that it changes, all on one device, in the model's compute dtype.
         downs: [ranks of all, in] of each: those that the factors' are parts of, to be multiplied
             with in one go.
+        ups: [ranks of all, rows of the matrix] of each, with zeros where a factor changes nothing:
+            one product in place of one for each, which a CPU is twice as fast at. None on a GPU,
+            where they would take twice the memory.
         touches_text: whether it changes what becomes of a prompt.
         touches_time: whether it changes what becomes of a schedule.
     """
@@ -32,6 +35,7 @@ class PlacedAdapter:
     digest: str
     factors: Mapping[nn.Module, tuple[Factor, ...]]
     downs: Mapping[nn.Module, Tensor]
+    ups: Mapping[nn.Module, Tensor]
     touches_text: bool
     touches_time: bool
 
@@ -47,18 +51,29 @@ class PlacedAdapter:
         linears = {name: m for name, m in dit.named_modules() if isinstance(m, Linear)}
         factors: dict[nn.Module, tuple[Factor, ...]] = {}
         downs: dict[nn.Module, Tensor] = {}
+        ups: dict[nn.Module, Tensor] = {}
         for name, found in adapter.matrices.items():
             linear = linears.get(name)
             if linear is None or not all(_fits(factor, linear) for factor in found):
                 raise AdapterError(f"adapter {adapter.name}: its {name} is not this model's")
             downs[linear] = _ready(_down(found, linear), linear)
-            ups = [_ready(factor.up, linear) for factor in found]
-            factors[linear] = _parts(downs[linear], zip(ups, found, strict=True))
+            if linear.weight.device.type == "cpu":
+                ups[linear] = _ready(_up(found, linear), linear)
+                own = _parts_of(ups[linear], found)
+            else:
+                own = [_ready(factor.up, linear) for factor in found]
+            factors[linear] = _parts(downs[linear], zip(own, found, strict=True))
         text = set(dit.text_fusion.modules())
         time = {dit.time_linear_1, dit.time_linear_2, dit.time_mod_proj}
         touched = factors.keys()
         return cls(
-            adapter.name, adapter.digest, factors, downs, bool(touched & text), bool(touched & time)
+            adapter.name,
+            adapter.digest,
+            factors,
+            downs,
+            ups,
+            bool(touched & text),
+            bool(touched & time),
         )
 
     def to(self, device: torch.device) -> "PlacedAdapter":
@@ -75,7 +90,10 @@ class PlacedAdapter:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of its factors."""
+        """Bytes that it takes."""
+        if self.ups:
+            both = (*self.downs.values(), *self.ups.values())
+            return sum(tensor.nbytes for tensor in both)
         return sum(factor.nbytes for some in self.factors.values() for factor in some)
 
 
@@ -91,6 +109,24 @@ def _down(factors: Sequence[Factor], linear: Linear) -> Tensor:
         # Its tokens come rotated: a rotation of both factors of a product leaves that as it was.
         return rotate(down, linear.format.rotation)
     return down
+
+
+def _up(factors: Sequence[Factor], linear: Linear) -> Tensor:
+    """Those of all factors, each in its own rows and columns."""
+    ranks = sum(factor.rank for factor in factors)
+    found = torch.zeros(ranks, len(linear.weight))
+    for part, factor in zip(_parts_of(found, factors), factors, strict=True):
+        part.copy_(factor.up)
+    return found
+
+
+def _parts_of(up: Tensor, factors: Iterable[Factor]) -> list[Tensor]:
+    """The factors' own in `_up`."""
+    found, start = [], 0
+    for factor in factors:
+        found.append(up[start : start + factor.rank, factor.start : factor.stop].t())
+        start += factor.rank
+    return found
 
 
 def _ready(tensor: Tensor, linear: Linear) -> Tensor:

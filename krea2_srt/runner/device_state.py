@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from krea2_srt.engine.lifecycle import Sequence
+from krea2_srt.lora.beside import PackDeltas
 from krea2_srt.lora.placed import NO_ADAPTERS, AdapterSet
 from krea2_srt.model.schedule import Schedule
 from krea2_srt.runner.schedule_modulation import ScheduleModulation
@@ -27,6 +28,7 @@ class DeviceState:
         schedule: its sigmas.
         modulation: the DiT's, a row per step of the schedule; it is not held here.
         adapters: which it is generated with.
+        deltas: what adapters add to the pack that it leads, while it does.
         tokens: float32 [rows * columns, 64], the noisy patches at the current step; None until the
             first one begins, so that what waits takes no memory.
         velocity: of the last step, like tokens; kept where somebody wants previews.
@@ -40,6 +42,7 @@ class DeviceState:
     schedule: Schedule
     modulation: ScheduleModulation
     adapters: AdapterSet = NO_ADAPTERS
+    deltas: PackDeltas | None = None
     tokens: Tensor | None = None
     velocity: Tensor | None = None
     decode: SideJob | None = None
@@ -72,7 +75,7 @@ class DeviceState:
     def release(self) -> None:
         """Let go of everything but pixels that wait to be taken."""
         self.contexts, self.tokens, self.velocity, self.decode = (), None, None, None
-        self.adapters = NO_ADAPTERS
+        self.adapters, self.deltas = NO_ADAPTERS, None
         self.modulation.release()
 
 

@@ -228,7 +228,12 @@ class ForwardBatch:
 
     def deltas(self, pack: Pack) -> PackDeltas | None:
         """What adapters add, to both branches under guidance; None if no sequence has any."""
-        return PackDeltas.of(pack.segments.spans, (s.adapters for s in self.owners))
+        deltas = PackDeltas.of(pack.segments.spans, (s.adapters for s in self.owners))
+        lead = self.owners[0]
+        # Those of its last step, where the pack is as it was: they remember what they have joined.
+        if deltas is None or lead.deltas is None or lead.deltas.runs != deltas.runs:
+            lead.deltas = deltas
+        return lead.deltas
 
     @property
     def tokens(self) -> list[Tensor]:

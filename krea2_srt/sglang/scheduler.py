@@ -31,7 +31,7 @@ from sglang.multimodal_gen.runtime.pipelines_core import Req
 from sglang.multimodal_gen.runtime.pipelines_core.schedule_batch import OutputBatch
 from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
-from krea2_srt.engine.engine import Engine
+from krea2_srt.engine.engine import Engine, check_urgency
 from krea2_srt.engine.events import Ended, Event, Progress, Started
 from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.turn_log import TurnLog
@@ -289,6 +289,7 @@ class Krea2Scheduler(Scheduler):
             if not exchange.adapters:
                 self._enter(exchange, images, *self._defaults.of(exchange))
                 return
+            check_urgency(exchange.priority, exchange.deadline_s)
             arrived = time.monotonic()
             self._adapters.ask(
                 exchange,
@@ -329,11 +330,13 @@ class Krea2Scheduler(Scheduler):
             Krea2Error, ValueError: it is refused.
         """
         deadline_s = exchange.deadline_s
+        if deadline_s is not None and waited_s:
+            deadline_s = max(0.0, deadline_s - waited_s)
         request = self._engine.submit(
             f"{exchange.request_id}#{next(self._numbers)}",
             [replace(image, adapters=adapters) for image in images] if adapters else images,
             exchange.priority,
-            deadline_s if deadline_s is None else max(0.0, deadline_s - waited_s),
+            deadline_s,
         )
         exchange.held = held
         self._exchanges[request] = exchange

@@ -117,7 +117,7 @@ def _base_requests(
     for file in files:
         ours.picture(file.stem)
     times: dict[str, list[float]] = {"with adapters about": [], "without": []}
-    for number in range(2 * rounds):
+    for number in range(4 * rounds):
         order = [("with adapters about", ours), ("without", plain)]
         for name, client in order if number % 2 else reversed(order):
             times[name].append(round(client.seconds(seed=number) * 1e3, 1))

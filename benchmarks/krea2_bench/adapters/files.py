@@ -31,9 +31,9 @@ def write_adapter(transformer: Path, file: Path, seed: int, rank: int = RANK) ->
                 if len(shape) != 2 or name == key or name.startswith(_FUSION):
                     continue
                 out, width = shape
-                # As large as what a short training gives: a hundredth of the matrix, about.
+                # So large that pictures with and without can be told apart, and are still pictures.
                 down = torch.randn(rank, width, generator=generator) / width**0.5
-                up = torch.randn(out, rank, generator=generator) * 0.01
+                up = torch.randn(out, rank, generator=generator) * 0.05
                 tensors[f"transformer.{name}.lora_A.weight"] = down.bfloat16()
                 tensors[f"transformer.{name}.lora_B.weight"] = up.bfloat16()
     metadata = {"transformer.r": rank, "transformer.lora_alpha": rank}

@@ -17,6 +17,7 @@ def harness():
 def scheduler(harness):
     """What the loop looks at, around a real engine."""
     from krea2_srt.sglang.scheduler import Krea2Scheduler
+    from krea2_srt.sglang.served_adapters import ServedAdapters
 
     class Asleep(Krea2Scheduler):
         def __init__(self):
@@ -24,6 +25,7 @@ def scheduler(harness):
             self.worker = SimpleNamespace(is_sleeping=lambda: self.asleep)
             self._engine = harness.engine
             self._inflight_finalizes = []
+            self._adapters = ServedAdapters(None)
             self.replies = []
             self._replies = SimpleNamespace(
                 reply=lambda identity, payload, output: self.replies.append(output.error)

@@ -19,6 +19,7 @@ class RecordedExchange:
 
     ASLEEP = "asleep"
     priority, deadline_s, request_id, identity = 0, None, "id", CLIENT
+    adapters, held = frozenset(), None
 
     def __init__(self, failing: str = "") -> None:
         self.failing = failing
@@ -59,6 +60,7 @@ class RecordedExchange:
 def scheduler():
     """What handles exchanges, around a real engine on a fake executor."""
     from krea2_srt.sglang.scheduler import Krea2Scheduler
+    from krea2_srt.sglang.served_adapters import ServedAdapters
 
     harness = Harness()
     harness.executor.take_pixels = lambda sequence: None
@@ -66,6 +68,8 @@ def scheduler():
     scheduler._engine, scheduler._executor = harness.engine, harness.executor
     scheduler._limits, scheduler._numbers = RequestLimits(), iter(range(9))
     scheduler._exchanges, scheduler._inflight_finalizes = {}, deque()
+    scheduler._adapters = ServedAdapters(None)
+    scheduler._defaults = SimpleNamespace(of=lambda exchange: (frozenset(), None))
     scheduler.worker = SimpleNamespace(is_sleeping=lambda: False)
     return scheduler
 
@@ -129,3 +133,29 @@ def test_sglangs_metrics_count_what_its_client_has_left_behind():
     assert under_way
     exchange.abandoned(RequestCancelledError("gone"))
     assert not under_way
+
+
+@pytest.mark.parametrize(
+    ("identity", "answer"), [(CLIENT, "abandoned"), (b"other", "failed"), (None, "abandoned")]
+)
+def test_who_waits_for_an_adapter_ends_as_others_do(scheduler, identity, answer):
+    from krea2_srt.messages import Cancel
+
+    exchange = RecordedExchange()
+    scheduler._adapters.wait_for(lambda: False, lambda: None, exchange.failed, exchange)
+    if identity is None:
+        scheduler.receiver = SimpleNamespace(pop_disconnected=lambda: {CLIENT})
+        scheduler._cancel_lost()
+    else:
+        scheduler._cancel(identity, Cancel(exchange.request_id))
+    assert exchange.answers == [answer]
+    assert not scheduler._adapters.waiting
+
+
+def test_a_server_that_drains_waits_for_no_adapter(scheduler):
+    exchange = RecordedExchange()
+    scheduler._adapters.wait_for(lambda: False, lambda: None, exchange.failed, exchange)
+    assert not scheduler._finished()
+    scheduler._engine.drain()
+    assert scheduler._finished()
+    assert exchange.answers == ["failed"]
