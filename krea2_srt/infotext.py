@@ -31,14 +31,15 @@ def infotext(image: ImageRequest, model: str) -> str:
         "Guidance scale": repr(float(image.guidance)),
         "Version": f"krea2-srt {__version__}",
     }
-    prompt = image.prompt + "".join(f" {tag}" for tag in _tags(image))
+    uses = sorted(image.adapters, key=lambda use: (use.name, use.digest))
+    # As A1111's prompts name them, for who sends it again.
+    prompt = image.prompt + "".join(f" <lora:{use.name}:{use.scale!r}>" for use in uses)
     lines = [prompt]
     if image.negative_prompt:
         lines.append(f"{_NEGATIVE} {image.negative_prompt}")
     if image.mu is not None:
         settings["Mu"] = repr(image.mu)
-    if image.adapters:
-        uses = sorted(image.adapters, key=lambda use: (use.name, use.digest))
+    if uses:
         # Twelve digits are what A1111 calls a hash of an adapter.
         hashes = ", ".join(f"{use.name}: {use.digest[:12]}" for use in uses)
         scales = ", ".join(f"{use.name}: {use.scale!r}" for use in uses)
@@ -50,12 +51,6 @@ def infotext(image: ImageRequest, model: str) -> str:
         settings |= {name: json.dumps(text, ensure_ascii=False) for name, text in prompts.items()}
     lines.append(", ".join(f"{name}: {value}" for name, value in settings.items()))
     return "\n".join(lines)
-
-
-def _tags(image: ImageRequest) -> list[str]:
-    """A request's adapters as A1111's prompts name them."""
-    uses = sorted(image.adapters, key=lambda use: (use.name, use.digest))
-    return [f"<lora:{use.name}:{use.scale!r}>" for use in uses]
 
 
 def _is_read_as_it_is(prompt: str) -> bool:

@@ -9,13 +9,13 @@ one alone. `Cancel` has no answer: who sends it has stopped listening. Everythin
 """
 
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from krea2_srt.errors import foreign
-from krea2_srt.request import AdapterChoice, AdapterUse, ImageRequest, RequestLimits
+from krea2_srt.request import AdapterChoice, AdapterUse, ImageRequest, RequestLimits, inner_name
 
 _CARRIED = " ".join(
     field.name
@@ -206,6 +206,19 @@ class SetAdapterNames:
     aliases: frozenset[tuple[str, str]] = frozenset()
     unloaded: frozenset[str] = frozenset()
     version: str = VERSION
+
+    def after_load(self, name: str, path: str) -> "SetAdapterNames":
+        """These after a `LoadAdapter`."""
+        inner = inner_name(name, path)
+        aliases = frozenset(alias for alias in self.aliases if alias[0] != name)
+        if inner != name:
+            return replace(self, aliases=aliases | {(name, inner)})
+        return replace(self, aliases=aliases, unloaded=self.unloaded - {name})
+
+    def after_unload(self, name: str) -> "SetAdapterNames":
+        """These after an `UnloadAdapter`."""
+        aliases = frozenset(alias for alias in self.aliases if alias[0] != name)
+        return replace(self, aliases=aliases, unloaded=self.unloaded | {name})
 
 
 Command = GetStatistics | GetModel | GetAdapters | LoadAdapter | UnloadAdapter | SetAdapterNames

@@ -28,7 +28,7 @@ class NoAdapterError(AdapterError):
 
 
 Stamp = tuple[tuple[int, int, int], ...]
-"""What differs once one of some files is replaced or written to."""
+"""What differs once one of some files is replaced or written to: inode, bytes and time of each."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,6 @@ class AdapterFiles:
         # It is that of PEFT's own file, or else of all that lie beside it, as SGLang takes it.
         own = path.name == _PEFT_WEIGHTS or not (path.parent / _PEFT_WEIGHTS).exists()
         return cls(path, config if own and config.is_file() else None)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of them.
-
-        Raises:
-            OSError: one is gone.
-        """
-        return sum(file.stat().st_size for file in (self.weights, self.config) if file is not None)
 
     def stamp(self) -> Stamp:
         """The stamp of the files as they are now.

@@ -116,9 +116,7 @@ class AdapterLibrary:
         self._known: dict[str, LibraryAdapter] = {}
         self._looked: dict[str, float] = {}
         self._looking: dict[str, Future[LibraryAdapter]] = {}
-        # Names that were given by hand, and those of the folder that were taken away.
-        self._aliases: dict[str, str] = {}
-        self._unloaded: set[str] = set()
+        self.set_names(SetAdapterNames())
 
     def ask(self, choices: Collection[AdapterChoice]) -> "AwaitedAdapters":
         """Have adapters read that are not there as they are now."""
@@ -196,24 +194,23 @@ class AdapterLibrary:
             if there or self._aliases.get(name, inner) != inner:
                 text = f"{name!r} is another adapter's; unload that one first"
                 raise RequestError("lora_name", text)
-            self._aliases[name] = inner
-        else:
-            self._aliases.pop(name, None)
-            self._unloaded.discard(name)
+        self.set_names(self._names.after_load(name, path))
         return self._located(self._known[inner].info(name))
 
     def unload(self, name: str) -> None:
         """Serve no adapter under a name any more; its file stays, and other names of it."""
-        inner = self._aliases.pop(name, name)
-        self._unloaded.add(name)
+        inner = self._aliases.get(name, name)
+        self.set_names(self._names.after_unload(name))
         if inner in self._known:
             self._pool.drop(self._known[inner].digest)
 
     def set_names(self, names: SetAdapterNames) -> None:
-        """What `serve` and `unload` have come to elsewhere; a file that is missing stays missing
-        under its other name.
+        """What `serve` and `unload` have come to, here or elsewhere; a file that is missing stays
+        missing under its other name.
         """
-        self._aliases, self._unloaded = dict(names.aliases), set(names.unloaded)
+        self._names = names
+        # Those that were given by hand, and those of the folder that were taken away.
+        self._aliases, self._unloaded = dict(names.aliases), names.unloaded
 
     def listing(self) -> "Future[dict[str, LibraryAdapter]]":
         """Have the folder looked through, for `infos`; what is fresh is taken again."""
@@ -412,7 +409,8 @@ def _at(folder: Path, name: str, cards: _Cards) -> LibraryAdapter:
         raise UnknownAdapterError(name) from None
     except AdapterError as error:
         return LibraryAdapter(folder / name, (), 0, AdapterCard(), error=_without(name, error))
-    found = LibraryAdapter(path, files.stamp(), files.nbytes, AdapterCard())
+    stamp = files.stamp()
+    found = LibraryAdapter(path, stamp, sum(size for _, size, _ in stamp), AdapterCard())
     card = _card(folder, name, cards)
     if isinstance(card, AdapterCard):
         return replace(found, card=card)

@@ -22,7 +22,6 @@ from krea2_srt.messages import (
     ProgressUpdate,
     SetAdapterNames,
 )
-from krea2_srt.request import inner_name
 from krea2_srt.routing import ReplicaExited, Replicas, adapters_ms, image_ms
 
 logger = logging.getLogger(__name__)
@@ -207,22 +206,14 @@ class EngineClient:
         """See `Engine`; a replica that starts later is told too."""
         async with self._naming:
             answers = await self._tell_all(lambda c: c.load_adapter(name, path, LOAD_S))
-            names = dict(self._names.aliases)
-            names.pop(name, None)
-            if path and inner_name(name, path) != name:
-                names[name] = inner_name(name, path)
-                unloaded = self._names.unloaded
-            else:
-                unloaded = self._names.unloaded - {name}
-            self._names = SetAdapterNames(frozenset(names.items()), unloaded)
+            self._names = self._names.after_load(name, path)
         return answers[0]
 
     async def unload_adapter(self, name: str) -> None:
         """See `Engine`; a replica that starts later is told too."""
         async with self._naming:
             await self._tell_all(lambda channel: channel.unload_adapter(name, LOAD_S))
-            aliases = frozenset(one for one in self._names.aliases if one[0] != name)
-            self._names = SetAdapterNames(aliases, self._names.unloaded | {name})
+            self._names = self._names.after_unload(name)
 
     async def _tell_all(self, tell: Callable[[EngineChannel], Awaitable[T]]) -> list[T]:
         """What each replica answers that is there; where one does not do it, none does.
