@@ -10,11 +10,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from krea2_srt.errors import AdapterError, CheckpointError
+from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.prefixes import without_prefix
+from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.weights import (
     WeightDelta,
     WeightSlot,
@@ -22,10 +27,10 @@ from krea2_srt.model.weights import (
     checkpoint_files,
     load_weights,
     parse_json,
-    tensor_shapes,
 )
 
 _STEM = "diffusion_pytorch_model"
+_DIFFUSERS_BLOCKS = "transformer_blocks."
 
 # Fragments of tensor names, original | Diffusers. Each maps one name to one name both ways.
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -100,7 +105,7 @@ def load_dit(
     """Load a DiT straight onto its device.
 
     Args:
-        path: a ``transformer/`` folder in Diffusers layout, or an original ``.safetensors`` file.
+        path: a ``transformer/`` folder in Diffusers layout, or a single file.
         device: where the weights go.
         dtype: compute dtype; norms and modulation tables stay float32.
         quantization: of the blocks' matrices, each quantised as it is read.
@@ -112,8 +117,16 @@ def load_dit(
         ConfigError: the quantization does not fit the model.
         AdapterError: the deltas are another model's.
     """
-    load = _load_original if path.is_file() else _load_folder
-    return load(path, device, dtype, quantization, deltas)
+    files = [path] if path.is_file() else checkpoint_files(path, _STEM)
+    with open_files(files) as opened:
+        stored = _by_diffusers_name(opened.tensors, path)
+        config = _config(path, stored)
+        needed = _meta_weight_map(config, dtype)
+        check_weights(needed, shapes_of(stored), path)
+        _check_deltas(deltas, needed)
+        dit = _empty(config, device, dtype, quantization)
+        load_weights(stored, dit.weight_map(), deltas)
+    return dit
 
 
 def dit_config(path: Path) -> Krea2Config:
@@ -122,7 +135,10 @@ def dit_config(path: Path) -> Krea2Config:
     Raises:
         CheckpointError: see `load_dit`.
     """
-    return _original_config(path)[0] if path.is_file() else read_config(path)
+    if path.is_dir():
+        return read_config(path)
+    with open_files([path]) as opened:
+        return _config(path, _by_diffusers_name(opened.tensors, path))
 
 
 def read_config(folder: Path) -> Krea2Config:
@@ -130,59 +146,46 @@ def read_config(folder: Path) -> Krea2Config:
     return parse_json(folder / "config.json", Krea2Config.from_dict)
 
 
-def _load_folder(
-    folder: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None,
-    deltas: Mapping[str, WeightDelta],
-) -> Krea2DiT:
-    config = read_config(folder)
-    files = checkpoint_files(folder, _STEM)
-    needed = _meta_weight_map(config, dtype)
-    check_weights(needed, tensor_shapes(files), folder)
-    _check_deltas(deltas, needed)
-    dit = _empty(config, device, dtype, quantization)
-    load_weights(files, dit.weight_map(), deltas=deltas)
-    return dit
+def _config(path: Path, stored: Mapping[str, StoredTensor]) -> Krea2Config:
+    """A folder's own, or that which a single file's tensors speak of."""
+    if path.is_dir():
+        return read_config(path)
+    try:
+        return Krea2Config.from_shapes(shapes_of(stored))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _load_original(
-    file: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantization: Quantization | None,
-    deltas: Mapping[str, WeightDelta],
-) -> Krea2DiT:
-    config, shapes = _original_config(file)
-    needed = _meta_weight_map(config, dtype)
-    check_weights(needed, shapes, file)
-    _check_deltas(deltas, needed)
-    dit = _empty(config, device, dtype, quantization)
-    load_weights([file], dit.weight_map(), diffusers_name, deltas)
-    return dit
+def _by_diffusers_name(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
+    bare = without_prefix(tensors)
+    if any(name.startswith(_DIFFUSERS_BLOCKS) for name in bare):
+        return bare
+    tables = {
+        name: _Table(tensor) if name.endswith(".mod.lin") and len(tensor.shape) == 1 else tensor
+        for name, tensor in bare.items()
+    }
+    return renamed(tables, diffusers_name, where)
+
+
+class _Table:
+    """A block's modulation table: the original stores it flat, [6 * hidden]; same order."""
+
+    def __init__(self, flat: StoredTensor) -> None:
+        self._flat = flat
+        self.key, self.kind, self.eight_bit = flat.key, flat.kind, None
+        (size,) = flat.shape
+        self.shape = (6, size // 6) if size % 6 == 0 else flat.shape
+
+    def read(self) -> Tensor:
+        return self._flat.read().reshape(self.shape)
+
+    def read_eight_bit(self) -> QuantizedTokens:
+        raise TypeError(f"{self.key} is no matrix")
 
 
 def _check_deltas(deltas: Mapping[str, WeightDelta], needed: Mapping[str, WeightSlot]) -> None:
     if other := sorted(deltas.keys() - needed.keys()):
         raise AdapterError(f"the model has no {other[0]} that a merged adapter changes")
-
-
-def _original_config(file: Path) -> tuple[Krea2Config, dict[str, tuple[int, ...]]]:
-    """The config that a single file's tensors speak of, and their shapes by Diffusers name."""
-    stored = tensor_shapes([file])
-    shapes = {diffusers_name(name): _table_shape(name, shape) for name, shape in stored.items()}
-    try:
-        return Krea2Config.from_shapes(shapes), shapes
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-
-
-def _table_shape(original: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # Blocks store their table flat, [6 * hidden]; Diffusers as [6, hidden]. Same order.
-    if original.endswith(".mod.lin") and len(shape) == 1 and shape[0] % 6 == 0:
-        return (6, shape[0] // 6)
-    return shape
 
 
 def _meta_weight_map(config: Krea2Config, dtype: torch.dtype) -> dict[str, WeightSlot]:

@@ -132,10 +132,22 @@ class QuantizedLinear(Linear):
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0
         for name, rows in self.parts.items():
-            view, store = self.weight[start : start + rows], partial(self._store, start)
-            slot = WeightSlot(view, store=store, rows_of=self.weight, start=start)
+            slot = WeightSlot(
+                self.weight[start : start + rows],
+                store=partial(self._store, start),
+                eight_bit=self.format,
+                take=partial(self._take, start),
+                rows_of=self.weight,
+                start=start,
+            )
             yield f"{prefix}{name}.weight", slot
             start += rows
+
+    def _take(self, start: int, rows: QuantizedTokens) -> None:
+        """Put rows that are quantised already in their place from ``start`` on."""
+        place = slice(start, start + len(rows))
+        self.weight[place] = rows.values.to(self.weight.device)
+        self.scale[place] = rows.scale.to(self.scale.device)
 
     def _store(self, start: int, stored: Tensor) -> None:
         """Quantise a stored matrix into the rows from ``start`` on, some at a time."""

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.offload import offload
+from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.tensor import shapes_of
 from krea2_srt.model.weights import (
     WeightSlot,
     check_weights,
     checkpoint_files,
     load_weights,
     read_json,
-    tensor_shapes,
 )
 from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 
@@ -226,13 +227,14 @@ def load_text_encoder(
 
     model, rotary = text_model(folder, select_layers, dtype)
     files = checkpoint_files(folder, "model")
-    shapes = tensor_shapes(files)
-    root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
-    check_weights(_weight_map(model, root), shapes, folder, ignore=lambda name: True)
-    model = model.to_empty(device=device if resident else "cpu")
-    # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
-    model.rotary_emb = rotary.to(device)
-    load_weights(files, _weight_map(model, root))
+    with open_files(files) as opened:
+        shapes = shapes_of(opened.tensors)
+        root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
+        check_weights(_weight_map(model, root), shapes, folder, ignore=lambda name: True)
+        model = model.to_empty(device=device if resident else "cpu")
+        # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
+        model.rotary_emb = rotary.to(device)
+        load_weights(opened.tensors, _weight_map(model, root))
     model.requires_grad_(False).eval()
     if not resident:
         offload(text_model_units(model), device)

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
 from krea2_srt.model.layers import parameter
+from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.tensor import shapes_of
 from krea2_srt.model.weights import (
     WeightSlot,
     check_weights,
     checkpoint_files,
     load_weights,
     parse_json,
-    tensor_shapes,
 )
 
 CLASS_NAME = "AutoencoderKLQwenImage"
@@ -417,10 +418,11 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecod
     files = checkpoint_files(folder, "diffusion_pytorch_model")
     with torch.device("meta"):
         needed = VAEDecoder(config, dtype).weight_map()
-    check_weights(needed, tensor_shapes(files), folder, ignore=_not_needed)
-    with torch.device(device):
-        vae = VAEDecoder(config, dtype).eval()
-    load_weights(files, vae.weight_map())
+    with open_files(files) as opened:
+        check_weights(needed, shapes_of(opened.tensors), folder, ignore=_not_needed)
+        with torch.device(device):
+            vae = VAEDecoder(config, dtype).eval()
+        load_weights(opened.tensors, vae.weight_map())
     # Convolutions run faster on both kinds of device with channels innermost.
     return vae.to(memory_format=torch.channels_last)
 

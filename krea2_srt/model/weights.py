@@ -1,22 +1,20 @@
-"""Filling parameters from safetensors files, one tensor at a time, strictly."""
+"""Filling parameters from checkpoint files, one tensor at a time, strictly."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.stored.tensor import StoredTensor
 
 T = TypeVar("T")
-
-_DTYPES = ("BF16", "F16", "F32")
-"""Stored as numbers that mean themselves; quantised ones need scales that nobody here applies."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class WeightSlot:
         shape: shape the checkpoint must have, when it differs from the view's.
         transform: applied to the stored tensor before it is copied and cast into the view.
         store: puts the stored tensor in its place, where that is more than a copy.
+        eight_bit: what the rows are stored in, where they are stored in 8 bits.
+        take: puts rows that a checkpoint has in that format in their place as they are.
         rows_of: the fused matrix of which it is some rows; None if it is no matrix.
         start: the first of these rows.
     """
@@ -36,6 +36,8 @@ class WeightSlot:
     shape: tuple[int, ...] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     store: Callable[[Tensor], None] | None = None
+    eight_bit: TokenFormat | None = None
+    take: Callable[[QuantizedTokens], None] | None = None
     rows_of: Tensor | None = None
     start: int = 0
 
@@ -117,29 +119,6 @@ def parse_json(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in ``files``, read from the headers alone.
-
-    Raises:
-        CheckpointError: a file is truncated or not safetensors, or its weights are quantised.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    stored = tensors.get_slice(name)
-                    if stored.get_dtype() not in _DTYPES:
-                        raise CheckpointError(
-                            f"weight file {file}: {name} is {stored.get_dtype()}; "
-                            f"weights must be one of {', '.join(_DTYPES)}"
-                        )
-                    shapes[name] = tuple(stored.get_shape())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"weight file {file} is damaged: {error}") from None
-    return shapes
-
-
 def check_weights(
     weight_map: Mapping[str, WeightSlot],
     shapes: Mapping[str, tuple[int, ...]],
@@ -175,35 +154,34 @@ def check_weights(
 
 
 def load_weights(
-    files: Iterable[Path],
+    stored: Mapping[str, StoredTensor],
     weight_map: Mapping[str, WeightSlot],
-    rename: Callable[[str], str] = lambda name: name,
     deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
 ) -> None:
-    """Copy tensors from ``files`` into ``weight_map``; call `check_weights` first.
+    """Copy tensors into ``weight_map``; call `check_weights` first.
 
-    Files are opened one after another and tensors copied one after another straight into their
-    place on the device, so host memory peaks at one file above what the model itself takes.
+    One after another, straight into their place on the device, so host memory peaks at one tensor
+    above what the model itself takes.
 
     Args:
-        files: safetensors files.
-        weight_map: where each tensor goes; tensors without a slot are not read.
-        rename: from the name in the file to the name in ``weight_map``.
+        stored: what open files have, by name; tensors without a slot are not read.
+        weight_map: where each tensor goes.
         deltas: what is added to tensors before they are cast or quantised, by their names there.
     """
-    for file in files:
-        with safe_open(file, framework="pt") as tensors, torch.no_grad():
-            for stored_name in tensors.keys():  # noqa: SIM118 (not a dict)
-                name = rename(stored_name)
-                slot = weight_map.get(name)
-                if slot is None:
-                    continue
-                tensor = tensors.get_tensor(stored_name)
-                if name in deltas:
-                    tensor = deltas[name].added_to(tensor.to(slot.view.device))
-                if slot.store is not None:
-                    slot.store(tensor)
-                    continue
-                if slot.transform is not None:
-                    tensor = slot.transform(tensor)
-                slot.view.copy_(tensor.view(slot.view.shape))
+    for name, source in stored.items():
+        slot = weight_map.get(name)
+        if slot is None:
+            continue
+        if slot.take is not None and source.eight_bit == slot.eight_bit and name not in deltas:
+            slot.take(source.read_eight_bit())
+            continue
+        tensor = source.read()
+        if name in deltas:
+            tensor = deltas[name].added_to(tensor.to(slot.view.device))
+        if slot.store is not None:
+            slot.store(tensor)
+            continue
+        if slot.transform is not None:
+            tensor = slot.transform(tensor)
+        with torch.no_grad():
+            slot.view.copy_(tensor.view(slot.view.shape))

@@ -1,0 +1,1 @@
+"""Checkpoint files in every dialect that people have, as named tensors."""
