@@ -131,7 +131,12 @@ def load_dit(
         config = _config(path, stored)
         plan = _empty(config, torch.device("meta"), dtype)  # takes no memory
         needed = plan.weight_map()
-        check_weights(needed, shapes_of(stored), path)
+        check_weights(
+            needed,
+            shapes_of(stored),
+            path,
+            written=lambda name: stored[name].key if name in stored else name,
+        )
         _check_deltas(deltas, needed)
         rotations = _rotations(matrices_of(plan), stored)
         dit = _empty(config, device, dtype, quantization, rotations)
