@@ -307,7 +307,7 @@ def test_files_say_of_themselves_what_they_say(tmp_path):
 
 
 def test_reading_a_tensor_reads_that_one_only_and_once(tmp_path, monkeypatch):
-    """Of the others not even a row; weights with scales row by row, each row once."""
+    """Not a row of the others; weights with scales are read row by row, each row once."""
     from krea2_srt.model.stored.plain import PlainTensor
 
     monkeypatch.setattr(chunks, "_ELEMENTS_AT_ONCE", 10 * 256)
