@@ -87,7 +87,7 @@ class _Companions:
             stem, _, last = key.rpartition(".")
             if last == _FILE_MARKER:
                 if tensor.kind not in (*FP8, *PLAIN) or tensor.shape not in ((0,), (1,), (2,), ()):
-                    raise tensor.wrong(f"is {tensor.kind} {list(tensor.shape)}, {_not_understood}")
+                    raise tensor.wrong(f"is {tensor.kind} {list(tensor.shape)}, which is no marker")
                 self._all.add(key)
                 self.scaled = True
             elif stem and last in (*_SCALES, *_INPUT_SCALES, _MARKER):
@@ -109,9 +109,6 @@ class _Companions:
     def left(self) -> PlainTensor | None:
         """One that nobody has taken."""
         return next(iter(self._left.values()), None)
-
-
-_not_understood = f"which is not understood; {INSTEAD}"
 
 
 def _joined(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,15 +48,18 @@ class GgufTensor:
 
     def read(self) -> Tensor:
         if self.kind == "Q8_0":
-            return in_float32(self.data.shape[:1] + self._row, self._rows).view(self.shape)
+            rows = len(self._matrix)
+            shape = (rows, math.prod(self.shape) // rows)
+            return in_float32(shape, self._rows).view(self.shape)
         numbers = torch.from_numpy(np.array(self.data))
         if self.kind == "BF16":  # which numpy lacks: bytes
             numbers = numbers.view(torch.bfloat16)
         return numbers.view(self.shape)
 
     @property
-    def _row(self) -> tuple[int, ...]:
-        return (math.prod(self.shape) // self.data.shape[0],)
+    def _matrix(self) -> Any:
+        """Its bytes, row by row, whatever its dimensions are: [rows, bytes]."""
+        return self.data.reshape(-1, self.data.shape[-1])
 
     def _rows(self, rows: slice) -> Tensor:
         from gguf import GGMLQuantizationType
@@ -63,7 +67,7 @@ class GgufTensor:
 
         # Scales that are not finite show in the first picture, as those of other weights do.
         with np.errstate(invalid="ignore", over="ignore"):
-            numbers = dequantize(np.array(self.data[rows]), GGMLQuantizationType.Q8_0)
+            numbers = dequantize(np.array(self._matrix[rows]), GGMLQuantizationType.Q8_0)
         return torch.from_numpy(numbers)
 
     def read_eight_bit(self) -> QuantizedTokens:
@@ -102,7 +106,7 @@ def open_gguf(file: Path) -> tuple[dict[str, GgufTensor], Mapping[str, str]]:
             )
         shape = _shape(reader, tensor, file)
         found[tensor.name] = GgufTensor(tensor.name, shape, kind, tensor.data)
-    return found, _texts(reader)
+    return found, _texts(reader, file)
 
 
 def _shape(reader: "GGUFReader", tensor: Any, file: Path) -> tuple[int, ...]:
@@ -110,12 +114,15 @@ def _shape(reader: "GGUFReader", tensor: Any, file: Path) -> tuple[int, ...]:
     shape = tuple(int(size) for size in reversed(tensor.shape))
     field = reader.get_field(_ORIGINAL_SHAPE + tensor.name)
     if field is not None:
-        original = field.contents()
+        original = _value(field, file)
         if not isinstance(original, list) or not all(type(size) is int for size in original):
-            raise CheckpointError(f"weight file {file}: {field.name} is {original!r}, no shape")
+            raise CheckpointError(
+                f"weight file {file}: {field.name!r} is {shortened(original)}, no shape"
+            )
         if any(size < 1 for size in original) or math.prod(original) != math.prod(shape):
             raise CheckpointError(
-                f"weight file {file}: {field.name} is {original}, the tensor has {list(shape)}"
+                f"weight file {file}: {field.name!r} is {shortened(original)}, the tensor has "
+                f"{list(shape)}"
             )
         shape = tuple(original)
     if not all(shape):
@@ -125,12 +132,21 @@ def _shape(reader: "GGUFReader", tensor: Any, file: Path) -> tuple[int, ...]:
     return shape
 
 
-def _texts(reader: "GGUFReader") -> dict[str, str]:
+def _value(field: Any, file: Path) -> Any:
+    try:
+        return field.contents()
+    except UnicodeDecodeError:
+        raise CheckpointError(
+            f"weight file {file} is damaged: {field.name!r} in its header is no text"
+        ) from None
+
+
+def _texts(reader: "GGUFReader", file: Path) -> dict[str, str]:
     """The header's fields of one value."""
     from gguf import GGUFValueType
 
     return {
-        name: str(field.contents())
+        name: str(_value(field, file))
         for name, field in reader.fields.items()
         if field.types and field.types[0] != GGUFValueType.ARRAY
     }

@@ -280,6 +280,14 @@ def test_a_file_may_have_matrices_of_several_formats(tmp_path, caplog):
     assert "matrices int8_convrot, dequantised and quantised to fp8; " in line
 
 
+@pytest.mark.parametrize("shape", [(64,), (3, 2, 32)])
+def test_tensors_of_gguf_may_have_any_dimensions(tmp_path, shape):
+    meant = write_gguf({"x": torch.randn(shape)}, tmp_path / "some", chooses=lambda n, t: True)
+    with open_files([tmp_path / "some"]) as opened:
+        assert opened.tensors["x"].kind == "Q8_0"
+        assert torch.equal(opened.tensors["x"].read(), meant["x"])
+
+
 @pytest.mark.parametrize("per_row", [False, True])
 def test_kernels_of_convolutions_may_have_scales(tmp_path, per_row):
     kernels = {"conv.weight": torch.randn(6, 4, 1, 3, 3), "conv.bias": torch.randn(6)}

@@ -158,7 +158,7 @@ WRONG_FP8 = {
     "strange name": (lambda t: t.update({"a\nb": torch.zeros(1)}), "is no name of a tensor"),
     "strange file marker": (
         lambda t: t.update(scaled_fp8=torch.zeros(3)),
-        "scaled_fp8 is F32 [3], which is not understood",
+        "scaled_fp8 is F32 [3], which is no marker",
     ),
 }
 
