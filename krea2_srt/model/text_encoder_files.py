@@ -175,6 +175,12 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     try:
         vocabulary, width = shapes["embed_tokens.weight"]
         (head,) = shapes[f"{layer}self_attn.q_norm.weight"]
+        queries = shapes[f"{layer}self_attn.q_proj.weight"][0]
+        keys = shapes[f"{layer}self_attn.k_proj.weight"][0]
+        if head % 2 or queries % head or keys % head:
+            raise CheckpointError(
+                f"not a Qwen3-VL: heads of {head} channels do not make up {queries} and {keys}"
+            )
         # RoPE turns pairs of channels: of time, of height and of width. Text has the same position
         # in all three, so how they are divided changes nothing.
         spatial = 5 * (head // 2) // 16
@@ -185,8 +191,8 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             "num_hidden_layers": len(
                 {match[1] for match in map(_IN_LAYER.fullmatch, shapes) if match}
             ),
-            "num_attention_heads": shapes[f"{layer}self_attn.q_proj.weight"][0] // head,
-            "num_key_value_heads": shapes[f"{layer}self_attn.k_proj.weight"][0] // head,
+            "num_attention_heads": queries // head,
+            "num_key_value_heads": keys // head,
             "head_dim": head,
             "hidden_act": "silu",
             "attention_bias": False,
