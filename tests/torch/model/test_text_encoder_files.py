@@ -143,7 +143,7 @@ def test_names_with_any_prefix(folder, empty, tmp_path, text, vision):
 
 
 def test_a_file_with_its_config_is_its_folder(demo_model, folder, encoder, tmp_path):
-    """Of the text model alone, which nothing else would tell from a Qwen3."""
+    """It holds the text model alone, which nothing else would tell from a Qwen3."""
     file = tmp_path / "encoder.safetensors"
     write_text_encoder_file(folder, file, text="model.", vision=None, config=True)
     assert text_config(file) == text_config(folder)
