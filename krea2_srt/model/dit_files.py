@@ -1,10 +1,12 @@
-"""Loading the DiT from either released format.
+"""Loading the DiT, with the names of either release.
 
 (a) Diffusers layout: a folder with ``config.json`` and (sharded) safetensors.
-(b) The original single file (``oss_turbo`` / ``oss_raw``), whose tensors have other names.
+(b) A single file: the original (``oss_turbo`` / ``oss_raw``), whose tensors have other names, or
+    one made of it, in any of the formats and with any of the prefixes of `krea2_srt.model.stored`.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +18,10 @@ from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.matrices import Matrix, matrices_of
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.stored.files import open_files
-from krea2_srt.model.stored.prefixes import without_prefix
+from krea2_srt.model.stored.prefixes import check_no_prefix, without_prefix
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.weights import (
     WeightDelta,
@@ -29,8 +32,13 @@ from krea2_srt.model.weights import (
     parse_json,
 )
 
+logger = logging.getLogger(__name__)
+
 _STEM = "diffusion_pytorch_model"
 _DIFFUSERS_BLOCKS = "transformer_blocks."
+_ORIGINAL_BLOCKS = "blocks."
+_TENSORS_OF_A_BLOCK = 10
+"""At least."""
 
 # Fragments of tensor names, original | Diffusers. Each maps one name to one name both ways.
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -121,12 +129,33 @@ def load_dit(
     with open_files(files) as opened:
         stored = _by_diffusers_name(opened.tensors, path)
         config = _config(path, stored)
-        needed = _meta_weight_map(config, dtype)
+        plan = _empty(config, torch.device("meta"), dtype)  # takes no memory
+        needed = plan.weight_map()
         check_weights(needed, shapes_of(stored), path)
         _check_deltas(deltas, needed)
-        dit = _empty(config, device, dtype, quantization)
-        load_weights(stored, dit.weight_map(), deltas)
+        rotations = _rotations(matrices_of(plan), stored)
+        dit = _empty(config, device, dtype, quantization, rotations)
+        loaded = load_weights(stored, dit.weight_map(), deltas)
+    line = loaded.line(path, opened.notes, advise_fp8=quantization is None)
+    if line is not None:
+        logger.info("%s", line)
     return dit
+
+
+def _rotations(
+    matrices: Mapping[str, Matrix], stored: Mapping[str, StoredTensor]
+) -> dict[str, int]:
+    """How int8 matrices are rotated, by the DiT's name of them, where all their parts agree."""
+    found: dict[str, set[int | None]] = {}
+    for name, matrix in matrices.items():
+        format = stored[f"{name}.weight"].eight_bit
+        int8 = format is not None and format.dtype is torch.int8
+        found.setdefault(matrix.linear, set()).add(format.rotation if format and int8 else None)
+    return {
+        linear: rotation
+        for linear, rotations in found.items()
+        if len(rotations) == 1 and (rotation := next(iter(rotations))) is not None
+    }
 
 
 def dit_config(path: Path) -> Krea2Config:
@@ -151,14 +180,25 @@ def _config(path: Path, stored: Mapping[str, StoredTensor]) -> Krea2Config:
     if path.is_dir():
         return read_config(path)
     try:
-        return Krea2Config.from_shapes(shapes_of(stored))
+        config = Krea2Config.from_shapes(shapes_of(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if config.num_layers > len(stored) // _TENSORS_OF_A_BLOCK:
+        raise CheckpointError(f"{path}: {config.num_layers} blocks, but {len(stored)} tensors only")
+    return config
 
 
 def _by_diffusers_name(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
     bare = without_prefix(tensors)
-    if any(name.startswith(_DIFFUSERS_BLOCKS) for name in bare):
+    check_no_prefix(bare, where)
+    theirs = next((name for name in bare if name.startswith(_DIFFUSERS_BLOCKS)), None)
+    original = next((name for name in bare if name.startswith(_ORIGINAL_BLOCKS)), None)
+    if theirs is not None and original is not None:
+        raise CheckpointError(
+            f"{where}: {bare[original].key} is a name of the original layout and "
+            f"{bare[theirs].key} one of Diffusers'; a file has one of them"
+        )
+    if theirs is not None:
         return bare
     tables = {
         name: _Table(tensor) if name.endswith(".mod.lin") and len(tensor.shape) == 1 else tensor
@@ -198,9 +238,10 @@ def _empty(
     device: torch.device,
     dtype: torch.dtype,
     quantization: Quantization | None = None,
+    rotations: Mapping[str, int] = MappingProxyType({}),
 ) -> Krea2DiT:
     with torch.device(device):
-        return Krea2DiT(config, dtype, quantization).eval()
+        return Krea2DiT(config, dtype, quantization, rotations).eval()
 
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:
