@@ -22,7 +22,7 @@ LATENTS_STD = (
 """Statistics of the released VAE's latents, which leave no trace in its weights."""
 
 _MOST = 1024
-"""Of anything that is counted, so that a damaged file asks for no model without end."""
+"""The largest of any size, so that no damaged file asks for a model without end."""
 
 
 @dataclass(frozen=True)
