@@ -1,4 +1,4 @@
-"""krea2-convert: a checkpoint in another layout or precision, so that no start has to convert it."""
+"""krea2-convert: a checkpoint in another layout or in 8 bits, so that no start converts it."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -87,8 +87,7 @@ def _run(args: argparse.Namespace) -> None:
     from krea2_srt.convert.atomic import check_new
 
     check_new(args.out)  # before anything is downloaded
-    unit = {"unit": "B", "unit_scale": True}
-    with tqdm(**unit, disable=None) as bar:
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total
