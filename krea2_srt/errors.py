@@ -176,9 +176,10 @@ class DeviceLostError(BaseException):
     """
 
 
-def how_to_install(extra: str) -> str:
-    """What a user types, in a clone, to get an optional part by its extra's name.
+def how_to_install(extra: str = "") -> str:
+    """What a user types, in a clone, to get an optional part by its extra's name, or all that is
+    not optional.
 
     Not pip: SGLang pins versions that have no Krea 2, and pip cannot override a pin.
     """
-    return f"uv pip install '.[{extra}]' (see README.md)"
+    return f"uv pip install '.{f'[{extra}]' if extra else ''}' (see README.md)"

@@ -12,7 +12,7 @@ from krea2_srt.convert.tensor_file import DTYPES, TensorHeader
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.dit_files import StoredDiT, eight_bit_formats, original_name, original_shape
 from krea2_srt.model.quantization import Quantization, quantized_rows
-from krea2_srt.model.stored.files import PLAIN
+from krea2_srt.model.stored.formats import PLAIN
 from krea2_srt.model.stored.tensor import StoredTensor
 
 MARKER = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)

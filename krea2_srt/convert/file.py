@@ -28,4 +28,5 @@ def file_plan(
         # What leaves no trace in the tensors' shapes, too.
         FILE_CONFIG: json.dumps(config),
     }
-    return Plan((Shard("", tuple(conversions(stored, quantization, ORIGINAL)), metadata),), {}, {})
+    shard = Shard("", tuple(conversions(stored, quantization, ORIGINAL)), metadata)
+    return Plan("", (shard,), {}, {})

@@ -72,7 +72,7 @@ def folder_plan(
     if len(files) > 1:
         texts[f"transformer/{STEM}.safetensors.index.json"] = _json(_weight_map(files))
     left = tuple(_left_behind(source, copies)) if source is not None else ()
-    return Plan(files, texts, copies, left)
+    return Plan("transformer", files, texts, copies, left)
 
 
 def _shards(

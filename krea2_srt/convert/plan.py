@@ -14,6 +14,7 @@ from krea2_srt.convert.tensor_file import (
     check_tensors,
     copy_file,
 )
+from krea2_srt.model.dit_files import open_dit
 
 OnProgress = Callable[[int, int], object]
 """Called with the bytes that are written or read back so far, and with all there will be."""
@@ -48,12 +49,14 @@ class Plan:
     """Files of an output, by their paths within it.
 
     Attributes:
+        transformer: path of the DiT; empty where the output is nothing else.
         shards: of the DiT.
         texts: small files, whole.
         copies: files that are another's, byte for byte.
         left_behind: what the input has beside that.
     """
 
+    transformer: str
     shards: tuple[Shard, ...]
     texts: Mapping[str, str]
     copies: Mapping[str, Path]
@@ -97,6 +100,8 @@ class Plan:
             check_file(work / name, digest, on_bytes)
         for name, digests in written.items():
             check_tensors(work / name, digests, on_bytes)
+        with open_dit(work / self.transformer):
+            pass  # names, shapes and scales are what a loader wants
         return losses
 
 

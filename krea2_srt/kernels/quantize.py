@@ -1,6 +1,6 @@
 """Per-token dynamic quantisation, with an optional Hadamard rotation before it.
 
-    x' = x H                       H = blocks of an orthonormal Hadamard matrix on the diagonal
+    x' = x H                       H = blocks of a regular Hadamard matrix on the diagonal
     scale = max |x'| / largest     per token
     values = round(x' / scale)     in e4m3 or int8
 
@@ -8,7 +8,6 @@ The rotation spreads a token's outliers over their block. It is its own inverse,
 has been rotated the same way along its inputs gives the same product.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -77,12 +76,21 @@ def rotation_block(width: int) -> int:
     return 0
 
 
+_REGULAR = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
 @cache
 def hadamard(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthonormal, symmetric matrix [size, size]; size is a power of 4."""
-    matrix = torch.full((1, 1), 1 / math.sqrt(size))
+    """The regular Hadamard matrix [size, size], orthonormal and symmetric; size is a power of 4.
+
+    It is the Kronecker power of `_REGULAR` / 2, which is what files with rotated weights are made
+    with (ComfyUI's ConvRot, arXiv:2512.03673). All its rows have the same sum, so unlike
+    Sylvester's it does not gather the mean of a token in one element.
+    """
+    matrix, step = torch.ones(1, 1), torch.tensor(_REGULAR) / 2
     while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        matrix = torch.kron(matrix, step)
+    assert len(matrix) == size, f"{size} is no power of 4"
     return matrix.to(device, dtype)
 
 

@@ -1,6 +1,7 @@
 """The Krea 2 DiT: one stream of text and image tokens, for a pack of sequences."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,7 @@ class Krea2DiT(nn.Module):
         config: the architecture.
         dtype: compute dtype of matrices and of the token stream.
         quantization: of the blocks' matrices; None leaves them in the compute dtype.
+        rotations: of matrices that a checkpoint has in int8 already; see `block_linears`.
 
     Attributes:
         operations: what runs between the matrix multiplications of the blocks.
@@ -71,7 +73,11 @@ class Krea2DiT(nn.Module):
     operations: Operations = TORCH
 
     def __init__(
-        self, config: Krea2Config, dtype: torch.dtype, quantization: Quantization | None = None
+        self,
+        config: Krea2Config,
+        dtype: torch.dtype,
+        quantization: Quantization | None = None,
+        rotations: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.config = config
@@ -88,7 +94,7 @@ class Krea2DiT(nn.Module):
         self.time_mod_proj = Linear(hidden, {"time_mod_proj": 6 * hidden}, bias=True, dtype=dtype)
         self.text_fusion = TextFusion(config, dtype)
         self.blocks = nn.ModuleList(
-            DiTBlock(config, block_linears(quantization, number, dtype))
+            DiTBlock(config, block_linears(quantization, number, dtype, rotations))
             for number in range(config.num_layers)
         )
         self.final_norm = RMSNorm(hidden, config.norm_eps)

@@ -1,13 +1,15 @@
-"""Loading the DiT from either released format.
+"""Loading the DiT, with the names of either release.
 
 (a) Diffusers layout: a folder with ``config.json`` and (sharded) safetensors.
-(b) The original single file (``oss_turbo`` / ``oss_raw``), whose tensors have other names.
+(b) A single file: the original (``oss_turbo`` / ``oss_raw``), whose tensors have other names, or
+    one made of it, in any of the formats and with any of the prefixes of `krea2_srt.model.stored`.
 """
 
 import dataclasses
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,10 @@ from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.matrices import Matrix, matrices_of
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.stored.files import open_files
-from krea2_srt.model.stored.prefixes import without_prefix
+from krea2_srt.model.stored.prefixes import check_no_prefix, without_prefix
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.weights import (
     WeightDelta,
@@ -33,6 +36,8 @@ from krea2_srt.model.weights import (
     parse_json,
 )
 
+logger = logging.getLogger(__name__)
+
 STEM = "diffusion_pytorch_model"
 """How a folder's files are called."""
 
@@ -40,6 +45,9 @@ FILE_CONFIG = "config"
 """In a single file's metadata: what is in a folder's ``config.json``."""
 
 _DIFFUSERS_BLOCKS = "transformer_blocks."
+_ORIGINAL_BLOCKS = "blocks."
+_TENSORS_OF_A_BLOCK = 10
+"""At least."""
 
 # Fragments of tensor names, original | Diffusers. Each maps one name to one name both ways.
 _NAMES: tuple[tuple[str, str], ...] = (
@@ -134,8 +142,12 @@ def load_dit(
     """
     with open_dit(path) as opened:
         _check_deltas(deltas, opened.tensors)
-        dit = _empty(opened.config, device, dtype, quantization)
-        load_weights(opened.tensors, dit.weight_map(), deltas)
+        rotations = _rotations(matrices_of(opened.plan), opened.tensors)
+        dit = _empty(opened.config, device, dtype, quantization, rotations)
+        loaded = load_weights(opened.tensors, dit.weight_map(), deltas)
+    line = loaded.line(path, opened.notes, advise_fp8=quantization is None)
+    if line is not None:
+        logger.info("%s", line)
     return dit
 
 
@@ -147,11 +159,15 @@ class StoredDiT:
         files: where its tensors lie.
         config: its sizes.
         tensors: by Diffusers name; just those that a DiT of this config has.
+        plan: a DiT of this config, without memory for its weights.
+        notes: see `krea2_srt.model.stored.files.StoredFiles`.
     """
 
     files: tuple[Path, ...]
     config: Krea2Config
     tensors: Mapping[str, StoredTensor]
+    plan: Krea2DiT
+    notes: Sequence[str]
 
 
 @contextmanager
@@ -168,14 +184,31 @@ def open_dit(path: Path) -> Iterator[StoredDiT]:
     with open_files(files) as opened:
         stored = _by_diffusers_name(opened.tensors, path)
         config = _config(path, stored, opened.metadata)
-        check_weights(_meta_weight_map(config), shapes_of(stored), path)
-        yield StoredDiT(tuple(files), config, stored)
+        plan = _empty(config, torch.device("meta"), torch.bfloat16)  # takes no memory
+        check_weights(plan.weight_map(), shapes_of(stored), path)
+        yield StoredDiT(tuple(files), config, stored, plan, opened.notes)
 
 
 def eight_bit_formats(config: Krea2Config, quantization: Quantization) -> dict[str, TokenFormat]:
     """What each matrix that is quantised is stored in, by Diffusers name."""
     slots = _meta_weight_map(config, quantization)
     return {n: slot.eight_bit for n, slot in slots.items() if slot.eight_bit is not None}
+
+
+def _rotations(
+    matrices: Mapping[str, Matrix], stored: Mapping[str, StoredTensor]
+) -> dict[str, int]:
+    """How int8 matrices are rotated, by the DiT's name of them, where all their parts agree."""
+    found: dict[str, set[int | None]] = {}
+    for name, matrix in matrices.items():
+        format = stored[f"{name}.weight"].eight_bit
+        int8 = format is not None and format.dtype is torch.int8
+        found.setdefault(matrix.linear, set()).add(format.rotation if format and int8 else None)
+    return {
+        linear: rotation
+        for linear, rotations in found.items()
+        if len(rotations) == 1 and (rotation := next(iter(rotations))) is not None
+    }
 
 
 def dit_config(path: Path) -> Krea2Config:
@@ -208,15 +241,27 @@ def _config(
     try:
         # Other tools use the key for configs of their own.
         if isinstance(told, dict) and told.get("_class_name") == CLASS_NAME:
-            return Krea2Config.from_dict(told)
-        return Krea2Config.from_shapes(shapes_of(stored))
+            config = Krea2Config.from_dict(told)
+        else:
+            config = Krea2Config.from_shapes(shapes_of(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if config.num_layers > len(stored) // _TENSORS_OF_A_BLOCK:
+        raise CheckpointError(f"{path}: {config.num_layers} blocks, but {len(stored)} tensors only")
+    return config
 
 
 def _by_diffusers_name(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
     bare = without_prefix(tensors)
-    if any(name.startswith(_DIFFUSERS_BLOCKS) for name in bare):
+    check_no_prefix(bare, where)
+    theirs = next((name for name in bare if name.startswith(_DIFFUSERS_BLOCKS)), None)
+    original = next((name for name in bare if name.startswith(_ORIGINAL_BLOCKS)), None)
+    if theirs is not None and original is not None:
+        raise CheckpointError(
+            f"{where}: {bare[original].key} is a name of the original layout and "
+            f"{bare[theirs].key} one of Diffusers'; a file has one of them"
+        )
+    if theirs is not None:
         return bare
     tables = {
         name: _Table(tensor) if name.endswith(".mod.lin") and len(tensor.shape) == 1 else tensor
@@ -258,9 +303,10 @@ def _empty(
     device: torch.device,
     dtype: torch.dtype,
     quantization: Quantization | None = None,
+    rotations: Mapping[str, int] = MappingProxyType({}),
 ) -> Krea2DiT:
     with torch.device(device):
-        return Krea2DiT(config, dtype, quantization).eval()
+        return Krea2DiT(config, dtype, quantization, rotations).eval()
 
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,11 @@ class Matrix:
 def dit_matrices(config: Krea2Config) -> dict[str, Matrix]:
     """All matrices of a DiT by Diffusers name, as in ``transformer_blocks.0.attn.to_q``."""
     with torch.device("meta"):  # takes no memory
-        dit = Krea2DiT(config, torch.bfloat16)
+        return matrices_of(Krea2DiT(config, torch.bfloat16))
+
+
+def matrices_of(dit: Krea2DiT) -> dict[str, Matrix]:
+    """The same of one that is there."""
     names = {
         id(module.weight): name
         for name, module in dit.named_modules()

@@ -5,10 +5,11 @@ a scale each and are quantised by the kernel that makes them, see `krea2_srt.ker
 Everything outside the blocks' matrices stays as it is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -176,9 +177,21 @@ def quantized_rows(
 
 
 def block_linears(
-    quantization: Quantization | None, block: int, dtype: torch.dtype
+    quantization: Quantization | None,
+    block: int,
+    dtype: torch.dtype,
+    rotations: Mapping[str, int] = MappingProxyType({}),
 ) -> LinearFactory:
-    """What makes the matrices of a block."""
+    """What makes the matrices of a block.
+
+    Args:
+        quantization: of the matrices; None leaves them in the compute dtype.
+        block: its number.
+        dtype: the compute dtype.
+        rotations: block sizes of matrices that a checkpoint has in int8 already, 0 for none, by
+            names such as ``blocks.0.attn.qkvg``. Where int8 with a rotation is asked for, these
+            matrices have the checkpoint's, so that its numbers are taken as they are.
+    """
     plain = plain_linears(dtype)
     if quantization is None:
         return plain
@@ -187,7 +200,10 @@ def block_linears(
         if quantization.keeps(f"{block}.{name}"):
             return plain(name, in_features, parts)
         rotation = rotation_block(in_features) if quantization.rotation else 0
-        if quantization.rotation and not rotation:
+        stored = rotations.get(f"blocks.{block}.{name}")
+        if quantization.rotation and quantization.format == "int8" and stored is not None:
+            rotation = stored
+        elif quantization.rotation and not rotation:
             raise ConfigError(f"quantization: inputs of {in_features} cannot be rotated")
         format = TokenFormat(DTYPES[quantization.format], rotation)
         return QuantizedLinear(in_features, parts, dtype, format)

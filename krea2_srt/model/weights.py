@@ -12,6 +12,7 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.stored.loaded import LoadedWeights
 from krea2_srt.model.stored.tensor import StoredTensor
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ def load_weights(
     stored: Mapping[str, StoredTensor],
     weight_map: Mapping[str, WeightSlot],
     deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
-) -> None:
+) -> LoadedWeights:
     """Copy tensors into ``weight_map``; call `check_weights` first.
 
     One after another, straight into their place on the device, so host memory peaks at one tensor
@@ -167,14 +168,20 @@ def load_weights(
         stored: what open files have, by name; tensors without a slot are not read.
         weight_map: where each tensor goes.
         deltas: what is added to tensors before they are cast or quantised, by their names there.
+
+    Returns:
+        What became of them.
     """
+    loaded = LoadedWeights()
     for name, source in stored.items():
         slot = weight_map.get(name)
         if slot is None:
             continue
         if slot.take is not None and source.eight_bit == slot.eight_bit and name not in deltas:
             slot.take(source.read_eight_bit())
+            loaded.taken(source)
             continue
+        loaded.cast(source, slot.view.dtype)
         tensor = source.read()
         if name in deltas:
             tensor = deltas[name].added_to(tensor.to(slot.view.device))
@@ -185,3 +192,4 @@ def load_weights(
             tensor = slot.transform(tensor)
         with torch.no_grad():
             slot.view.copy_(tensor.view(slot.view.shape))
+    return loaded

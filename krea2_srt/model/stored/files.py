@@ -1,20 +1,30 @@
-"""Opening checkpoint files."""
+"""Opening checkpoint files, in whichever format they are."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from krea2_srt.errors import CheckpointError
-from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.errors import CheckpointError, first_line
+from krea2_srt.model.stored.companions import join
+from krea2_srt.model.stored.formats import INSTEAD, adapter_tensor, refused_format
+from krea2_srt.model.stored.gguf_file import MAGIC as GGUF
+from krea2_srt.model.stored.gguf_file import open_gguf
+from krea2_srt.model.stored.plain import PlainTensor
 from krea2_srt.model.stored.tensor import StoredTensor
 
-PLAIN = ("BF16", "F16", "F32")
-"""Stored as numbers that mean themselves."""
+MAX_TENSORS = 2**16
+"""Tensors in a file; Krea 2's have some hundreds."""
+
+_OTHER_FILES = {
+    b"PK\x03\x04": "a PyTorch pickle, which can run code",
+    b"\x80": "a PyTorch pickle, which can run code",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull)",
+    b"<": "a web page",
+}
+"""What files are that begin with some bytes."""
 
 
 @dataclass(frozen=True)
@@ -24,58 +34,99 @@ class StoredFiles:
     Attributes:
         tensors: in the order in which they lie in the files, by their names there.
         metadata: what the files say of themselves.
+        notes: what a user should know of how they are read, for the log.
     """
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
 def open_files(files: Sequence[Path]) -> Iterator[StoredFiles]:
-    """Open the files of one part; only their headers are read until a tensor is.
+    """Open the files of one part.
+
+    Only their headers, scales and markers are read; a tensor is when it is asked for.
 
     Raises:
         CheckpointError: a file is missing, damaged or in a format that is not read, or two have
             a tensor of the same name.
     """
+    plain: dict[str, PlainTensor] = {}
     tensors: dict[str, StoredTensor] = {}
-    metadata: dict[str, str] = {}
+    said: dict[Path, Mapping[str, str]] = {}
     with ExitStack() as stack:
         for file in files:
-            try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                found = [
-                    PlainTensor(opened, key, tuple(part.get_shape()), part.get_dtype())
-                    for key, part in ((k, opened.get_slice(k)) for k in opened.offset_keys())
-                ]
-                metadata |= opened.metadata() or {}
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"weight file {file} is damaged: {error}") from None
-            for tensor in found:
-                if tensor.kind not in PLAIN:
-                    raise CheckpointError(
-                        f"weight file {file}: {tensor.key} is {tensor.kind}; "
-                        f"weights must be one of {', '.join(PLAIN)}"
-                    )
-                if tensor.key in tensors:
-                    raise CheckpointError(f"weight file {file}: {tensor.key} is there twice")
-                tensors[tensor.key] = tensor
-        yield StoredFiles(tensors, metadata)
+            found: dict[str, PlainTensor] = {}
+            if _begins_with(file) == GGUF:
+                others, said[file] = open_gguf(file)
+                tensors |= _once(others, file, tensors, plain)
+            else:
+                found, said[file] = _open_safetensors(file, stack)
+                plain |= _once(found, file, tensors, plain)
+        joined = join(plain, said)
+        metadata = {key: value for some in said.values() for key, value in some.items()}
+        yield StoredFiles({**tensors, **joined.tensors}, metadata, joined.notes)
 
 
-@dataclass(frozen=True)
-class PlainTensor:
-    """One of a safetensors file, stored as floating-point numbers; see `StoredTensor`."""
+def _begins_with(file: Path) -> bytes:
+    """The first bytes of a file, as many as formats are told by.
 
-    opened: Any
-    key: str
-    shape: tuple[int, ...]
-    kind: str
-    eight_bit: TokenFormat | None = None
+    Raises:
+        CheckpointError: it cannot be read, or is of another kind.
+    """
+    try:
+        with file.open("rb") as opened:
+            first = opened.read(max(map(len, _OTHER_FILES)))
+    except OSError as error:
+        raise CheckpointError(f"weight file {file} cannot be read: {error.strerror}") from None
+    # A safetensors file begins with its header's length, eight bytes, and a brace.
+    if first[8:9] != b"{":
+        for start, what in _OTHER_FILES.items():
+            if first.startswith(start):
+                raise CheckpointError(f"weight file {file} is {what}; {INSTEAD}")
+    return first[: len(GGUF)]
 
-    def read(self) -> Tensor:
-        tensor: Tensor = self.opened.get_tensor(self.key)
-        return tensor
 
-    def read_eight_bit(self) -> QuantizedTokens:
-        raise TypeError(f"{self.key} is stored as {self.kind}")
+def _open_safetensors(
+    file: Path, stack: ExitStack
+) -> tuple[dict[str, PlainTensor], Mapping[str, str]]:
+    try:
+        opened = stack.enter_context(safe_open(file, framework="pt"))
+        keys = opened.offset_keys()
+        parts = {key: opened.get_slice(key) for key in keys[:MAX_TENSORS]}
+        found = {
+            key: PlainTensor(file, opened, key, tuple(part.get_shape()), part.get_dtype())
+            for key, part in parts.items()
+        }
+        metadata: Mapping[str, str] = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"weight file {file} is damaged: {first_line(error)}") from None
+    _check_names(keys, file)
+    return found, metadata
+
+
+def _check_names(keys: Sequence[str], file: Path) -> None:
+    """Refuse what is in a format that is told by the names of its tensors."""
+    if len(keys) > MAX_TENSORS:
+        raise CheckpointError(f"weight file {file} has {len(keys)} tensors")
+    for key in keys:
+        if not key.isprintable():
+            raise CheckpointError(f"weight file {file}: {key!r} is no name of a tensor")
+    if (refused := refused_format(keys)) is not None:
+        key, format = refused
+        raise CheckpointError(f"weight file {file} is {format}, as {key} tells; {INSTEAD}")
+    if (mark := adapter_tensor(keys)) is not None:
+        raise CheckpointError(
+            f"weight file {file} is an adapter, as {mark} tells, and no model; adapters are given "
+            "beside a model (docs/lora.md)"
+        )
+
+
+def _once(
+    found: Mapping[str, StoredTensor], file: Path, *before: Mapping[str, StoredTensor]
+) -> Mapping[str, StoredTensor]:
+    for key in found:
+        if any(key in some for some in before):
+            raise CheckpointError(f"weight file {file}: {key} is there twice")
+    return found

@@ -1,7 +1,9 @@
 """Names that tools put before those of a model's tensors."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from krea2_srt.errors import CheckpointError
 from krea2_srt.model.stored.tensor import StoredTensor
 
 PREFIXES = (
@@ -20,6 +22,25 @@ def without_prefix(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTenso
     while prefix := next((p for p in PREFIXES if _all_begin_with(p, found)), None):
         found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return found
+
+
+def check_no_prefix(tensors: Mapping[str, StoredTensor], where: Path) -> None:
+    """Check what `without_prefix` has left, of a model none of whose names begins like a prefix.
+
+    Raises:
+        CheckpointError: a prefix is left, as only some names had it.
+    """
+    for name, tensor in tensors.items():
+        if prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+            other = next(t.key for n, t in tensors.items() if not n.startswith(prefix))
+            raise CheckpointError(f"{where}: {tensor.key} begins with {prefix}, {other} does not")
+
+
+def unprefixed(name: str) -> str:
+    """A name without any prefix, wherever it is from."""
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _all_begin_with(prefix: str, tensors: Mapping[str, StoredTensor]) -> bool:

@@ -52,7 +52,6 @@ def test_values_and_scales_are_those_that_a_start_makes(checkpoint, fp8_folder):
     assert quantised == 8 * 4 == fp8_folder.tensors["quantised"]
 
 
-@pytest.mark.xfail(raises=CheckpointError, strict=True, reason="8 bits are not read yet")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("form", ["fp8_folder", "fp8_file"])
 def test_what_is_served_is_the_same_to_the_last_bit(checkpoint, form, dtype, request):
@@ -63,7 +62,6 @@ def test_what_is_served_is_the_same_to_the_last_bit(checkpoint, form, dtype, req
         assert torch.equal(bytes_of(served[name]), bytes_of(tensor)), name
 
 
-@pytest.mark.xfail(raises=CheckpointError, strict=True, reason="8 bits are not read yet")
 def test_8_bits_are_taken_over_as_they_are(checkpoint, fp8_folder, fp8_file, tmp_path):
     again = convert_to_file(
         fp8_folder.out / "transformer", checkpoint.sampling, tmp_path / "again.safetensors", FP8
@@ -73,7 +71,6 @@ def test_8_bits_are_taken_over_as_they_are(checkpoint, fp8_folder, fp8_file, tmp
     assert again.out.read_bytes() == fp8_file.out.read_bytes()
 
 
-@pytest.mark.xfail(raises=CheckpointError, strict=True, reason="8 bits are not read yet")
 def test_8_bits_become_bfloat16(checkpoint, fp8_file, tmp_path):
     plain = convert_to_file(fp8_file.out, checkpoint.sampling, tmp_path / "plain.safetensors")
     assert plain.tensors == {"kept": 86, "dequantised to bfloat16": 32}
@@ -152,7 +149,6 @@ def test_diffusers_refuses_8_bits_by_name(fp8_folder):
         Krea2Transformer2DModel.from_pretrained(fp8_folder.out / "transformer")
 
 
-@pytest.mark.xfail(raises=CheckpointError, strict=True, reason="8 bits are not read yet")
 def test_a_folder_in_bfloat16_again_is_no_quantised_one(checkpoint, fp8_folder, tmp_path):
     convert_to_folder(Krea2Checkpoint.from_folder(fp8_folder.out), tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "transformer" / "config.json").read_text())

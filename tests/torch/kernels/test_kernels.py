@@ -18,6 +18,8 @@ from krea2_srt.kernels.quantize import (
     rotation_block,
 )
 from krea2_srt.kernels.segment_index import SegmentIndex
+from tests.comparisons import relative_error
+from tests.dialects import rotated
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -270,10 +272,18 @@ def test_euler_step_tells_which_rows_are_no_longer_finite(do, value):
 
 
 def test_the_rotation_is_its_own_inverse():
-    for size in (16, 64):
+    for size in (16, 64, 256):
         matrix = hadamard(size, torch.device("cpu"))
         assert torch.equal(matrix @ matrix, torch.eye(size))
+        assert torch.equal(matrix, matrix.T)
         assert torch.equal(matrix, matrix.bfloat16().float())
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_the_rotation_is_that_of_checkpoint_files(size):
+    """The oracle is SGLang's staged transform; Sylvester's matrix would be another one."""
+    x = torch.randn(3, 2 * size, generator=torch.Generator().manual_seed(0))
+    assert relative_error(rotate(x, size), rotated(x, size)) <= 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""What became of a file's tensors, in one line."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from krea2_srt.kernels.quantize import TokenFormat
+from krea2_srt.model.stored.formats import PLAIN
+from krea2_srt.model.stored.tensor import StoredTensor
+
+_QUANTISED = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
+
+
+class LoadedWeights:
+    """Counts tensors by how they are stored and what they became."""
+
+    def __init__(self) -> None:
+        self._plain: Counter[str] = Counter()
+        self._quantised: Counter[tuple[str, str]] = Counter()
+        self._fp8_fits = False
+
+    def taken(self, source: StoredTensor) -> None:
+        """Its 8 bits are the model's."""
+        self._quantised[source.kind, "taken as they are"] += 1
+
+    def cast(self, source: StoredTensor, dtype: torch.dtype) -> None:
+        """It was read, and became numbers of this dtype."""
+        if source.kind in PLAIN:
+            self._plain[source.kind.lower()] += 1
+            return
+        if dtype in _QUANTISED:
+            became = f"dequantised and quantised to {_QUANTISED[dtype]}"
+        else:
+            became = f"dequantised to {str(dtype).removeprefix('torch.')}"
+            self._fp8_fits |= source.eight_bit == TokenFormat()
+        self._quantised[source.kind, became] += 1
+
+    def line(self, where: Path, notes: Iterable[str] = (), advise_fp8: bool = False) -> str | None:
+        """All of it for the log; None where all tensors are stored as plain numbers.
+
+        Args:
+            where: the file or folder.
+            notes: what else to say.
+            advise_fp8: whether ``--quantization fp8`` was not asked for, and could be.
+        """
+        if not self._quantised:
+            return None
+        parts = [f"{n} matrices {kind}, {how}" for (kind, how), n in self._quantised.most_common()]
+        if advise_fp8 and self._fp8_fits:
+            parts[-1] += " (--quantization fp8 would take those of the blocks as they are)"
+        parts += [f"{n} tensors {kind}" for kind, n in self._plain.most_common()]
+        return f"krea2-srt: {where}: {'; '.join([*parts, *notes])}"
