@@ -13,10 +13,19 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import diffusers_name, load_dit
 from krea2_srt.model.quantization import SERVED, QuantizedLinear
+from tests import dialects
 from tests.comparisons import CPU, relative_error
 
 FP8 = SERVED["fp8"]
 SUFFIXES = (".weight_scale", ".comfy_quant")
+
+
+def of_a_block(name: str, tensor: torch.Tensor) -> bool:
+    """What Comfy-Org's files have in 8 bits."""
+    return name.startswith("transformer_blocks.") and dialects.all_matrices(name, tensor)
+
+
+BLOCKS = {"chooses": of_a_block}
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +174,31 @@ def test_what_is_no_number_is_named(checkpoint, source, what, tmp_path):
     with pytest.raises(CheckpointError, match=rf"{name}: non-finite values"):
         convert_to_file(tmp_path / "turbo.safetensors", checkpoint.sampling, out, FP8)
     assert [path.name for path in tmp_path.iterdir()] == ["turbo.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("write", "options"),
+    [
+        (dialects.write_plain, {"dtype": torch.float16}),
+        (dialects.write_plain, {"dtype": torch.float8_e4m3fn}),
+        (dialects.write_fp8_scaled, {}),
+        (dialects.write_fp8_scaled, {"per_row": True} | BLOCKS),
+        (dialects.write_int8, BLOCKS),
+        (dialects.write_gguf, {}),
+    ],
+)
+@pytest.mark.parametrize("quantization", [None, FP8])
+def test_every_format_that_is_read_is_converted_as_it_is_loaded(
+    source, write, options, quantization, tmp_path, checkpoint
+):
+    """With numbers in float32 rounded once, to bfloat16, where they are not 8 bits."""
+    file = tmp_path / ("turbo.gguf" if write is dialects.write_gguf else "turbo.safetensors")
+    meant = write(source, file, **options)
+    out = tmp_path / "out.safetensors"
+    convert_to_file(file, checkpoint.sampling, out, quantization)
+    dtype = torch.bfloat16 if options.get("dtype") != torch.float16 else torch.float32
+    expected = load_dit(file, CPU, dtype, quantization).state_dict()
+    found = load_dit(out, CPU, dtype, quantization).state_dict()
+    assert len(meant) == len(source)
+    for name, tensor in expected.items():
+        assert torch.equal(bytes_of(found[name]), bytes_of(tensor)), name
