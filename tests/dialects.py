@@ -168,10 +168,10 @@ def rotated(x: Tensor, group: int) -> Tensor:
     """
     digits = group.bit_length() // 2
     assert 4**digits == group
-    parts = x.double().reshape(-1, *[4] * digits)
+    parts = x.float().reshape(-1, *[4] * digits)
     for axis in range(1, digits + 1):
         parts = parts.sum(axis, keepdim=True) - 2 * parts.flip(axis)
-    return (parts.reshape(x.shape) / group**0.5).float()
+    return parts.reshape(x.shape) / group**0.5
 
 
 def write_gguf(

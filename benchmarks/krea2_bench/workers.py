@@ -82,7 +82,7 @@ def decode(model: Path, settings: Message) -> Iterator[Message]:
     import torch
     from diffusers import AutoencoderKLQwenImage
 
-    from krea2_srt.model.vae import load_vae
+    from krea2_srt.model.vae_files import load_vae
 
     answer = {}
     for dtype_name, tolerance in MAX_PIXEL_DIFFERENCE.items():

@@ -68,8 +68,8 @@ class Krea2Checkpoint:
     """Paths of all parts, with what ``model_index.json`` says of them.
 
     Attributes:
-        transformer: ``transformer/`` folder or original single file.
-        text_encoder, tokenizer, vae: folders.
+        transformer, text_encoder, vae: folders in the released layout, or single files.
+        tokenizer: folder.
         select_layers: text encoder hidden states that the DiT reads.
         sampling: Turbo's or Raw's.
     """

@@ -10,15 +10,9 @@ from torch import Tensor, nn
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.offload import offload
-from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.tensor import shapes_of
-from krea2_srt.model.weights import (
-    WeightSlot,
-    check_weights,
-    checkpoint_files,
-    load_weights,
-    read_json,
-)
+from krea2_srt.model.text_encoder_files import may_be_there, open_text_encoder, text_config
+from krea2_srt.model.weights import WeightSlot, check_weights, load_weights
 from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 
 # The template, and how much of it is cut away, as the released pipeline has it.
@@ -97,9 +91,14 @@ class TextEncoder:
 
 
 def text_model(
-    folder: Path, select_layers: Sequence[int], dtype: torch.dtype
+    path: Path, select_layers: Sequence[int], dtype: torch.dtype
 ) -> tuple[nn.Module, nn.Module]:
     """The part of a checkpoint's text model that is needed, without memory for its weights.
+
+    Args:
+        path: see `load_text_encoder`; no weights are read.
+        select_layers: hidden states that are read.
+        dtype: of the weights.
 
     Returns:
         The model on the meta device, and its rotary embedding on the host.
@@ -107,27 +106,24 @@ def text_model(
     Raises:
         CheckpointError: see `load_text_encoder`.
     """
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "qwen3_vl":
-        raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, "
-            "expected 'qwen3_vl'"
-        )
-    text_config = config.get("text_config")
-    if not isinstance(text_config, dict):
-        raise CheckpointError(f"{folder / 'config.json'}: no text_config in it")
-    layers, needed = text_config.get("num_hidden_layers"), max(select_layers)
+    return _text_model(path, text_config(path), select_layers, dtype)
+
+
+def _text_model(
+    path: Path, config: dict[str, Any], select_layers: Sequence[int], dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
+    layers, needed = config.get("num_hidden_layers"), max(select_layers)
     # The state after the last layer is normed, unlike all before it; no Krea 2 reads it.
     if not isinstance(layers, int) or layers <= needed:
         raise CheckpointError(
-            f"{folder}: has {layers} layers, text_encoder_select_layers needs more than {needed}"
+            f"{path}: has {layers} layers, text_encoder_select_layers needs more than {needed}"
         )
     try:
-        return empty_text_model(text_config, needed, dtype)
+        return empty_text_model(config, needed, dtype)
     except ImportError:  # no fault of the checkpoint
         raise
     except Exception as error:  # whatever transformers makes of a strange config
-        raise CheckpointError(f"{folder / 'config.json'}: {first_line(error)}") from None
+        raise CheckpointError(f"{path}: its config is not valid: {first_line(error)}") from None
 
 
 def padded(ids: Sequence[Sequence[int]], rows: int, length: int) -> Tensor:
@@ -202,7 +198,7 @@ def empty_text_model(
 
 
 def load_text_encoder(
-    folder: Path,
+    path: Path,
     tokenizer_folder: Path,
     select_layers: Sequence[int],
     device: torch.device,
@@ -212,7 +208,8 @@ def load_text_encoder(
     """Load the part of a Qwen3-VL checkpoint that these layers need.
 
     Args:
-        folder: a Qwen3-VL checkpoint: its ``config.json`` and ``model*.safetensors``.
+        path: a Qwen3-VL checkpoint: a folder with its ``config.json`` and ``model*.safetensors``,
+            or a single file.
         tokenizer_folder: the tokenizer's files.
         select_layers: hidden states to return.
         device: where it runs.
@@ -225,16 +222,19 @@ def load_text_encoder(
     """
     from transformers import AutoTokenizer
 
-    model, rotary = text_model(folder, select_layers, dtype)
-    files = checkpoint_files(folder, "model")
-    with open_files(files) as opened:
-        shapes = shapes_of(opened.tensors)
-        root = next((r for r in _ROOTS if f"{r}embed_tokens.weight" in shapes), _ROOTS[0])
-        check_weights(_weight_map(model, root), shapes, folder, ignore=lambda name: True)
+    with open_text_encoder(path) as stored:
+        model, rotary = _text_model(path, stored.config, select_layers, dtype)
+        needed, layers = _weight_map(model), len(text_model_units(model)) - 1
+        check_weights(
+            needed,
+            shapes_of(stored.tensors),
+            path,
+            ignore=lambda name: may_be_there(name, needed, layers),
+        )
         model = model.to_empty(device=device if resident else "cpu")
         # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
         model.rotary_emb = rotary.to(device)
-        load_weights(opened.tensors, _weight_map(model, root))
+        load_weights(stored.tensors, _weight_map(model))
     model.requires_grad_(False).eval()
     if not resident:
         offload(text_model_units(model), device)
@@ -255,9 +255,5 @@ def text_model_units(model: nn.Module) -> list[nn.Module]:
     return [model.embed_tokens, *layers]
 
 
-# Where the text model sits in a Qwen3VLModel and in a Qwen3VLForConditionalGeneration checkpoint.
-_ROOTS = ("language_model.", "model.language_model.")
-
-
-def _weight_map(model: nn.Module, root: str) -> dict[str, WeightSlot]:
-    return {f"{root}{name}": WeightSlot(p.data) for name, p in model.named_parameters()}
+def _weight_map(model: nn.Module) -> dict[str, WeightSlot]:
+    return {name: WeightSlot(p.data) for name, p in model.named_parameters()}

@@ -9,27 +9,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
 from krea2_srt.model.layers import parameter
-from krea2_srt.model.stored.files import open_files
-from krea2_srt.model.stored.tensor import shapes_of
-from krea2_srt.model.weights import (
-    WeightSlot,
-    check_weights,
-    checkpoint_files,
-    load_weights,
-    parse_json,
-)
+from krea2_srt.model.vae_config import VAEConfig
+from krea2_srt.model.weights import WeightSlot
 
-CLASS_NAME = "AutoencoderKLQwenImage"
 _MAX_SCORES = {"cpu": 2**25, "cuda": 2**28}
 """Attention scores computed at a time, at most; a GPU is kept busy by few large products."""
 
@@ -57,57 +46,6 @@ def default_tile(device: torch.device) -> int:
     width a tile of this size takes about a gigabyte.
     """
     return 256 if device.type == "cpu" else 1024
-
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Sizes of the decoder; fields are those of the released ``vae/config.json``."""
-
-    base_dim: int
-    z_dim: int
-    dim_mult: tuple[int, ...]
-    num_res_blocks: int
-    temporal_downsample: tuple[bool, ...]
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "VAEConfig":
-        """Read a released config.
-
-        Raises:
-            CheckpointError: another class, or not the f8, 16-channel layout that Krea 2 needs.
-        """
-        if config.get("_class_name") != CLASS_NAME:
-            raise CheckpointError(
-                f"_class_name is {config.get('_class_name')!r}, expected {CLASS_NAME!r}"
-            )
-        try:
-            parsed = cls(
-                base_dim=config["base_dim"],
-                z_dim=config["z_dim"],
-                dim_mult=tuple(config["dim_mult"]),
-                num_res_blocks=config["num_res_blocks"],
-                temporal_downsample=tuple(config["temperal_downsample"]),
-                latents_mean=tuple(map(float, config["latents_mean"])),
-                latents_std=tuple(map(float, config["latents_std"])),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{error} is missing or of the wrong type") from None
-        counts = (parsed.base_dim, parsed.z_dim, parsed.num_res_blocks, *parsed.dim_mult)
-        if not all(type(count) is int and count > 0 for count in counts):
-            raise CheckpointError(f"sizes must be positive integers, got {counts}")
-        if not all(map(math.isfinite, parsed.latents_mean + parsed.latents_std)):
-            raise CheckpointError("latents_mean and latents_std must be finite")
-        if config.get("is_residual"):
-            raise CheckpointError("is_residual is not supported")
-        if config.get("attn_scales"):
-            raise CheckpointError(f"attn_scales={config['attn_scales']} is not supported")
-        if len(parsed.temporal_downsample) != 3 or len(parsed.dim_mult) != 4:
-            raise CheckpointError("dim_mult and temperal_downsample do not make an f8 VAE")
-        if not parsed.z_dim == len(parsed.latents_mean) == len(parsed.latents_std) == 16:
-            raise CheckpointError(f"z_dim={parsed.z_dim}, Krea 2 needs 16 latent channels")
-        return parsed
 
 
 class Conv(nn.Module):
@@ -406,26 +344,3 @@ def _tiles(size: int, tile: int, margin: int) -> list[_Tile]:
             )
         )
     return tiles
-
-
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder:
-    """Load the decoder half of a released VAE.
-
-    Raises:
-        CheckpointError: missing or damaged files, another architecture.
-    """
-    config = parse_json(folder / "config.json", VAEConfig.from_dict)
-    files = checkpoint_files(folder, "diffusion_pytorch_model")
-    with torch.device("meta"):
-        needed = VAEDecoder(config, dtype).weight_map()
-    with open_files(files) as opened:
-        check_weights(needed, shapes_of(opened.tensors), folder, ignore=_not_needed)
-        with torch.device(device):
-            vae = VAEDecoder(config, dtype).eval()
-        load_weights(opened.tensors, vae.weight_map())
-    # Convolutions run faster on both kinds of device with channels innermost.
-    return vae.to(memory_format=torch.channels_last)
-
-
-def _not_needed(name: str) -> bool:
-    return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name

@@ -61,17 +61,19 @@ class WeightDelta(Protocol):
         """
 
 
-def checkpoint_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors files of one component: a single file, or the shards that an index names.
+def checkpoint_files(path: Path, stem: str) -> list[Path]:
+    """The weight files of one component: a single file, or the shards that an index names.
 
     Args:
-        folder: component folder, e.g. ``.../transformer``.
-        stem: file name without ending, e.g. ``diffusion_pytorch_model``.
+        path: component folder, e.g. ``.../transformer``, or the component as a single file.
+        stem: in a folder: file name without ending, e.g. ``diffusion_pytorch_model``.
 
     Raises:
         CheckpointError: nothing there, a broken index, or a shard that the index names is missing.
     """
-    index_file = folder / f"{stem}.safetensors.index.json"
+    if path.is_file():
+        return [path]
+    index_file = path / f"{stem}.safetensors.index.json"
     if index_file.is_file():
         index = read_json(index_file)
         weight_map = index.get("weight_map")
@@ -81,9 +83,9 @@ def checkpoint_files(folder: Path, stem: str) -> list[Path]:
         # A shard lies beside its index; anything else is a broken or hostile file.
         if odd := sorted(name for name in names if Path(name).name != name):
             raise CheckpointError(f"{index_file}: {odd[0]!r} is not a plain file name")
-        files = [folder / name for name in sorted(names)]
+        files = [path / name for name in sorted(names)]
     else:
-        files = [folder / f"{stem}.safetensors"]
+        files = [path / f"{stem}.safetensors"]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"weight file {file} is missing")

@@ -18,13 +18,14 @@ from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.slots import AdapterSlots
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.model.dit_files import load_dit
+from krea2_srt.model.dit_files import dit_config, load_dit
 from krea2_srt.model.latents import SIZE_MULTIPLE, initial_noise, patchify, unpatchify
 from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.schedule import Schedule
-from krea2_srt.model.text_encoder import TextEncoder, load_text_encoder
-from krea2_srt.model.vae import VAEDecoder, load_vae
+from krea2_srt.model.text_encoder import TextEncoder, load_text_encoder, text_model
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_files import load_vae, vae_config
 from krea2_srt.model.weights import WeightDelta
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
@@ -43,6 +44,19 @@ STREAM_PRIORITY = -1
 
 PREVIEW_LATENTS = 32
 """Longest side of a preview's latents; its pixels are 8 times as many."""
+
+
+def _check_that_parts_fit(checkpoint: Krea2Checkpoint, dtype: torch.dtype) -> None:
+    """Refuse parts of other models by their configs, before any of them is read."""
+    config = dit_config(checkpoint.transformer)
+    text, _ = text_model(checkpoint.text_encoder, checkpoint.select_layers, dtype)
+    layers, width = len(checkpoint.select_layers), text.config.hidden_size
+    if (layers, width) != (config.num_text_layers, config.text_hidden_dim):
+        raise CheckpointError(
+            f"{checkpoint.text_encoder}: gives {layers} layers of width {width}, the transformer "
+            f"reads {config.num_text_layers} of width {config.text_hidden_dim}"
+        )
+    vae_config(checkpoint.vae)
 
 
 class Krea2Runner:
@@ -113,6 +127,7 @@ class Krea2Runner:
             CheckpointError: something is missing, damaged or does not fit together.
             AdapterError: the deltas are another model's.
         """
+        _check_that_parts_fit(checkpoint, dtype)
         dit = load_dit(checkpoint.transformer, device, dtype, quantization, deltas)
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
@@ -122,13 +137,6 @@ class Krea2Runner:
             text_dtype or dtype,
             text_encoder_resident,
         )
-        width = text_encoder.model.config.hidden_size
-        needed = (dit.config.num_text_layers, dit.config.text_hidden_dim)
-        if (len(checkpoint.select_layers), width) != needed:
-            raise CheckpointError(
-                f"{checkpoint.text_encoder}: gives {len(checkpoint.select_layers)} layers of width "
-                f"{width}, the transformer reads {needed[0]} of width {needed[1]}"
-            )
         vae = load_vae(checkpoint.vae, device, vae_dtype or dtype)
         return cls(
             dit,

@@ -15,14 +15,8 @@ from krea2_srt.model.layers import Linear
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
 from krea2_srt.model.text_fusion import TOKENS_AT_ONCE
-from krea2_srt.model.vae import (
-    BYTES_PER_SCORE,
-    VAEConfig,
-    VAEDecoder,
-    default_tile,
-    scores_per_slice,
-)
-from krea2_srt.model.weights import parse_json
+from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, default_tile, scores_per_slice
+from krea2_srt.model.vae_files import vae_config
 from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPT_TOKENS, MAX_PROMPTS, MAX_SEGMENTS
 from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
 
@@ -48,7 +42,8 @@ def checkpoint_sizes(
     quantization: Quantization | None,
     device: torch.device,
 ) -> PartSizes:
-    """Sizes of a checkpoint's parts; only its configs are read.
+    """Sizes of a checkpoint's parts; only its configs are read, and the headers of single
+    files.
 
     Args:
         checkpoint: where they lie.
@@ -58,8 +53,7 @@ def checkpoint_sizes(
     """
     with torch.device("meta"):
         dit = Krea2DiT(dit_config(checkpoint.transformer), dtype, quantization)
-        vae_config = parse_json(checkpoint.vae / "config.json", VAEConfig.from_dict)
-        vae = VAEDecoder(vae_config, vae_dtype)
+        vae = VAEDecoder(vae_config(checkpoint.vae), vae_dtype)
     text, _ = text_model(checkpoint.text_encoder, checkpoint.select_layers, text_dtype)
     scores = scores_per_slice(device) if device.type == "cuda" else 0
     return part_sizes(dit, text, vae, default_tile(device), scores, library_workspace(device))

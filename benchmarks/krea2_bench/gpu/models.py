@@ -17,7 +17,8 @@ from krea2_srt.model.text_encoder import (
     TextEncoder,
     empty_text_model,
 )
-from krea2_srt.model.vae import VAEConfig, VAEDecoder
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_config import VAEConfig
 
 
 @dataclass(frozen=True)

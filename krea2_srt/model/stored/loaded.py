@@ -10,6 +10,7 @@ from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.model.stored.formats import PLAIN
 from krea2_srt.model.stored.tensor import StoredTensor
 
+_TAKEN = "taken as they are"
 _QUANTISED = {torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 
 
@@ -23,7 +24,7 @@ class LoadedWeights:
 
     def taken(self, source: StoredTensor) -> None:
         """Its 8 bits are the model's."""
-        self._quantised[source.kind, "taken as they are"] += 1
+        self._quantised[source.kind, _TAKEN] += 1
 
     def cast(self, source: StoredTensor, dtype: torch.dtype) -> None:
         """It was read, and became numbers of this dtype."""
@@ -47,8 +48,13 @@ class LoadedWeights:
         """
         if not self._quantised:
             return None
-        parts = [f"{n} matrices {kind}, {how}" for (kind, how), n in self._quantised.most_common()]
+        counts = sorted(self._quantised.items(), key=lambda one: (one[0][1] != _TAKEN, -one[1]))
+        parts = [f"{n} {_matrices(n)} {kind}, {how}" for (kind, how), n in counts]
         if advise_fp8 and self._fp8_fits:
             parts[-1] += " (--quantization fp8 would take those of the blocks as they are)"
         parts += [f"{n} tensors {kind}" for kind, n in self._plain.most_common()]
         return f"krea2-srt: {where}: {'; '.join([*parts, *notes])}"
+
+
+def _matrices(count: int) -> str:
+    return "matrix" if count == 1 else "matrices"

@@ -11,7 +11,8 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import TextEncoder, empty_text_model
-from krea2_srt.model.vae import VAEConfig, VAEDecoder
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import AttentionChoice, known_backends
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.torch.cuda_rules.tensors import CUDA

@@ -13,7 +13,8 @@ from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.pixels import quantize
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, empty_text_model
-from krea2_srt.model.vae import VAEConfig, VAEDecoder
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPTS, GraphKey, StepGraphs
 from krea2_srt.runner.memory_plan import PartSizes

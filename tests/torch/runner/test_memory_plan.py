@@ -15,7 +15,8 @@ from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.model.vae import BYTES_PER_SCORE, VAEConfig, VAEDecoder, scores_per_slice
+from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, scores_per_slice
+from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graphs import StepBuffers
 from krea2_srt.runner.memory_plan import (

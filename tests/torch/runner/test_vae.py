@@ -17,7 +17,9 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model import vae as module
 from krea2_srt.model.latents import unpatchify
 from krea2_srt.model.pixels import quantize
-from krea2_srt.model.vae import VAEConfig, VAEDecoder, load_vae
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_config import VAEConfig
+from krea2_srt.model.vae_files import load_vae
 from tests.comparisons import CPU, psnr, relative_error
 
 

@@ -1,0 +1,90 @@
+"""The files of a VAE: a folder as Diffusers writes it, or a single file of either naming."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.part_files import bare_name, stated_config
+from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
+from krea2_srt.model.vae import VAEDecoder
+from krea2_srt.model.vae_config import CLASS_NAMES, VAEConfig
+from krea2_srt.model.vae_names import diffusers_name, other_vae, stage_length
+from krea2_srt.model.weights import check_weights, checkpoint_files, load_weights, parse_json
+
+_STEM = "diffusion_pytorch_model"
+_PREFIXES = ("first_stage_model.", "vae.", "module.", "model.")
+
+
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder:
+    """Load the decoder half of a VAE.
+
+    Args:
+        path: a folder with ``config.json`` and safetensors, or a single file.
+        device: where the weights go.
+        dtype: of weights and activations.
+
+    Raises:
+        CheckpointError: missing or damaged files, another architecture.
+    """
+    with _open(path) as (config, tensors):
+        with torch.device("meta"):
+            needed = VAEDecoder(config, dtype).weight_map()
+        check_weights(needed, shapes_of(tensors), path, ignore=_not_needed)
+        with torch.device(device):
+            vae = VAEDecoder(config, dtype).eval()
+        load_weights(tensors, vae.weight_map())
+    # Convolutions run faster on both kinds of device with channels innermost.
+    return vae.to(memory_format=torch.channels_last)
+
+
+def vae_config(path: Path) -> VAEConfig:
+    """The config of what `load_vae` loads; no weights are read.
+
+    Raises:
+        CheckpointError: see `load_vae`.
+    """
+    if not path.is_file():
+        return _folder_config(path)
+    with _open(path) as (config, _):
+        return config
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[VAEConfig, Mapping[str, StoredTensor]]]:
+    """The config, and tensors by Diffusers' names."""
+    config = None if path.is_file() else _folder_config(path)
+    with open_files(checkpoint_files(path, _STEM)) as opened:
+        bare = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
+        length = stage_length(bare)
+        tensors = renamed(bare, lambda name: diffusers_name(name, length), path)
+        if config is None:
+            config = _file_config(path, opened.metadata, shapes_of(tensors))
+        yield config, tensors
+
+
+def _folder_config(folder: Path) -> VAEConfig:
+    return parse_json(folder / "config.json", VAEConfig.from_dict)
+
+
+def _file_config(
+    file: Path, metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> VAEConfig:
+    if other := other_vae(shapes):
+        raise CheckpointError(f"{file}: is {other}, Krea 2 needs the Qwen-Image VAE or Wan 2.1's")
+    stated = stated_config(
+        file, metadata, lambda c: c.get("_class_name") in CLASS_NAMES, VAEConfig.from_dict
+    )
+    if stated is not None:
+        return stated
+    try:
+        return VAEConfig.from_shapes(shapes)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _not_needed(name: str) -> bool:
+    return name.startswith(("encoder.", "quant_conv.")) or ".time_conv." in name
