@@ -103,15 +103,30 @@ class Conversion:
         )
 
 
+def conversion(
+    name: str,
+    source: StoredTensor,
+    format: TokenFormat | None = None,
+    names: Names = DIFFUSERS,
+) -> Conversion:
+    """What is written for one tensor.
+
+    Args:
+        name: Diffusers'.
+        source: where it comes from.
+        format: what a matrix is quantised to.
+        names: the layout's.
+    """
+    return Conversion(name, source, _headers(name, source, format, names), format)
+
+
 def conversions(
     stored: StoredDiT, quantization: Quantization | None, names: Names
 ) -> list[Conversion]:
     """What is written for each tensor of a DiT, in the order in which they are stored."""
     formats = eight_bit_formats(stored.config, quantization) if quantization is not None else {}
     return [
-        Conversion(
-            name, source, _headers(name, source, formats.get(name), names), formats.get(name)
-        )
+        conversion(name, source, formats.get(name), names)
         for name, source in stored.tensors.items()
     ]
 

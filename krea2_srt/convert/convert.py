@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def convert_to_folder(
         OSError: the folder cannot be written, there is no room for it, or it exists.
     """
 
-    def plan(stored: StoredDiT) -> Plan:
-        return folder_plan(checkpoint, stored, quantization, shard_bytes)
+    def plan(stored: StoredDiT, stack: ExitStack) -> Plan:
+        return folder_plan(checkpoint, stored, quantization, stack, shard_bytes)
 
     return _convert(checkpoint.transformer, out, plan, on_progress)
 
@@ -88,29 +89,31 @@ def convert_to_file(
         CheckpointError, OSError: see `convert_to_folder`.
     """
 
-    def plan(stored: StoredDiT) -> Plan:
+    def plan(stored: StoredDiT, stack: ExitStack) -> Plan:
         return file_plan(stored, sampling, quantization)
 
     return _convert(transformer, out, plan, on_progress)
 
 
 def _convert(
-    transformer: Path, out: Path, make_plan: Callable[[StoredDiT], Plan], on_progress: OnProgress
+    transformer: Path,
+    out: Path,
+    make_plan: Callable[[StoredDiT, ExitStack], Plan],
+    on_progress: OnProgress,
 ) -> Converted:
     check_new(out)
-    with open_dit(transformer) as stored:
-        plan = make_plan(stored)
+    with ExitStack() as stack:
+        stored = stack.enter_context(open_dit(transformer))
+        plan = make_plan(stored, stack)
         check_space(out, plan.nbytes)
         with whole_or_nothing(out) as work:
             losses = plan.write(work, on_progress)
-        tensors = Counter(
-            conversion.how for shard in plan.shards for conversion in shard.conversions
-        )
+        of_dit = [shard for shard in plan.shards if shard.name.startswith(plan.transformer)]
         return Converted(
             out,
             sum(file.stat().st_size for file in stored.files),
-            sum((out / shard.name).stat().st_size for shard in plan.shards),
-            tensors,
+            sum((out / shard.name).stat().st_size for shard in of_dit),
+            Counter(conversion.how for shard in of_dit for conversion in shard.conversions),
             tuple(losses),
             plan.left_behind,
         )

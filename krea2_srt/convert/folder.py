@@ -1,13 +1,14 @@
 """The released layout: a folder that Diffusers and SGLang read too."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from krea2_srt.convert.conversion import DIFFUSERS, conversions
+from krea2_srt.convert.conversion import DIFFUSERS, Conversion, conversions
 from krea2_srt.convert.plan import Plan, Shard, shards
-from krea2_srt.errors import CheckpointError
+from krea2_srt.convert.single_parts import text_encoder_part, vae_part
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import STEM, StoredDiT
 from krea2_srt.model.quantization import Quantization
@@ -22,8 +23,11 @@ QUANTIZATION = "quantization_config"
 8 bits without their scales otherwise.
 """
 
-_WEIGHTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model"}
-"""How the weight files of the parts that are copied are called."""
+_STEMS = {"transformer": STEM, "text_encoder": "model", "vae": "diffusion_pytorch_model"}
+"""How the parts' weight files are called."""
+
+_SINGLE = {"text_encoder": text_encoder_part, "vae": vae_part}
+"""What makes a folder's part of a single file."""
 
 _SMALL = {".json", ".txt", ".jinja", ".model"}
 """Endings of what a part has beside its weights: configs, vocabularies, chat templates."""
@@ -35,6 +39,7 @@ def folder_plan(
     checkpoint: Krea2Checkpoint,
     stored: StoredDiT,
     quantization: Quantization | None,
+    stack: ExitStack,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """All files of a folder in the released layout.
@@ -43,51 +48,57 @@ def folder_plan(
         checkpoint: what is converted.
         stored: its DiT.
         quantization: of the DiT.
+        stack: has single files of other parts open until they are written.
         shard_bytes: size of a weight file, at most.
 
     Raises:
-        CheckpointError: a part is not a folder, or has no weights.
+        CheckpointError: a part cannot be read, or lacks something that the layout has.
     """
     source = checkpoint.transformer.parent if checkpoint.transformer.is_dir() else None
     if source is not None and not (source / INDEX).is_file():
         source = None
-    copies: dict[str, Path] = {}
-    for part in ("text_encoder", "tokenizer", "vae"):
-        folder = getattr(checkpoint, part)
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is a single file; a folder needs the {part.replace('_', ' ')} as a "
-                "folder: name one, or write the transformer alone with --layout file"
-            )
-        copies |= {f"{part}/{file.name}": file for file in _files(folder, _WEIGHTS.get(part))}
     texts = {
         INDEX: _index(checkpoint, source),
         "transformer/config.json": _transformer_config(checkpoint, stored, quantization),
     }
+    files = _shards("transformer", conversions(stored, quantization, DIFFUSERS), shard_bytes, texts)
+    copies: dict[str, Path] = {}
+    left: list[str] = []
+    for part in ("text_encoder", "tokenizer", "vae"):
+        path: Path = getattr(checkpoint, part)
+        if part in _SINGLE and path.is_file():
+            single = _SINGLE[part](path, stack)
+            texts[f"{part}/config.json"] = _json(single.config)
+            files += _shards(part, single.conversions, shard_bytes, texts)
+            left += single.left_behind
+        else:
+            copies |= {f"{part}/{file.name}": file for file in _files(path, _STEMS.get(part))}
     if source is not None and (source / "scheduler" / _SCHEDULER).is_file():
         copies[f"scheduler/{_SCHEDULER}"] = source / "scheduler" / _SCHEDULER
     else:
         texts[f"scheduler/{_SCHEDULER}"] = _json(scheduler_config(checkpoint.sampling.shift))
-    files = _shards(stored, quantization, shard_bytes)
-    if len(files) > 1:
-        texts[f"transformer/{STEM}.safetensors.index.json"] = _json(_weight_map(files))
-    left = tuple(_left_behind(source, copies)) if source is not None else ()
-    return Plan("transformer", files, texts, copies, left)
+    if source is not None:
+        left += _left_behind(source, copies)
+    return Plan("transformer", tuple(files), texts, copies, tuple(left))
 
 
 def _shards(
-    stored: StoredDiT, quantization: Quantization | None, shard_bytes: int
-) -> tuple[Shard, ...]:
-    groups = shards(conversions(stored, quantization, DIFFUSERS), shard_bytes)
-    count = len(groups)
-    names = [f"{STEM}-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [STEM]
-    return tuple(
-        Shard(f"transformer/{name}.safetensors", tuple(group), {"format": "pt"})
+    part: str, written: Sequence[Conversion], shard_bytes: int, texts: dict[str, str]
+) -> list[Shard]:
+    """Weight files of a part; where there are several, their index goes to ``texts``."""
+    groups = shards(written, shard_bytes)
+    stem, count = _STEMS[part], len(groups)
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [stem]
+    files = [
+        Shard(f"{part}/{name}.safetensors", tuple(group), {"format": "pt"})
         for name, group in zip(names, groups, strict=True)
-    )
+    ]
+    if count > 1:
+        texts[f"{part}/{stem}.safetensors.index.json"] = _json(_weight_map(files))
+    return files
 
 
-def _weight_map(files: tuple[Shard, ...]) -> dict[str, Any]:
+def _weight_map(files: Sequence[Shard]) -> dict[str, Any]:
     return {
         "metadata": {"total_size": sum(shard.nbytes for shard in files)},
         "weight_map": {

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 
-_BLOCK = re.compile(r"^transformer_blocks\.\d+\.|\.(?:weight|bias)$")
-"""What of a tensor's name is the same in no two blocks, or in all matrices."""
+_BLOCK = re.compile(r"(?<=blocks\.|layers\.)\d+(?=\.)")
+"""The number of a block in a tensor's name."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Errors of all tensors of a kind, such as ``attn.to_q``.
+    """Errors of all tensors of a kind.
 
     Attributes:
-        kind: the name without the block's number.
+        kind: the name without what is in each: ``attn.to_q`` of all blocks of the DiT, and
+            ``text_fusion.refiner_blocks.*.attn.to_q``.
         mean: of |written - read| / |read| in the 2-norm.
         worst: the largest of them.
         name: of the tensor that has it.
@@ -47,7 +48,8 @@ class Losses:
         return Measured(self, name, read)
 
     def note(self, name: str, error: float) -> None:
-        self._errors[_BLOCK.sub("", name)][name] = error
+        kind = _BLOCK.sub("*", name).removeprefix("transformer_blocks.*.").removesuffix(".weight")
+        self._errors[kind][name] = error
 
     def __iter__(self) -> Iterator[Loss]:
         for kind, errors in self._errors.items():

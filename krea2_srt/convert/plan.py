@@ -50,7 +50,7 @@ class Plan:
 
     Attributes:
         transformer: path of the DiT; empty where the output is nothing else.
-        shards: of the DiT.
+        shards: weight files that are written anew.
         texts: small files, whole.
         copies: files that are another's, byte for byte.
         left_behind: what the input has beside that.

@@ -30,7 +30,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder
     Raises:
         CheckpointError: missing or damaged files, another architecture.
     """
-    with _open(path) as (config, tensors):
+    with open_vae(path) as (config, tensors):
         with torch.device("meta"):
             needed = VAEDecoder(config, dtype).weight_map()
         check_weights(needed, shapes_of(tensors), path, ignore=_not_needed)
@@ -49,12 +49,12 @@ def vae_config(path: Path) -> VAEConfig:
     """
     if not path.is_file():
         return _folder_config(path)
-    with _open(path) as (config, _):
+    with open_vae(path) as (config, _):
         return config
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[VAEConfig, Mapping[str, StoredTensor]]]:
+def open_vae(path: Path) -> Iterator[tuple[VAEConfig, Mapping[str, StoredTensor]]]:
     """The config, and tensors by Diffusers' names."""
     config = None if path.is_file() else _folder_config(path)
     with open_files(checkpoint_files(path, _STEM)) as opened:
