@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "checkpoint",
         metavar="IN",
-        help="oss_turbo, oss_raw, a folder, a single .safetensors file or a repo id",
+        help="oss_turbo, oss_raw, a folder, a single file or a repo id",
     )
     add("out", type=Path, metavar="OUT", help="folder or file to write; must not exist")
     add(
@@ -57,8 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("turbo", "raw"),
         help="mark it as Turbo or as Raw, whatever the checkpoint says of itself",
     )
-    add("--text-encoder", metavar="DIR", help="Qwen3-VL-4B, to go with a single file")
-    add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with a single file")
+    for part, what in (("text-encoder", "Qwen3-VL-4B"), ("vae", "Qwen-Image VAE")):
+        text = f"{what}: a folder, a single file or a repo id, to go with a single file"
+        add(f"--{part}", metavar="NAME", help=text)
     add("--tokenizer", metavar="DIR", help="the text encoder's, where it does not lie beside it")
     return parser
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from krea2_srt.cli.convert import main
 from tests.torch.cli.test_demo_model import digest
@@ -59,6 +60,14 @@ def test_the_recipe_is_what_is_asked_for(folder, demo_model, original_file, caps
         main(file)
     assert "Turbo or Raw" in capsys.readouterr().err
     main([*file, "--recipe=turbo"])
+
+
+def test_the_original_codes_names_are_known(folder, original_file, monkeypatch, capsys):
+    (folder / "mine.safetensors").symlink_to(original_file)
+    monkeypatch.setenv("OSS_RAW", "mine.safetensors")
+    main(["oss_raw", "new.safetensors", "--layout=file"])
+    with safe_open(folder / "new.safetensors", framework="pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "Krea 2 Raw"
 
 
 def test_what_is_left_behind_is_said(folder, demo_model, capsys):
