@@ -13,6 +13,9 @@ from krea2_srt.errors import CheckpointError
 _BLOCK = re.compile(r"(?<=blocks\.|layers\.)\d+(?=\.)")
 """The number of a block in a tensor's name."""
 
+_ROWS_AT_ONCE = 2048
+"""Rows that are compared at a time, which takes float32 copies of them."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -74,10 +77,11 @@ class Measured:
         Raises:
             CheckpointError: the input has something there that is no number.
         """
-        read = self._read[self._rows : self._rows + len(written)].float()
-        self._rows += len(written)
-        self._difference += (written.float() - read).square().sum(dtype=torch.float64)
-        self._whole += read.square().sum(dtype=torch.float64)
+        for some in written.split(_ROWS_AT_ONCE):
+            read = self._read[self._rows : self._rows + len(some)].float()
+            self._rows += len(some)
+            self._difference += (some.float() - read).square().sum(dtype=torch.float64)
+            self._whole += read.square().sum(dtype=torch.float64)
         if not self._whole.isfinite():
             raise CheckpointError(f"{self._name}: non-finite values in it; is the file damaged?")
         if self._rows == len(self._read):
