@@ -11,6 +11,7 @@ from typing import Any
 
 from krea2_bench.adapters.table import figures as adapter_figures
 from krea2_bench.dialect_tables import no_effect_table, synonyms_table
+from krea2_bench.format_table import format_table
 from krea2_bench.settings_tables import settings_table
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.runner.config import RunnerConfig
@@ -175,6 +176,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "runner-settings": lambda _: settings_table(RunnerConfig),
     "synonyms": lambda _: synonyms_table(),
     "no-effect": lambda _: no_effect_table(),
+    "formats": lambda _: format_table(),
     "adapters": lambda results: adapter_figures(results("adapters.json")),
 }
 """Tables, given what reads a file of results; settings and words of clients are in none."""

@@ -185,7 +185,12 @@ def open_dit(path: Path) -> Iterator[StoredDiT]:
         stored = _by_diffusers_name(opened.tensors, path)
         config = _config(path, stored, opened.metadata)
         plan = _empty(config, torch.device("meta"), torch.bfloat16)  # takes no memory
-        check_weights(plan.weight_map(), shapes_of(stored), path)
+        check_weights(
+            plan.weight_map(),
+            shapes_of(stored),
+            path,
+            written=lambda name: stored[name].key if name in stored else name,
+        )
         yield StoredDiT(tuple(files), config, stored, plan, opened.notes)
 
 

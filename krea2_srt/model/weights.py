@@ -127,6 +127,7 @@ def check_weights(
     shapes: Mapping[str, tuple[int, ...]],
     where: Path,
     ignore: Callable[[str], bool] = lambda name: False,
+    written: Callable[[str], str] = str,
 ) -> None:
     """Check names and shapes before a byte of weights is read.
 
@@ -135,6 +136,7 @@ def check_weights(
         shapes: what the checkpoint has.
         where: for the message.
         ignore: names that may be there without being needed.
+        written: a tensor's name as the files have it, for the message.
 
     Raises:
         CheckpointError: naming the first missing, extra or misshapen tensors, with both shapes.
@@ -142,7 +144,7 @@ def check_weights(
 
     def some(names: list[str]) -> str:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return ", ".join(names[:3]) + more
+        return ", ".join(map(written, names[:3])) + more
 
     if missing := sorted(weight_map.keys() - shapes.keys()):
         raise CheckpointError(f"{where}: tensors are missing: {some(missing)}")
@@ -151,7 +153,7 @@ def check_weights(
     for name, slot in weight_map.items():
         if shapes[name] != slot.stored_shape:
             raise CheckpointError(
-                f"{where}: {name} has shape {list(shapes[name])}, "
+                f"{where}: {written(name)} has shape {list(shapes[name])}, "
                 f"expected {list(slot.stored_shape)}"
             )
 

@@ -61,8 +61,10 @@ class GgufTensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        # A copy: torch wants numbers that it may write to.
-        return torch.tensor(dequantize(np.array(self.data[rows]), GGMLQuantizationType.Q8_0))
+        # Scales that are not finite show in the first picture, as those of other weights do.
+        with np.errstate(invalid="ignore", over="ignore"):
+            numbers = dequantize(np.array(self.data[rows]), GGMLQuantizationType.Q8_0)
+        return torch.from_numpy(numbers)
 
     def read_eight_bit(self) -> QuantizedTokens:
         raise TypeError(f"{self.key} is stored as {self.kind}")
@@ -167,7 +169,7 @@ def _reader(file: Path) -> "GGUFReader":
             return super()._get_tensor_info_field(orig_offs)
 
     try:
-        with np.errstate(over="ignore"):  # the sizes of a damaged header; it is refused
+        with np.errstate(over="raise"):  # an offset that wraps
             reader = Bounded(file)
     except Exception as error:  # whatever gguf makes of a strange file
         raise CheckpointError(f"weight file {file} is damaged: {first_line(error)}") from None

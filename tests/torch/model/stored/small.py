@@ -61,7 +61,7 @@ def twin(meant: dict[str, Tensor], folder: Path, quantization: Quantization | No
 
 @torch.inference_mode()
 def velocity(dit: Krea2DiT) -> Tensor:
-    """Of an image of 6x5 tokens and a prompt of 7."""
+    """What it computes of an image of 6x5 tokens and a prompt of 7."""
     generator = torch.Generator().manual_seed(1)
     image = torch.randn(30, CONFIG.in_channels, generator=generator)
     states = torch.randn(7, CONFIG.num_text_layers, CONFIG.text_hidden_dim, generator=generator)

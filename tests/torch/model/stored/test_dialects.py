@@ -261,6 +261,41 @@ def test_one_line_says_what_became_of_the_file(tmp_path, caplog):
     assert log_of(caplog, file) == []
 
 
+def test_a_file_may_have_matrices_of_several_formats(tmp_path, caplog):
+    """Each has its marker, so there is nothing to guess; the log names all of them."""
+    file, attention = tmp_path / "some", lambda n, t: in_blocks(n, t) and ".attn." in n
+    other: dict[str, torch.Tensor] = {}
+    meant = write_fp8_scaled(
+        state_dict(), tmp_path / "fp8", chooses=attention, spoil=lambda t: other.update(t)
+    )
+    for key in [k for k in other if ".attn." not in k]:
+        other.pop(key)
+    rest = {key: tensor for key, tensor in state_dict().items() if key not in other}
+    meant |= write_int8(rest, file, spoil=lambda t: t.update(other))
+    expected = twin(meant, tmp_path)
+    for key, tensor in load(file).state_dict().items():
+        assert torch.allclose(tensor, expected.state_dict()[key], rtol=1e-5, atol=1e-6), key
+    (line,) = log_of(caplog, file, FP8)
+    assert f"{5 * CONFIG.num_layers} matrices fp8_scaled, taken as they are; " in line
+    assert "matrices int8_convrot, dequantised and quantised to fp8; " in line
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_kernels_of_convolutions_may_have_scales(tmp_path, per_row):
+    kernels = {"conv.weight": torch.randn(6, 4, 1, 3, 3), "conv.bias": torch.randn(6)}
+    meant = write_fp8_scaled(
+        kernels,
+        tmp_path / "some",
+        per_row=per_row,
+        flat=True,
+        chooses=lambda name, tensor: tensor.dim() > 1,
+    )
+    with open_files([tmp_path / "some"]) as opened:
+        assert opened.tensors["conv.weight"].eight_bit is None
+        for key, tensor in opened.tensors.items():
+            assert torch.equal(tensor.read().float(), meant[key])
+
+
 def test_files_say_of_themselves_what_they_say(tmp_path):
     write_plain(state_dict(), tmp_path / "a", metadata={"recipe": "turbo"})
     write_gguf(state_dict(), tmp_path / "b", metadata={"krea2.recipe": "raw"})
@@ -272,7 +307,7 @@ def test_files_say_of_themselves_what_they_say(tmp_path):
 
 
 def test_reading_a_tensor_reads_that_one_only_and_once(tmp_path, monkeypatch):
-    """Of the others not even a row; weights with scales row by row, each row once."""
+    """Not a row of the others; weights with scales are read row by row, each row once."""
     from krea2_srt.model.stored.plain import PlainTensor
 
     monkeypatch.setattr(chunks, "_ELEMENTS_AT_ONCE", 10 * 256)

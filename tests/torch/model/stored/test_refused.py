@@ -145,10 +145,14 @@ WRONG_FP8 = {
     ),
     "weight has another shape": (
         lambda t: t.update({KEY: t[KEY][:, :128]}),
-        "attn.to_k.weight has shape [128, 128], expected [128, 256]",
+        f"{KEY} has shape [128, 128], expected [128, 256]",
     ),
     "weight is empty": (lambda t: t.update({KEY: t[KEY][:, :0]}), "there is nothing in it"),
     "weight is a vector": (lambda t: t.update({KEY: t[KEY][0]}), "has shape [256] and a scale"),
+    "stray matrix": (
+        lambda t: t.update({"last.down.weight": torch.zeros(2, 2)}),
+        "unexpected tensors: last.down.weight",
+    ),
     "stray tensor": (lambda t: t.update(extra=torch.zeros(1)), "unexpected tensors: extra"),
     "missing tensor": (lambda t: [t.pop(k) for k in (KEY, SCALE, MARKER)], "are missing:"),
     "strange name": (lambda t: t.update({"a\nb": torch.zeros(1)}), "is no name of a tensor"),
