@@ -1,8 +1,9 @@
 """Writing the parts of a checkpoint as the single files that people have."""
 
 import json
+import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,26 @@ def native_vae_name(name: str, num_res_blocks: int = 2) -> str:
         if match := re.fullmatch(pattern, rest):
             return f"{half}.{native(match)}"
     raise AssertionError(f"{name} is none of a VAE's")
+
+
+def with_damaged_headers(file: Path, times: int) -> Iterator[int]:
+    """Turns one bit of a safetensors file's header, so many times; yields the byte's place.
+
+    It may be in a name, a dtype, a shape, a place or the metadata.
+    """
+    chance = random.Random(0)
+    with file.open("r+b") as opened:
+        end = 8 + int.from_bytes(opened.read(8), "little")
+        for _ in range(times):
+            place = chance.randrange(8, end)
+            opened.seek(place)
+            (byte,) = opened.read(1)
+            for value in (byte ^ 1 << chance.randrange(8), byte):
+                opened.seek(place)
+                opened.write(bytes([value]))
+                opened.flush()
+                if value != byte:
+                    yield place
 
 
 def _layer(name: str) -> str:

@@ -72,7 +72,8 @@ def vae_part(file: Path, stack: ExitStack) -> SinglePart:
     Raises:
         CheckpointError: it cannot be read, or has no encoder half, which the layout has.
     """
-    config, tensors = stack.enter_context(open_vae(file))
+    stored = stack.enter_context(open_vae(file))
+    config, tensors = stored.config, stored.tensors
     _check_has(tensors, "encoder.", "encoder half", file)
     values = {
         "_class_name": VAE_CLASS,

@@ -1,5 +1,6 @@
 """Prompt to selected hidden states: Qwen3-VL, text only, cut after the last selected layer."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from krea2_srt.model.stored.tensor import shapes_of
 from krea2_srt.model.text_encoder_files import may_be_there, open_text_encoder, text_config
 from krea2_srt.model.weights import WeightSlot, check_weights, load_weights
 from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
+
+logger = logging.getLogger(__name__)
 
 # The template, and how much of it is cut away, as the released pipeline has it.
 PREFIX = (
@@ -234,7 +237,9 @@ def load_text_encoder(
         model = model.to_empty(device=device if resident else "cpu")
         # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
         model.rotary_emb = rotary.to(device)
-        load_weights(stored.tensors, _weight_map(model))
+        loaded = load_weights(stored.tensors, _weight_map(model))
+    if (line := loaded.line(path, stored.notes)) is not None:
+        logger.info("%s", line)
     model.requires_grad_(False).eval()
     if not resident:
         offload(text_model_units(model), device)

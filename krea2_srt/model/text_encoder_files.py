@@ -58,10 +58,12 @@ class StoredTextEncoder:
         config: sizes of its text model, as transformers names them.
         tensors: by the names of a ``Qwen3VLTextModel``, and what else there is, such as the vision
             tower.
+        notes: see `StoredFiles`.
     """
 
     config: dict[str, Any]
     tensors: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
 
 
 @contextmanager
@@ -79,7 +81,7 @@ def open_text_encoder(path: Path) -> Iterator[StoredTextEncoder]:
         tensors = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
         if config is None:
             config = _file_config(path, opened.metadata, tensors)
-        yield StoredTextEncoder(config, tensors)
+        yield StoredTextEncoder(config, tensors, opened.notes)
 
 
 def text_config(path: Path) -> dict[str, Any]:

@@ -21,6 +21,9 @@ LATENTS_STD = (
 )  # fmt: skip
 """Statistics of the released VAE's latents, which leave no trace in its weights."""
 
+_MOST = 1024
+"""The largest of any size, so that no damaged file asks for a model without end."""
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -106,8 +109,8 @@ class VAEConfig:
 
     def _checked(self) -> "VAEConfig":
         counts = (self.base_dim, self.z_dim, self.num_res_blocks, *self.dim_mult)
-        if not all(type(count) is int and count > 0 for count in counts):
-            raise CheckpointError(f"sizes must be positive integers, got {counts}")
+        if not all(type(count) is int and 0 < count <= _MOST for count in counts):
+            raise CheckpointError(f"sizes must be integers from 1 to {_MOST}, got {counts}")
         if not all(map(math.isfinite, self.latents_mean + self.latents_std)):
             raise CheckpointError("latents_mean and latents_std must be finite")
         if len(self.temporal_downsample) != 3 or len(self.dim_mult) != 4:

@@ -1,7 +1,9 @@
 """The files of a VAE: a folder as Diffusers writes it, or a single file of either naming."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +16,8 @@ from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import CLASS_NAMES, VAEConfig
 from krea2_srt.model.vae_names import diffusers_name, other_vae, stage_length
 from krea2_srt.model.weights import check_weights, checkpoint_files, load_weights, parse_json
+
+logger = logging.getLogger(__name__)
 
 _STEM = "diffusion_pytorch_model"
 _PREFIXES = ("first_stage_model.", "vae.", "module.", "model.")
@@ -30,13 +34,15 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder
     Raises:
         CheckpointError: missing or damaged files, another architecture.
     """
-    with open_vae(path) as (config, tensors):
+    with open_vae(path) as stored:
         with torch.device("meta"):
-            needed = VAEDecoder(config, dtype).weight_map()
-        check_weights(needed, shapes_of(tensors), path, ignore=_not_needed)
+            needed = VAEDecoder(stored.config, dtype).weight_map()
+        check_weights(needed, shapes_of(stored.tensors), path, ignore=_not_needed)
         with torch.device(device):
-            vae = VAEDecoder(config, dtype).eval()
-        load_weights(tensors, vae.weight_map())
+            vae = VAEDecoder(stored.config, dtype).eval()
+        loaded = load_weights(stored.tensors, vae.weight_map())
+    if (line := loaded.line(path, stored.notes)) is not None:
+        logger.info("%s", line)
     # Convolutions run faster on both kinds of device with channels innermost.
     return vae.to(memory_format=torch.channels_last)
 
@@ -49,13 +55,21 @@ def vae_config(path: Path) -> VAEConfig:
     """
     if not path.is_file():
         return _folder_config(path)
-    with open_vae(path) as (config, _):
-        return config
+    with open_vae(path) as stored:
+        return stored.config
+
+
+@dataclass(frozen=True)
+class StoredVAE:
+    """The open files of a VAE; tensors by Diffusers' names."""
+
+    config: VAEConfig
+    tensors: Mapping[str, StoredTensor]
+    notes: tuple[str, ...]
 
 
 @contextmanager
-def open_vae(path: Path) -> Iterator[tuple[VAEConfig, Mapping[str, StoredTensor]]]:
-    """The config, and tensors by Diffusers' names."""
+def open_vae(path: Path) -> Iterator[StoredVAE]:
     config = None if path.is_file() else _folder_config(path)
     with open_files(checkpoint_files(path, _STEM)) as opened:
         bare = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
@@ -63,7 +77,7 @@ def open_vae(path: Path) -> Iterator[tuple[VAEConfig, Mapping[str, StoredTensor]
         tensors = renamed(bare, lambda name: diffusers_name(name, length), path)
         if config is None:
             config = _file_config(path, opened.metadata, shapes_of(tensors))
-        yield config, tensors
+        yield StoredVAE(config, tensors, opened.notes)
 
 
 def _folder_config(folder: Path) -> VAEConfig:

@@ -1,6 +1,7 @@
 """VAEs as single files: names, configs, and what is no VAE of Krea 2's."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.model.vae_files import load_vae, vae_config
 from krea2_srt.model.vae_names import diffusers_name, other_vae, stage_length
+from tests import dialects
 from tests.comparisons import CPU
-from tests.single_files import native_vae_name, write_vae_file
+from tests.single_files import native_vae_name, with_damaged_headers, write_vae_file
 
 FLOAT32 = torch.float32
 
@@ -163,6 +165,19 @@ def test_a_file_in_any_float_dtype(folder, weights, tmp_path, dtype):
     assert_same(file, rounded, vae_config(folder))
 
 
+def test_an_fp8_file_says_that_it_is_one(folder, weights, tmp_path, caplog):
+    file = write_vae_file(folder, tmp_path / "vae.safetensors")
+    config = (folder / "config.json").read_text()
+    means = dialects.write_plain(
+        load_file(file), file, dtype=dialects.E4M3, metadata={"config": config}
+    )
+    with caplog.at_level(logging.INFO):
+        found = load_vae(file, CPU, FLOAT32)
+    assert torch.equal(found.conv_in.weight, means["decoder.conv1.weight"][:, :, -1])
+    (record,) = [r for r in caplog.records if r.name == "krea2_srt.model.vae_files"]
+    assert "vae.safetensors" in record.message
+
+
 def scaled(name: str, channels: int):
     """Makes a tensor have other output channels."""
 
@@ -231,6 +246,8 @@ def test_metadata_that_is_no_config_is_refused(demo_model, tmp_path, config, nam
         ({"input_channels": 4}, r"config\.json: input_channels=4, Krea 2 needs an RGB VAE"),
         ({"_class_name": "AutoencoderKLWan", "is_residual": True}, "is_residual"),
         ({"base_dim": 32}, "has shape"),
+        ({"num_res_blocks": 10**9}, "sizes must be integers from 1 to 1024, got"),
+        ({"latents_std": ["x"] * 16}, "missing or of the wrong type"),
     ],
 )
 def test_a_config_beside_a_file_that_does_not_fit_is_refused(folder, tmp_path, change, named):
@@ -278,7 +295,7 @@ def wan_22_native():
         (wan_22, "is a Wan 2.2 VAE of 48 latent channels"),
         (wan_22_native, "is a Wan 2.2 VAE of 48 latent channels"),
         (lambda: {"decoder.1.weight": (4, 4)}, "not a Qwen-Image VAE: tensor .* is missing"),
-        (lambda: {"decoder.norm_out.gamma": (0,)}, "not a Qwen-Image VAE"),
+        (lambda: {"decoder.norm_out.gamma": (0,)}, "norm_out"),
         (lambda: {"decoder.norm_out.gamma": ()}, "not a Qwen-Image VAE"),
     ],
 )
@@ -310,3 +327,16 @@ def test_a_truncated_file_is_named(demo_model, tmp_path):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"vae\.safetensors is damaged"):
         load_vae(file, CPU, FLOAT32)
+
+
+def test_a_damaged_header_is_one_line_or_read(folder, tmp_path):
+    """Nothing takes forever, or all memory."""
+    file = write_vae_file(folder, tmp_path / "vae.safetensors", config=True)
+    refused = []
+    for _ in with_damaged_headers(file, 40):
+        try:
+            load_vae(file, CPU, FLOAT32)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 15
+    assert not any("\n" in line for line in refused)
