@@ -13,12 +13,11 @@ from torch import Tensor
 
 from krea2_srt.demo.text_encoder import HEAD_DIM, ROPE_THETA
 from krea2_srt.demo.tokenizer import write_tokenizer
-from krea2_srt.model.checkpoint import CLASS_NAME as PIPELINE_CLASS
-from krea2_srt.model.checkpoint import TRAINED_SIDE
-from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
+from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.dit_files import config_dict, original_name, stored_shapes
-from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
+from krea2_srt.model.dit_files import original_name, original_shape, stored_shapes
+from krea2_srt.model.released import model_index, scheduler_config, transformer_config
+from krea2_srt.model.schedule import ResolutionShift
 
 DIT_CONFIG = Krea2Config(
     num_layers=4,
@@ -31,17 +30,6 @@ DIT_CONFIG = Krea2Config(
     text_num_key_value_heads=1,
     text_intermediate_size=256,
 )
-
-# SGLang's DiT reads these names instead of the released ones.
-_SGLANG_NAMES = {
-    "features": DIT_CONFIG.hidden_size,
-    "heads": DIT_CONFIG.num_attention_heads,
-    "kvheads": DIT_CONFIG.num_key_value_heads,
-    "layers": DIT_CONFIG.num_layers,
-    "txtdim": DIT_CONFIG.text_hidden_dim,
-    "txtheads": DIT_CONFIG.text_num_attention_heads,
-    "txtkvheads": DIT_CONFIG.text_num_key_value_heads,
-}
 
 TEXT_CONFIG = {
     "vocab_size": 151936,
@@ -145,38 +133,23 @@ def write_original_file(transformer: Path, file: Path) -> None:
         file: to write.
     """
     tensors = load_file(transformer / "diffusion_pytorch_model.safetensors")
-    originals = {}
-    for name, tensor in tensors.items():
-        flat = name.startswith("transformer_blocks.") and name.endswith("scale_shift_table")
-        originals[original_name(name)] = tensor.flatten() if flat else tensor
+    originals = {
+        original_name(name): tensor.reshape(original_shape(name, tuple(tensor.shape)))
+        for name, tensor in tensors.items()
+    }
     _save(originals, file)
 
 
 def _write_index(folder: Path, distilled: bool, trained_side: int) -> None:
     _write_json(
         folder / "model_index.json",
-        {
-            "_class_name": PIPELINE_CLASS,
-            "_diffusers_version": "0.42.1",
-            TRAINED_SIDE: trained_side,
-            "is_distilled": distilled,
-            "patch_size": 2,
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Qwen3VLModel"],
-            "text_encoder_select_layers": list(DEFAULT_SELECT_LAYERS),
-            "tokenizer": ["transformers", "Qwen2TokenizerFast"],
-            "transformer": ["diffusers", DIT_CLASS],
-            "vae": ["diffusers", "AutoencoderKLQwenImage"],
-        },
+        model_index(SamplingDefaults(distilled, trained_side=trained_side)),
     )
 
 
 def _write_transformer(folder: Path, weights: Weights) -> None:
     folder.mkdir()
-    _write_json(
-        folder / "config.json",
-        {"_class_name": DIT_CLASS, **config_dict(DIT_CONFIG), **_SGLANG_NAMES},
-    )
+    _write_json(folder / "config.json", transformer_config(DIT_CONFIG))
     shapes = stored_shapes(DIT_CONFIG)
     tensors = {name: weights.transformer(name, shape) for name, shape in shapes.items()}
     _save(tensors, folder / "diffusion_pytorch_model.safetensors")
@@ -211,20 +184,7 @@ def _write_vae(folder: Path, weights: Weights) -> None:
 
 def _write_scheduler(folder: Path) -> None:
     folder.mkdir()
-    _write_json(
-        folder / "scheduler_config.json",
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "base_image_seq_len": 256,
-            "base_shift": 0.5,
-            "max_image_seq_len": 6400,
-            "max_shift": 1.15,
-            "num_train_timesteps": 1000,
-            "shift": 1.0,
-            "time_shift_type": "exponential",
-            "use_dynamic_shifting": True,
-        },
-    )
+    _write_json(folder / "scheduler_config.json", scheduler_config(ResolutionShift()))
 
 
 def _write_loras(folder: Path, files: Sequence[Path]) -> None:

@@ -111,9 +111,10 @@ def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedTokens:
-    """Quantise each row of a float32 matrix by its own scale."""
+    """Quantise each row of a float32 matrix by its own scale, on all devices to the same bits."""
     largest = LARGEST[dtype]
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / largest
+    # On CUDA, torch divides by a number as it multiplies by its rounded inverse.
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / x.new_full((1, 1), largest)
     values = x * (1 / scale)
     if dtype is torch.int8:
         values.round_()

@@ -6,8 +6,12 @@
 """
 
 import dataclasses
+import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,8 +19,8 @@ import torch
 from torch import Tensor
 
 from krea2_srt.errors import AdapterError, CheckpointError
-from krea2_srt.kernels.quantize import QuantizedTokens
-from krea2_srt.model.config import Krea2Config
+from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.matrices import Matrix, matrices_of
 from krea2_srt.model.quantization import Quantization
@@ -34,7 +38,12 @@ from krea2_srt.model.weights import (
 
 logger = logging.getLogger(__name__)
 
-_STEM = "diffusion_pytorch_model"
+STEM = "diffusion_pytorch_model"
+"""How a folder's files are called."""
+
+FILE_CONFIG = "config"
+"""In a single file's metadata: what is in a folder's ``config.json``."""
+
 _DIFFUSERS_BLOCKS = "transformer_blocks."
 _ORIGINAL_BLOCKS = "blocks."
 _TENSORS_OF_A_BLOCK = 10
@@ -91,6 +100,12 @@ def original_name(diffusers: str) -> str:
     return name
 
 
+def original_shape(diffusers: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which the original release has a tensor: blocks' tables are flat there."""
+    flat = diffusers.startswith(_DIFFUSERS_BLOCKS) and diffusers.endswith(".scale_shift_table")
+    return (math.prod(shape),) if flat else shape
+
+
 def _translate(
     name: str, prefixes: tuple[tuple[str, str], ...], inner: tuple[tuple[str, str], ...]
 ) -> str:
@@ -125,26 +140,64 @@ def load_dit(
         ConfigError: the quantization does not fit the model.
         AdapterError: the deltas are another model's.
     """
-    files = [path] if path.is_file() else checkpoint_files(path, _STEM)
-    with open_files(files) as opened:
-        stored = _by_diffusers_name(opened.tensors, path)
-        config = _config(path, stored)
-        plan = _empty(config, torch.device("meta"), dtype)  # takes no memory
-        needed = plan.weight_map()
-        check_weights(
-            needed,
-            shapes_of(stored),
-            path,
-            written=lambda name: stored[name].key if name in stored else name,
-        )
-        _check_deltas(deltas, needed)
-        rotations = _rotations(matrices_of(plan), stored)
-        dit = _empty(config, device, dtype, quantization, rotations)
-        loaded = load_weights(stored, dit.weight_map(), deltas)
+    with open_dit(path) as opened:
+        _check_deltas(deltas, opened.tensors)
+        rotations = _rotations(matrices_of(opened.plan), opened.tensors)
+        dit = _empty(opened.config, device, dtype, quantization, rotations)
+        loaded = load_weights(opened.tensors, dit.weight_map(), deltas)
     line = loaded.line(path, opened.notes, advise_fp8=quantization is None)
     if line is not None:
         logger.info("%s", line)
     return dit
+
+
+@dataclass(frozen=True)
+class StoredDiT:
+    """A DiT's files, open; nothing of the weights is read yet.
+
+    Attributes:
+        files: where its tensors lie.
+        config: its sizes.
+        tensors: by Diffusers name; just those that a DiT of this config has.
+        plan: a DiT of this config, without memory for its weights.
+        notes: see `krea2_srt.model.stored.files.StoredFiles`.
+    """
+
+    files: tuple[Path, ...]
+    config: Krea2Config
+    tensors: Mapping[str, StoredTensor]
+    plan: Krea2DiT
+    notes: Sequence[str]
+
+
+@contextmanager
+def open_dit(path: Path) -> Iterator[StoredDiT]:
+    """Open a DiT's files, and check names and shapes.
+
+    Args:
+        path: see `load_dit`.
+
+    Raises:
+        CheckpointError: see `load_dit`.
+    """
+    files = [path] if path.is_file() else checkpoint_files(path, STEM)
+    with open_files(files) as opened:
+        stored = _by_diffusers_name(opened.tensors, path)
+        config = _config(path, stored, opened.metadata)
+        plan = _empty(config, torch.device("meta"), torch.bfloat16)  # takes no memory
+        check_weights(
+            plan.weight_map(),
+            shapes_of(stored),
+            path,
+            written=lambda name: stored[name].key if name in stored else name,
+        )
+        yield StoredDiT(tuple(files), config, stored, plan, opened.notes)
+
+
+def eight_bit_formats(config: Krea2Config, quantization: Quantization) -> dict[str, TokenFormat]:
+    """What each matrix that is quantised is stored in, by Diffusers name."""
+    slots = _meta_weight_map(config, quantization)
+    return {n: slot.eight_bit for n, slot in slots.items() if slot.eight_bit is not None}
 
 
 def _rotations(
@@ -172,7 +225,7 @@ def dit_config(path: Path) -> Krea2Config:
     if path.is_dir():
         return read_config(path)
     with open_files([path]) as opened:
-        return _config(path, _by_diffusers_name(opened.tensors, path))
+        return _config(path, _by_diffusers_name(opened.tensors, path), opened.metadata)
 
 
 def read_config(folder: Path) -> Krea2Config:
@@ -180,12 +233,22 @@ def read_config(folder: Path) -> Krea2Config:
     return parse_json(folder / "config.json", Krea2Config.from_dict)
 
 
-def _config(path: Path, stored: Mapping[str, StoredTensor]) -> Krea2Config:
-    """A folder's own, or that which a single file's tensors speak of."""
+def _config(
+    path: Path, stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]
+) -> Krea2Config:
+    """A folder's own, or what a single file says of itself, or what its tensors speak of."""
     if path.is_dir():
         return read_config(path)
     try:
-        config = Krea2Config.from_shapes(shapes_of(stored))
+        told = json.loads(metadata.get(FILE_CONFIG, "null"))
+    except (ValueError, RecursionError):
+        told = None
+    try:
+        # Other tools use the key for configs of their own.
+        if isinstance(told, dict) and told.get("_class_name") == CLASS_NAME:
+            config = Krea2Config.from_dict(told)
+        else:
+            config = Krea2Config.from_shapes(shapes_of(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if config.num_layers > len(stored) // _TENSORS_OF_A_BLOCK:
@@ -228,14 +291,16 @@ class _Table:
         raise TypeError(f"{self.key} is no matrix")
 
 
-def _check_deltas(deltas: Mapping[str, WeightDelta], needed: Mapping[str, WeightSlot]) -> None:
-    if other := sorted(deltas.keys() - needed.keys()):
+def _check_deltas(deltas: Mapping[str, WeightDelta], tensors: Mapping[str, StoredTensor]) -> None:
+    if other := sorted(deltas.keys() - tensors.keys()):
         raise AdapterError(f"the model has no {other[0]} that a merged adapter changes")
 
 
-def _meta_weight_map(config: Krea2Config, dtype: torch.dtype) -> dict[str, WeightSlot]:
+def _meta_weight_map(
+    config: Krea2Config, quantization: Quantization | None = None
+) -> dict[str, WeightSlot]:
     """What a DiT of this config needs, found without taking memory for it."""
-    return _empty(config, torch.device("meta"), dtype).weight_map()
+    return _empty(config, torch.device("meta"), torch.bfloat16, quantization).weight_map()
 
 
 def _empty(
@@ -251,8 +316,7 @@ def _empty(
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a Diffusers-layout checkpoint with this config."""
-    needed = _meta_weight_map(config, torch.bfloat16)
-    return {name: slot.stored_shape for name, slot in needed.items()}
+    return {name: slot.stored_shape for name, slot in _meta_weight_map(config).items()}
 
 
 def config_dict(config: Krea2Config) -> dict[str, object]:

@@ -72,6 +72,25 @@ def find_checkpoint(
     return checkpoint
 
 
+def find_transformer(name: str, *, distilled: bool | None = None) -> tuple[Path, SamplingDefaults]:
+    """Find a checkpoint's DiT alone, with how it is sampled.
+
+    The other parts of a single file are not looked for.
+
+    Args:
+        name, distilled: see `find_checkpoint`.
+
+    Raises:
+        CheckpointError: see `find_checkpoint`.
+    """
+    alias = name if name in RELEASES else None
+    path = Path(os.path.expanduser((alias and os.environ.get(alias.upper())) or name))
+    if path.is_file():
+        return path, _sampling(path, alias, distilled)
+    checkpoint = find_checkpoint(name, distilled=distilled)
+    return checkpoint.transformer, checkpoint.sampling
+
+
 def _single_file(
     file: Path,
     alias: str | None,
@@ -79,11 +98,7 @@ def _single_file(
     text_encoder: str | None,
     vae: str | None,
 ) -> Krea2Checkpoint:
-    if distilled is None:
-        label = (alias or file.stem).lower()
-        if ("turbo" in label) == ("raw" in label):
-            raise CheckpointError(f"{file}: its name does not say whether it is Turbo or Raw")
-        distilled = "turbo" in label
+    sampling = _sampling(file, alias, distilled)
     encoder = _component(text_encoder or TEXT_ENCODER_REPO, ["*.json", "*.safetensors", "*.txt"])
     decoder = _component(vae or VAE_REPO, ["vae/*"])
     tokenizer = encoder if (encoder / "tokenizer_config.json").is_file() else encoder / "tokenizer"
@@ -95,8 +110,18 @@ def _single_file(
         text_encoder=encoder,
         tokenizer=tokenizer,
         vae=decoder / "vae" if (decoder / "vae").is_dir() else decoder,
-        sampling=SamplingDefaults(distilled),
+        sampling=sampling,
     )
+
+
+def _sampling(file: Path, alias: str | None, distilled: bool | None) -> SamplingDefaults:
+    """Turbo's or Raw's, by a single file's name where it is not given."""
+    if distilled is None:
+        label = (alias or file.stem).lower()
+        if ("turbo" in label) == ("raw" in label):
+            raise CheckpointError(f"{file}: its name does not say whether it is Turbo or Raw")
+        distilled = "turbo" in label
+    return SamplingDefaults(distilled)
 
 
 def _component(name: str, patterns: list[str]) -> Path:

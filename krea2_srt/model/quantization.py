@@ -151,16 +151,29 @@ class QuantizedLinear(Linear):
         self.scale[place] = rows.scale.to(self.scale.device)
 
     def _store(self, start: int, stored: Tensor) -> None:
-        """Quantise a stored matrix into the rows from ``start`` on, some at a time."""
-        for some in stored.split(_ROWS_AT_ONCE):
-            rows = slice(start, start + len(some))
-            weight = some.to(self.weight.device).float()
-            if self.format.rotation:
-                weight = rotate(weight, self.format.rotation)
-            quantized = quantize_rows(weight, self.format.dtype)
+        """Quantise a stored matrix into the rows from ``start`` on."""
+        for quantized in quantized_rows(stored, self.format, self.weight.device):
+            rows = slice(start, start + len(quantized))
             self.weight[rows] = quantized.values
             self.scale[rows] = quantized.scale
-            start += len(some)
+            start += len(quantized)
+
+
+def quantized_rows(
+    stored: Tensor, format: TokenFormat, device: torch.device
+) -> Iterator[QuantizedTokens]:
+    """A stored matrix in 8 bits, some rows at a time: float32 copies of them are all it takes.
+
+    Args:
+        stored: [out, in].
+        format: how.
+        device: where it is computed, and where the rows are.
+    """
+    for some in stored.split(_ROWS_AT_ONCE):
+        weight = some.to(device).float()
+        if format.rotation:
+            weight = rotate(weight, format.rotation)
+        yield quantize_rows(weight, format.dtype)
 
 
 def block_linears(

@@ -34,7 +34,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder
     Raises:
         CheckpointError: missing or damaged files, another architecture.
     """
-    with _open(path) as stored:
+    with open_vae(path) as stored:
         with torch.device("meta"):
             needed = VAEDecoder(stored.config, dtype).weight_map()
         check_weights(needed, shapes_of(stored.tensors), path, ignore=_not_needed)
@@ -55,12 +55,12 @@ def vae_config(path: Path) -> VAEConfig:
     """
     if not path.is_file():
         return _folder_config(path)
-    with _open(path) as stored:
+    with open_vae(path) as stored:
         return stored.config
 
 
 @dataclass(frozen=True)
-class _StoredVAE:
+class StoredVAE:
     """The open files of a VAE; tensors by Diffusers' names."""
 
     config: VAEConfig
@@ -69,7 +69,7 @@ class _StoredVAE:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[_StoredVAE]:
+def open_vae(path: Path) -> Iterator[StoredVAE]:
     config = None if path.is_file() else _folder_config(path)
     with open_files(checkpoint_files(path, _STEM)) as opened:
         bare = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
@@ -77,7 +77,7 @@ def _open(path: Path) -> Iterator[_StoredVAE]:
         tensors = renamed(bare, lambda name: diffusers_name(name, length), path)
         if config is None:
             config = _file_config(path, opened.metadata, shapes_of(tensors))
-        yield _StoredVAE(config, tensors, opened.notes)
+        yield StoredVAE(config, tensors, opened.notes)
 
 
 def _folder_config(folder: Path) -> VAEConfig:

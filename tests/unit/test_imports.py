@@ -25,6 +25,7 @@ BELOW = {
     "kernels": set(),
     "model": {"errors", "request", "kernels"},
     "lora": {"errors", "request", "messages", "yaml_files", "kernels", "model"},
+    "convert": {"errors", "kernels", "model"},
     "engine": {"errors", "setting", "request"},
     "runner": {"errors", "setting", "request", "kernels", "model", "lora", "engine"},
     "routing": {"request", "engine"},

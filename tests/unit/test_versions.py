@@ -8,12 +8,14 @@ import pytest
 from krea2_bench.cli import main as bench
 from krea2_server.cli import main as serve
 from krea2_srt import __version__
+from krea2_srt.cli.convert import main as convert
 from krea2_srt.cli.demo_model import main as demo_model
 from krea2_srt.cli.generate import main as generate
 
 COMMANDS = {
     "krea2-serve": serve,
     "krea2-generate": generate,
+    "krea2-convert": convert,
     "krea2-demo-model": demo_model,
     "krea2-bench": bench,
 }

@@ -1,0 +1,69 @@
+"""The released layout's JSON files, written as Diffusers writes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from krea2_srt.model.checkpoint import CLASS_NAME, TRAINED_SIDE, SamplingDefaults
+from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
+from krea2_srt.model.config import Krea2Config
+from krea2_srt.model.dit_files import config_dict
+from krea2_srt.model.latents import PATCH
+from krea2_srt.model.schedule import ResolutionShift
+from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
+
+
+def model_index(
+    sampling: SamplingDefaults, select_layers: Sequence[int] = DEFAULT_SELECT_LAYERS
+) -> dict[str, Any]:
+    """``model_index.json``.
+
+    Args:
+        sampling: Turbo's or Raw's.
+        select_layers: text encoder hidden states that the DiT reads.
+    """
+    side = sampling.trained_side
+    return {
+        "_class_name": CLASS_NAME,
+        "_diffusers_version": "0.42.1",
+        **({TRAINED_SIDE: side} if side != SamplingDefaults.trained_side else {}),
+        "is_distilled": sampling.distilled,
+        "patch_size": PATCH,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3VLModel"],
+        "text_encoder_select_layers": list(select_layers),
+        "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+        "transformer": ["diffusers", DIT_CLASS],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+
+
+def transformer_config(config: Krea2Config) -> dict[str, Any]:
+    """``transformer/config.json``."""
+    released = {"_class_name": DIT_CLASS, **config_dict(config)}
+    if config == Krea2Config():
+        return released
+    # SGLang's own DiT reads these names instead of the released ones; its defaults are Krea 2's.
+    return released | {
+        "features": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kvheads": config.num_key_value_heads,
+        "layers": config.num_layers,
+        "txtdim": config.text_hidden_dim,
+        "txtheads": config.text_num_attention_heads,
+        "txtkvheads": config.text_num_key_value_heads,
+    }
+
+
+def scheduler_config(shift: ResolutionShift) -> dict[str, Any]:
+    """``scheduler/scheduler_config.json``."""
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "base_image_seq_len": shift.min_tokens,
+        "base_shift": shift.min_mu,
+        "max_image_seq_len": shift.max_tokens,
+        "max_shift": shift.max_mu,
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "time_shift_type": "exponential",
+        "use_dynamic_shifting": True,
+    }
