@@ -16,6 +16,7 @@ from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.prefixes import without_prefix
@@ -26,7 +27,6 @@ from krea2_srt.model.weights import (
     check_weights,
     checkpoint_files,
     load_weights,
-    parse_json,
 )
 
 _STEM = "diffusion_pytorch_model"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
+from krea2_srt.model.json_files import read_json
 from krea2_srt.model.offload import offload
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.tensor import shapes_of
@@ -17,7 +18,6 @@ from krea2_srt.model.weights import (
     check_weights,
     checkpoint_files,
     load_weights,
-    read_json,
 )
 from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.channel_norm import channel_norm, channel_norm_triton
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.layers import parameter
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.tensor import shapes_of
@@ -26,7 +27,6 @@ from krea2_srt.model.weights import (
     check_weights,
     checkpoint_files,
     load_weights,
-    parse_json,
 )
 
 CLASS_NAME = "AutoencoderKLQwenImage"

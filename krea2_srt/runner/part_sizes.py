@@ -11,6 +11,7 @@ from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import dit_config
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.layers import Linear
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
@@ -22,7 +23,6 @@ from krea2_srt.model.vae import (
     default_tile,
     scores_per_slice,
 )
-from krea2_srt.model.weights import parse_json
 from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPT_TOKENS, MAX_PROMPTS, MAX_SEGMENTS
 from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
 

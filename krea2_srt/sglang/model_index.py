@@ -23,7 +23,7 @@ def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> 
             raise
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-        from krea2_srt.model.hub import hub_failure
+        from krea2_srt.model.downloads import hub_failure
 
         said = (HfHubHTTPError, EntryNotFoundError, HFValidationError)
         reasons = [reason for reason in _chain(error) if isinstance(reason, said)]
