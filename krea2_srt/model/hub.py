@@ -1,6 +1,6 @@
 """From what a user names (a folder, a file, a repo id) to a checkpoint on disk."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,22 @@ class ModelHub:
     cached: bool = False
 
     def layout(self, repo: str, without: Collection[str]) -> Path:
-        folders = [part for part in PARTS if part not in without]
-        patterns = ["model_index.json", "scheduler/*", *(f"{folder}/*" for folder in folders)]
-        if self.cached and (folder := _whole_in_cache(repo, patterns, self.revision, folders)):
+        if self.cached and (folder := _whole_in_cache(repo, self.revision, without)):
             return folder
-        return download(repo, patterns, self.revision)
+        return download(repo, layout_patterns(without), self.revision)
 
     def component(self, repo: str, part: str) -> Path:
         return download(repo, _COMPONENTS[part])
+
+
+def layout_patterns(without: Collection[str] = ()) -> list[str]:
+    """Files of a repo in the released layout that are needed.
+
+    Args:
+        without: parts that come from elsewhere.
+    """
+    folders = (f"{part}/*" for part in PARTS if part not in without)
+    return ["model_index.json", "scheduler/*", *folders]
 
 
 def find_checkpoint(
@@ -101,22 +109,19 @@ def released_folder(name: str, revision: str | None = None) -> Path:
     return path if path.is_dir() else ModelHub(revision, cached=True).layout(name, ())
 
 
-def _whole_in_cache(
-    repo: str, patterns: Sequence[str], revision: str | None, parts: Collection[str]
-) -> Path | None:
+def _whole_in_cache(repo: str, revision: str | None, without: Collection[str]) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=list(patterns), local_files_only=True
-            )
+        patterns = layout_patterns(without)
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=True
         )
-        for part in parts:
-            if part in _WEIGHTS:
-                checkpoint_files(folder / part, _WEIGHTS[part])
+        folder = Path(found)
+        for part in _WEIGHTS.keys() - set(without):
+            checkpoint_files(folder / part, _WEIGHTS[part])
     except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
         return None
-    there = [folder / "model_index.json", folder / "scheduler", *(folder / part for part in parts)]
-    return folder if all(path.exists() for path in there) else None
+    there = ("model_index.json", "scheduler", *(part for part in PARTS if part not in without))
+    return folder if all((folder / name).exists() for name in there) else None

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.downloads import is_repo_id
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.recipe import AUTO, RECIPES, is_turbo
 from krea2_srt.model.tokenizer_files import check_packaged, tokenizer_beside
 
 CLASS_NAME = "Krea2Pipeline"
-DIT_CLASS = "Krea2Transformer2DModel"
 
 RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
 """The original code's names, and the repos that hold the same weights."""

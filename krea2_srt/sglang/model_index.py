@@ -4,18 +4,30 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from krea2_srt.cli.errors import USAGE_ERROR
+from krea2_srt.model.json_files import read_json
+from krea2_srt.model.parts import CLASS_NAME
+from krea2_srt.sglang.parts import is_krea2_on_disk
 from krea2_srt.sglang.served import is_krea2
+
+_INDEX_OF_A_FILE = {"_class_name": CLASS_NAME, "_diffusers_version": "0.0.0"}
+"""As much as SGLang reads of one."""
 
 
 def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
-    """An AROUND hook of ``maybe_download_model_index``, for repos of Krea 2.
+    """An AROUND hook of ``maybe_download_model_index``, for Krea 2.
 
-    SGLang goes on with another implementation where the hub refuses, as it does without a licence
-    that was accepted, and ends far from the reason. This ends the process in a line.
+    A single file has no index, and of a folder SGLang demands all parts, though some may be given
+    apart: who loads them checks what is there. Where the hub refuses a repo, as it does without a
+    licence that was accepted, SGLang goes on with another implementation and ends far from the
+    reason. This ends the process in a line.
     """
+    if is_krea2_on_disk(name):
+        index = Path(name) / "model_index.json"
+        return read_json(index) if Path(name).is_dir() else _INDEX_OF_A_FILE
     try:
         return original(name, *args, **kwargs)
     except Exception as error:
