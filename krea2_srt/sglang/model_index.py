@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.parts import CLASS_NAME
+from krea2_srt.sglang.commands import GENERATE, SERVE, is_command
 from krea2_srt.sglang.parts import is_krea2_on_disk
 from krea2_srt.sglang.served import is_krea2
 
@@ -31,6 +32,9 @@ def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> 
     try:
         return original(name, *args, **kwargs)
     except Exception as error:
+        a_path = name.startswith(("/", ".", "~"))
+        if a_path and not os.path.exists(name) and is_command(GENERATE, SERVE):
+            _end(f"{name} does not exist")
         if not _is_repo(name):
             raise
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -41,8 +45,12 @@ def read(original: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> 
         reasons = [reason for reason in _chain(error) if isinstance(reason, said)]
         if not reasons:
             raise
-        print(f"krea2-srt: error: {hub_failure(name, reasons[-1])}", file=sys.stderr)
-        raise SystemExit(USAGE_ERROR) from None
+        _end(hub_failure(name, reasons[-1]))
+
+
+def _end(why: str) -> NoReturn:
+    print(f"krea2-srt: error: {why}", file=sys.stderr)
+    raise SystemExit(USAGE_ERROR) from None
 
 
 def end_if_refused(name: str) -> None:
