@@ -1,5 +1,7 @@
 """Single files and parts that are elsewhere, through SGLang's own options."""
 
+import base64
+import io
 import os
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from krea2_srt.errors import CheckpointError, ConfigError
 from krea2_srt.sglang import launch, model_index
 from krea2_srt.sglang.parts import is_krea2_on_disk, refuse_single_files, source_of
 from tests.engine_real.conftest import SGLANG, START_TIMEOUT_S, environment
+from tests.server.serving import serve as krea2_serve
 
 CLASS = ["--pipeline-class-name", "Krea2Pipeline"]
 
@@ -226,6 +229,23 @@ def test_sglang_generate_makes_the_same_picture_of_a_file(
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "our runner serves" in ended.stdout + ended.stderr
     assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "fox.png")), expected)
+
+
+@pytest.mark.slow
+def test_krea2_serve_makes_the_same_picture_of_a_file(
+    sglang_generate, demo_model, unnamed_file, tmp_path
+):
+    precisions = ["--dit-precision", "fp32", "--vae-precision", "fp32"]
+    precisions += ["--text-encoder-precisions", "fp32"]
+    (expected,) = sglang_generate(*precisions, "--seed", "7", "--prompt", "a fox").pictures
+    flags = ["--model-path", unnamed_file, "--recipe", "turbo", "--vae", demo_model / "vae"]
+    flags += ["--text-encoder", demo_model / "text_encoder", "--engine.max-queue-s", "2000"]
+    flags += ["--sglang-args", " ".join(precisions)]
+    with krea2_serve(tmp_path, *map(str, flags)) as server:
+        assert server.get("/v1/models").json()["data"][0]["id"] == "strawberry_mix"
+        answer = server.post(prompt="a fox", size="256x256", seed=7, num_inference_steps=8).json()
+    picture = base64.b64decode(answer["data"][0]["b64_json"])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), expected)
 
 
 @pytest.mark.slow
