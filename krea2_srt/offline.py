@@ -90,6 +90,10 @@ class Krea2:
         cls,
         model: str | os.PathLike[str] | Krea2Checkpoint,
         *,
+        text_encoder: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        recipe: str | None = None,
         device: str | torch.device = "auto",
         dtype: str = "bfloat16",
         quantization: Quantization | None = None,
@@ -100,8 +104,13 @@ class Krea2:
         The environment's ``KREA2_SRT_*`` settings hold here too; see docs/gpu.md.
 
         Args:
-            model: a folder in the released layout, an original single file, a repo id, or what
-                `krea2_srt.model.hub.find_checkpoint` has found.
+            model: a folder in the released layout, a single file of the transformer, a repo id,
+                or what `krea2_srt.model.hub.find_checkpoint` has found, which takes none of the
+                following four.
+            text_encoder, vae: a folder, a single file or a repo id, in place of the model's own
+                or, for a single file, of the released one's.
+            tokenizer: its folder; by default the one beside the text encoder or of the model.
+            recipe: ``turbo`` or ``raw``, whatever the model says of itself.
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``bfloat16`` or ``float32``.
             quantization: of the transformer's matrices.
@@ -117,8 +126,22 @@ class Krea2:
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
         chosen = device if isinstance(device, torch.device) else device_of(device)
-        found = model if isinstance(model, Krea2Checkpoint) else find_checkpoint(os.fspath(model))
         environment, kind = read_environment(), getattr(torch, dtype)
+        parts = {"text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+        given = {name: os.fspath(path) for name, path in parts.items() if path is not None}
+        if isinstance(model, Krea2Checkpoint):
+            if given or recipe is not None:
+                name = next(iter(given), "recipe")
+                raise ConfigError(f"{name}: has no effect on a checkpoint that was found already")
+            found = model
+        else:
+            found = find_checkpoint(
+                os.fspath(model),
+                recipe=recipe or environment.runner.recipe,
+                text_encoder=given.get("text_encoder"),
+                vae=given.get("vae"),
+                tokenizer=given.get("tokenizer"),
+            )
         builder = RunnerBuilder(
             found,
             chosen,

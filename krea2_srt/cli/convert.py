@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,19 +99,25 @@ def _run(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace, on_progress: "OnProgress") -> "Converted":
     from krea2_srt.convert.convert import convert_to_file, convert_to_folder
-    from krea2_srt.model.hub import find_checkpoint, find_transformer
+    from krea2_srt.model.checkpoint import SamplingDefaults
+    from krea2_srt.model.hub import ModelHub, find_checkpoint
+    from krea2_srt.model.parts import CheckpointSource, find_transformer
     from krea2_srt.model.quantization import SERVED
+    from krea2_srt.model.recipe import AUTO
 
     quantization = SERVED.get(args.quantization)
-    distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
     if args.layout == "file":
-        transformer, sampling = find_transformer(args.checkpoint, distilled=distilled)
-        return convert_to_file(transformer, sampling, args.out, quantization, on_progress)
+        source = CheckpointSource(args.checkpoint, args.recipe or AUTO)
+        found = find_transformer(source, ModelHub())
+        sampling = SamplingDefaults(found.turbo)
+        return convert_to_file(found.transformer, sampling, args.out, quantization, on_progress)
     checkpoint = find_checkpoint(
-        args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
+        args.checkpoint,
+        recipe=args.recipe,
+        text_encoder=args.text_encoder,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
     )
-    if args.tokenizer is not None:
-        checkpoint = replace(checkpoint, tokenizer=Path(args.tokenizer).expanduser())
     return convert_to_folder(checkpoint, args.out, quantization, on_progress)
 
 

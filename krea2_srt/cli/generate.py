@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from krea2_srt.bytecode import write_bytecode
 from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
+from krea2_srt.environment import read_environment
 from krea2_srt.errors import RequestError
 from krea2_srt.lora.scaled_files import ScaledFile, is_there, scaled_file
 from krea2_srt.request import (
@@ -50,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         default=os.environ.get("K2_CHECKPOINT") or "oss_turbo",
         metavar="NAME",
-        help="oss_turbo, oss_raw, a folder, an original .safetensors file or a repo id "
-        "(default $K2_CHECKPOINT or oss_turbo)",
+        help="oss_turbo, oss_raw, a folder, a .safetensors or .gguf file of the transformer, or a "
+        "repo id (default $K2_CHECKPOINT or oss_turbo)",
     )
     add("--steps", type=int, help="number of denoising steps")
     add(
@@ -80,8 +81,17 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("turbo", "raw"),
         help="sample as Turbo or as Raw, whatever the checkpoint says of itself",
     )
-    add("--text-encoder", metavar="DIR", help="Qwen3-VL-4B, to go with an original file")
-    add("--vae", metavar="DIR", help="Qwen-Image VAE, to go with an original file")
+    for flag, part in (("--text-encoder", "Qwen3-VL-4B"), ("--vae", "Qwen-Image VAE")):
+        add(
+            flag,
+            metavar="NAME",
+            help=f"the {part}, in place of the checkpoint's own: a folder, a file or a repo id",
+        )
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="the tokenizer (default the one beside the text encoder, or the checkpoint's)",
+    )
     for flag, does in (
         ("--lora", "an adapter beside the model, up to four"),
         ("--lora-merge", "an adapter that is added to the weights before they are quantised"),
@@ -140,9 +150,12 @@ def _run(args: argparse.Namespace) -> None:
     from krea2_srt.offline import Krea2, device_of
 
     device = device_of(args.device)
-    distilled = {None: None, "turbo": True, "raw": False}[args.recipe]
     checkpoint = find_checkpoint(
-        args.checkpoint, distilled=distilled, text_encoder=args.text_encoder, vae=args.vae
+        args.checkpoint,
+        recipe=args.recipe or read_environment().runner.recipe,
+        text_encoder=args.text_encoder,
+        vae=args.vae,
+        tokenizer=args.tokenizer,
     )
     _refuse_shift_without_effect(args, checkpoint.sampling.distilled)
     sampling = checkpoint.sampling.with_shift(min_mu=args.y1, max_mu=args.y2)

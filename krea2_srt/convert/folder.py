@@ -11,9 +11,10 @@ from krea2_srt.convert.plan import Plan, Shard, shards
 from krea2_srt.convert.single_parts import text_encoder_part, vae_part
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import STEM, StoredDiT
+from krea2_srt.model.json_files import read_json
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.released import model_index, scheduler_config, transformer_config
-from krea2_srt.model.weights import checkpoint_files, read_json
+from krea2_srt.model.weights import checkpoint_files
 
 SHARD_BYTES = 5 * 10**9
 

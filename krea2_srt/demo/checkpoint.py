@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from krea2_srt.demo.text_encoder import HEAD_DIM, ROPE_THETA
-from krea2_srt.demo.tokenizer import write_tokenizer
 from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import original_name, original_shape, stored_shapes
+from krea2_srt.model.qwen_tokenizer import write_tokenizer
 from krea2_srt.model.released import model_index, scheduler_config, transformer_config
 from krea2_srt.model.schedule import ResolutionShift
 

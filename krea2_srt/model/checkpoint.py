@@ -1,17 +1,19 @@
 """A Krea 2 checkpoint on disk: where its parts lie and which sampling it was trained for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.latents import PATCH
+from krea2_srt.model.parts import CheckpointParts, CheckpointSource, NoRepos, find_parts
+from krea2_srt.model.recipe import AUTO
 from krea2_srt.model.schedule import TURBO_MU, ResolutionShift, Schedule, flow_schedule
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
-from krea2_srt.model.weights import read_json
+from krea2_srt.model.tokenizer_files import packaged_tokenizer
 from krea2_srt.request import MU_RANGE, SIZE_MULTIPLE
 
-CLASS_NAME = "Krea2Pipeline"
 TRAINED_SIDE = "_trained_side"
 """In ``model_index.json``: our own, for checkpoints that are smaller than Krea 2. Diffusers and
 SGLang pass over names like this.
@@ -68,8 +70,8 @@ class Krea2Checkpoint:
     """Paths of all parts, with what ``model_index.json`` says of them.
 
     Attributes:
-        transformer, text_encoder, vae: folders in the released layout, or single files.
-        tokenizer: folder.
+        transformer, text_encoder, vae: each a folder of the released layout or a single file.
+        tokenizer: a folder.
         select_layers: text encoder hidden states that the DiT reads.
         sampling: Turbo's or Raw's.
     """
@@ -82,52 +84,53 @@ class Krea2Checkpoint:
     select_layers: tuple[int, ...] = DEFAULT_SELECT_LAYERS
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Krea2Checkpoint":
+    def from_folder(cls, folder: Path, recipe: str = AUTO) -> "Krea2Checkpoint":
         """Read the released (Diffusers) layout.
+
+        Args:
+            folder: with ``model_index.json`` and a folder for each part.
+            recipe: ``turbo`` or ``raw``, whatever the checkpoint says of itself.
 
         Raises:
             CheckpointError: the folder, a part of it or the right class name is missing.
         """
         if not folder.is_dir():
             raise CheckpointError(f"checkpoint folder {folder} does not exist")
-        index_file = folder / "model_index.json"
-        index: dict[str, Any] = read_json(index_file)
-        if index.get("_class_name") != CLASS_NAME:
-            raise CheckpointError(
-                f"{index_file}: _class_name is {index.get('_class_name')!r}, "
-                f"expected {CLASS_NAME!r}"
-            )
+        return cls.from_parts(find_parts(CheckpointSource(str(folder), recipe), NoRepos()))
+
+    @classmethod
+    def from_parts(cls, parts: CheckpointParts) -> "Krea2Checkpoint":
+        """Parts that were found.
+
+        Raises:
+            CheckpointError: ``model_index.json`` or the scheduler's config is not Krea 2's.
+        """
+        index, file = parts.index, parts.index_file
         if index.get("patch_size", PATCH) != PATCH:
-            raise CheckpointError(f"{index_file}: patch_size must be {PATCH}")
+            raise CheckpointError(f"{file}: patch_size must be {PATCH}")
         select_layers = index.get("text_encoder_select_layers") or DEFAULT_SELECT_LAYERS
         if not isinstance(select_layers, (list, tuple)) or not all(
             type(t) is int and t >= 0 for t in select_layers
         ):
             raise CheckpointError(
-                f"{index_file}: text_encoder_select_layers must be layer numbers, "
-                f"got {select_layers!r}"
+                f"{file}: text_encoder_select_layers must be layer numbers, got {select_layers!r}"
             )
         side = index.get(TRAINED_SIDE, SamplingDefaults.trained_side)
         if type(side) is not int or side < SIZE_MULTIPLE or side % SIZE_MULTIPLE:
             raise CheckpointError(
-                f"{index_file}: {TRAINED_SIDE} must be a multiple of {SIZE_MULTIPLE}, got {side!r}"
+                f"{file}: {TRAINED_SIDE} must be a multiple of {SIZE_MULTIPLE}, got {side!r}"
             )
-        parts = {}
-        for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
-            if not (folder / part).is_dir():
-                raise CheckpointError(f"checkpoint folder {folder} has no {part}/")
-            parts[part] = folder / part
-        scheduler = read_json(parts.pop("scheduler") / "scheduler_config.json")
         return cls(
-            **parts,
-            sampling=SamplingDefaults(
-                bool(index.get("is_distilled", False)), _shift(scheduler), side
-            ),
-            select_layers=tuple(select_layers),
+            parts.transformer,
+            parts.text_encoder,
+            parts.tokenizer or packaged_tokenizer(),
+            parts.vae,
+            SamplingDefaults(parts.turbo, _shift(parts.scheduler), side),
+            tuple(select_layers),
         )
 
 
-def _shift(scheduler: dict[str, Any]) -> ResolutionShift:
+def _shift(scheduler: Mapping[str, Any]) -> ResolutionShift:
     for name, expected in (("use_dynamic_shifting", True), ("time_shift_type", "exponential")):
         if scheduler.get(name, expected) != expected:
             raise CheckpointError(

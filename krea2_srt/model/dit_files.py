@@ -22,6 +22,7 @@ from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.matrices import Matrix, matrices_of
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.stored.files import open_files
@@ -33,7 +34,6 @@ from krea2_srt.model.weights import (
     check_weights,
     checkpoint_files,
     load_weights,
-    parse_json,
 )
 
 logger = logging.getLogger(__name__)

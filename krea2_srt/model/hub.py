@@ -1,30 +1,14 @@
 """From what a user names (a folder, a file, a repo id) to a checkpoint on disk."""
 
-import os
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
-from krea2_srt.errors import CheckpointError, first_line
-from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
+from krea2_srt.errors import CheckpointError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.downloads import download
+from krea2_srt.model.parts import PARTS, CheckpointSource, find_parts
 from krea2_srt.model.weights import checkpoint_files
-
-RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
-"""The original code's names, and the repos that hold the same weights."""
-
-TEXT_ENCODER_REPO = "Qwen/Qwen3-VL-4B-Instruct"
-VAE_REPO = "Qwen/Qwen-Image"
-
-FOLDER_PATTERNS = [
-    "model_index.json",
-    "scheduler/*",
-    "text_encoder/*",
-    "tokenizer/*",
-    "transformer/*",
-    "vae/*",
-]
-"""Files of a repo that are needed: beside them lie pictures, and the same weights again as one
-file.
-"""
 
 _WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
@@ -33,100 +17,79 @@ _WEIGHTS = {
 }
 """How a part's files are called."""
 
+# Beside what is needed lie pictures, other models, and the same weights again as one file.
+_COMPONENTS = {
+    "transformer": ("config.json", "diffusion_pytorch_model*", "transformer/*"),
+    "text_encoder": (
+        *("config.json", "model*.safetensors", "model.safetensors.index.json"),
+        *("tokenizer*", "vocab.json", "merges.txt", "text_encoder/*"),
+    ),
+    "vae": ("config.json", "diffusion_pytorch_model*", "vae/*"),
+}
+"""Files of a repo with one part."""
+
+
+@dataclass(frozen=True)
+class ModelHub:
+    """Repos of the model hub; see `krea2_srt.model.parts.Repos`.
+
+    Attributes:
+        revision: of the checkpoint's repo; None is its main branch.
+        cached: whether a checkpoint that is whole in the local cache is taken as it is.
+    """
+
+    revision: str | None = None
+    cached: bool = False
+
+    def layout(self, repo: str, without: Collection[str]) -> Path:
+        if self.cached and (folder := _whole_in_cache(repo, self.revision, without)):
+            return folder
+        return download(repo, layout_patterns(without), self.revision)
+
+    def component(self, repo: str, part: str) -> Path:
+        return download(repo, _COMPONENTS[part])
+
+
+def layout_patterns(without: Collection[str] = ()) -> list[str]:
+    """Files of a repo in the released layout that are needed.
+
+    Args:
+        without: parts that come from elsewhere.
+    """
+    folders = (f"{part}/*" for part in PARTS if part not in without)
+    return ["model_index.json", "scheduler/*", *folders]
+
 
 def find_checkpoint(
     name: str,
     *,
-    distilled: bool | None = None,
+    recipe: str | None = None,
+    transformer: str | None = None,
     text_encoder: str | None = None,
     vae: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    cached: bool = False,
 ) -> Krea2Checkpoint:
     """Find a checkpoint and download what is not on disk.
 
     Args:
-        name: ``oss_turbo`` or ``oss_raw``, a folder in the released layout, an original single
-            ``.safetensors`` file, or a repo id. The first two read the environment variables
-            OSS_TURBO and OSS_RAW, as the original code does, before they turn to a repo.
-        distilled: Turbo or Raw, for a single file whose name does not say it.
-        text_encoder: folder or repo id of a Qwen3-VL-4B with its tokenizer, for single files.
-        vae: folder or repo id of the Qwen-Image VAE, for single files.
+        name: see `CheckpointSource.model`.
+        recipe: ``turbo`` or ``raw``, whatever the checkpoint says of itself.
+        transformer, text_encoder, vae: a folder, a single file or a repo id, in place of the
+            checkpoint's own part.
+        tokenizer: its folder.
+        revision: of the checkpoint's repo: a branch, a tag or a commit; None is its main branch.
+        cached: whether a repo that is whole in the local cache is taken as it is; otherwise the
+            hub is asked whether there is a newer one.
 
     Raises:
-        CheckpointError: nothing there, or not a Krea 2 checkpoint.
+        CheckpointError: nothing there, or not a Krea 2 checkpoint, and what to give.
     """
-    alias = name if name in RELEASES else None
-    if alias is not None:
-        name = os.environ.get(alias.upper()) or RELEASES[alias]
-    path = Path(os.path.expanduser(name))
-    if path.is_file():
-        return _single_file(path, alias, distilled, text_encoder, vae)
-    for option, value in (("text encoder", text_encoder), ("VAE", vae)):
-        if value is not None:
-            raise CheckpointError(
-                f"a separate {option} is only valid with a single-file checkpoint, not with {name}"
-            )
-    folder = path if path.is_dir() else _download(name, FOLDER_PATTERNS)
-    checkpoint = Krea2Checkpoint.from_folder(folder)
-    if distilled is not None:
-        checkpoint = replace(checkpoint, sampling=replace(checkpoint.sampling, distilled=distilled))
-    return checkpoint
-
-
-def find_transformer(name: str, *, distilled: bool | None = None) -> tuple[Path, SamplingDefaults]:
-    """Find a checkpoint's DiT alone, with how it is sampled.
-
-    The other parts of a single file are not looked for.
-
-    Args:
-        name, distilled: see `find_checkpoint`.
-
-    Raises:
-        CheckpointError: see `find_checkpoint`.
-    """
-    alias = name if name in RELEASES else None
-    path = Path(os.path.expanduser((alias and os.environ.get(alias.upper())) or name))
-    if path.is_file():
-        return path, _sampling(path, alias, distilled)
-    checkpoint = find_checkpoint(name, distilled=distilled)
-    return checkpoint.transformer, checkpoint.sampling
-
-
-def _single_file(
-    file: Path,
-    alias: str | None,
-    distilled: bool | None,
-    text_encoder: str | None,
-    vae: str | None,
-) -> Krea2Checkpoint:
-    sampling = _sampling(file, alias, distilled)
-    encoder = _component(text_encoder or TEXT_ENCODER_REPO, ["*.json", "*.safetensors", "*.txt"])
-    decoder = _component(vae or VAE_REPO, ["vae/*"])
-    tokenizer = encoder if (encoder / "tokenizer_config.json").is_file() else encoder / "tokenizer"
-    if not tokenizer.is_dir():
-        # The released layout keeps the tokenizer beside the encoder.
-        tokenizer = encoder.parent / "tokenizer"
-    return Krea2Checkpoint(
-        transformer=file,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        vae=decoder / "vae" if (decoder / "vae").is_dir() else decoder,
-        sampling=sampling,
+    source = CheckpointSource(
+        name, recipe or "auto", transformer or "", text_encoder or "", vae or "", tokenizer or ""
     )
-
-
-def _sampling(file: Path, alias: str | None, distilled: bool | None) -> SamplingDefaults:
-    """Turbo's or Raw's, by a single file's name where it is not given."""
-    if distilled is None:
-        label = (alias or file.stem).lower()
-        if ("turbo" in label) == ("raw" in label):
-            raise CheckpointError(f"{file}: its name does not say whether it is Turbo or Raw")
-        distilled = "turbo" in label
-    return SamplingDefaults(distilled)
-
-
-def _component(name: str, patterns: list[str]) -> Path:
-    path = Path(os.path.expanduser(name))
-    return path if path.is_dir() else _download(name, patterns)
+    return Krea2Checkpoint.from_parts(find_parts(source, ModelHub(revision, cached)))
 
 
 def released_folder(name: str, revision: str | None = None) -> Path:
@@ -142,78 +105,23 @@ def released_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: nothing there, or it cannot be downloaded.
     """
-    path = Path(os.path.expanduser(name))
-    if path.is_dir():
-        return path
-    folder = _cached(name, revision)
-    return folder or _download(name, FOLDER_PATTERNS, revision)
+    path = Path(name).expanduser()
+    return path if path.is_dir() else ModelHub(revision, cached=True).layout(name, ())
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def _whole_in_cache(repo: str, revision: str | None, without: Collection[str]) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=FOLDER_PATTERNS, local_files_only=True
+        patterns = layout_patterns(without)
+        found = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, local_files_only=True
         )
-        checkpoint = Krea2Checkpoint.from_folder(Path(folder))
-        for part, stem in _WEIGHTS.items():
-            checkpoint_files(getattr(checkpoint, part), stem)
+        folder = Path(found)
+        for part in _WEIGHTS.keys() - set(without):
+            checkpoint_files(folder / part, _WEIGHTS[part])
     except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
         return None
-    return Path(folder)
-
-
-def _download(repo: str, patterns: list[str], revision: str | None = None) -> Path:
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise CheckpointError(f"checkpoint {repo} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # a gated or unknown repo, or any way in which networks fail
-        raise CheckpointError(hub_failure(repo, error, revision)) from None
-
-
-def hub_failure(repo: str, error: BaseException, revision: str | None = None) -> str:
-    """What an error of the model hub's client means, and what to do about it, in one line.
-
-    Args:
-        repo: what was asked for.
-        error: as ``huggingface_hub`` raised it.
-        revision: of the repo.
-    """
-    from huggingface_hub import constants, errors
-
-    page = f"{constants.ENDPOINT}/{repo}"
-    # What the client found, where it says that it fell back to its cache in vain.
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else None
-    answer = cause if isinstance(cause, errors.HfHubHTTPError) else error
-    if isinstance(error, errors.HFValidationError):
-        return f"checkpoint {repo} does not exist"
-    if isinstance(answer, errors.GatedRepoError):
-        return (
-            f"{repo} is gated: accept its licence on {page}, then run `hf auth login` with a token "
-            "of that account, or set HF_TOKEN to it"
-        )
-    if isinstance(answer, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision}"
-    if isinstance(answer, errors.RepositoryNotFoundError):
-        return (
-            f"checkpoint {repo} does not exist: it is no folder here, and {page} is no repo, or a "
-            "private one that needs `hf auth login` or HF_TOKEN"
-        )
-    if isinstance(answer, errors.HfHubHTTPError):
-        status = answer.response.status_code
-        if status == 401:
-            return f"{repo}: the hub does not know the token in HF_TOKEN or of `hf auth login`"
-        return f"{repo}: the hub answers with status {status}: {first_line(answer)}"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        whole = "wholly " if isinstance(error, errors.IncompleteSnapshotError) else ""
-        reason = " (HF_HUB_OFFLINE is set)" if constants.is_offline_mode() else ""
-        return (
-            f"{repo} is neither a folder here nor {whole}in the local model cache, "
-            f"and the model hub cannot be reached{reason}"
-        )
-    return f"{repo}: {first_line(error)}"
+    there = ("model_index.json", "scheduler", *(part for part in PARTS if part not in without))
+    return folder if all((folder / name).exists() for name in there) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.weights import parse_json, read_json
+from krea2_srt.model.json_files import parse_json, read_json
 
 CONFIG = "config"
 """A file's metadata: the name of its config."""

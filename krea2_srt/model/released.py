@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from krea2_srt.model.checkpoint import CLASS_NAME, TRAINED_SIDE, SamplingDefaults
+from krea2_srt.model.checkpoint import TRAINED_SIDE, SamplingDefaults
 from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import config_dict
 from krea2_srt.model.latents import PATCH
+from krea2_srt.model.parts import CLASS_NAME
 from krea2_srt.model.schedule import ResolutionShift
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 

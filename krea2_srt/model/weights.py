@@ -1,21 +1,19 @@
 """Filling parameters from checkpoint files, one tensor at a time, strictly."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.json_files import read_json
 from krea2_srt.model.stored.loaded import LoadedWeights
 from krea2_srt.model.stored.tensor import StoredTensor
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,36 +88,6 @@ def checkpoint_files(path: Path, stem: str) -> list[Path]:
         if not file.is_file():
             raise CheckpointError(f"weight file {file} is missing")
     return files
-
-
-def read_json(file: Path) -> dict[str, object]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return value
-
-
-def parse_json(file: Path, parse: Callable[[dict[str, Any]], T]) -> T:
-    """Read a JSON object and parse it; what is wrong with it names the file.
-
-    Raises:
-        CheckpointError: see `read_json`, or raised by ``parse``.
-    """
-    values = read_json(file)
-    try:
-        return parse(values)
-    except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
 
 
 def check_weights(

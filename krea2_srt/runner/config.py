@@ -71,6 +71,12 @@ class RunnerConfig:
         "--text-encoder-cpu-offload says the same",
         choices=("auto", "resident", "offload"),
     )
+    recipe: str = setting(
+        "auto",
+        "sampled as Turbo or as Raw; auto is what the checkpoint says of itself; see "
+        "docs/checkpoints.md",
+        choices=("auto", "turbo", "raw"),
+    )
     lora_merge: str = setting(
         "",
         "adapters that are added to the weights at the start, for all images: FILE or FILE:SCALE, "

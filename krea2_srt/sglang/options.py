@@ -10,6 +10,7 @@ from typing import Any
 
 from sglang.multimodal_gen import envs
 
+from krea2_srt.model.parts import CLASS_NAME, PARTS
 from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.sglang.compat import explicit_options
 
@@ -32,7 +33,7 @@ _AROUND_THE_PIPELINE = """
 _READ_BY_THE_RUNNER = """
     conditioning_cache_max_size_mb disable_conditioning_cache dit_precision
     quantization quantization_ignored_layers text_encoder_cpu_offload text_encoder_precisions
-    vae_decode_precision vae_precision vae_tiling
+    transformer_weights_path vae_decode_precision vae_precision vae_tiling
 """
 
 # Options of an adapter, which change nothing by themselves. Ours is merged in every mode.
@@ -64,6 +65,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ulysses_degree": (None, 1),
     "ring_degree": (None, 1),
     "cfg_parallel_degree": (None, 1),
+    "pipeline_class_name": (None, CLASS_NAME),
     "performance_mode": ("auto", "speed", "manual"),
 }
 
@@ -122,6 +124,9 @@ def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:
     honoured = HONOURED
     if server_args.lora_path:
         honoured |= frozenset(_OF_AN_ADAPTER.split())
+    for name in ("component_paths", "component_weights_paths"):
+        if getattr(server_args, name).keys() <= set(PARTS):
+            honoured |= {name}
     for name in explicit_options(server_args) - honoured:
         value = getattr(server_args, name, None)
         neutral = _NEUTRAL.get(name, (defaults.get(name), False, None))

@@ -1,5 +1,6 @@
 """SGLang's Krea 2 pipeline, served by our runner."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,16 +23,18 @@ from krea2_srt.environment import read_environment
 from krea2_srt.errors import AdapterError, CheckpointError, ConfigError
 from krea2_srt.lora.library import AdapterLibrary
 from krea2_srt.model.checkpoint import Krea2Checkpoint
-from krea2_srt.model.hub import FOLDER_PATTERNS, released_folder
+from krea2_srt.model.hub import find_checkpoint, layout_patterns, released_folder
 from krea2_srt.model.vae import default_tile
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.caches import CacheBytes
+from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.sglang.adapters import adapters_of
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.commands import USERS, ending_in_a_line
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
+from krea2_srt.sglang.parts import refuse_single_files, source_of
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
 logger = init_logger(__name__)
@@ -65,22 +68,25 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
 
     def __new__(cls, model_path: str, server_args: ServerArgs, *args: Any, **kwargs: Any) -> Any:
         options = unsupported_options(server_args)
-        if not server_args.model_subfolder:
-            with ending_in_a_line(AdapterError, CheckpointError, ConfigError):
-                folder = local_folder(model_path, server_args)
-            # In place of the repo's name, by which SGLang would download all that is in it.
-            model_path = str(folder)
-            options = options or paged_by_sglang(folder, server_args)
+        with ending_in_a_line(AdapterError, CheckpointError, ConfigError):
+            if not options and not server_args.model_subfolder:
+                options = paged_by_sglang(find(model_path, server_args), server_args)
+            if options:
+                refuse_single_files(model_path, server_args, options)
+            if options and not server_args.model_subfolder:
+                # In place of the repo's name, by which SGLang would download all that is in it.
+                model_path = str(local_folder(model_path, server_args))
         if options:
             logger.warning(
                 "krea2-srt: not supported yet: %s; SGLang's own Krea 2 implementation serves",
                 ", ".join(options),
             )
             with ending_in_a_line(ConfigError):
-                if read_environment().runner.lora_merge:
-                    raise ConfigError(
-                        "KREA2_SRT_LORA_MERGE: SGLang's own Krea 2 knows no such setting"
-                    )
+                for name in ("lora_merge", "recipe"):
+                    if getattr(read_environment().runner, name) != getattr(RunnerConfig(), name):
+                        raise ConfigError(
+                            f"KREA2_SRT_{name.upper()}: SGLang's own Krea 2 knows no such setting"
+                        )
             # Such as a component that is not there.
             what = f"SGLang's own Krea 2 does not start with {', '.join(options)}: "
             with ending_in_a_line(*USERS, SafetensorError, what=what):
@@ -94,9 +100,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         del loaded_modules
         with ending_in_a_line(AdapterError, CheckpointError, ConfigError):
             # In place of SGLang's `_load_config`, which would have all that is in a repo.
-            folder = local_folder(self.model_path, server_args)
-            self.model_path = str(folder)
-            builder = make_builder(folder, server_args)
+            builder = make_builder(find(self.model_path, server_args), server_args)
             self.plan = builder.plan()
             self.engine_config = builder.within(self.plan)
             self.adapters, self.any_adapter_path = None, False
@@ -141,7 +145,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         self.add_stage(DecodeStage(self.tile), "krea2_decode_stage")
 
 
-def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
+def make_builder(checkpoint: Krea2Checkpoint, server_args: ServerArgs) -> RunnerBuilder:
     """What SGLang's options and the environment ask for.
 
     Raises:
@@ -156,7 +160,7 @@ def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
     if not is_server(server_args):
         runner = replace(runner, warm_up_s=0.0)
     return RunnerBuilder(
-        Krea2Checkpoint.from_folder(folder),
+        checkpoint,
         get_local_torch_device(),
         PRECISION_TO_TYPE[config.dit_precision],
         PRECISION_TO_TYPE[config.text_encoder_precisions[0]],
@@ -169,8 +173,28 @@ def make_builder(folder: Path, server_args: ServerArgs) -> RunnerBuilder:
     )
 
 
-def local_folder(model_path: str, server_args: ServerArgs) -> Path:
-    """Where the checkpoint lies; downloads what the runner reads of a repo that is not on disk.
+def find(model_path: str, server_args: ServerArgs) -> Krea2Checkpoint:
+    """The checkpoint that SGLang's options name; downloads what the runner reads of a repo that is
+    not on disk.
+
+    Raises:
+        CheckpointError: something of it is not there, or cannot be downloaded.
+        ConfigError: two options name the same part.
+    """
+    source = source_of(model_path, server_args)
+    model = source.model
+    if envs.SGLANG_USE_MODELSCOPE.get() and not Path(model).exists():
+        model = str(local_folder(model, server_args, tuple(source.given)))
+    return find_checkpoint(
+        model, recipe=source.recipe, **source.given, revision=server_args.revision, cached=True
+    )
+
+
+def local_folder(model_path: str, server_args: ServerArgs, without: Sequence[str] = ()) -> Path:
+    """The folder of a whole checkpoint; downloads it where it is not on disk.
+
+    Args:
+        without: parts that come from elsewhere, which only ModelScope's client leaves out.
 
     Raises:
         CheckpointError: nothing there, or it cannot be downloaded.
@@ -178,7 +202,7 @@ def local_folder(model_path: str, server_args: ServerArgs) -> Path:
     if envs.SGLANG_USE_MODELSCOPE.get() and not Path(model_path).is_dir():
         folder = maybe_download_model(
             model_path,
-            allow_patterns=FOLDER_PATTERNS,
+            allow_patterns=layout_patterns(without),
             force_diffusers_model=True,
             revision=server_args.revision,
         )
@@ -186,7 +210,7 @@ def local_folder(model_path: str, server_args: ServerArgs) -> Path:
     return released_folder(model_path, server_args.revision)
 
 
-def paged_by_sglang(folder: Path, server_args: ServerArgs) -> list[str]:
+def paged_by_sglang(checkpoint: Krea2Checkpoint, server_args: ServerArgs) -> list[str]:
     """Whether SGLang has decided, by itself, to page the DiT in and out, and it does not fit.
 
     Our runner keeps it on the GPU.
@@ -198,7 +222,7 @@ def paged_by_sglang(folder: Path, server_args: ServerArgs) -> list[str]:
     if mode == "resident":
         return []
     try:
-        make_builder(folder, server_args).plan()
+        make_builder(checkpoint, server_args).plan()
     except ConfigError as error:
         return [f"transformer {mode} ({error})"]
     return []

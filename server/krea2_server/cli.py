@@ -33,6 +33,7 @@ from krea2_server.storage.store import StorageError
 from krea2_srt.cli.errors import USAGE_ERROR, one_line_errors
 from krea2_srt.errors import ConfigError
 from krea2_srt.messages import ModelInfo
+from krea2_srt.model.parts import check_on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -177,11 +178,9 @@ class SignalHandler:
 
 
 def _check_model(settings: Settings) -> None:
-    """What a folder lacks can be told at once, and not after the minute that an engine takes."""
-    path = Path(settings.model_path).expanduser()
-    local = settings.model_path.startswith(("/", ".", "~")) or path.exists()
-    if local and not settings.engine_endpoints and not (path / "model_index.json").is_file():
-        raise ConfigError(f"model_path: {path} holds no checkpoint: no model_index.json is there")
+    """What is not there can be told at once, and not after the minute that an engine takes."""
+    if not settings.engine_endpoints:
+        check_on_disk(settings.source)
 
 
 async def _run_engines(settings: Settings, engine: EngineClient, supervisor: Supervisor) -> None:

@@ -1,13 +1,11 @@
 """What clients call the model."""
 
-import re
 from dataclasses import dataclass
 
 from krea2_server.settings import Settings
 from krea2_srt.messages import ModelInfo
+from krea2_srt.model.parts import last_part
 from krea2_srt.request import is_adapter_name
-
-_HUB_CACHE = re.compile(r"(?:.*/)?models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+")
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,10 @@ class ModelNames:
         if name in names or ("*" in names and ":" not in name):
             return True
         # The last part of the path is the name but for its capitals, unless another is set.
-        names |= {_last_part(self.path)} - {""}
+        names |= {last_part(self.path)} - {""}
         return self.any_case and name.casefold() in {known.casefold() for known in names}
 
 
 def name_of(path: str) -> str:
-    """The name of a model in a folder, in the hub's cache, or with a repo id."""
-    return _last_part(path).lower()
-
-
-def _last_part(path: str) -> str:
-    path = path.rstrip("/")
-    if cached := _HUB_CACHE.fullmatch(path):
-        return cached[1]
-    return path.rsplit("/", 1)[-1]
+    """The name of a model in a folder or a file, in the hub's cache, or with a repo id."""
+    return last_part(path).lower()

@@ -37,6 +37,8 @@ from krea2_srt.cli.errors import add_version
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
+from krea2_srt.model.parts import CheckpointSource
+from krea2_srt.model.recipe import AUTO
 from krea2_srt.service_links import is_service_link
 from krea2_srt.yaml_files import YamlFileError, read_yaml
 
@@ -46,6 +48,7 @@ PREFIX = "KREA2_SERVE_"
 
 _NESTED = "__"
 _LORA_DIR = ENGINE_PREFIX + "LORA_DIR"
+_RECIPE = ENGINE_PREFIX + "RECIPE"
 _CONFIG = "config"
 
 
@@ -98,7 +101,27 @@ class Settings(BaseSettings):
 
     # What is served, and where.
     model_path: str = Field(
-        "krea/Krea-2-Turbo", description="folder or repo id of a Krea 2 checkpoint"
+        "krea/Krea-2-Turbo",
+        description="folder, single file or repo id of a Krea 2 checkpoint; see "
+        "docs/checkpoints.md",
+    )
+    recipe: Literal["auto", "turbo", "raw"] = Field(
+        "auto",
+        description="whether it is sampled as Turbo or as Raw, as runner.recipe; auto is what the "
+        "checkpoint says of itself",
+    )
+    text_encoder: str = Field(
+        "",
+        description="folder, single file or repo id of a Qwen3-VL-4B; by default the "
+        "checkpoint's own, or for a single file the released one",
+    )
+    vae: str = Field(
+        "", description="folder, single file or repo id of a Qwen-Image VAE; by default likewise"
+    )
+    tokenizer: str = Field(
+        "",
+        description="folder of the tokenizer; by default the one beside the text encoder, or the "
+        "checkpoint's",
     )
     served_model_name: str = Field(
         "",
@@ -265,6 +288,17 @@ class Settings(BaseSettings):
         return [*ours, *shlex.split(self.sglang_args)]
 
     @property
+    def source(self) -> CheckpointSource:
+        """The checkpoint that schedulers load."""
+        return CheckpointSource(
+            self.model_path,
+            {**os.environ, **self.scheduler_environment}.get(_RECIPE, AUTO),
+            text_encoder=self.text_encoder,
+            vae=self.vae,
+            tokenizer=self.tokenizer,
+        )
+
+    @property
     def storage_folder(self) -> Path:
         """Folder of a local store."""
         if self.storage:
@@ -286,8 +320,10 @@ class Settings(BaseSettings):
     @property
     def scheduler_environment(self) -> dict[str, str]:
         """What scheduler processes read from their environment."""
-        folder = {} if self.lora_dir is None else {_LORA_DIR: str(self.lora_dir)}
-        return {**self.engine.environment(), **self.runner.environment(), **folder}
+        short = {} if self.lora_dir is None else {_LORA_DIR: str(self.lora_dir)}
+        if self.recipe != AUTO:
+            short[_RECIPE] = self.recipe
+        return {**self.engine.environment(), **self.runner.environment(), **short}
 
     @model_validator(mode="after")
     def _check_access(self) -> "Settings":
@@ -326,10 +362,12 @@ class Settings(BaseSettings):
         """Refuse what would be ignored."""
         if self.engine_endpoints:
             self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
-            self._refuse_with("engine_endpoints", "quantization", "lora_dir")
-            self._refuse_with("engine_endpoints", "start_timeout_s")
-        if self.lora_dir is not None and getattr(self.runner, "lora_dir", None) is not None:
-            raise ValueError("lora_dir: has no effect beside runner.lora_dir")
+            self._refuse_with("engine_endpoints", "quantization", "lora_dir", "start_timeout_s")
+            self._refuse_with("engine_endpoints", "recipe", "text_encoder", "vae", "tokenizer")
+        for name in ("lora_dir", "recipe"):
+            # The same setting under two names.
+            if getattr(self.runner, name, None) is not None:
+                self._refuse_with(f"runner.{name}", name)
         if self.public_url:
             self._refuse_with("public_url", "trusted_proxies", "allowed_hosts")
         if "://" in self.storage or self.storage == NO_STORAGE:

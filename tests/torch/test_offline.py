@@ -26,6 +26,7 @@ from krea2_srt.errors import (
     RequestError,
 )
 from krea2_srt.messages import preview_steps
+from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.offline import GenerationCancelled, ImageProgress
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.executor import RunnerExecutor
@@ -55,6 +56,23 @@ def test_it_generates_what_diffusers_does(model, diffusers_pipeline):
         generator=torch.Generator().manual_seed(5),
     ).images[0]
     assert close(np.asarray(found), np.asarray(expected))
+
+
+def test_a_single_file_is_a_model_with_its_parts_beside(model, original_file, demo_model):
+    parts = {"text_encoder": demo_model, "vae": demo_model / "vae", "recipe": "raw"}
+    raw = Krea2.load(original_file, **parts, device="cpu", dtype="float32")
+    assert raw.sampling.default_steps == 52
+    options = {**SMALL, "guidance": 0.0, "mu": 1.15}
+    (found,) = raw.generate("a red fox", seed=5, **options)
+    (expected,) = model.generate("a red fox", seed=5, **options)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_parts_of_what_was_found_already_are_refused(model, demo_model):
+    checkpoint = Krea2Checkpoint.from_folder(demo_model)
+    for name, value in (("vae", "x"), ("tokenizer", "x"), ("recipe", "raw")):
+        with pytest.raises(ConfigError, match=f"^{name}: has no effect"):
+            Krea2.load(checkpoint, **{name: value})
 
 
 def test_images_have_seeds_of_their_own_and_defaults_are_the_checkpoints(model):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.demo.checkpoint import DIT_CONFIG, write_text_encoder
-from krea2_srt.demo.tokenizer import write_tokenizer
 from krea2_srt.demo.trained_weights import RECIPE, WEIGHTS, TextEncoderWeights, TrainedWeights
 from krea2_srt.errors import CheckpointError
+from krea2_srt.model.qwen_tokenizer import write_tokenizer
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, load_text_encoder
 from tools.demo_model import autoencoder, reading
 from tools.demo_model.dataset import TEXT_TOKENS, Dataset

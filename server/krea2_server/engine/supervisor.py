@@ -16,6 +16,7 @@ from krea2_server.model_names import name_of
 from krea2_server.settings import Settings, visible_gpus
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.messages import ModelInfo
+from krea2_srt.model.parts import CLASS_NAME, CheckpointSource
 from krea2_srt.threads import limit_spinning
 
 logger = logging.getLogger(__name__)
@@ -291,11 +292,22 @@ def worker_command(settings: Settings, ready_fd: int) -> list[str]:
     return [
         *(sys.executable, "-m", "krea2_srt.sglang.worker", "--ready-fd", str(ready_fd)),
         *("--parent-pid", str(os.getpid())),
-        *("--model-path", settings.model_path, "--host", "127.0.0.1"),
+        *("--model-path", os.path.expanduser(settings.model_path), "--host", "127.0.0.1"),
         # Left alone, schedulers that start together may choose the same port; the other is one that
         # SGLang looks for and a scheduler does not use.
         *("--scheduler-port", str(_free_port()), "--port", str(_free_port())),
+        *_parts(settings.source),
         *settings.sglang_options,
+    ]
+
+
+def _parts(source: CheckpointSource) -> list[str]:
+    """SGLang's options for the parts of a checkpoint."""
+    given = source.given.items()
+    return [
+        # Without it SGLang takes no single file, and no folder without some of its parts.
+        *("--pipeline-class-name", CLASS_NAME),
+        *(f"--{part.replace('_', '-')}-path={os.path.expanduser(path)}" for part, path in given),
     ]
 
 

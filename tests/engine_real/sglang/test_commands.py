@@ -20,6 +20,7 @@ PROGRAM = ["program.py", "generate"]
 @pytest.fixture
 def krea2(monkeypatch):
     """A generator of SGLang's, or its arguments, of a Krea 2 model."""
+    monkeypatch.setattr(launch, "check", lambda server_args: None)
     for module in (commands, launch):
         monkeypatch.setattr(module, "serves_krea2", lambda server_args: server_args == "krea2")
     return SimpleNamespace(server_args="krea2")
@@ -89,7 +90,8 @@ def test_an_adapter_that_cannot_be_read_is_told_with_its_option(monkeypatch, cap
 
     monkeypatch.setattr(pipeline, "unsupported_options", lambda server_args: ["--lora-path"])
     monkeypatch.setattr(pipeline, "Krea2Pipeline", fail(error))
-    arguments = SimpleNamespace(model_subfolder="x")
+    parts = {"component_paths": {}, "component_weights_paths": {}}
+    arguments = SimpleNamespace(model_subfolder="x", transformer_weights_path=None, **parts)
     with pytest.raises(SystemExit) as ended:
         pipeline.Krea2RunnerPipeline("/models/krea-2", arguments)
     assert ended.value.code == 2

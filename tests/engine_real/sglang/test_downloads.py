@@ -14,7 +14,10 @@ def arguments(model_hub):
     """SGLang's ``ServerArgs`` of `sglang generate` with the repo, as far as a pipeline reads it."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(revision=None, model_subfolder=None)
+    parts = {"component_paths": {}, "component_weights_paths": {}}
+    return SimpleNamespace(
+        revision=None, model_subfolder=None, transformer_weights_path=None, **parts
+    )
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ UNSUPPORTED = {
     "--performance-mode memory": "--performance-mode",
     "--disagg-role encoder": "--disagg-role",
     "--quantization mxfp8": "--quantization",
-    "--transformer-path {model}/transformer": "--component-paths",
+    "--scheduler-path {model}/scheduler": "--component-paths",
+    "--vocoder-weights-path x.safetensors": "--component-weights-paths",
+    "--pipeline-class-name FluxPipeline": "--pipeline-class-name",
     "--enable-torch-compile": "--enable-torch-compile",
     "--enable-breakable-cuda-graph": "--enable-breakable-cuda-graph",
     "--attention-backend torch_sdpa": "--attention-backend",
@@ -59,11 +61,15 @@ SUPPORTED = [
     "--lora-path some/lora",
     "--lora-path x --lora-scale 0.5 --lora-alpha 8 --lora-nickname y --lora-weight-name z",
     "--lora-path x --lora-merge-mode dynamic",
+    "--pipeline-class-name Krea2Pipeline",
+    "--transformer-path {model}/transformer --text-encoder-path {model}/text_encoder",
+    "--vae-path {model}/vae --tokenizer-path {model}/tokenizer",
+    "--transformer-weights-path {file}",
 ]
 
 
 @pytest.fixture(scope="module")
-def parse(demo_model: Path):
+def parse(demo_model: Path, original_file: Path):
     """SGLang's own parser of `sglang generate`: flags -> ServerArgs."""
     from sglang.multimodal_gen.runtime.entrypoints.cli.generate import (
         add_multimodal_gen_generate_args,
@@ -71,9 +77,9 @@ def parse(demo_model: Path):
     from sglang.multimodal_gen.runtime.server_args import ServerArgs
     from sglang.multimodal_gen.runtime.utils.argparse import FlexibleArgumentParser
 
-    def parse(flags: str):
-        argv = ["--model-path", str(demo_model), "--prompt", "x"]
-        argv += flags.format(model=demo_model).split()
+    def parse(flags: str, model: Path = demo_model):
+        argv = ["--model-path", str(model), "--prompt", "x"]
+        argv += flags.format(model=demo_model, file=original_file).split()
         parser = add_multimodal_gen_generate_args(FlexibleArgumentParser())
         args, unknown = parser.parse_known_args(argv)
         return ServerArgs.from_cli_args(args, unknown, argv=argv)
@@ -97,8 +103,8 @@ def construct(parse, demo_model, monkeypatch):
         pipeline.logger, "warning", lambda text, *values: warnings.append(text % values)
     )
 
-    def construct(flags: str):
-        return pipeline.Krea2RunnerPipeline(str(demo_model), parse(flags)), warnings
+    def construct(flags: str, model: Path = demo_model):
+        return pipeline.Krea2RunnerPipeline(str(model), parse(flags, model)), warnings
 
     return construct
 
@@ -157,33 +163,40 @@ def test_paging_that_sglang_chose_by_itself_counts_where_the_model_does_not_fit(
         assert "transformer layerwise-offload (gpu_memory: 23.1 GiB are free)" in warnings[0]
 
 
-def test_what_options_ask_of_the_runner(parse, demo_model, monkeypatch):
+@pytest.fixture
+def checkpoint(demo_model: Path):
+    from krea2_srt.model.checkpoint import Krea2Checkpoint
+
+    return Krea2Checkpoint.from_folder(demo_model)
+
+
+def test_what_options_ask_of_the_runner(parse, checkpoint, monkeypatch):
     from krea2_srt.sglang.pipeline import make_builder
 
-    builder = make_builder(demo_model, parse(""))
+    builder = make_builder(checkpoint, parse(""))
     assert builder.quantization is None
     # One picture needs no warm-up.
     assert builder.config == RunnerConfig(warm_up_s=0.0)
     flags = "--quantization fp8 --quantization-ignored-layers 0.* *.ff.down"
-    builder = make_builder(demo_model, parse(f"{flags} --text-encoder-cpu-offload"))
+    builder = make_builder(checkpoint, parse(f"{flags} --text-encoder-cpu-offload"))
     assert builder.quantization == Quantization("fp8", False, ("0.*", "*.ff.down"))
     assert builder.config.text_encoder == "offload"
     monkeypatch.setenv("KREA2_SRT_TEXT_ENCODER", "resident")
     monkeypatch.setenv("KREA2_SRT_MAX_TURN_MS", "50")
-    builder = make_builder(demo_model, parse("--disable-conditioning-cache"))
+    builder = make_builder(checkpoint, parse("--disable-conditioning-cache"))
     assert builder.config.text_encoder == "resident"
     assert builder.engine.max_turn_ms == 50
     assert builder.caches.contexts == 0
 
 
-def test_who_serves_warms_up(parse, demo_model):
+def test_who_serves_warms_up(parse, checkpoint):
     from krea2_srt.sglang.options import mark_as_server
     from krea2_srt.sglang.pipeline import make_builder
 
-    assert make_builder(demo_model, parse("--warmup-mode server")).config.warm_up_s > 0
+    assert make_builder(checkpoint, parse("--warmup-mode server")).config.warm_up_s > 0
     args = parse("")
     mark_as_server(args)
-    assert make_builder(demo_model, args).config.warm_up_s > 0
+    assert make_builder(checkpoint, args).config.warm_up_s > 0
 
 
 def test_an_option_nobody_has_thought_of_is_not_ignored(parse):

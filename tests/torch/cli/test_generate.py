@@ -14,6 +14,7 @@ from krea2_srt.cli.generate import main
 from krea2_srt.model.pixels import to_uint8
 from krea2_srt.threads import SPIN_COUNT, VARIABLES
 from tests.comparisons import PROMPT, psnr
+from tests.conftest import clone_checkpoint
 from tests.torch.runner.test_pictures import finish, start
 
 
@@ -71,6 +72,29 @@ def test_an_original_file_generates_the_same(folder, demo_model, original_file):
     assert np.array_equal(pixels(folder / "a_0.png"), pixels(folder / "b_0.png"))
 
 
+def test_a_folder_without_some_of_its_parts_says_which_flags_to_give(folder, demo_model, capsys):
+    clone_checkpoint(demo_model, folder / "krea-2")
+    for part in ("text_encoder", "vae"):
+        (folder / "krea-2" / part).unlink()
+    with pytest.raises(SystemExit) as exit_:
+        main(["x", "--checkpoint", "krea-2"])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "krea-2 has no text_encoder/ and no vae/; give --text-encoder and --vae (" in line
+
+
+def test_a_recipe_may_be_a_variable(folder, demo_model, capsys, monkeypatch):
+    clone_checkpoint(demo_model, folder / "krea-2", is_distilled=None)
+    with pytest.raises(SystemExit):
+        main(["x", "--checkpoint", "krea-2"])
+    assert "give --recipe turbo or --recipe raw" in capsys.readouterr().err
+    # Which one it is shows in what has no effect on it.
+    monkeypatch.setenv("KREA2_SRT_RECIPE", "turbo")
+    with pytest.raises(SystemExit):
+        main(["x", "--checkpoint", "krea-2", "--y1", "0.4"])
+    assert "--y1: has no effect on Turbo" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_guidance_prompt_file_and_mu(folder, raw_demo_model, load_diffusers):
     (folder / "prompt.txt").write_text("ein blaues Haus\n", encoding="utf-8")
@@ -108,6 +132,10 @@ BAD = [
     (["--output", "new/"], "--output: folder new does not exist"),
     (["--prompt-file", "x.txt"], "prompt: give either a prompt or --prompt-file"),
     (["--checkpoint", "no/such/place"], "checkpoint no/such/place does not exist"),
+    (["--text-encoder", "/no/such"], "--text-encoder: /no/such does not exist"),
+    (["--vae", "README.md"], "--vae: README.md does not exist"),
+    (["--tokenizer", "some/repo"], "--tokenizer: some/repo does not exist"),
+    (["--recipe", "fast"], "argument --recipe: invalid choice: 'fast'"),
     (["--device", "toaster"], "--device: unknown device 'toaster'"),
     (["--y1", "0.4"], "--y1: has no effect on Turbo"),
     (["--y2", "0.4", "--mu", "1"], "--y2: has no effect together with --mu"),
@@ -130,7 +158,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, demo_model, capsys, argum
 
 
 def test_the_device_is_checked_before_anything_is_downloaded(folder, capsys, monkeypatch):
-    monkeypatch.setattr("krea2_srt.model.hub._download", lambda *a: pytest.fail("download"))
+    monkeypatch.setattr("krea2_srt.model.hub.download", lambda *a: pytest.fail("download"))
     with pytest.raises(SystemExit):
         main(["x", "--checkpoint", "krea/Krea-2-Turbo", "--device", "toaster"])
     assert "--device" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def test_another_pipeline(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "part", ["transformer", "text_encoder", "tokenizer", "vae", "scheduler", "model_index.json"]
+    "part", ["transformer", "text_encoder", "vae", "scheduler", "model_index.json"]
 )
 def test_a_missing_part(checkpoint, part):
     (checkpoint / part).unlink()
@@ -124,7 +124,7 @@ def test_an_original_file_says_by_its_name_which_it_is(original_file, demo_model
     unnamed.symlink_to(original_file)
     with pytest.raises(CheckpointError, match="Turbo or Raw"):
         find_checkpoint(str(unnamed), **parts)
-    assert not find_checkpoint(str(unnamed), distilled=False, **parts).sampling.distilled
+    assert not find_checkpoint(str(unnamed), recipe="raw", **parts).sampling.distilled
 
 
 def test_the_original_codes_environment_variables(original_file, demo_model, monkeypatch):

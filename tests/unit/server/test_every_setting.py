@@ -31,7 +31,7 @@ CONFIGS = {"engine": EngineConfig, "runner": RunnerConfig}
 BESIDE = {"host": ["--allow-anonymous"], "storage_options": ["--storage=s3://bucket/images"]}
 """Flags without which these settings cannot be other than they are by default."""
 
-ALSO = {"lora_dir": "runner.lora_dir"}
+ALSO = {"lora_dir": "runner.lora_dir", "recipe": "runner.recipe"}
 """Settings that are one of the scheduler processes' under a shorter name."""
 
 WRONG = ("nonsense", "-1", "[")

@@ -30,6 +30,8 @@ def test_names_of_the_model_are_known_in_any_case(name):
         ("/models/Krea-2-Raw/", "krea-2-raw"),
         ("/cache/hub/models--krea--Krea-2-Raw/snapshots/0123abcd", "krea-2-raw"),
         ("models--my-model/snapshots/0123abcd/", "my-model"),
+        ("/models/Krea2_Turbo_fp8.safetensors", "krea2_turbo_fp8"),
+        ("krea2-raw-Q8_0.gguf", "krea2-raw-q8_0"),
         ("", ""),
     ],
 )
