@@ -70,6 +70,14 @@ class StoredVAE:
 
 @contextmanager
 def open_vae(path: Path) -> Iterator[StoredVAE]:
+    """Open a VAE; only headers are read until a tensor is.
+
+    Args:
+        path: see `load_vae`.
+
+    Raises:
+        CheckpointError: see `load_vae`.
+    """
     config = None if path.is_file() else _folder_config(path)
     with open_files(checkpoint_files(path, _STEM)) as opened:
         bare = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
