@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from krea2_srt.kernels.quantize import TokenFormat
-from krea2_srt.model.stored.formats import PLAIN
+from krea2_srt.model.stored.formats import FP8, PLAIN
 from krea2_srt.model.stored.tensor import StoredTensor
 
 _TAKEN = "taken as they are"
@@ -49,12 +49,14 @@ class LoadedWeights:
         if not self._quantised:
             return None
         counts = sorted(self._quantised.items(), key=lambda one: (one[0][1] != _TAKEN, -one[1]))
-        parts = [f"{n} {_matrices(n)} {kind}, {how}" for (kind, how), n in counts]
+        parts = [f"{n} {_noun(kind, n)} {kind}, {how}" for (kind, how), n in counts]
         if advise_fp8 and self._fp8_fits:
             parts[-1] += " (--quantization fp8 would take those of the blocks as they are)"
         parts += [f"{n} tensors {kind}" for kind, n in self._plain.most_common()]
         return f"krea2-srt: {where}: {'; '.join([*parts, *notes])}"
 
 
-def _matrices(count: int) -> str:
+def _noun(kind: str, count: int) -> str:
+    if kind in FP8:  # vectors too
+        return "tensor" if count == 1 else "tensors"
     return "matrix" if count == 1 else "matrices"

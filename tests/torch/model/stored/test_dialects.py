@@ -257,6 +257,10 @@ def test_one_line_says_what_became_of_the_file(tmp_path, caplog):
         f"{MATRICES_OF_BLOCKS - 1} matrices int8_convrot, dequantised and quantised to fp8; "
         f"1 matrix int8, dequantised and quantised to fp8; {rest + others} tensors bf16"
     ]
+    write_plain(state_dict(), file, dtype=E4M3)
+    assert log_of(caplog, file, FP8)[0].startswith(
+        f"{MATRICES_OF_BLOCKS} tensors F8_E4M3, taken as they are; "
+    )
     write_plain(state_dict(), file)
     assert log_of(caplog, file) == []
 
