@@ -13,11 +13,11 @@ from torch import Tensor
 
 from krea2_srt.demo.text_encoder import HEAD_DIM, ROPE_THETA
 from krea2_srt.demo.tokenizer import write_tokenizer
-from krea2_srt.model.checkpoint import CLASS_NAME as PIPELINE_CLASS
 from krea2_srt.model.checkpoint import TRAINED_SIDE
 from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import config_dict, original_name, stored_shapes
+from krea2_srt.model.releases import CLASS_NAME as PIPELINE_CLASS
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 
 DIT_CONFIG = Krea2Config(

@@ -6,12 +6,12 @@ from typing import Any
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.latents import PATCH
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.model.schedule import TURBO_MU, ResolutionShift, Schedule, flow_schedule
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 from krea2_srt.model.weights import read_json
 from krea2_srt.request import MU_RANGE, SIZE_MULTIPLE
 
-CLASS_NAME = "Krea2Pipeline"
 TRAINED_SIDE = "_trained_side"
 """In ``model_index.json``: our own, for checkpoints that are smaller than Krea 2. Diffusers and
 SGLang pass over names like this.

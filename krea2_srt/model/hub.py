@@ -6,13 +6,8 @@ from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
+from krea2_srt.model.releases import RELEASES, TEXT_ENCODER_REPO, VAE_REPO, WEIGHTS
 from krea2_srt.model.weights import checkpoint_files
-
-RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
-"""The original code's names, and the repos that hold the same weights."""
-
-TEXT_ENCODER_REPO = "Qwen/Qwen3-VL-4B-Instruct"
-VAE_REPO = "Qwen/Qwen-Image"
 
 FOLDER_PATTERNS = [
     "model_index.json",
@@ -25,13 +20,6 @@ FOLDER_PATTERNS = [
 """Files of a repo that are needed: beside them lie pictures, and the same weights again as one
 file.
 """
-
-_WEIGHTS = {
-    "transformer": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "vae": "diffusion_pytorch_model",
-}
-"""How a part's files are called."""
 
 
 def find_checkpoint(
@@ -133,7 +121,7 @@ def _cached(repo: str, revision: str | None) -> Path | None:
             repo, revision=revision, allow_patterns=FOLDER_PATTERNS, local_files_only=True
         )
         checkpoint = Krea2Checkpoint.from_folder(Path(folder))
-        for part, stem in _WEIGHTS.items():
+        for part, stem in WEIGHTS.items():
             checkpoint_files(getattr(checkpoint, part), stem)
     except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
         return None

@@ -13,6 +13,7 @@ from torch import Tensor
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.stored.tensor import StoredTensor
+from krea2_srt.read_ahead import wait_for
 
 T = TypeVar("T")
 
@@ -161,7 +162,7 @@ def load_weights(
     """Copy tensors into ``weight_map``; call `check_weights` first.
 
     One after another, straight into their place on the device, so host memory peaks at one tensor
-    above what the model itself takes.
+    above what the model itself takes; each once it has been read ahead, where that is under way.
 
     Args:
         stored: what open files have, by name; tensors without a slot are not read.
@@ -172,6 +173,7 @@ def load_weights(
         slot = weight_map.get(name)
         if slot is None:
             continue
+        wait_for(source.extent.file, source.extent.end)
         if slot.take is not None and source.eight_bit == slot.eight_bit and name not in deltas:
             slot.take(source.read_eight_bit())
             continue

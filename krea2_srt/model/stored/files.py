@@ -11,6 +11,7 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.stored.extent import Extent, extents
 from krea2_srt.model.stored.tensor import StoredTensor
 
 PLAIN = ("BF16", "F16", "F32")
@@ -44,8 +45,9 @@ def open_files(files: Sequence[Path]) -> Iterator[StoredFiles]:
         for file in files:
             try:
                 opened = stack.enter_context(safe_open(file, framework="pt"))
+                places = extents(file)
                 found = [
-                    PlainTensor(opened, key, tuple(part.get_shape()), part.get_dtype())
+                    PlainTensor(opened, key, tuple(part.get_shape()), part.get_dtype(), places[key])
                     for key, part in ((k, opened.get_slice(k)) for k in opened.offset_keys())
                 ]
                 metadata |= opened.metadata() or {}
@@ -71,6 +73,7 @@ class PlainTensor:
     key: str
     shape: tuple[int, ...]
     kind: str
+    extent: Extent
     eight_bit: TokenFormat | None = None
 
     def read(self) -> Tensor:
