@@ -6,15 +6,13 @@ Registered under the entry-point group ``sglang.multimodal_gen.plugins``.
 import logging
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.sglang import compat
-from krea2_srt.sglang.commands import GENERATE, SERVE, is_command
-from krea2_srt.sglang.early_reading import begin_for
+from krea2_srt.sglang.early_reading import begin_for_command
 from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled, is_krea2, serves_krea2
 
 logger = logging.getLogger(__name__)
@@ -35,11 +33,7 @@ def register() -> None:
         # SGLang would log any other exception, and serve without us.
         raise SystemExit(f"krea2-srt: error: {error}") from None
 
-    worker = multiprocessing.current_process().name.startswith(WORKER_NAME)
-    if worker and is_command(GENERATE, SERVE):
-        # A worker that SGLang has started has the command's own arguments.
-        begin_for(sys.argv[2:])
-
+    begin_for_command()
     # Not at module scope: with the switch off, and in every process that only looks for entry
     # points, these imports would cost seconds for nothing.
     from sglang.multimodal_gen import registry
@@ -60,7 +54,7 @@ def register() -> None:
     )
     HookRegistry.register(compat.SCHEDULER, Krea2Scheduler, HookType.REPLACE)
     HookRegistry.register(compat.MODEL_INDEX, model_index.read, HookType.AROUND)
-    if not worker:
+    if not multiprocessing.current_process().name.startswith(WORKER_NAME):
         _register_http_hooks()
 
 

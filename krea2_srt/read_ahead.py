@@ -9,7 +9,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,12 +161,11 @@ class ReadAhead:
         """The file to go on with, once there is room for more of it; None at the end."""
         with self._changed:
             while not self._ended:
-                if self._waiting:
-                    return self._waiting[0]
-                unread = (f for f in self._files[self._at :] if f.read < f.size)
-                if (file := next(unread, None)) is None:
+                if (file := next(_unread(self._waiting), None)) is not None:
+                    return file
+                if (file := next(_unread(self._files[self._at :]), None)) is None:
                     # The loader may still turn back to one that it has passed over.
-                    if all(f.read >= f.size for f in self._files):
+                    if next(_unread(self._files), None) is None:
                         return None
                 elif self._ahead() < self._limit():
                     return file
@@ -197,6 +196,10 @@ class ReadAhead:
             return None
         places = (i for i, each in enumerate(self._files) if each.identity == identity)
         return next(places, None)
+
+
+def _unread(files: Iterable[_File]) -> Iterator[_File]:
+    return (file for file in files if file.read < file.size)
 
 
 def _identity(found: os.stat_result) -> Identity:

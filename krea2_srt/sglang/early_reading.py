@@ -1,9 +1,13 @@
 """Reading of the weights begins while SGLang is being imported, from what its command line says."""
 
 import argparse
+import multiprocessing
+import sys
 from collections.abc import Sequence
 
 from krea2_srt.model.on_disk import begin_to_read
+from krea2_srt.sglang.commands import GENERATE, SERVE, is_command
+from krea2_srt.sglang.served import WORKER_NAME
 
 _PARTS = {
     "transformer_weights_path": "transformer",
@@ -33,3 +37,14 @@ def begin_for(options: Sequence[str]) -> None:
     if model:
         parts = {ours: given[theirs] for theirs, ours in _PARTS.items()}
         begin_to_read(model, given["revision"], **parts)
+
+
+def begin_for_command() -> None:
+    """The same in a worker that `sglang serve` or `generate` has started; nothing elsewhere.
+
+    Such a worker has the command's own arguments.
+    """
+    if multiprocessing.current_process().name.startswith(WORKER_NAME) and is_command(
+        GENERATE, SERVE
+    ):
+        begin_for(sys.argv[2:])
