@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -139,6 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    # As Ctrl-C: contexts are left, so children end and files go.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_line_errors(MODULE):
         if not args.model.is_dir():
             raise CheckpointError(f"checkpoint folder {args.model} does not exist")
@@ -182,9 +185,7 @@ def table(results: Mapping[str, Any]) -> str:
     made = f"`{run['command']}`, {run['date'][:10]}, {run['cpu']}, {run['cpu_count']} cores"
     load = f"Load average at the end: {run['load_average']}."
     readings = "; ".join(f"*{name}*: {what}" for name, what in READINGS.items())
-    head = (
-        "| disk | reading | imports | reading | loading | waiting in it | warm-up | ready | over "
-    )
+    stages = "imports | reading | loading | waiting in it | warm-up | ready | over | from disk"
     return f"""# Starts from a slow disk
 
 {made}.
@@ -194,7 +195,7 @@ The disk is held to a rate, or as fast as it is. {readings}. Promised is that th
 is by how much it was later than that longer one, with the least and the most, and *from disk* what
 the process had from the disk, in times of the files' size. {load}
 
-{head}| from disk |
+| disk | read | {stages} |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 """
