@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from krea2_srt import plugin
 from krea2_srt.sglang import early_reading
 from krea2_srt.sglang.early_reading import begin_for
 
@@ -46,6 +47,21 @@ def test_what_names_none_is_left_to_sglang(begun, options, capsys):
     begin_for(options.split())
     assert begun == []
     assert capsys.readouterr() == ("", "")
+
+
+class Begun(Exception):
+    """Reading has begun."""
+
+
+def test_the_plugin_begins_before_anything_else(monkeypatch):
+    def begin() -> None:
+        raise Begun
+
+    monkeypatch.setattr(plugin, "begin_for_command", begin)
+    with pytest.raises(Begun):
+        plugin.register()
+    monkeypatch.setenv("KREA2_SRT", "off")
+    plugin.register()
 
 
 @pytest.mark.parametrize(
