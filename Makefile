@@ -30,7 +30,7 @@ OUTPUT ?= outputs
 PORT       ?= 30000
 SERVE_ARGS ?=
 
-.PHONY: install serve generate test test-unit test-slow lint lock lock-clients bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads bench-adapters simulate drills clean
+.PHONY: install serve generate test test-unit test-slow lint lock lock-clients bench bench-check bench-baseline docs bench-http bench-gpu bench-quantization bench-ray bench-threads bench-adapters bench-start simulate drills clean
 
 install: $(STAMP)
 
@@ -131,6 +131,10 @@ bench-threads: $(STAMP) $(DEMO)
 # quiet cores; ten minutes. Writes the table in benchmarks/results/.
 bench-adapters: $(STAMP) $(DEMO)
 	$(BIN)/python -m krea2_bench.adapters --model $(DEMO)
+
+# Starts from a slow disk, on quiet cores; about ten minutes. Writes the table in benchmarks/results/.
+bench-start: $(STAMP) $(DEMO)
+	$(BIN)/python -m krea2_bench.cold_start --model $(DEMO)
 
 # What the HTTP layer costs; about two minutes.
 bench-http: $(STAMP) $(DEMO)

@@ -12,6 +12,7 @@ from typing import Any
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.sglang import compat
+from krea2_srt.sglang.early_reading import begin_for_command
 from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled, is_krea2, serves_krea2
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def register() -> None:
         # SGLang would log any other exception, and serve without us.
         raise SystemExit(f"krea2-srt: error: {error}") from None
 
+    begin_for_command()
     # Not at module scope: with the switch off, and in every process that only looks for entry
     # points, these imports would cost seconds for nothing.
     from sglang.multimodal_gen import registry

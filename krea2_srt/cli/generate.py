@@ -14,6 +14,7 @@ from krea2_srt.cli.errors import OneLineParser, add_version, one_line_errors
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import RequestError
 from krea2_srt.lora.scaled_files import ScaledFile, is_there, scaled_file
+from krea2_srt.model.on_disk import begin_to_read
 from krea2_srt.request import (
     MAX_ADAPTERS,
     MU_RANGE,
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     limit_spinning()  # before anything imports torch
+    begin_to_read(args.checkpoint, text_encoder=args.text_encoder, vae=args.vae)
     from PIL import Image
     from tqdm import tqdm
 

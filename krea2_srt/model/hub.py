@@ -8,14 +8,8 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.downloads import download
 from krea2_srt.model.parts import PARTS, CheckpointSource, find_parts
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.weights import checkpoint_files
-
-_WEIGHTS = {
-    "transformer": "diffusion_pytorch_model",
-    "text_encoder": "model",
-    "vae": "diffusion_pytorch_model",
-}
-"""How a part's files are called."""
 
 # Beside what is needed lie pictures, other models, and the same weights again as one file.
 _COMPONENTS = {
@@ -119,8 +113,8 @@ def _whole_in_cache(repo: str, revision: str | None, without: Collection[str]) -
             repo, revision=revision, allow_patterns=patterns, local_files_only=True
         )
         folder = Path(found)
-        for part in _WEIGHTS.keys() - set(without):
-            checkpoint_files(folder / part, _WEIGHTS[part])
+        for part in WEIGHTS.keys() - set(without):
+            checkpoint_files(folder / part, WEIGHTS[part])
     except (HFValidationError, LocalEntryNotFoundError, CheckpointError):
         return None
     there = ("model_index.json", "scheduler", *(part for part in PARTS if part not in without))

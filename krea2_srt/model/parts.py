@@ -15,16 +15,8 @@ from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.downloads import is_repo_id
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.recipe import AUTO, RECIPES, is_turbo
+from krea2_srt.model.releases import CLASS_NAME, RELEASES, TEXT_ENCODER_REPO, VAE_REPO
 from krea2_srt.model.tokenizer_files import check_packaged, tokenizer_beside
-
-CLASS_NAME = "Krea2Pipeline"
-
-RELEASES = {"oss_turbo": "krea/Krea-2-Turbo", "oss_raw": "krea/Krea-2-Raw"}
-"""The original code's names, and the repos that hold the same weights."""
-
-TEXT_ENCODER_REPO = "Qwen/Qwen3-VL-4B-Instruct"
-VAE_REPO = "Qwen/Qwen-Image"
-"""Where the parts come from that a single file is without."""
 
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 """Folders of the released layout, and what can be given apart from it."""

@@ -8,7 +8,7 @@ from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import config_dict
 from krea2_srt.model.latents import PATCH
-from krea2_srt.model.parts import CLASS_NAME
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.model.schedule import ResolutionShift
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS
 

@@ -14,6 +14,7 @@ from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.stored.loaded import LoadedWeights
 from krea2_srt.model.stored.tensor import StoredTensor
+from krea2_srt.read_ahead import wait_for
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def load_weights(
     """Copy tensors into ``weight_map``; call `check_weights` first.
 
     One after another, straight into their place on the device, so host memory peaks at one tensor
-    above what the model itself takes.
+    above what the model itself takes; each once it has been read ahead, where that is under way.
 
     Args:
         stored: what open files have, by name; tensors without a slot are not read.
@@ -149,6 +150,7 @@ def load_weights(
         slot = weight_map.get(name)
         if slot is None:
             continue
+        wait_for(source.extent.file, source.extent.end)
         if slot.take is not None and source.eight_bit == slot.eight_bit and name not in deltas:
             slot.take(source.read_eight_bit())
             loaded.taken(source)

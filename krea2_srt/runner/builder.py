@@ -22,8 +22,11 @@ from krea2_srt.lora.slots import NUM_SLOTS, RANKS, AdapterSlots, largest_rank, s
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import dit_config
+from krea2_srt.model.on_disk import part_files
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.weights import WeightDelta
+from krea2_srt.read_ahead import begin, finish
 from krea2_srt.runner.allocator import use_expandable_segments
 from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
@@ -41,6 +44,7 @@ from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
 from krea2_srt.runner.warm_up import warm_up
+from krea2_srt.start_up import StartUp, process_age_s
 
 logger = logging.getLogger(__name__)
 
@@ -187,18 +191,25 @@ class RunnerBuilder:
             fused_gate=operations is TRITON and self.quantization is None,
         )
         resident = self.config.text_encoder != "offload"
-        runner = Krea2Runner.load(
-            self.checkpoint,
-            self.device,
-            self.dtype,
-            text_dtype=self.text_dtype,
-            vae_dtype=self.vae_dtype,
-            quantization=self.quantization,
-            deltas=deltas,
-            attention=attention,
-            text_encoder_resident=plan.text_encoder_resident if plan else resident,
-            caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
-        )
+        imported_s = process_age_s()
+        # Under way already, where the process knew its checkpoint before it imported torch.
+        begin(part_files({part: getattr(self.checkpoint, part) for part in WEIGHTS}))
+        try:
+            runner = Krea2Runner.load(
+                self.checkpoint,
+                self.device,
+                self.dtype,
+                text_dtype=self.text_dtype,
+                vae_dtype=self.vae_dtype,
+                quantization=self.quantization,
+                deltas=deltas,
+                attention=attention,
+                text_encoder_resident=plan.text_encoder_resident if plan else resident,
+                caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
+            )
+        finally:
+            ahead = finish()
+        runner.start_up = StartUp(imported_s, process_age_s(), ahead)
         if deltas:
             level = logging.WARNING if rounding.lost > MAX_LOST else logging.INFO
             text = "krea2-srt: %.0f%% of what was merged is lost in the rounding of the weights"

@@ -38,6 +38,7 @@ from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
 from krea2_srt.runner.sequence_shape import branch_shapes
 from krea2_srt.runner.side_stream import CudaSideStream
+from krea2_srt.start_up import StartUp
 
 STREAM_PRIORITY = -1
 """Priority of the steps' stream: the lower, the sooner. Decodes beside them have 0."""
@@ -71,6 +72,7 @@ class Krea2Runner:
     Attributes:
         graphs: replay steps where it can; None runs all eagerly.
         adapters: those that images can be generated with.
+        start_up: how long loading took; None where nobody has timed it.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Krea2Runner:
         self.attention = attention
         self.prompt_encoder = PromptEncoder(text_encoder, dit, attention)
         self.graphs: StepGraphs | None = None
+        self.start_up: StartUp | None = None
         self.device = dit.img_in.weight.device
         self.adapters = AdapterPool(dit)
         self.contexts: ByteCache[tuple[str, Hashable], Tensor] = ByteCache(caches.contexts)

@@ -68,6 +68,7 @@ from krea2_srt.sglang.replies import Replies
 from krea2_srt.sglang.served import serves_krea2
 from krea2_srt.sglang.served_adapters import AdapterCommand, ServedAdapters
 from krea2_srt.sglang.sglang_exchange import SglangExchange
+from krea2_srt.start_up import process_age_s
 
 logger = init_logger(__name__)
 
@@ -158,6 +159,8 @@ class Krea2Scheduler(Scheduler):
             runner.sampling.trained_side,
             pipeline.adapters is not None,
         )
+        if runner.start_up is not None:
+            logger.info("krea2-srt: %s", runner.start_up.text(process_age_s()))
 
     @property
     def context(self) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from krea2_srt.cli.errors import one_line_errors
 from krea2_srt.errors import ConfigError, first_line
+from krea2_srt.sglang.early_reading import begin_for
 from krea2_srt.sglang.served import SWITCH, WORKER_NAME, enabled
 
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ready-fd", type=int, required=True, help="told when we are ready")
     parser.add_argument("--parent-pid", type=int, required=True, help="ends us by its own end")
     ours, sglang_options = parser.parse_known_args(argv)
+    begin_for(sglang_options)
     # Ctrl-C in a terminal is for the images server, which then tells us. No session of our own:
     # Linux shares the CPUs among sessions first, and the server would starve beside a busy engine
     # (waits of 7 s were seen on two cores).

@@ -1,6 +1,7 @@
 """Our runner inside the real SGLang engine, on CPU."""
 
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,6 +15,10 @@ from tests.comparisons import PROMPT, psnr
 from tests.torch.runner.test_pictures import finish, start
 
 SERVES = "krea2-srt: our runner serves"
+STARTED = re.compile(
+    r"krea2-srt: ready ([\d.]+) s after its process began: imports ([\d.]+) s, loading ([\d.]+) s "
+    r"\([\d.]+ s of it waiting for files\), warm-up ([\d.]+) s; beside them ([\d.]+) GB were read"
+)
 SMALL = {"size": "128x128", "num_inference_steps": 3}
 
 
@@ -36,6 +41,14 @@ def test_one_line_says_that_our_runner_serves(server):
     lines = [line for line in server.log.splitlines() if SERVES in line]
     assert len(lines) == 1
     assert "Turbo" in lines[0]
+
+
+def test_one_line_says_what_the_start_was_spent_on(server):
+    (found,) = STARTED.finditer(server.log)
+    ready, imports, loading, warm_up, read_gb = map(float, found.groups())
+    assert ready == pytest.approx(imports + loading + warm_up, abs=0.2)
+    assert imports > 0
+    assert read_gb > 0.03
 
 
 def test_the_workers_threads_do_not_spin_for_long(server):

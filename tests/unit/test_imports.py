@@ -22,12 +22,18 @@ BELOW = {
     "setting": {"errors"},
     "request": {"errors", "setting"},
     "messages": {"errors", "request"},
+    "host_memory": set(),
+    "read_ahead": {"host_memory"},
+    "start_up": {"read_ahead"},
     "kernels": set(),
-    "model": {"errors", "request", "kernels"},
+    "model": {"errors", "request", "read_ahead", "kernels"},
     "lora": {"errors", "request", "messages", "yaml_files", "kernels", "model"},
     "convert": {"errors", "kernels", "model"},
     "engine": {"errors", "setting", "request"},
-    "runner": {"errors", "setting", "request", "kernels", "model", "lora", "engine"},
+    "runner": {
+        *("errors", "setting", "request", "read_ahead", "start_up"),
+        *("kernels", "model", "lora", "engine"),
+    },
     "routing": {"request", "engine"},
 }
 """What the lower rooms of krea2_srt may import of it."""
@@ -139,7 +145,7 @@ def test_only_the_adapters_import_sglang():
 
 
 def test_the_engine_and_the_shared_nouns_need_no_torch():
-    shared = ("errors", "setting", "request", "messages", "routing", "environment")
+    shared = ("errors", "setting", "request", "messages", "routing", "environment", "read_ahead")
     light = {f"krea2_srt.{name}" for name in ("engine", *shared)}
     for module, file in modules().items():
         if room(module) in light:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.stored.companions import join
+from krea2_srt.model.stored.extent import extents
 from krea2_srt.model.stored.formats import INSTEAD, adapter_tensor, refused_format
 from krea2_srt.model.stored.gguf_file import MAGIC as GGUF
 from krea2_srt.model.stored.gguf_file import open_gguf
@@ -95,8 +96,11 @@ def _open_safetensors(
         opened = stack.enter_context(safe_open(file, framework="pt"))
         keys = opened.offset_keys()
         parts = {key: opened.get_slice(key) for key in keys[:MAX_TENSORS]}
+        places = extents(file)
         found = {
-            key: PlainTensor(file, opened, key, tuple(part.get_shape()), part.get_dtype())
+            key: PlainTensor(
+                file, opened, key, tuple(part.get_shape()), part.get_dtype(), places[key]
+            )
             for key, part in parts.items()
         }
         metadata: Mapping[str, str] = opened.metadata() or {}

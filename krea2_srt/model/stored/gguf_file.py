@@ -14,6 +14,7 @@ from torch import Tensor
 from krea2_srt.errors import CheckpointError, first_line, how_to_install
 from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.model.stored.chunks import in_float32
+from krea2_srt.model.stored.extent import Extent
 from krea2_srt.model.stored.formats import adapter_tensor
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     kind: str
     data: Any
+    extent: Extent
     eight_bit: None = None
 
     def read(self) -> Tensor:
@@ -105,7 +107,8 @@ def open_gguf(file: Path) -> tuple[dict[str, GgufTensor], Mapping[str, str]]:
                 f"{', '.join(_READ)} are read; use Q8_0, fp8_scaled or bf16"
             )
         shape = _shape(reader, tensor, file)
-        found[tensor.name] = GgufTensor(tensor.name, shape, kind, tensor.data)
+        extent = Extent(file, int(tensor.data_offset + tensor.n_bytes))
+        found[tensor.name] = GgufTensor(tensor.name, shape, kind, tensor.data, extent)
     return found, _texts(reader, file)
 
 

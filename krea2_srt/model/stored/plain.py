@@ -9,6 +9,7 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.stored.extent import Extent
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class PlainTensor:
     key: str
     shape: tuple[int, ...]
     kind: str
+    extent: Extent
 
     @property
     def eight_bit(self) -> TokenFormat | None:

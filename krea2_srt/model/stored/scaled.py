@@ -7,6 +7,7 @@ from torch import Tensor
 
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, rotate
 from krea2_srt.model.stored.chunks import in_float32
+from krea2_srt.model.stored.extent import Extent
 from krea2_srt.model.stored.plain import PlainTensor
 
 _DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
@@ -34,6 +35,10 @@ class ScaledTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+    @property
+    def extent(self) -> Extent:
+        return self.values.extent
 
     @property
     def kind(self) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
+from krea2_srt.model.stored.extent import Extent
 
 
 class StoredTensor(Protocol):
@@ -18,6 +19,7 @@ class StoredTensor(Protocol):
         shape: as the model sees it, whatever the file packs.
         kind: how it is stored, for messages, such as ``BF16`` or ``fp8_scaled``.
         eight_bit: what multiplies it as it is stored; None where it is not a matrix in 8 bits.
+        extent: how far of its file has to be there before it is read.
     """
 
     @property
@@ -31,6 +33,9 @@ class StoredTensor(Protocol):
 
     @property
     def eight_bit(self) -> TokenFormat | None: ...
+
+    @property
+    def extent(self) -> Extent: ...
 
     def read(self) -> Tensor:
         """The tensor on the host, in its own dtype, or float32 where it is stored quantised."""

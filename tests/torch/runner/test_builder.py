@@ -49,6 +49,10 @@ def test_a_cpu_needs_no_plan_and_generates(builder, runner):
     assert builder.within(None) is builder.engine
     loaded = builder.load(None)
     assert loaded.graphs is None
+    start_up = loaded.start_up
+    assert 0 < start_up.imported_s <= start_up.loaded_s
+    # It has read ahead, also where nobody had begun to.
+    assert start_up.ahead.bytes_read > 10**6
     assert relative_error(generate(loaded), generate(runner)) <= 1e-6
 
 

@@ -1,0 +1,1 @@
+"""How long an engine takes from nothing to ready, where its weights come from a slow disk."""
