@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.part_files import bare_name, stated_config
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
-from krea2_srt.model.weights import checkpoint_files, parse_json
+from krea2_srt.model.weights import checkpoint_files
 
 MODEL_TYPE = "qwen3_vl"
 

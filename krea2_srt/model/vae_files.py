@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from krea2_srt.errors import CheckpointError
+from krea2_srt.model.json_files import parse_json
 from krea2_srt.model.part_files import bare_name, stated_config
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import CLASS_NAMES, VAEConfig
 from krea2_srt.model.vae_names import diffusers_name, other_vae, stage_length
-from krea2_srt.model.weights import check_weights, checkpoint_files, load_weights, parse_json
+from krea2_srt.model.weights import check_weights, checkpoint_files, load_weights
 
 logger = logging.getLogger(__name__)
 

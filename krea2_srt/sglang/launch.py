@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from krea2_srt.errors import CheckpointError, ConfigError
-from krea2_srt.model.parts import CLASS_NAME, check_on_disk
+from krea2_srt.model.parts import check_on_disk
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.sglang import model_index
 from krea2_srt.sglang.commands import (
     GENERATE,

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.model.json_files import read_json
-from krea2_srt.model.parts import CLASS_NAME
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.sglang.commands import GENERATE, SERVE, is_command
 from krea2_srt.sglang.parts import is_krea2_on_disk
 from krea2_srt.sglang.served import is_krea2

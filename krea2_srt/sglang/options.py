@@ -10,8 +10,9 @@ from typing import Any
 
 from sglang.multimodal_gen import envs
 
-from krea2_srt.model.parts import CLASS_NAME, PARTS
+from krea2_srt.model.parts import PARTS
 from krea2_srt.model.quantization import SERVED, Quantization
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.sglang.compat import explicit_options
 
 # Options of the process, the channel and the output, which SGLang handles around any pipeline.

@@ -10,7 +10,8 @@ from typing import Any
 from krea2_srt.environment import read_environment
 from krea2_srt.errors import CheckpointError, ConfigError
 from krea2_srt.model.json_files import read_json
-from krea2_srt.model.parts import CLASS_NAME, CheckpointSource
+from krea2_srt.model.parts import CheckpointSource
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.sglang.served import is_krea2
 

@@ -16,7 +16,8 @@ from krea2_server.model_names import name_of
 from krea2_server.settings import Settings, visible_gpus
 from krea2_srt.cli.errors import USAGE_ERROR
 from krea2_srt.messages import ModelInfo
-from krea2_srt.model.parts import CLASS_NAME, CheckpointSource
+from krea2_srt.model.parts import CheckpointSource
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.threads import limit_spinning
 
 logger = logging.getLogger(__name__)

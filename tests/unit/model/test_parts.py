@@ -11,14 +11,8 @@ from safetensors.numpy import save_file
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model import tokenizer_files
-from krea2_srt.model.parts import (
-    TEXT_ENCODER_REPO,
-    VAE_REPO,
-    CheckpointSource,
-    check_on_disk,
-    find_parts,
-    last_part,
-)
+from krea2_srt.model.parts import CheckpointSource, check_on_disk, find_parts, last_part
+from krea2_srt.model.releases import TEXT_ENCODER_REPO, VAE_REPO
 
 INDEX = {"_class_name": "Krea2Pipeline", "is_distilled": True}
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
