@@ -280,7 +280,8 @@ class _Table:
 
     def __init__(self, flat: StoredTensor) -> None:
         self._flat = flat
-        self.key, self.kind, self.eight_bit = flat.key, flat.kind, None
+        self.key, self.kind, self.extent = flat.key, flat.kind, flat.extent
+        self.eight_bit = None
         (size,) = flat.shape
         self.shape = (6, size // 6) if size % 6 == 0 else flat.shape
 

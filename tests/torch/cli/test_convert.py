@@ -45,9 +45,15 @@ def test_a_file_and_back(folder, demo_model, capsys):
     assert digest(folder / "new") == digest(demo_model)
 
 
-def test_a_file_needs_no_other_parts(folder, original_file, monkeypatch, capsys):
-    monkeypatch.setattr("krea2_srt.model.hub._download", lambda *a: pytest.fail("download"))
+def test_a_file_needs_no_other_parts(folder, demo_model, original_file, monkeypatch, capsys):
+    monkeypatch.setattr("krea2_srt.model.hub.download", lambda *a: pytest.fail("download"))
     main([str(original_file), "new.safetensors", "--layout=file"])
+    (folder / "old").mkdir()
+    for entry in ("model_index.json", "transformer"):
+        (folder / "old" / entry).symlink_to(demo_model / entry)
+    main(["old", "of-a-folder.safetensors", "--layout=file"])
+    files = [folder / name for name in ("new.safetensors", "of-a-folder.safetensors")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     capsys.readouterr()
 
 
@@ -124,8 +130,15 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, demo_model, capsys, argum
     assert [path.name for path in folder.iterdir()] == ["old"]
 
 
-@pytest.mark.parametrize("layout", ["folder", "file"])
-@pytest.mark.parametrize("wrong", ["missing", "truncated", "other", "no part"])
+@pytest.mark.parametrize(
+    ("wrong", "layout"),
+    [
+        (wrong, layout)
+        for wrong in ("missing", "truncated", "other")
+        for layout in ("folder", "file")
+    ]
+    + [("no part", "folder")],
+)
 def test_an_input_that_cannot_be_read_is_named(folder, demo_model, capsys, wrong, layout):
     out = "new.safetensors" if layout == "file" else "new"
     old = folder / "old"

@@ -10,7 +10,7 @@ from krea2_srt import read_ahead
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.on_disk import part_files
 from krea2_srt.model.stored.files import PlainTensor
-from krea2_srt.model.vae import load_vae
+from krea2_srt.model.vae_files import load_vae
 from krea2_srt.read_ahead import ReadAhead
 from tests.comparisons import CPU
 from tests.throttled_disk import UNLIMITED, ThrottledDisk
