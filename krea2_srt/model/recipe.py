@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.json_files import read_json
+from krea2_srt.model.stored.gguf_header import gguf_metadata
 
 RECIPES = ("turbo", "raw")
 AUTO = "auto"
@@ -109,11 +110,13 @@ def _by_words(texts: Iterable[str]) -> bool | None:
 
 
 def file_metadata(file: Path) -> Mapping[str, str]:
-    """What a safetensors file says of itself; nothing of a file in another format.
+    """What a safetensors or GGUF file says of itself; nothing of a file in another format.
 
     Raises:
         CheckpointError: it is damaged.
     """
+    if file.suffix == ".gguf":
+        return gguf_metadata(file)
     if file.suffix != ".safetensors":
         return {}
     try:

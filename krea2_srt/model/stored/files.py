@@ -11,8 +11,8 @@ from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.stored.companions import join
 from krea2_srt.model.stored.extent import extents
 from krea2_srt.model.stored.formats import INSTEAD, adapter_tensor, refused_format
-from krea2_srt.model.stored.gguf_file import MAGIC as GGUF
 from krea2_srt.model.stored.gguf_file import open_gguf
+from krea2_srt.model.stored.gguf_header import MAGIC as GGUF
 from krea2_srt.model.stored.plain import PlainTensor
 from krea2_srt.model.stored.tensor import StoredTensor
 

@@ -16,6 +16,7 @@ from krea2_srt.runner.generation import Generation
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from tests.comparisons import CPU
+from tests.dialects import write_fp8_scaled, write_gguf, write_int8
 from tests.single_files import write_dit_file, write_text_encoder_file, write_vae_file
 
 FLOAT32 = torch.float32
@@ -52,6 +53,15 @@ def test_pixels_are_those_of_the_folder(folder, files):
     found, expected = picture(files), picture(folder)
     assert torch.equal(found, expected)
     assert expected.float().std() > 10
+
+
+@pytest.mark.parametrize("write", [write_fp8_scaled, write_int8, write_gguf])
+def test_a_picture_is_that_of_what_the_file_means(files, tmp_path, write):
+    meant = write(load_file(files.transformer), tmp_path / "stored")
+    save_file(meant, tmp_path / "twin.safetensors")
+    names = ("stored", "twin.safetensors")
+    stored, twin = (picture(replace(files, transformer=tmp_path / name)) for name in names)
+    assert (stored.int() - twin.int()).abs().max() <= 1
 
 
 def test_the_statistics_of_latents_come_from_the_file(folder, files):

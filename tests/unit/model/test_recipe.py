@@ -5,6 +5,7 @@ for.
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -157,6 +158,29 @@ def test_a_damaged_file_is_told(tmp_path, kept):
     assert ask(file, "turbo").startswith(f"weight file {file} is damaged: ")
 
 
-def test_a_gguf_file_goes_by_its_name(tmp_path):
+@pytest.mark.parametrize(
+    ("fields", "recipe"),
+    [
+        ({"general.name": "Krea 2 Turbo"}, TURBO),
+        ({"general.finetune": "raw", "general.name": "Krea 2"}, RAW),
+        ({"is_distilled": "false", "general.name": "Krea 2 Turbo"}, RAW),
+        ({}, TURBO),  # the file's name
+    ],
+)
+def test_a_gguf_file_says_it_as_well(tmp_path, fields, recipe):
+    file = tmp_path / "krea2-turbo-q8.gguf"
+    writer = gguf.GGUFWriter(file, "krea2")
+    for key, value in fields.items():
+        writer.add_string(key, value)
+    writer.add_tensor("first.weight", np.zeros(1, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert recipe_of(file, file.stem) is recipe
+
+
+def test_a_damaged_gguf_file_is_told(tmp_path):
     (tmp_path / "krea2-turbo-q8.gguf").write_bytes(b"GGUF")
-    assert recipe_of(tmp_path / "krea2-turbo-q8.gguf", "krea2-turbo-q8") is TURBO
+    with pytest.raises(CheckpointError, match=r"q8\.gguf is damaged: "):
+        recipe_of(tmp_path / "krea2-turbo-q8.gguf", "krea2-turbo-q8")

@@ -13,7 +13,7 @@ import torch
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import load_dit, original_name, stored_shapes
-from krea2_srt.model.stored import files, gguf_file
+from krea2_srt.model.stored import files, gguf_header
 from tests.comparisons import CPU
 from tests.dialects import write_fp8_scaled, write_gguf, write_int8
 
@@ -234,7 +234,7 @@ def test_hostile_gguf_is_a_line(name, tmp_path):
 
 def test_a_header_that_could_be_read_for_hours_is_a_line(tmp_path, monkeypatch):
     """What the header speaks of is there: a sparse file of 4 GB."""
-    monkeypatch.setattr(gguf_file, "_MAX_VALUES", 1000)
+    monkeypatch.setattr(gguf_header, "_MAX_VALUES", 1000)
     file = tmp_path / "some"
     for hostile in ("array", "tensors"):
         file.write_bytes(HOSTILE_GGUF[hostile])
