@@ -23,7 +23,10 @@ def adapter(demo_model: Path, tmp_path_factory) -> Path:
 
 def options(**given: object) -> SimpleNamespace:
     """What of SGLang's arguments is read."""
-    unset = dict.fromkeys(("lora_path", "lora_alpha", "lora_weight_name"))
+    unset: dict[str, object] = dict.fromkeys(
+        ("lora_path", "lora_alpha", "lora_weight_name", "transformer_weights_path")
+    )
+    unset |= {"component_paths": {}, "component_weights_paths": {}}
     return SimpleNamespace(**{**unset, "lora_scale": 1.0, "lora_merge_mode": "auto", **given})
 
 
@@ -77,7 +80,7 @@ def test_a_setting_that_sglangs_own_would_ignore_ends_the_start(monkeypatch, cap
     monkeypatch.setenv("KREA2_SRT_LORA_MERGE", "x.safetensors")
     monkeypatch.setattr(pipeline, "unsupported_options", lambda server_args: ["--enable-teacache"])
     with pytest.raises(SystemExit) as ended:
-        pipeline.Krea2RunnerPipeline("/models/krea-2", SimpleNamespace(model_subfolder="x"))
+        pipeline.Krea2RunnerPipeline("/models/krea-2", options(model_subfolder="x"))
     assert ended.value.code == 2
     assert "KREA2_SRT_LORA_MERGE: SGLang's own Krea 2 knows no" in capsys.readouterr().err
 
