@@ -127,6 +127,8 @@ class ReadAhead:
         if index is None:
             return
         wanted = self._files[index]
+        # A file that was still being copied when this began has grown: no more of it will be read.
+        end = min(end, wanted.size)
         with self._changed:
             self._at = index
             wanted.asked = max(wanted.asked, end)
@@ -250,6 +252,15 @@ def wait_for(file: Path, end: int) -> None:
     """Before a loader touches a file's bytes up to ``end``; see `ReadAhead.wait_for`."""
     if _current is not None:
         _current.wait_for(file, end)
+
+
+def _forget() -> None:
+    global _current
+    _current = None
+
+
+# A forked process has no such thread, and would wait for it without end.
+os.register_at_fork(after_in_child=_forget)
 
 
 def finish() -> ReadAheadReport:

@@ -153,6 +153,14 @@ def test_what_the_loader_has_passed_over_is_not_read(files):
     assert [len(disk.bytes_of(file)) for file in (a, b, c)] == [30, 0, SIZE]
 
 
+def test_a_file_that_has_grown_is_not_waited_for_without_end(files, started):
+    """As one that was still being copied when reading began."""
+    ahead = started(files, ThrottledDisk(UNLIMITED), 0)
+    with files[0].open("ab") as grown:
+        grown.write(b"x" * SIZE)
+    assert Loader(ahead, (files[0], 2 * SIZE)).done() == [("a", 2 * SIZE)]
+
+
 def test_a_file_by_another_path_is_the_same_file(files, started, tmp_path):
     link = tmp_path / "link"
     link.symlink_to(files[0])
@@ -253,6 +261,24 @@ def test_what_is_read_is_in_the_page_cache(tmp_path):
         assert read_to_page_cache(descriptor, len(content), 10) == 0
     finally:
         os.close(descriptor)
+
+
+def test_a_forked_process_waits_for_nobody(files):
+    code = f"""
+import os, signal
+from pathlib import Path
+from krea2_srt import read_ahead
+file = Path({str(files[0])!r})
+read_ahead._current = read_ahead.ReadAhead([file], limit=lambda: 0)
+read_ahead._current.start()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends the child, should it wait
+    read_ahead.wait_for(file, {SIZE})
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)
 
 
 def test_an_interpreter_ends_beside_a_disk_that_hangs(files):
