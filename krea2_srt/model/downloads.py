@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, first_line
+from krea2_srt.model.releases import SUFFIXES
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a name that is nothing on this disk can be a repo's, OWNER/NAME."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Whether a name that is nothing on this disk can be a repo's, OWNER/NAME, and no file's."""
+    plain = not name.startswith((".", "/", "~")) and not name.endswith(SUFFIXES)
+    return plain and name.count("/") == 1
 
 
 def download(repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:

@@ -15,13 +15,17 @@ from krea2_srt.model.config import CLASS_NAME as DIT_CLASS
 from krea2_srt.model.downloads import is_repo_id
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.recipe import AUTO, RECIPES, is_turbo
-from krea2_srt.model.releases import CLASS_NAME, RELEASES, TEXT_ENCODER_REPO, VAE_REPO
+from krea2_srt.model.releases import (
+    CLASS_NAME,
+    RELEASES,
+    SUFFIXES,
+    TEXT_ENCODER_REPO,
+    VAE_REPO,
+)
 from krea2_srt.model.tokenizer_files import check_packaged, tokenizer_beside
 
 PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 """Folders of the released layout, and what can be given apart from it."""
-
-SUFFIXES = (".safetensors", ".gguf")
 
 _FLAGS = {"text_encoder": "text-encoder", "tokenizer": "tokenizer", "vae": "vae"}
 _HUB_CACHE = re.compile(r"(?:.*/)?models--(?:[^/]+--)?([^/]+)/snapshots/[^/]+")
@@ -164,7 +168,7 @@ def _locate(source: CheckpointSource, repos: Repos, without: Collection[str]) ->
         if not is_repo_id(name):
             raise CheckpointError(f"checkpoint {name} does not exist")
         path = repos.layout(name, without)
-    elif path.is_file() and path.suffix not in SUFFIXES:
+    elif not _can_be_part(path):
         raise CheckpointError(f"checkpoint {path} {_NO_PART}")
     layout = path if path.is_dir() and not _is_transformer(path) else None
     index = _read_index(layout) if layout is not None else {}
@@ -239,13 +243,18 @@ def _on_disk(name: str) -> Path | None:
         return None
 
 
+def _can_be_part(path: Path) -> bool:
+    # Of a pipe's end nobody knows when it comes.
+    return path.is_dir() or (path.is_file() and path.suffix in SUFFIXES)
+
+
 def _check_there(flag: str, name: str, repo: bool) -> None:
     path = _on_disk(name)
     if path is None and not (repo and is_repo_id(name)):
         raise CheckpointError(f"{flag}: {name} does not exist")
     if path is not None and not repo and not path.is_dir():
         raise CheckpointError(f"{flag}: {name} is no folder")
-    if path is not None and not path.is_dir() and path.suffix not in SUFFIXES:
+    if path is not None and not _can_be_part(path):
         raise CheckpointError(f"{flag}: {name} {_NO_PART}")
 
 

@@ -16,3 +16,6 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model",
 }
 """How a part's files are called, in the order in which parts are loaded."""
+
+SUFFIXES = (".safetensors", ".gguf")
+"""How single files end."""

@@ -77,6 +77,8 @@ def _begins_with(file: Path) -> bytes:
         CheckpointError: it cannot be read, or is of another kind.
     """
     try:
+        if file.exists() and not file.is_file():  # opening a pipe waits for who writes to it
+            raise CheckpointError(f"weight file {file} is no regular file")
         with file.open("rb") as opened:
             first = opened.read(max(map(len, _OTHER_FILES)))
     except OSError as error:

@@ -1,6 +1,7 @@
 """What a user names becomes the parts of a checkpoint, or one line says what to give."""
 
 import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -226,7 +227,11 @@ def test_a_recipe_that_is_given_always_wins(folder, file):
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "./no/such", "/no/such", "~/no/such", "a/b/c", "a" * 999]
+    "name",
+    [
+        *("nothing", "./no/such", "/no/such", "~/no/such", "a/b/c", "a" * 999),
+        *("models/krea2_turbo.safetensors", "models/krea2-Q8_0.gguf"),  # no repos
+    ],
 )
 def test_a_name_that_is_nothing(name):
     assert refusal(name) == f"checkpoint {name} does not exist"
@@ -236,6 +241,7 @@ def test_names_of_parts_that_are_nothing(folder, tmp_path):
     for part in ("text_encoder", "vae", "transformer", "tokenizer"):
         flag = f"--{part.replace('_', '-')}"
         assert refusal(folder, **{part: "/no/such"}) == f"{flag}: /no/such does not exist"
+    assert refusal(folder, vae="vae/wan.gguf") == "--vae: vae/wan.gguf does not exist"
     assert refusal(folder, tokenizer="some/repo") == "--tokenizer: some/repo does not exist"
     text = tmp_path / "notes.txt"
     text.write_text("x")
@@ -243,6 +249,15 @@ def test_names_of_parts_that_are_nothing(folder, tmp_path):
     assert refusal(folder, vae=text) == f"--vae: {no_part}"
     assert refusal(text) == f"checkpoint {no_part}"
     assert refusal(folder, tokenizer=text) == f"--tokenizer: {text} is no folder"
+
+
+def test_a_pipe_is_no_part(folder, tmp_path):
+    """Whoever opened it would wait."""
+    pipe = tmp_path / "krea2_turbo.safetensors"
+    os.mkfifo(pipe)
+    no_part = f"{pipe} is neither a folder nor a .safetensors or .gguf file"
+    assert refusal(pipe) == f"checkpoint {no_part}"
+    assert refusal(folder, vae=pipe) == f"--vae: {no_part}"
 
 
 def test_a_folder_that_is_no_checkpoint(folder, tmp_path):

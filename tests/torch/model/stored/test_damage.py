@@ -1,6 +1,7 @@
 """Damaged and hostile files: a model or one line, never more memory or another error."""
 
 import json
+import os
 import random
 import resource
 import struct
@@ -12,7 +13,7 @@ import torch
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.dit_files import load_dit, original_name, stored_shapes
+from krea2_srt.model.dit_files import dit_config, load_dit, original_name, stored_shapes
 from krea2_srt.model.stored import files, gguf_header
 from tests.comparisons import CPU
 from tests.dialects import write_fp8_scaled, write_gguf, write_int8
@@ -259,3 +260,11 @@ def test_more_blocks_than_there_are_tensors_for_are_a_line(tmp_path):
     spoiled = tensors() | {f"blocks.{i}.x": torch.zeros(1) for i in range(1, 500)}
     write_int8(spoiled, tmp_path / "some", group=16)
     assert "500 blocks, but" in (model_or_line(tmp_path / "some") or "")
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    """Whoever opened it would wait for who writes to it."""
+    pipe = tmp_path / "krea2.safetensors"
+    os.mkfifo(pipe)
+    with pytest.raises(CheckpointError, match=r"krea2\.safetensors is no regular file"):
+        dit_config(pipe)
