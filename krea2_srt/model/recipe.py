@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.json_files import read_json
+from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.model.stored.gguf_header import gguf_metadata
 
 RECIPES = ("turbo", "raw")
@@ -76,7 +77,15 @@ def _said_by(transformer: Path) -> bool | None:
         said = _by_config(metadata, transformer)
         return _by_words(metadata.get(key, "") for key in _TITLES) if said is None else said
     config = transformer / "config.json"
-    return _flag(read_json(config), str(config)) if config.is_file() else None
+    said = _flag(read_json(config), str(config)) if config.is_file() else None
+    return _by_index_beside(transformer) if said is None else said
+
+
+def _by_index_beside(transformer: Path) -> bool | None:
+    """What the checkpoint says whose transformer a folder is, be it named alone."""
+    index = transformer.parent / "model_index.json"
+    values = read_json(index) if index.is_file() else {}
+    return _flag(values, str(index)) if values.get("_class_name") == CLASS_NAME else None
 
 
 def _by_config(metadata: Mapping[str, str], file: Path) -> bool | None:

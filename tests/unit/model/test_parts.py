@@ -226,6 +226,19 @@ def test_a_recipe_that_is_given_always_wins(folder, file):
     assert refusal(folder, recipe="fast") == "recipe: must be turbo or raw, got 'fast'"
 
 
+def test_a_transformer_of_another_checkpoint_is_what_that_one_says(folder, file, tmp_path):
+    other = tmp_path / "mix"
+    write(other / "model_index.json", _class_name="Krea2Pipeline", is_distilled=False)
+    write(other / "transformer" / "config.json", _class_name="Krea2Transformer2DModel")
+    for name in (other, other / "transformer"):
+        assert find(folder).turbo
+        assert not find(folder, transformer=name).turbo
+    parts = {"text_encoder": folder, "vae": folder}
+    assert not find(other / "transformer", **parts).turbo
+    write(other / "model_index.json", _class_name="FluxPipeline", is_distilled=False)
+    assert "--recipe" in refusal(other / "transformer", **parts)
+
+
 @pytest.mark.parametrize(
     "name",
     [
