@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from krea2_srt.errors import AdapterError, CheckpointError
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.model.json_files import parse_json
+from krea2_srt.model.json_files import parse_json, read_json
 from krea2_srt.model.matrices import Matrix, matrices_of
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.stored.files import open_files
@@ -236,17 +237,22 @@ def read_config(folder: Path) -> Krea2Config:
 def _config(
     path: Path, stored: Mapping[str, StoredTensor], metadata: Mapping[str, str]
 ) -> Krea2Config:
-    """A folder's own, or what a single file says of itself, or what its tensors speak of."""
+    """A folder's own, or what a single file says of itself, or what lies beside it, or what its
+    tensors speak of.
+    """
     if path.is_dir():
         return read_config(path)
     try:
         told = json.loads(metadata.get(FILE_CONFIG, "null"))
     except (ValueError, RecursionError):
         told = None
+    beside = path.with_name("config.json")
     try:
-        # Other tools use the key for configs of their own.
-        if isinstance(told, dict) and told.get("_class_name") == CLASS_NAME:
+        # Other tools use the key for configs of their own, and folders have other models' too.
+        if _is_config(told):
             config = Krea2Config.from_dict(told)
+        elif beside.is_file() and _is_config(read_json(beside)):
+            config = parse_json(beside, Krea2Config.from_dict)
         else:
             config = Krea2Config.from_shapes(shapes_of(stored))
     except CheckpointError as error:
@@ -254,6 +260,10 @@ def _config(
     if config.num_layers > len(stored) // _TENSORS_OF_A_BLOCK:
         raise CheckpointError(f"{path}: {config.num_layers} blocks, but {len(stored)} tensors only")
     return config
+
+
+def _is_config(values: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(values, dict) and values.get("_class_name") == CLASS_NAME
 
 
 def _by_diffusers_name(tensors: Mapping[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from krea2_srt.errors import CheckpointError
-from krea2_srt.model.dit_files import load_dit
+from krea2_srt.model.dit_files import dit_config, load_dit
 from tests.comparisons import CPU
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -118,6 +118,17 @@ def test_an_index_cannot_point_out_of_its_folder(transformer):
         load(transformer)
 
 
+def test_a_file_has_the_config_that_lies_beside_it(transformer):
+    """RoPE's base and the norms' epsilon leave no trace in a tensor."""
+    file, beside = transformer / WEIGHTS, transformer / "config.json"
+    config = json.loads(beside.read_text()) | {"rope_theta": 500.0, "norm_eps": 1e-3}
+    beside.write_text(json.dumps(config))
+    assert dit_config(file) == dit_config(transformer)
+    assert load(file).config == dit_config(transformer)
+    beside.write_text(json.dumps(config | {"_class_name": "FluxTransformer2DModel"}))
+    assert dit_config(file).rope_theta == 1000.0  # another model's
+
+
 def test_an_original_file_of_another_model_is_refused(tmp_path):
     file = tmp_path / "turbo.safetensors"
     save_file({"some.weight": torch.zeros(2)}, file)
@@ -128,7 +139,7 @@ def test_an_original_file_of_another_model_is_refused(tmp_path):
 _MEASURE = """
 import re, sys, threading, torch
 from pathlib import Path
-from krea2_srt.model.dit_files import load_dit
+from krea2_srt.model.dit_files import dit_config, load_dit
 from krea2_srt.read_ahead import begin, finish
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
