@@ -14,6 +14,8 @@ from krea2_srt.model.dit_files import STEM, StoredDiT
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.released import model_index, scheduler_config, transformer_config
+from krea2_srt.model.text_encoder import check_text_encoder
+from krea2_srt.model.vae_files import check_vae
 from krea2_srt.model.weights import checkpoint_files
 
 SHARD_BYTES = 5 * 10**9
@@ -74,6 +76,9 @@ def folder_plan(
             left += single.left_behind
         else:
             copies |= {f"{part}/{file.name}": file for file in _files(path, _STEMS.get(part))}
+    # What no loader would take is told now, and not when a fleet has it.
+    check_text_encoder(checkpoint.text_encoder, checkpoint.select_layers)
+    check_vae(checkpoint.vae)
     if source is not None and (source / "scheduler" / _SCHEDULER).is_file():
         copies[f"scheduler/{_SCHEDULER}"] = source / "scheduler" / _SCHEDULER
     else:

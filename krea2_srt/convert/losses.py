@@ -66,7 +66,7 @@ class Measured:
     def __init__(self, losses: Losses, name: str, read: Tensor) -> None:
         self._losses = losses
         self._name = name
-        self._read = read
+        self._read = read.reshape(read.shape or (1,))  # a single number is a row
         self._rows = 0
         self._difference = torch.zeros((), dtype=torch.float64)
         self._whole = torch.zeros((), dtype=torch.float64)
@@ -77,7 +77,7 @@ class Measured:
         Raises:
             CheckpointError: the input has something there that is no number.
         """
-        for some in written.split(_ROWS_AT_ONCE):
+        for some in written.reshape(written.shape or (1,)).split(_ROWS_AT_ONCE):
             read = self._read[self._rows : self._rows + len(some)].float()
             self._rows += len(some)
             self._difference += (some.float() - read).square().sum(dtype=torch.float64)

@@ -12,7 +12,12 @@ from krea2_srt.errors import CheckpointError, first_line
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.offload import offload
 from krea2_srt.model.stored.tensor import shapes_of
-from krea2_srt.model.text_encoder_files import may_be_there, open_text_encoder, text_config
+from krea2_srt.model.text_encoder_files import (
+    StoredTextEncoder,
+    may_be_there,
+    open_text_encoder,
+    text_config,
+)
 from krea2_srt.model.weights import WeightSlot, check_weights, load_weights
 from krea2_srt.request import MAX_TEXT_TOKENS, SUFFIX_TOKENS
 
@@ -226,14 +231,7 @@ def load_text_encoder(
     from transformers import AutoTokenizer
 
     with open_text_encoder(path) as stored:
-        model, rotary = _text_model(path, stored.config, select_layers, dtype)
-        needed, layers = _weight_map(model), len(text_model_units(model)) - 1
-        check_weights(
-            needed,
-            shapes_of(stored.tensors),
-            path,
-            ignore=lambda name: may_be_there(name, needed, layers),
-        )
+        model, rotary = _checked_model(path, stored, select_layers, dtype)
         model = model.to_empty(device=device if resident else "cpu")
         # to_empty leaves the rotary frequencies, which no checkpoint stores, undefined.
         model.rotary_emb = rotary.to(device)
@@ -252,6 +250,34 @@ def load_text_encoder(
     except Exception as error:  # whatever transformers makes of strange files
         reason = first_line(error)
         raise CheckpointError(f"tokenizer in {tokenizer_folder} cannot be read: {reason}") from None
+
+
+def check_text_encoder(path: Path, select_layers: Sequence[int]) -> None:
+    """Check all that can be told of a text encoder without reading its weights.
+
+    Args:
+        path, select_layers: see `load_text_encoder`.
+
+    Raises:
+        CheckpointError: see `load_text_encoder`.
+    """
+    with open_text_encoder(path) as stored:
+        _checked_model(path, stored, select_layers, torch.bfloat16)
+
+
+def _checked_model(
+    path: Path, stored: StoredTextEncoder, select_layers: Sequence[int], dtype: torch.dtype
+) -> tuple[nn.Module, nn.Module]:
+    """See `text_model`; all of its tensors are there."""
+    model, rotary = _text_model(path, stored.config, select_layers, dtype)
+    needed, layers = _weight_map(model), len(text_model_units(model)) - 1
+    check_weights(
+        needed,
+        shapes_of(stored.tensors),
+        path,
+        ignore=lambda name: may_be_there(name, needed, layers),
+    )
+    return model, rotary
 
 
 def text_model_units(model: nn.Module) -> list[nn.Module]:

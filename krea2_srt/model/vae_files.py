@@ -36,9 +36,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder
         CheckpointError: missing or damaged files, another architecture.
     """
     with open_vae(path) as stored:
-        with torch.device("meta"):
-            needed = VAEDecoder(stored.config, dtype).weight_map()
-        check_weights(needed, shapes_of(stored.tensors), path, ignore=_not_needed)
+        _check(stored, path)
         with torch.device(device):
             vae = VAEDecoder(stored.config, dtype).eval()
         loaded = load_weights(stored.tensors, vae.weight_map())
@@ -46,6 +44,16 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> VAEDecoder
         logger.info("%s", line)
     # Convolutions run faster on both kinds of device with channels innermost.
     return vae.to(memory_format=torch.channels_last)
+
+
+def check_vae(path: Path) -> None:
+    """Check all that can be told of a VAE without reading its weights.
+
+    Raises:
+        CheckpointError: see `load_vae`.
+    """
+    with open_vae(path) as stored:
+        _check(stored, path)
 
 
 def vae_config(path: Path) -> VAEConfig:
@@ -107,6 +115,12 @@ def _file_config(
         return VAEConfig.from_shapes(shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def _check(stored: StoredVAE, path: Path) -> None:
+    with torch.device("meta"):
+        needed = VAEDecoder(stored.config, torch.bfloat16).weight_map()
+    check_weights(needed, shapes_of(stored.tensors), path, ignore=_not_needed)
 
 
 def _not_needed(name: str) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from krea2_srt.convert.convert import convert_to_folder
@@ -114,3 +115,38 @@ def test_what_the_layout_has_and_a_file_has_not_is_named(files, part, prefix, me
     with pytest.raises(CheckpointError, match=message):
         convert_to_folder(files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "changed", "message"),
+    [
+        ("vae", {"foo": torch.ones(1)}, r"vae\.safetensors: unexpected tensors: foo"),
+        ("vae", {"decoder.head.2.bias": None}, "tensors are missing: decoder.conv_out.bias"),
+        ("text_encoder", {"foo": torch.ones(1)}, "unexpected tensors: foo"),
+        (
+            "text_encoder",
+            {"model.language_model.layers.3.mlp.up_proj.weight": None},
+            r"tensors are missing: layers\.3\.mlp\.up_proj\.weight",
+        ),
+    ],
+)
+def test_a_part_that_cannot_be_loaded_is_told_before_it_is_written(
+    files, part, changed, message, tmp_path
+):
+    file = getattr(files, part)
+    tensors = {n: t for n, t in load_file(file).items() if n not in changed}
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    added = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(tensors | added, file, metadata)
+    with pytest.raises(CheckpointError, match=message):
+        convert_to_folder(files, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_single_number_in_8_bits_becomes_bfloat16(files, tmp_path):
+    number = torch.tensor(1.5).to(torch.float8_e4m3fn)
+    save_file(load_file(files.text_encoder) | {"model.visual.x": number}, files.text_encoder)
+    convert_to_folder(files, tmp_path / "out")
+    written = load_file(tmp_path / "out" / ENCODER)["visual.x"]
+    assert torch.equal(written, number.to(torch.bfloat16))
