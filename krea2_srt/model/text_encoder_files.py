@@ -4,6 +4,7 @@ Single files are ComfyUI's ``qwen3vl_4b_*.safetensors`` and the like. They hold 
 names that differ in what is put before them, and mostly no config.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ _PREFIXES = (
     "language_model.",
     "model.",
 )
+
+_LARGEST_HEAD = 1024
+"""Channels. RoPE's frequencies are computed before any tensor's shape is compared."""
 
 _VISION = "visual."
 _IN_LAYER = re.compile(r"layers\.([0-9]{1,3})\.(.+)", re.DOTALL)
@@ -123,6 +127,11 @@ def _parse(config: dict[str, Any]) -> dict[str, Any]:
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise CheckpointError("no text_config in it")
+    head, eps = text.get("head_dim"), text.get("rms_norm_eps", 1e-6)
+    if isinstance(head, int) and not 0 < head <= _LARGEST_HEAD:
+        raise CheckpointError(f"head_dim must be from 1 to {_LARGEST_HEAD}, got {head!r}")
+    if isinstance(eps, float) and not 0 < eps < math.inf:
+        raise CheckpointError(f"rms_norm_eps must be a positive number, got {eps!r}")
     return text
 
 

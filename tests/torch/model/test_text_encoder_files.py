@@ -319,6 +319,14 @@ def test_a_file_of_too_few_layers_is_refused(demo_model, file):
             '{"model_type": "qwen3_vl", "text_config": {"num_hidden_layers": 36, "head_dim": "x"}}',
             "its config is not valid",
         ),
+        (  # RoPE's frequencies for it would take 4 GB
+            '{"model_type": "qwen3_vl", "text_config": {"head_dim": 2000000000}}',
+            "head_dim must be from 1 to 1024, got 2000000000",
+        ),
+        (  # black pictures
+            '{"model_type": "qwen3_vl", "text_config": {"rms_norm_eps": NaN}}',
+            "rms_norm_eps must be a positive number, got nan",
+        ),
     ],
 )
 def test_metadata_that_is_no_config_is_refused(demo_model, file, config, named):
