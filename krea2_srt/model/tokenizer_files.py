@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError, how_to_install
@@ -67,12 +66,23 @@ def packaged_tokenizer() -> Path:
         atexit.register(shutil.rmtree, work, ignore_errors=True)
         return _written(work)
     try:
-        _written(work)
-        with suppress(OSError):  # another process was faster, and has written the same
-            work.rename(folder)
+        whole = work / folder.name  # with the rights of any new folder, unlike a temporary one
+        whole.mkdir()
+        _put(_written(whole), folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def _put(whole: Path, folder: Path) -> None:
+    try:
+        whole.rename(folder)
+    except OSError:
+        # Another process was faster, and has written the same; or a cleaner of old files has
+        # left some of them.
+        if not is_tokenizer(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            whole.rename(folder)
 
 
 def _written(folder: Path) -> Path:

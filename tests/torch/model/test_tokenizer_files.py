@@ -63,6 +63,20 @@ def test_another_process_may_be_faster(monkeypatch, written, demo_model, tmp_pat
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_what_a_cleaner_of_old_files_has_left_is_written_anew(written):
+    folder = packaged_tokenizer()
+    (folder / "tokenizer.json").unlink()
+    assert packaged_tokenizer() == folder
+    assert is_tokenizer(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_other_users_may_read_it(written, tmp_path):
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert packaged_tokenizer().stat().st_mode == plain.stat().st_mode
+
+
 def test_a_cache_that_cannot_be_written(monkeypatch, written, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -85,7 +99,8 @@ def test_a_model_of_single_files_reads_prompts_with_it(
     found = find_checkpoint(
         str(original_file), text_encoder=str(encoder), vae=str(demo_model / "vae")
     )
-    assert found.tokenizer == written[0].with_name(found.tokenizer.name)
+    assert found.tokenizer == packaged_tokenizer()
+    assert len(written) == 1
     loaded = load_text_encoder(found.text_encoder, found.tokenizer, (2, 5), CPU, torch.float32)
     assert loaded.tokenize("a red fox")[0]
 
