@@ -108,6 +108,8 @@ def _open_safetensors(
         metadata: Mapping[str, str] = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"weight file {file} is damaged: {first_line(error)}") from None
+    except (ValueError, LookupError):  # of `extents`, which opens it once more
+        raise CheckpointError(f"weight file {file} was replaced while it was opened") from None
     _check_names(keys, file)
     return found, metadata
 

@@ -15,6 +15,7 @@ from krea2_srt.errors import CheckpointError
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import dit_config, load_dit, original_name, stored_shapes
 from krea2_srt.model.stored import files, gguf_header
+from krea2_srt.model.stored.extent import extents
 from tests.comparisons import CPU
 from tests.dialects import write_fp8_scaled, write_gguf, write_int8
 
@@ -268,3 +269,18 @@ def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(pipe)
     with pytest.raises(CheckpointError, match=r"krea2\.safetensors is no regular file"):
         dit_config(pipe)
+
+
+@pytest.mark.parametrize("other", [b"", struct.pack("<Q", 2) + b"{}"])
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path, monkeypatch, other):
+    file, new = tmp_path / "krea2.safetensors", tmp_path / "new"
+    WRITERS["fp8_scaled"](file)
+    new.write_bytes(other)
+
+    def replaced(path: Path):
+        new.rename(path)
+        return extents(path)
+
+    monkeypatch.setattr(files, "extents", replaced)
+    with pytest.raises(CheckpointError, match="was replaced while it was opened"):
+        load_dit(file, CPU, torch.float32)
