@@ -53,6 +53,7 @@ class CheckpointSource:
         transformer, text_encoder, vae: a folder, a single file or a repo id, in place of the
             model's own part; "" is that.
         tokenizer: a folder; "" is the one that is found.
+        flags: how the flags that name parts are written, for messages.
     """
 
     model: str
@@ -61,6 +62,7 @@ class CheckpointSource:
     text_encoder: str = ""
     vae: str = ""
     tokenizer: str = ""
+    flags: str = "--{}"
 
     @property
     def given(self) -> Mapping[str, str]:
@@ -159,7 +161,8 @@ def _locate(source: CheckpointSource, repos: Repos, without: Collection[str]) ->
     if source.recipe not in (AUTO, *RECIPES):
         raise CheckpointError(f"recipe: must be turbo or raw, got {source.recipe!r}")
     for part, name in source.given.items():
-        _check_there(f"--{part.replace('_', '-')}", name, repo=part != "tokenizer")
+        flag = source.flags.format(part.replace("_", "-"))
+        _check_there(flag, name, repo=part != "tokenizer")
     name = source.model
     if name in RELEASES:
         name = os.environ.get(name.upper()) or RELEASES[name]

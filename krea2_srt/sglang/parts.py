@@ -23,7 +23,10 @@ def source_of(model_path: str, server_args: Any) -> CheckpointSource:
         ConfigError: two options name one part, or a setting is wrong.
     """
     return CheckpointSource(
-        model_path, read_environment().runner.recipe, **_given_parts(server_args)
+        model_path,
+        read_environment().runner.recipe,
+        **_given_parts(server_args),
+        flags="--{}-path",
     )
 
 

@@ -149,7 +149,7 @@ def test_what_is_wrong_is_told_before_a_worker_starts(
     assert said.startswith(f"nothing says whether {unnamed_file} is Turbo or Raw: give --recipe")
     assert "KREA2_SRT_RECIPE" in said
     monkeypatch.setenv("KREA2_SRT_RECIPE", "raw")
-    assert the_line("--vae-path", "/no/such") == "--vae: /no/such does not exist"
+    assert the_line("--vae-path", "/no/such") == "--vae-path: /no/such does not exist"
     # A program that has SGLang as a library gets the error itself.
     monkeypatch.setattr("sys.argv", ["program.py"])
     with pytest.raises(CheckpointError, match="/no/such"):
