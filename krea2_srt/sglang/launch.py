@@ -16,7 +16,7 @@ from krea2_srt.sglang.commands import (
     workers_that_say_why,
 )
 from krea2_srt.sglang.compat import explicit_options
-from krea2_srt.sglang.parts import is_krea2_on_disk, source_of
+from krea2_srt.sglang.parts import is_krea2_on_disk, refuse_single_files, source_of
 from krea2_srt.sglang.served import serves_krea2
 from krea2_srt.threads import limit_spinning
 
@@ -49,7 +49,12 @@ def check(server_args: Any) -> None:
     """
     path = server_args.model_path
     if serves_krea2(server_args):
-        if not server_args.model_subfolder:
+        # It imports SGLang, which does so with plugins.
+        from krea2_srt.sglang.options import unsupported_options
+
+        if options := unsupported_options(server_args):
+            refuse_single_files(path, server_args, options)
+        elif not server_args.model_subfolder:
             check_on_disk(source_of(path, server_args))
     elif "backend" not in explicit_options(server_args) and is_krea2_on_disk(path):
         raise CheckpointError(

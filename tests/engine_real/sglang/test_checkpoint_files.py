@@ -156,6 +156,20 @@ def test_what_is_wrong_is_told_before_a_worker_starts(
         launch.launch(started, parse("--model-path", demo_model, "--vae-path", "/no/such"))
 
 
+@pytest.mark.parametrize("component", ["scheduler", "text-encoder-2"])
+def test_a_component_that_only_sglang_has_is_its_business(
+    parse, demo_model, original_file, component
+):
+    started: list[object] = []
+    option = [f"--{component}-path", demo_model / "scheduler"]
+    launch.launch(started.append, parse("--model-path", demo_model, *option))
+    assert started
+    args = parse("--model-path", demo_model, "--vae-path", original_file, *option)
+    with pytest.raises(ConfigError, match=r"^--vae-path: .* cannot read the single file"):
+        launch.launch(started.append, args)
+    assert len(started) == 1
+
+
 def test_the_diffusers_back_end_never_gets_what_is_ours(monkeypatch, unnamed_file, demo_model):
     """Where SGLang, before it knows of plugins, did not know either."""
     monkeypatch.setattr(launch, "serves_krea2", lambda server_args: False)
