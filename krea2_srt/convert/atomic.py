@@ -14,6 +14,10 @@ def check_new(out: Path) -> None:
     Raises:
         OSError: it exists, or its folder does not.
     """
+    try:
+        str(out.absolute()).encode()
+    except UnicodeEncodeError:  # which safetensors, told of it too late, could not read back
+        raise OSError(f"{str(out)!r}: the path must be UTF-8") from None
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; nothing is overwritten")
     if not out.parent.is_dir():

@@ -102,6 +102,12 @@ def test_nothing_is_overwritten(checkpoint, out, kind):
     assert os.path.lexists(out)
 
 
+def test_a_name_that_could_not_be_read_back_is_told_before(checkpoint, folder):
+    with pytest.raises(OSError, match=r"krea-\\udcff': the path must be UTF-8"):
+        convert_to_folder(checkpoint, folder / "krea-\udcff")
+    assert list(folder.iterdir()) == []
+
+
 def test_what_came_in_the_meantime_is_not_overwritten(checkpoint, out, folder, monkeypatch):
     check = plan_module.check_tensors
 
