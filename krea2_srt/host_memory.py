@@ -48,8 +48,11 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _cached(group: Path) -> int:
-    """Bytes of files that the group has in the page cache."""
-    values = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    """Bytes of files that the group has in the page cache; 0 where nothing tells, as in gVisor."""
+    try:
+        values = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
     # Version 1 counts its subgroups apart.
     prefix = "total_" if "total_inactive_file" in values else ""
-    return sum(int(values[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+    return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))

@@ -250,8 +250,8 @@ def begin(files: Iterable[Path]) -> None:
 
 def wait_for(file: Path, end: int) -> None:
     """Before a loader touches a file's bytes up to ``end``; see `ReadAhead.wait_for`."""
-    if _current is not None:
-        _current.wait_for(file, end)
+    if (current := _current) is not None:  # another thread may `finish`
+        current.wait_for(file, end)
 
 
 def _forget() -> None:

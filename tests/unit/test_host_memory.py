@@ -70,5 +70,16 @@ def test_more_may_be_used_than_the_limit_for_a_moment(root):
     assert available_memory(root) == 0
 
 
+@pytest.mark.parametrize("told", [None, "", "no numbers here", "anon 5"])
+def test_a_limit_counts_where_nothing_tells_of_the_page_cache(root, told):
+    write(root / "proc/self/cgroup", "0::/\n")
+    folder = root / "sys/fs/cgroup"
+    group(folder, 10**6, 400_000)
+    (folder / "memory.stat").unlink()
+    if told is not None:
+        write(folder / "memory.stat", told)
+    assert available_memory(root) == 600_000
+
+
 def test_this_machine_has_some():
     assert 2**20 < available_memory() < 2**50
