@@ -1,4 +1,7 @@
-"""The trained demo as ComfyUI's three files, its transformer in 8 bits, through every way in."""
+"""The trained demo as ComfyUI's three files, its transformer in 8 bits, through every way in.
+
+All formats in one of them; each of the others, which take a minute to start, in one format.
+"""
 
 import os
 import subprocess
@@ -47,7 +50,7 @@ class Files:
     """The picture of what the transformer's file means, as numbers in float32."""
 
 
-@pytest.fixture(scope="module", params=WRITERS)
+@pytest.fixture(scope="module")
 def files(request, trained_model, tmp_path_factory) -> Files:
     folder = tmp_path_factory.mktemp("comfyui")
     text_encoder = write_text_encoder_file(
@@ -90,6 +93,7 @@ def run(command: list[object], folder: Path, **variables: str) -> np.ndarray:
     return np.asarray(Image.open(folder / "fox_0.png"))
 
 
+@pytest.mark.parametrize("files", WRITERS, indirect=True, scope="module")
 def test_krea2_generate(files, trained_model, tmp_path):
     command = [GENERATE, PROMPT, "--checkpoint", files.transformer, "--vae", files.vae]
     command += ["--text-encoder", files.text_encoder, "--tokenizer", trained_model / "tokenizer"]
@@ -98,6 +102,7 @@ def test_krea2_generate(files, trained_model, tmp_path):
     assert_expected(run(command, tmp_path), files)
 
 
+@pytest.mark.parametrize("files", ["int8_convrot"], indirect=True, scope="module")
 def test_sglang_generate(files, trained_model, tmp_path):
     command = [SGLANG, "generate", "--model-path", trained_model, "--prompt", PROMPT, *FLOAT32]
     command += ["--transformer-weights-path", files.transformer, "--vae-path", files.vae]
@@ -107,6 +112,7 @@ def test_sglang_generate(files, trained_model, tmp_path):
     assert_expected(run(command, tmp_path, **environment("on")), files)
 
 
+@pytest.mark.parametrize("files", ["fp8_scaled"], indirect=True, scope="module")
 def test_krea2_serve_draws_what_it_is_asked_for(files, trained_model, tmp_path):
     flags = ["--model-path", files.transformer, "--vae", files.vae]
     flags += ["--text-encoder", files.text_encoder, "--tokenizer", trained_model / "tokenizer"]
