@@ -5,7 +5,8 @@ import json
 from krea2_srt.convert.conversion import ORIGINAL, conversions
 from krea2_srt.convert.plan import Plan, Shard
 from krea2_srt.model.checkpoint import SamplingDefaults
-from krea2_srt.model.dit_files import FILE_CONFIG, StoredDiT
+from krea2_srt.model.dit_files import StoredDiT
+from krea2_srt.model.part_files import CONFIG
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.released import transformer_config
 
@@ -26,7 +27,7 @@ def file_plan(
         "modelspec.architecture": "krea-2",
         "modelspec.title": f"Krea 2 {'Turbo' if sampling.distilled else 'Raw'}",
         # What leaves no trace in the tensors' shapes, too.
-        FILE_CONFIG: json.dumps(config),
+        CONFIG: json.dumps(config),
     }
     shard = Shard("", tuple(conversions(stored, quantization, ORIGINAL)), metadata)
     return Plan("", (shard,), {}, {})

@@ -10,10 +10,11 @@ from krea2_srt.convert.conversion import DIFFUSERS, Conversion, conversions
 from krea2_srt.convert.plan import Plan, Shard, shards
 from krea2_srt.convert.single_parts import text_encoder_part, vae_part
 from krea2_srt.model.checkpoint import Krea2Checkpoint
-from krea2_srt.model.dit_files import STEM, StoredDiT
+from krea2_srt.model.dit_files import StoredDiT
 from krea2_srt.model.json_files import read_json
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.released import model_index, scheduler_config, transformer_config
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.text_encoder import check_text_encoder
 from krea2_srt.model.vae_files import check_vae
 from krea2_srt.model.weights import checkpoint_files
@@ -25,9 +26,6 @@ QUANTIZATION = "quantization_config"
 """In ``transformer/config.json``: Diffusers refuses what it does not know there, and would load
 8 bits without their scales otherwise.
 """
-
-_STEMS = {"transformer": STEM, "text_encoder": "model", "vae": "diffusion_pytorch_model"}
-"""How the parts' weight files are called."""
 
 _SINGLE = {"text_encoder": text_encoder_part, "vae": vae_part}
 """What makes a folder's part of a single file."""
@@ -75,7 +73,7 @@ def folder_plan(
             files += _shards(part, single.conversions, shard_bytes, texts)
             left += single.left_behind
         else:
-            copies |= {f"{part}/{file.name}": file for file in _files(path, _STEMS.get(part))}
+            copies |= {f"{part}/{file.name}": file for file in _files(path, WEIGHTS.get(part))}
     # What no loader would take is told now, and not when a fleet has it.
     check_text_encoder(checkpoint.text_encoder, checkpoint.select_layers)
     check_vae(checkpoint.vae)
@@ -93,7 +91,7 @@ def _shards(
 ) -> list[Shard]:
     """Weight files of a part; where there are several, their index goes to ``texts``."""
     groups = shards(written, shard_bytes)
-    stem, count = _STEMS[part], len(groups)
+    stem, count = WEIGHTS[part], len(groups)
     names = [f"{stem}-{i + 1:05d}-of-{count:05d}" for i in range(count)] if count > 1 else [stem]
     files = [
         Shard(f"{part}/{name}.safetensors", tuple(group), {"format": "pt"})

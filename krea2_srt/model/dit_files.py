@@ -25,7 +25,9 @@ from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.json_files import parse_json, read_json
 from krea2_srt.model.matrices import Matrix, matrices_of
+from krea2_srt.model.part_files import CONFIG
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.stored.files import open_files
 from krea2_srt.model.stored.prefixes import check_no_prefix, without_prefix
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
@@ -38,12 +40,6 @@ from krea2_srt.model.weights import (
 )
 
 logger = logging.getLogger(__name__)
-
-STEM = "diffusion_pytorch_model"
-"""How a folder's files are called."""
-
-FILE_CONFIG = "config"
-"""In a single file's metadata: what is in a folder's ``config.json``."""
 
 _DIFFUSERS_BLOCKS = "transformer_blocks."
 _ORIGINAL_BLOCKS = "blocks."
@@ -181,7 +177,7 @@ def open_dit(path: Path) -> Iterator[StoredDiT]:
     Raises:
         CheckpointError: see `load_dit`.
     """
-    files = [path] if path.is_file() else checkpoint_files(path, STEM)
+    files = checkpoint_files(path, WEIGHTS["transformer"])
     with open_files(files) as opened:
         stored = _by_diffusers_name(opened.tensors, path)
         config = _config(path, stored, opened.metadata)
@@ -243,7 +239,7 @@ def _config(
     if path.is_dir():
         return read_config(path)
     try:
-        told = json.loads(metadata.get(FILE_CONFIG, "null"))
+        told = json.loads(metadata.get(CONFIG, "null"))
     except (ValueError, RecursionError):
         told = None
     beside = path.with_name("config.json")

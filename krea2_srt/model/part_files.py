@@ -1,11 +1,11 @@
-"""What files of text encoders and VAEs have in common: prefixes of names, a config of their own.
+"""The config of a text encoder or a VAE that is a single file.
 
 A folder has its ``config.json``. A single file may have the same JSON as ``config`` in its
 metadata, or lie beside it; else its sizes are read off its tensors.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,13 +16,6 @@ CONFIG = "config"
 """A file's metadata: the name of its config."""
 
 T = TypeVar("T")
-
-
-def bare_name(name: str, prefixes: Sequence[str]) -> str:
-    """A tensor's name without the prefixes that tools put before it, however nested."""
-    while prefix := next((p for p in prefixes if name.startswith(p)), None):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def stated_config(

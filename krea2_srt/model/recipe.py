@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.json_files import read_json
+from krea2_srt.model.part_files import CONFIG
 from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.model.stored.gguf_header import gguf_metadata
 
@@ -21,9 +22,6 @@ IS_DISTILLED = "is_distilled"
 """The field of Diffusers' ``model_index.json`` that is true for Turbo and false for Raw. In a
 file's metadata, where all values are texts, it is "true" or "false".
 """
-
-_CONFIG = "config"
-"""In a file's metadata: the config of what is in it, as JSON."""
 
 _TITLES = (
     "modelspec.title",
@@ -96,7 +94,7 @@ def _by_config(metadata: Mapping[str, str], file: Path) -> bool | None:
             )
         return text.lower() == "true"
     try:
-        config = json.loads(metadata.get(_CONFIG, "{}"))
+        config = json.loads(metadata.get(CONFIG, "{}"))
     except (ValueError, RecursionError):
         return None  # another tool's, and no JSON
     return _flag(config, f"{file}: its metadata") if isinstance(config, dict) else None

@@ -14,8 +14,10 @@ from typing import Any
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.json_files import parse_json
-from krea2_srt.model.part_files import bare_name, stated_config
+from krea2_srt.model.part_files import stated_config
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.prefixes import unprefixed
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.weights import checkpoint_files
 
@@ -82,8 +84,8 @@ def open_text_encoder(path: Path) -> Iterator[StoredTextEncoder]:
         CheckpointError: missing or damaged files, or another model.
     """
     config = None if path.is_file() else _folder_config(path)
-    with open_files(checkpoint_files(path, "model")) as opened:
-        tensors = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
+    with open_files(checkpoint_files(path, WEIGHTS["text_encoder"])) as opened:
+        tensors = renamed(opened.tensors, lambda name: unprefixed(name, _PREFIXES), path)
         if config is None:
             config = _file_config(path, opened.metadata, tensors)
         yield StoredTextEncoder(config, tensors, opened.notes)

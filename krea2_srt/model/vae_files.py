@@ -10,8 +10,10 @@ import torch
 
 from krea2_srt.errors import CheckpointError
 from krea2_srt.model.json_files import parse_json
-from krea2_srt.model.part_files import bare_name, stated_config
+from krea2_srt.model.part_files import stated_config
+from krea2_srt.model.releases import WEIGHTS
 from krea2_srt.model.stored.files import open_files
+from krea2_srt.model.stored.prefixes import unprefixed
 from krea2_srt.model.stored.tensor import StoredTensor, renamed, shapes_of
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import CLASS_NAMES, VAEConfig
@@ -20,7 +22,6 @@ from krea2_srt.model.weights import check_weights, checkpoint_files, load_weight
 
 logger = logging.getLogger(__name__)
 
-_STEM = "diffusion_pytorch_model"
 _PREFIXES = ("first_stage_model.", "vae.", "module.", "model.")
 
 
@@ -88,8 +89,8 @@ def open_vae(path: Path) -> Iterator[StoredVAE]:
         CheckpointError: see `load_vae`.
     """
     config = None if path.is_file() else _folder_config(path)
-    with open_files(checkpoint_files(path, _STEM)) as opened:
-        bare = renamed(opened.tensors, lambda name: bare_name(name, _PREFIXES), path)
+    with open_files(checkpoint_files(path, WEIGHTS["vae"])) as opened:
+        bare = renamed(opened.tensors, lambda name: unprefixed(name, _PREFIXES), path)
         length = stage_length(bare)
         tensors = renamed(bare, lambda name: diffusers_name(name, length), path)
         if config is None:

@@ -1,6 +1,6 @@
 """Names that tools put before those of a model's tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from krea2_srt.errors import CheckpointError
@@ -36,9 +36,9 @@ def check_no_prefix(tensors: Mapping[str, StoredTensor], where: Path) -> None:
             raise CheckpointError(f"{where}: {tensor.key} begins with {prefix}, {other} does not")
 
 
-def unprefixed(name: str) -> str:
-    """A name without any prefix, wherever it is from."""
-    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+def unprefixed(name: str, prefixes: Sequence[str] = PREFIXES) -> str:
+    """A name without any prefix that tools put before it, however nested."""
+    while prefix := next((p for p in prefixes if name.startswith(p)), None):
         name = name.removeprefix(prefix)
     return name
 
