@@ -62,7 +62,6 @@ def _gate_kernel(
     value_ptr,
     out_ptr,
     out_scale_ptr,
-    hadamard_ptr,
     gate_stride,
     value_stride,
     WIDTH: tl.constexpr,
@@ -79,9 +78,7 @@ def _gate_kernel(
     x = value / (1.0 + tl.exp(-gate))
     if SILU:
         x = x * gate
-    store_token(
-        x, token, columns, mask, out_ptr, out_scale_ptr, hadamard_ptr, WIDTH, BLOCK, FP8, ROTATION
-    )
+    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, FP8, ROTATION)
 
 
 def _launch(
@@ -90,7 +87,7 @@ def _launch(
     num_tokens, width = value.shape
     assert gate.stride(1) == value.stride(1) == 1
     launch, _ = device_of(value.device).launch(f"{kernel}_fp8" if format else kernel, num_tokens)
-    out, out_scale, matrix = output_tokens(value, width, format)
+    out, out_scale = output_tokens(value, width, format)
     block = triton.next_power_of_2(width)
     if format is None:
         block = min(block, _PIECE)
@@ -99,7 +96,6 @@ def _launch(
         value,
         out,
         out_scale,
-        matrix,
         gate.stride(0),
         value.stride(0),
         WIDTH=width,

@@ -98,7 +98,6 @@ def _norm_kernel(
     row_ptr,
     out_ptr,
     out_scale_ptr,
-    hadamard_ptr,
     num_tokens,
     tokens_per_program,
     gate_stride,
@@ -150,7 +149,6 @@ def _norm_kernel(
                     mask,
                     out_ptr,
                     out_scale_ptr,
-                    hadamard_ptr,
                     WIDTH,
                     BLOCK,
                     FP8,
@@ -171,7 +169,7 @@ def _launch(
     gate, update = gated or (x, x)
     assert update.is_contiguous()
     scale, shift, eps = norm or (x, x, 0.0)
-    out, out_scale, matrix = output_tokens(x, width, format)
+    out, out_scale = output_tokens(x, width, format)
     _norm_kernel[(triton.cdiv(num_tokens, tokens),)](
         x,
         gate,
@@ -181,7 +179,6 @@ def _launch(
         rows.index,
         out,
         out_scale,
-        matrix,
         num_tokens,
         tokens,
         gate.stride(0),

@@ -24,11 +24,8 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST = 1e-12
 """Largest magnitude of a token that counts as zero."""
 
-ROTATIONS = (64, 16)
-"""Block sizes, best first: powers of 4, so that the matrix's 1 / sqrt(size) is exact in bf16."""
-
-_MIN_DOT = 16
-"""Rows that a matrix multiplication in Triton needs at least."""
+ROTATIONS = (256, 64, 16)
+"""Block sizes, best first. The first is that of files with rotated weights (ComfyUI's ConvRot)."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,7 @@ Tokens = Tensor | QuantizedTokens
 
 def rotation_block(width: int) -> int:
     """The best block that a width can be rotated in; 0 if there is none."""
-    padded = triton.next_power_of_2(width)
-    for block in ROTATIONS:
-        if width % block == 0 and padded // block >= _MIN_DOT:
-            return block
-    return 0
+    return next((block for block in ROTATIONS if width % block == 0), 0)
 
 
 _REGULAR = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
@@ -126,31 +119,34 @@ def finish_tokens(x: Tensor, dtype: torch.dtype, format: TokenFormat | None) -> 
     return x.to(dtype) if format is None else quantize_tokens(x, format)
 
 
-def output_tokens(
-    like: Tensor, width: int, format: TokenFormat | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `store_token` writes to and reads: values [T, width], scales [T, 1], the matrix.
+def output_tokens(like: Tensor, width: int, format: TokenFormat | None) -> tuple[Tensor, Tensor]:
+    """What `store_token` writes to: values [T, width] and scales [T, 1].
 
-    Those that a format does not need are stand-ins.
+    Scales that a format does not need are a stand-in.
     """
     tokens = len(like)
     if format is None:
-        return like.new_empty(tokens, width), like, like
+        return like.new_empty(tokens, width), like
     assert format.dtype is torch.float8_e4m3fn, "kernels quantise to fp8 only"
     return (
         like.new_empty(tokens, width, dtype=format.dtype),
         like.new_empty(tokens, 1, dtype=torch.float32),
-        hadamard(format.rotation, like.device, like.dtype) if format.rotation else like,
     )
 
 
 @triton.jit
-def rotated(x, hadamard_ptr, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
-    """Rotate a token [BLOCK] in blocks; padding beyond its width is whole blocks of zeros."""
-    row = tl.arange(0, ROTATION)
-    matrix = tl.load(hadamard_ptr + row[:, None] * ROTATION + row[None, :])
-    blocks = tl.reshape(x, (BLOCK // ROTATION, ROTATION)).to(matrix.dtype)
-    return tl.reshape(tl.dot(blocks, matrix, input_precision="ieee"), (BLOCK,))
+def rotated(x, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
+    """Rotate a token [BLOCK] in blocks; padding beyond its width is whole blocks of zeros.
+
+    A Kronecker power is as many stages of its factor. One stage gives of four elements, of which
+    the other one is that from the other end, half their sum less the other one.
+    """
+    for stage in tl.static_range(4):
+        if 4**stage < ROTATION:
+            fours = tl.reshape(x, (BLOCK // 4 ** (stage + 1), 4, 4**stage))
+            fours = tl.sum(fours, 1, keep_dims=True) * 0.5 - tl.flip(fours, 1)
+            x = tl.reshape(fours, (BLOCK,))
+    return x
 
 
 @triton.jit
@@ -161,7 +157,6 @@ def store_token(
     mask,
     out_ptr,
     out_scale_ptr,
-    hadamard_ptr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     FP8: tl.constexpr,
@@ -170,7 +165,7 @@ def store_token(
     """Store a token, float32 [BLOCK] with zeros beyond WIDTH, as it is or rotated and quantised."""
     if FP8:
         if ROTATION > 0:
-            x = rotated(x, hadamard_ptr, BLOCK, ROTATION)
+            x = rotated(x, BLOCK, ROTATION)
         scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
         x = x * (1.0 / scale)
         x = tl.minimum(tl.maximum(x, -448.0), 448.0)
@@ -183,7 +178,6 @@ def _quantize_kernel(
     x_ptr,
     out_ptr,
     out_scale_ptr,
-    hadamard_ptr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ROTATION: tl.constexpr,
@@ -192,9 +186,7 @@ def _quantize_kernel(
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     x = tl.load(x_ptr + token.to(tl.int64) * WIDTH + columns, mask, 0.0).to(tl.float32)
-    store_token(
-        x, token, columns, mask, out_ptr, out_scale_ptr, hadamard_ptr, WIDTH, BLOCK, True, ROTATION
-    )
+    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, True, ROTATION)
 
 
 def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
@@ -202,12 +194,11 @@ def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
     num_tokens, width = x.shape
     assert x.is_contiguous()
     launch, _ = device_of(x.device).launch("quantize_fp8", num_tokens)
-    out, out_scale, matrix = output_tokens(x, width, format)
+    out, out_scale = output_tokens(x, width, format)
     _quantize_kernel[(num_tokens,)](
         x,
         out,
         out_scale,
-        matrix,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         ROTATION=format.rotation,

@@ -129,7 +129,7 @@ def launches():
     for name, format in (
         ("", None),
         (" fp8", TokenFormat()),
-        (" fp8 rotated", TokenFormat(rotation=64)),
+        (" fp8 rotated", TokenFormat(rotation=256)),
     ):
         yield f"norm{name}", lambda f=format: do.norm_scale_shift(x, table, table, rows, eps, f)
         yield (

@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 # Tokens of each sequence, and the width. Odd ones, single tokens, empty sequences, and widths
 # that are no power of two.
 PACKS = [((1,), 64), ((5, 0, 1, 17), 96), ((3, 3), 256), ((40, 1), 336)]
-FP8 = [TokenFormat(), TokenFormat(rotation=16)]
+FP8 = [TokenFormat(), TokenFormat(rotation=16), TokenFormat(rotation=256)]
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
@@ -161,7 +161,7 @@ def test_gates(do, dtype, lengths, width):
 @both
 @pytest.mark.parametrize("format", FP8, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("lengths", "width"), [((5, 0, 1), 256), ((2, 3), 400)])
+@pytest.mark.parametrize(("lengths", "width"), [((5, 0, 1), 256), ((2, 3), 768)])
 def test_quantised_results(do, format, dtype, lengths, width):
     tokens, rows = sum(lengths), rows_of(lengths)
     # A few large channels, as real activations have.
@@ -287,7 +287,7 @@ def test_the_rotation_is_that_of_checkpoint_files(size):
 
 
 @pytest.mark.parametrize(
-    ("width", "block"), [(6144, 64), (16384, 64), (768, 64), (256, 16), (100, 0), (16, 0)]
+    ("width", "block"), [(6144, 256), (16384, 256), (768, 256), (192, 64), (48, 16), (100, 0)]
 )
 def test_the_block_of_a_rotation_fits_the_width(width, block):
     assert rotation_block(width) == block
