@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.errors import ConfigError
+from krea2_srt.kernels.int8_cpu import int8_product_cpu
 from krea2_srt.kernels.products import ScaledProduct, scaled_product, scaled_product_torch
 from krea2_srt.kernels.quantize import (
     QuantizedTokens,
@@ -119,6 +120,8 @@ class QuantizedLinear(Linear):
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
         if self.format.dtype is torch.int8:
+            if x.values.is_cpu:
+                return int8_product_cpu(x, self.weight, self.scale, self.dtype)
             return (self._int8_product(x.values) * x.scale * self.scale.t()).to(self.dtype)
         product = self.product if x.values.is_cuda else scaled_product
         return product(x, self.weight, self.scale, self.dtype)
