@@ -1,6 +1,7 @@
-"""How far 8 bits are from bf16: of one product, of attention, of every step, and of a picture.
+"""How far 8 bits are from bf16: of one product, of attention, of every step, and of a picture; and
+how long a step takes.
 
-Takes a minute or two on two cores.
+Errors take a minute on two cores, and times two, which nobody else should use then.
 """
 
 import json
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from krea2_bench import quantized_steps
 from krea2_bench.arguments import benchmark_parser
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotation_block
 from krea2_srt.kernels.quantize_heads import quantize_qkv
@@ -46,7 +48,7 @@ SIDE, STEPS = 256, 8
 PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
 
 _PAGE = """\
-# Errors of 8-bit matrices
+# Errors and times of 8-bit matrices
 
 Written by `python -m krea2_bench.quantization` on a CPU. `rotated` is with a Hadamard rotation of
 the inputs. Weights have a scale per output channel, tokens a scale each.
@@ -57,7 +59,7 @@ the inputs. Weights have a scale per output channel, tokens a scale each.
 widths. *Gaussian* tokens; *heavy tails* are Student's t with 3 degrees of freedom; *outliers* are
 Gaussian with one channel in a hundred 30 times as large, as those of large transformers are.
 
-{products}{attention}
+{products}{attention}{steps}
 ## The demo checkpoint
 
 It is tiny: these figures say that the mode works, and nothing of the released model's pictures.
@@ -187,8 +189,9 @@ def page(
     products: list[dict[str, Any]],
     pictures: list[dict[str, Any]],
     attention: Sequence[dict[str, Any]] = (),
+    steps: dict[str, Any] | None = None,
 ) -> str:
-    """The tables; without attention's if it was not measured."""
+    """The tables; without those of attention and of times if they were not measured."""
     names = [quantization.name for quantization in FORMATS]
     lines = [["matrix", "tokens", *names]]
     for matrix, kind in dict.fromkeys((row["matrix"], row["tokens"]) for row in products):
@@ -208,6 +211,7 @@ def page(
     return _PAGE.format(
         products=_table(lines),
         attention=_attention_section(attention) if attention else "",
+        steps=quantized_steps.section(steps) if steps else "",
         pictures=_table(generated),
         sizes=sizes,
     )
@@ -235,10 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     with torch.inference_mode():
         products, attention = list(product_errors()), list(attention_errors())
         pictures = list(picture_errors(args.model))
+        steps = quantized_steps.step_times()
     args.output.mkdir(parents=True, exist_ok=True)
-    stored = {"products": products, "attention": attention, "pictures": pictures}
+    stored = {"products": products, "attention": attention, "pictures": pictures, "steps": steps}
     (args.output / "quantization.json").write_text(json.dumps(stored, indent=1) + "\n")
-    (args.output / "quantization.md").write_text(page(products, pictures, attention))
+    (args.output / "quantization.md").write_text(page(products, pictures, attention, steps))
     return 0
 
 

@@ -18,6 +18,7 @@ from krea2_srt.kernels.quantize import (
     finish_tokens,
     largest_of,
     output_tokens,
+    pieces_of,
     store_token,
 )
 
@@ -38,7 +39,9 @@ def sigmoid_gate(out: Tensor, gate: Tensor, format: TokenFormat | None = None) -
     """
     if format is None:
         return out * torch.sigmoid(gate)
-    return finish_tokens(out.float() * torch.sigmoid(gate.float()), out.dtype, format)
+    pieces = zip(pieces_of(out), pieces_of(gate), strict=True)
+    gated = (out.float() * torch.sigmoid(gate.float()) for out, gate in pieces)
+    return finish_tokens(gated, out, format)
 
 
 def silu_mul(gate_up: Tensor, format: TokenFormat | None = None) -> Tokens:
@@ -54,7 +57,9 @@ def silu_mul(gate_up: Tensor, format: TokenFormat | None = None) -> Tokens:
     gate, up = gate_up.chunk(2, dim=-1)
     if format is None:
         return F.silu(gate) * up
-    return finish_tokens(F.silu(gate.float()) * up.float(), gate_up.dtype, format)
+    pieces = zip(pieces_of(gate), pieces_of(up), strict=True)
+    gated = (F.silu(gate.float()).mul_(up) for gate, up in pieces)
+    return finish_tokens(gated, gate, format)
 
 
 @triton.jit

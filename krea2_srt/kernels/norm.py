@@ -7,7 +7,8 @@
 read and written once. ``scale`` holds the norm's own weight, multiplied in.
 """
 
-import torch
+from collections.abc import Iterator
+
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -21,6 +22,7 @@ from krea2_srt.kernels.quantize import (
     finish_tokens,
     largest_of,
     output_tokens,
+    pieces_of,
     store_token,
 )
 from krea2_srt.kernels.segment_index import SegmentIndex
@@ -46,17 +48,21 @@ def norm_scale_shift(
     Returns:
         [T, width] in x's dtype, or quantised.
     """
+    return finish_tokens(_normed(x, scale, shift, rows, eps), x, format)
+
+
+def _normed(
+    x: Tensor, scale: Tensor, shift: Tensor, rows: SegmentIndex, eps: float
+) -> Iterator[Tensor]:
+    """`norm_scale_shift` in float32, piece by piece."""
     if rows.spans is None:
         out = F.rms_norm(x.float(), scale.shape[1:], None, eps)
-        out = out.mul_(rows.of_tokens(scale)).add_(rows.of_tokens(shift))
-    else:
-        # Span by span: no table of T rows, and each span's row stays in a CPU's cache.
-        pieces = [
-            F.rms_norm(x[start:end].float(), scale.shape[1:], scale[row], eps).add_(shift[row])
-            for start, end, row in rows.spans
-        ]
-        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return finish_tokens(out, x.dtype, format)
+        yield out.mul_(rows.of_tokens(scale)).add_(rows.of_tokens(shift))
+        return
+    # Span by span: no table of T rows, and each span's row stays in a CPU's cache.
+    for start, end, row in rows.spans:
+        for piece in pieces_of(x[start:end]):
+            yield F.rms_norm(piece.float(), scale.shape[1:], scale[row], eps).add_(shift[row])
 
 
 def add_gated(x: Tensor, gate: Tensor, update: Tensor, rows: SegmentIndex) -> Tensor:

@@ -8,6 +8,7 @@ The rotation spreads a token's outliers over their block. It is its own inverse,
 has been rotated the same way along its inputs gives the same product.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +27,12 @@ SMALLEST = 1e-12
 
 ROTATIONS = (256, 64, 16)
 """Block sizes, best first. The first is that of files with rotated weights (ComfyUI's ConvRot)."""
+
+
+_PIECE_ELEMENTS = 2**19
+"""Elements of a piece of tokens on a CPU: 2 MiB in float32, twice while one is made of another.
+Half as many cost more in calls than they save.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,15 @@ def rotate(x: Tensor, block: int) -> Tensor:
     return (x.float().unflatten(-1, (-1, block)) @ hadamard(block, x.device)).flatten(-2)
 
 
+def pieces_of(x: Tensor) -> tuple[Tensor, ...]:
+    """The tokens [T, width] in pieces that are worked on one after the other.
+
+    On a CPU a piece in float32 stays in its cores' caches; the whole of a large pack would pass
+    through memory once for each of the operations. Elsewhere it is one piece.
+    """
+    return x.split(max(1, _PIECE_ELEMENTS // x.shape[-1])) if x.is_cpu else (x,)
+
+
 def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
     """Quantise each token by its own scale.
 
@@ -99,24 +115,46 @@ def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
         x: [T, width].
         format: how.
     """
-    x = rotate(x, format.rotation) if format.rotation else x.float()
-    return quantize_rows(x, format.dtype)
+    tokens = finish_tokens(pieces_of(x), x, format)
+    assert isinstance(tokens, QuantizedTokens)
+    return tokens
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedTokens:
     """Quantise each row of a float32 matrix by its own scale, on all devices to the same bits."""
     largest = LARGEST[dtype]
+    # Not of abs(), which would be a copy of x.
+    magnitude = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     # On CUDA, torch divides by a number as it multiplies by its rounded inverse.
-    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / x.new_full((1, 1), largest)
+    scale = magnitude.clamp_(min=SMALLEST) / x.new_full((1, 1), largest)
     values = x * (1 / scale)
     if dtype is torch.int8:
         values.round_()
     return QuantizedTokens(values.clamp_(-largest, largest).to(dtype), scale)
 
 
-def finish_tokens(x: Tensor, dtype: torch.dtype, format: TokenFormat | None) -> Tokens:
-    """What a float32 result becomes: of the compute dtype, or quantised."""
-    return x.to(dtype) if format is None else quantize_tokens(x, format)
+def finish_tokens(pieces: Iterable[Tensor], like: Tensor, format: TokenFormat | None) -> Tokens:
+    """What results become: of the compute dtype, or quantised.
+
+    Args:
+        pieces: of them, in order, in float32 or what it holds; each is made when the one before
+            is finished.
+        like: [T, width] in the compute dtype.
+        format: how they are quantised; None if they are not.
+    """
+    out = like.new_empty(like.shape, dtype=like.dtype if format is None else format.dtype)
+    scale = like.new_empty(len(like), 1, dtype=torch.float32)
+    end = 0
+    for x in pieces:
+        place = slice(end, end := end + len(x))
+        if format is None:
+            out[place] = x
+        else:
+            x = rotate(x, format.rotation) if format.rotation else x.float()
+            quantized = quantize_rows(x, format.dtype)
+            out[place], scale[place] = quantized.values, quantized.scale
+    assert end == len(like)
+    return out if format is None else QuantizedTokens(out, scale)
 
 
 def largest_of(format: TokenFormat | None) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from krea2_srt.errors import ConfigError
+from krea2_srt.kernels.int8_cpu import int8_product_cpu
 from krea2_srt.kernels.products import ScaledProduct, scaled_product, scaled_product_torch
 from krea2_srt.kernels.quantize import (
     QuantizedTokens,
@@ -115,12 +116,11 @@ class QuantizedLinear(Linear):
     def product_with(self, x: Tokens) -> Tensor:
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
-        if x.values.is_cuda:
-            return self.product(x, self.weight, self.scale, self.dtype)
-        if self.format.dtype is torch.int8:
-            sums = torch._int_mm(x.values, self.weight.t()).float()
-            return (sums * x.scale * self.scale.t()).to(self.dtype)
-        return scaled_product(x, self.weight, self.scale, self.dtype)
+        product = self.product
+        if x.values.is_cpu:
+            int8 = self.format.dtype is torch.int8
+            product = int8_product_cpu if int8 else scaled_product
+        return product(x, self.weight, self.scale, self.dtype)
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0
