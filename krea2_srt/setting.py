@@ -25,6 +25,7 @@ class Setting:
         choices: all values that it may have; none is any.
         least: smallest number that it may be.
         above: number that it must be greater than.
+        or_count: whether it may be a whole number too, 0 or greater, beside the choices.
     """
 
     default: str | int | float
@@ -32,6 +33,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     least: float | None = None
     above: float | None = None
+    or_count: bool = False
 
     @property
     def default_text(self) -> str:
@@ -43,7 +45,11 @@ class Setting:
         if problem := self._type_problem(value):
             return problem
         if self.choices and value not in self.choices:
-            return f"must be one of {', '.join(self.choices)}, got {value!r}"
+            if not self.or_count:
+                return f"must be one of {', '.join(self.choices)}, got {value!r}"
+            if not (value.isascii() and value.isdecimal()):
+                choices = ", ".join(self.choices)
+                return f"must be {choices} or a whole number, 0 or greater, got {value!r}"
         if isinstance(value, float) and not math.isfinite(value):
             return f"must be a finite number, got {value}"
         if self.least is not None and value < self.least:
@@ -67,9 +73,10 @@ def setting(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     above: float | None = None,
+    or_count: bool = False,
 ) -> T:
     """The field of a dataclass that is a setting; see `Setting`."""
-    metadata = {_KEY: Setting(default, help, choices, least, above)}
+    metadata = {_KEY: Setting(default, help, choices, least, above, or_count)}
     field: T = dataclasses.field(default=default, metadata=metadata)
     return field
 

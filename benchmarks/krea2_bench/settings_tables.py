@@ -16,7 +16,8 @@ def settings_table(config: type[Any]) -> str:
 
 def _values(declared: Setting) -> str:
     if declared.choices:
-        return ", ".join(f"`{choice}`" for choice in declared.choices)
+        choices = ", ".join(f"`{choice}`" for choice in declared.choices)
+        return f"{choices}, whole, 0 or greater" if declared.or_count else choices
     whole = "whole, " if isinstance(declared.default, int) else ""
     if declared.above is not None:
         return f"{whole}above {declared.above:g}"

@@ -32,11 +32,15 @@ _SCORES_SHARE = 1 / 32
 
 def scores_per_slice(device: torch.device) -> int:
     """Attention scores computed at a time: 2^28 on a GPU of 80 GB, fewer on a smaller one."""
-    most = _MAX_SCORES[device.type]
     if device.type == "cpu":
-        return most
-    memory = torch.cuda.get_device_properties(device).total_memory * _SCORES_SHARE
-    return min(most, 1 << int(math.log2(memory / BYTES_PER_SCORE)))
+        return _MAX_SCORES["cpu"]
+    return scores_within(torch.cuda.get_device_properties(device).total_memory)
+
+
+def scores_within(memory: int) -> int:
+    """The same on a GPU of so many bytes."""
+    share = int(math.log2(memory * _SCORES_SHARE / BYTES_PER_SCORE))
+    return min(_MAX_SCORES["cuda"], 1 << share)
 
 
 def default_tile(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import torch
 from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import AdapterError, ConfigError, first_line
+from krea2_srt.host_memory import available_memory
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
 from krea2_srt.kernels.products import ScaledProduct
 from krea2_srt.lora.adapter import check_different
@@ -34,14 +35,11 @@ from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
+from krea2_srt.runner.gpu import Gpu
 from krea2_srt.runner.graphs import CudaCapture
-from krea2_srt.runner.memory_plan import (
-    GIB,
-    MAX_GRAPH_TOKENS,
-    MemoryPlan,
-    MemoryRequest,
-    plan_memory,
-)
+from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS, MemoryRequest
+from krea2_srt.runner.memory_plan import MemoryPlan, plan_memory
+from krea2_srt.runner.memory_sizes import GIB, PartSizes
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
@@ -75,6 +73,9 @@ def check_capability(format: str, capability: tuple[int, int]) -> None:
             f"quantization: {format} needs a GPU of compute capability {needed[0]}.{needed[1]} "
             f"({names}) or newer, this one has {capability[0]}.{capability[1]}"
         )
+
+HOST_MARGIN = GIB
+"""Bytes of host memory that pinned weights leave to all else."""
 
 
 @dataclass(frozen=True)
@@ -113,44 +114,67 @@ class RunnerBuilder:
         if self.device.type != "cuda":
             if self.config.cuda_graphs == "on":
                 raise ConfigError(f"cuda_graphs: there are none on {self.device}")
+            if self.config.streamed_count:
+                raise ConfigError(f"streamed_blocks: none are streamed on {self.device}")
             return None
-        if self.quantization is not None:
-            check_capability(
-                self.quantization.format, torch.cuda.get_device_capability(self.device)
-            )
         free, total = torch.cuda.mem_get_info(self.device)
+        gpu = Gpu(free, total, torch.cuda.get_device_capability(self.device))
+        return self.plan_for(gpu, max(0, available_memory() - HOST_MARGIN))
+
+    def plan_for(self, gpu: Gpu, host_bytes: int | None = None) -> MemoryPlan:
+        """How the memory of a GPU would be used, which need not be at hand.
+
+        Args:
+            host_bytes: of host memory that may be taken; None is any.
+
+        Raises:
+            ConfigError, CheckpointError: see `plan`.
+        """
+        if self.quantization is not None:
+            check_capability(self.quantization.format, gpu.capability)
+        free = gpu.free
         if self.config.gpu_memory_gib:
             free = min(free, int(self.config.gpu_memory_gib * GIB))
-        sizes = checkpoint_sizes(
+        return plan_memory(free, gpu.total, self._sizes(gpu), self._request(host_bytes))
+
+    def _sizes(self, gpu: Gpu) -> PartSizes:
+        return checkpoint_sizes(
             self.checkpoint,
             self.dtype,
             self.text_dtype,
             self.vae_dtype,
             self.quantization,
-            self.device,
+            gpu,
         )
+
+    def _request(self, host_bytes: int | None) -> MemoryRequest:
         limits, sampling = self.engine.limits, self.checkpoint.sampling
-        request = MemoryRequest(
+        adapters = int(self.config.lora_memory_gib * GIB) if self.config.lora_dir else 0
+        streamed = self.config.streamed_count
+        if self.config.cuda_graphs == "on":
+            if streamed:
+                raise ConfigError(
+                    f"streamed_blocks: {streamed} blocks cannot be streamed with cuda_graphs on, "
+                    "which needs them where they are"
+                )
+            streamed = 0
+        return MemoryRequest(
             max_pack_tokens=self.engine.max_pack_tokens,
             max_image_tokens=min(limits.max_pixels, limits.max_side**2) // 256,
             max_paused_steps=self.engine.max_paused_steps,
             max_sequences=self.engine.max_active_sequences,
-            max_branches=self.engine.max_pack_sequences * (1 if sampling.distilled else 2),
+            max_pack_sequences=self.engine.max_pack_sequences,
+            branches_per_sequence=1 if sampling.distilled else 2,
             schedule_steps=sampling.default_steps,
             cache_bytes=self.caches.total,
-            adapter_bytes=self._adapter_bytes(),
+            adapter_bytes=adapters,
+            slot_bytes=adapters,
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
+            streamed_blocks=streamed,
+            host_bytes=host_bytes,
         )
-        return plan_memory(free, total, sizes, request)
-
-    def _adapter_bytes(self) -> int:
-        """What adapters beside the model take: as much again in slots, where there are graphs."""
-        if not self.config.lora_dir:
-            return 0
-        places = 1 if self.config.cuda_graphs == "off" else 2
-        return int(places * self.config.lora_memory_gib * GIB)
 
     def _graph_tokens(self) -> int:
         """The most that a graph is ever asked for: packs are held to a turn, and steps of larger
@@ -171,6 +195,7 @@ class RunnerBuilder:
         return replace(
             self.engine,
             max_pack_tokens=plan.max_pack_tokens,
+            max_pack_sequences=plan.max_pack_sequences,
             max_active_sequences=plan.max_sequences,
             max_pixels=min(self.engine.max_pixels, plan.max_image_tokens * 256),
         )
@@ -245,7 +270,8 @@ class RunnerBuilder:
         runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
         if plan is None:
             return runner
-        logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.table())
+        logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.report())
+        runner.prompt_encoder.prompts_at_once = plan.max_encoded_prompts
         runner.vae.use_kernels(operations is TRITON)
         if plan.max_graph_tokens:
             self._use_graphs(runner, plan)

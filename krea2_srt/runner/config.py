@@ -71,6 +71,13 @@ class RunnerConfig:
         "--text-encoder-cpu-offload says the same",
         choices=("auto", "resident", "offload"),
     )
+    streamed_blocks: str = setting(
+        "auto",
+        "transformer blocks that wait in host memory and come to the GPU in each step, without "
+        "CUDA graphs; auto is as few as fit",
+        choices=("auto",),
+        or_count=True,
+    )
     recipe: str = setting(
         "auto",
         "sampled as Turbo or as Raw; auto is what the checkpoint says of itself; see "
@@ -107,3 +114,8 @@ class RunnerConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         scaled_files("lora_merge", self.lora_merge)
+
+    @property
+    def streamed_count(self) -> int | None:
+        """`streamed_blocks` as a number; None is as few as fit."""
+        return None if self.streamed_blocks == "auto" else int(self.streamed_blocks)

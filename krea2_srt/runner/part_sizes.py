@@ -15,10 +15,11 @@ from krea2_srt.model.layers import Linear
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
 from krea2_srt.model.text_fusion import TOKENS_AT_ONCE
-from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, default_tile, scores_per_slice
+from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, default_tile, scores_within
 from krea2_srt.model.vae_files import vae_config
+from krea2_srt.runner.gpu import Gpu
 from krea2_srt.runner.graphs import MAX_PROMPT_LENGTH, MAX_PROMPT_TOKENS, MAX_PROMPTS, MAX_SEGMENTS
-from krea2_srt.runner.memory_plan import DecodeSizes, PartSizes
+from krea2_srt.runner.memory_sizes import DecodeSizes, PartSizes
 
 _WORKSPACE, _WORKSPACE_HOPPER = 8320 * 2**10, 32 * 2**20
 """Bytes of cuBLAS's workspace on a stream, as torch allocates it: four times as much from Hopper
@@ -40,7 +41,7 @@ def checkpoint_sizes(
     text_dtype: torch.dtype,
     vae_dtype: torch.dtype,
     quantization: Quantization | None,
-    device: torch.device,
+    gpu: Gpu,
 ) -> PartSizes:
     """Sizes of a checkpoint's parts; only its configs are read, and the headers of single
     files.
@@ -49,21 +50,26 @@ def checkpoint_sizes(
         checkpoint: where they lie.
         dtype, text_dtype, vae_dtype: of the DiT, the text encoder and the VAE.
         quantization: of the DiT's blocks.
-        device: where it will run.
+        gpu: where it will run.
     """
     with torch.device("meta"):
         dit = Krea2DiT(dit_config(checkpoint.transformer), dtype, quantization)
         vae = VAEDecoder(vae_config(checkpoint.vae), vae_dtype)
     text, _ = text_model(checkpoint.text_encoder, checkpoint.select_layers, text_dtype)
-    scores = scores_per_slice(device) if device.type == "cuda" else 0
-    return part_sizes(dit, text, vae, default_tile(device), scores, library_workspace(device))
+    tile, scores = default_tile(torch.device("cuda")), scores_within(gpu.total)
+    return part_sizes(dit, text, vae, tile, scores, workspace_of(gpu.capability))
 
 
 def library_workspace(device: torch.device) -> int:
     """What libraries allocate for themselves, through torch, while they run."""
     if device.type != "cuda":
         return 0
-    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return workspace_of(torch.cuda.get_device_capability(device))
+
+
+def workspace_of(capability: tuple[int, int]) -> int:
+    """The same of a GPU with this compute capability."""
+    hopper = capability >= (9, 0)
     # Two on each stream: torch's default shares one between cuBLAS and cuBLASLt, settings may not.
     return 2 * _STREAMS * (_WORKSPACE_HOPPER if hopper else _WORKSPACE) + _CONVOLUTIONS
 
@@ -88,12 +94,16 @@ def part_sizes(
     hidden, patch = config.hidden_size, 4 * config.in_channels
     # Scales and shifts in float32 and gates, before attention and MLP, and of the final layer.
     row = config.num_layers * 2 * hidden * (4 + 4 + element) + 2 * 4 * hidden
+    encodes = range(1, MAX_ENCODED_TOGETHER + 1)
     prompts = 8 * MAX_PROMPTS * MAX_PROMPT_LENGTH + (8 + hidden * element) * MAX_PROMPT_TOKENS
     return PartSizes(
         dit=num_bytes([dit]),
         text_encoder=num_bytes([text]),
         vae=num_bytes([vae]),
+        blocks=tuple(num_bytes([block]) for block in dit.blocks),
+        pinned_blocks=tuple(pinned_bytes(block) for block in dit.blocks),
         text_encoder_unit=max(num_bytes([unit]) for unit in text_model_units(text)),
+        pinned_text_encoder=pinned_bytes(text),
         step_per_token=max(_block_per_token(block, config, element) for block in dit.blocks)
         + patch,
         # The stream and the patches.
@@ -103,7 +113,7 @@ def part_sizes(
         schedule_row=2 * row + 2 * 6 * 4 * hidden,
         patch=patch,
         context=hidden * element,
-        encode=_encode(dit, text, MAX_ENCODED_TOGETHER * MAX_ENCODED_TOKENS),
+        encodes=tuple(_encode(dit, text, count * MAX_ENCODED_TOKENS) for count in encodes),
         encode_graph=_encode(dit, text, MAX_PROMPTS * MAX_PROMPT_LENGTH),
         decoder=decode_sizes(vae, tile, scores),
         libraries=libraries,
@@ -195,3 +205,8 @@ def _block_channels(block: Any) -> int:
 def num_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of all parameters."""
     return sum(p.nbytes for module in modules for p in module.parameters())
+
+
+def pinned_bytes(module: nn.Module) -> int:
+    """Bytes that its parameters take in pinned host memory: torch makes each a power of two."""
+    return sum(1 << (p.nbytes - 1).bit_length() for p in module.parameters())

@@ -30,6 +30,7 @@ class PromptEncoder:
 
     Attributes:
         graphs: replay what they can; None runs all eagerly.
+        prompts_at_once: that are encoded together, at most; None is all.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PromptEncoder:
         self._attend = backend.prompts or backend.attend
         self._capturable = backend.capturable
         self.graphs: TextGraphs | None = None
+        self.prompts_at_once: int | None = None
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str], deltas: Deltas | None = None) -> list[Tensor]:
@@ -50,6 +52,14 @@ class PromptEncoder:
             prompts: at least one.
             deltas: of the fusion's matrices, the same for all; with them nothing is replayed.
         """
+        some = self.prompts_at_once or len(prompts)
+        return [
+            context
+            for start in range(0, len(prompts), some)
+            for context in self._encode(prompts[start : start + some], deltas)
+        ]
+
+    def _encode(self, prompts: Sequence[str], deltas: Deltas | None) -> list[Tensor]:
         ids = [self._text_encoder.tokenize(prompt)[0] for prompt in prompts]
         if deltas is not None:
             if self.graphs is not None:

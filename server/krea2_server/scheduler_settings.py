@@ -45,6 +45,8 @@ def _settings_model(name: str, config: type[Any], help: str) -> type[SchedulerSe
 def _type(hint: Any, declared: Setting) -> Any:
     if {"on", "off"} <= set(declared.choices):
         return Annotated[hint, BeforeValidator(_on_or_off)]
+    if declared.or_count:
+        return Annotated[hint, BeforeValidator(_text_of_count)]
     return hint
 
 
@@ -53,10 +55,15 @@ def _on_or_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _text_of_count(value: Any) -> Any:
+    """YAML reads a number as one."""
+    return str(value) if type(value) is int else value
+
+
 def _description(declared: Setting) -> str:
     text = declared.help
     if declared.choices:
-        *others, last = declared.choices
+        *others, last = (*declared.choices, *(["a number"] if declared.or_count else []))
         text = f"{', '.join(others)} or {last}: {text}"
     return f"{text}; default {declared.default_text}" if declared.default_text else text
 

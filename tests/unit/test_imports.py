@@ -31,7 +31,7 @@ BELOW = {
     "convert": {"errors", "kernels", "model"},
     "engine": {"errors", "setting", "request"},
     "runner": {
-        *("errors", "setting", "request", "read_ahead", "start_up"),
+        *("errors", "setting", "request", "host_memory", "read_ahead", "start_up"),
         *("kernels", "model", "lora", "engine"),
     },
     "routing": {"request", "engine"},

@@ -12,7 +12,7 @@ from krea2_srt.lora.placed import AdapterSet
 from krea2_srt.lora.slots import AdapterSlots
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.matrices import dit_matrices
-from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
+from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS
 
 SIDES, SMOKE_SIDES = (1024, 512), (32,)
 RANK = 32

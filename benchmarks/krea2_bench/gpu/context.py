@@ -30,7 +30,7 @@ from krea2_srt.runner.attention import AttentionChoice, choose_attention
 from krea2_srt.runner.attention_backends import SDPA
 from krea2_srt.runner.fused_mlp import with_fused_mlp
 from krea2_srt.runner.graphs import Capture, CudaCapture
-from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
+from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.products import known_products, use_fastest_product
 from krea2_srt.runner.prompt_encoder import PromptEncoder

@@ -5,7 +5,7 @@ from krea2_bench.gpu.correctness import WrongResult, check
 from krea2_bench.gpu.graphs import captured
 from krea2_bench.gpu.sequences import images, relative, stepped
 from krea2_srt.runner.graphs import StepGraphs
-from krea2_srt.runner.memory_plan import MAX_GRAPH_TOKENS
+from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS
 from krea2_srt.runner.packing import ForwardBatch
 
 SIDES = ((256, 256), (512, 320), (256, 256), (64, 128))

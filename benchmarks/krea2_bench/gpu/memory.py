@@ -11,7 +11,7 @@ from krea2_bench.gpu.steps import step
 from krea2_bench.gpu.timing import wait
 from krea2_bench.gpu.vae import decoded, latents_of
 from krea2_srt.model.vae import default_tile, scores_per_slice
-from krea2_srt.runner.memory_plan import GRAPH_BYTES
+from krea2_srt.runner.memory_sizes import GRAPH_BYTES
 from krea2_srt.runner.part_sizes import library_workspace, num_bytes, part_sizes
 
 GIB, MIB = 2**30, 2**20
@@ -47,7 +47,7 @@ def run(context: Context) -> None:
     for name, work, planned in (
         ("step of 2048x2048", lambda: step(runner, [sequence]), a_step),
         ("decode of 2048x2048", lambda: decoded(runner.vae, latents), a_decode),
-        ("8 long prompts", lambda: runner.prompt_encoder.encode(prompts), sizes.encode),
+        ("8 long prompts", lambda: runner.prompt_encoder.encode(prompts), sizes.encodes[-1]),
     ):
         note = f"planned {planned / GIB:.2f}"
         if context.on_gpu:

@@ -14,7 +14,7 @@ from krea2_srt.request import ImageRequest
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.graphs import Eager, StepGraphs
-from krea2_srt.runner.memory_plan import GIB
+from krea2_srt.runner.memory_sizes import GIB
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.packing import ForwardBatch
 from tests.comparisons import CPU, relative_error

@@ -21,7 +21,7 @@ from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.executor import RunnerExecutor
-from krea2_srt.runner.memory_plan import GIB
+from krea2_srt.runner.memory_sizes import GIB
 from tests.comparisons import CPU, relative_error
 from tests.torch.runner.recorded_graph import record
 from tests.torch.runner.test_graphs import device_attention

@@ -1,8 +1,6 @@
 """What is decided on GPUs as they were found, and what holds on any."""
 
 from dataclasses import replace
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,20 +13,15 @@ from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
-from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, scores_per_slice
+from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, scores_within
 from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
 from krea2_srt.runner.graphs import StepBuffers
-from krea2_srt.runner.memory_plan import (
-    FEWEST_SEQUENCES,
-    GIB,
-    GRAPH_BYTES,
-    IMAGE_TOKENS,
-    MemoryRequest,
-    PartSizes,
-    plan_memory,
-)
-from krea2_srt.runner.part_sizes import checkpoint_sizes, library_workspace, part_sizes
+from krea2_srt.runner.gpu import Gpu
+from krea2_srt.runner.memory_choices import FEWEST_SEQUENCES, IMAGE_TOKENS, MemoryRequest
+from krea2_srt.runner.memory_plan import plan_memory
+from krea2_srt.runner.memory_sizes import GIB, GRAPH_BYTES, PartSizes
+from krea2_srt.runner.part_sizes import checkpoint_sizes, part_sizes, workspace_of
 from krea2_srt.runner.prompt_encoder import PromptEncoder
 from tests.comparisons import CPU
 from tests.torch.runner.test_graphs import device_attention
@@ -69,14 +62,8 @@ def released(quantization: Quantization | None):
 
 def on(total: float, sizes: PartSizes) -> PartSizes:
     """The same on a GPU of so many GiB: Hopper from 79 on."""
-    properties = SimpleNamespace(total_memory=int(total * GIB))
-    capability = (9, 0) if total > 79 else (8, 9)
-    with (
-        patch.object(torch.cuda, "get_device_properties", lambda device: properties),
-        patch.object(torch.cuda, "get_device_capability", lambda device: capability),
-    ):
-        scores = BYTES_PER_SCORE * scores_per_slice(CUDA)
-        workspace = library_workspace(CUDA)
+    scores = BYTES_PER_SCORE * scores_within(int(total * GIB))
+    workspace = workspace_of((9, 0) if total > 79 else (8, 9))
     return replace(sizes, libraries=workspace, decoder=replace(sizes.decoder, score_bytes=scores))
 
 
