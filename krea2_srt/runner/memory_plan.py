@@ -167,6 +167,7 @@ class MemoryPlan:
         max_graph_tokens, max_graphs: 0 where there are none.
         cache_share: of the wished caches.
         rows: (what, bytes, note) of everything that takes memory.
+        streamed_blocks: how many of the transformer's come from host memory as they run.
     """
 
     free: int
@@ -180,6 +181,7 @@ class MemoryPlan:
     max_graphs: int
     cache_share: float
     rows: tuple[tuple[str, int, str], ...]
+    streamed_blocks: int = 0
 
     @property
     def planned(self) -> int:
