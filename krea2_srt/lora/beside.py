@@ -175,7 +175,9 @@ def _add(adapters: AdapterSet, linear: nn.Module, x: Tokens, out: Tensor) -> Non
     for adapter, scale in adapters.uses:
         if linear not in adapter.factors:
             continue
-        down, start = adapter.downs[linear], 0
+        # Pinned where it is on the host, as of a streamed block: a small copy, in the order of the
+        # stream.
+        down, start = adapter.downs[linear].to(out.device, non_blocking=True), 0
         if plain is None:
             plain = _plain(x, down.dtype)
         narrow = plain @ down.t()
@@ -184,5 +186,6 @@ def _add(adapters: AdapterSet, linear: nn.Module, x: Tokens, out: Tensor) -> Non
             continue
         for factor in adapter.factors[linear]:
             own = narrow[:, start : start + factor.rank]
-            out[:, factor.start : factor.stop].addmm_(own, factor.up.t(), alpha=scale)
+            up = factor.up.to(out.device, non_blocking=True)
+            out[:, factor.start : factor.stop].addmm_(own, up.t(), alpha=scale)
             start += factor.rank

@@ -1,6 +1,6 @@
 """An adapter in the form in which it is multiplied, on the host or on the model's device."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,7 +21,8 @@ class PlacedAdapter:
     Attributes:
         name: see `Adapter`.
         digest: see `Adapter`; what is remembered of a prompt or a schedule is known by it.
-        factors: of each matrix that it changes, all on one device, in the model's compute dtype.
+        factors: of each matrix that it changes, in the model's compute dtype; all on one device but
+            those that stay on the host.
         downs: [ranks of all, in] of each: those that the factors' are parts of, to be multiplied
             with in one go.
         ups: [ranks of all, rows of the matrix] of each, with zeros where a factor changes nothing:
@@ -29,6 +30,8 @@ class PlacedAdapter:
             where they would take twice the memory.
         touches_text: whether it changes what becomes of a prompt.
         touches_time: whether it changes what becomes of a schedule.
+        on_host: matrices whose factors have stayed in pinned host memory, and come to the device
+            when they are multiplied with.
     """
 
     name: str
@@ -38,6 +41,7 @@ class PlacedAdapter:
     ups: Mapping[nn.Module, Tensor]
     touches_text: bool
     touches_time: bool
+    on_host: frozenset[nn.Module] = frozenset()
 
     @classmethod
     def on_host(cls, dit: Krea2DiT, adapter: Adapter) -> "PlacedAdapter":
@@ -52,16 +56,18 @@ class PlacedAdapter:
         factors: dict[nn.Module, tuple[Factor, ...]] = {}
         downs: dict[nn.Module, Tensor] = {}
         ups: dict[nn.Module, Tensor] = {}
+        # Where the model runs: not all of its matrices need be there all the time.
+        device = dit.img_in.weight.device
         for name, found in adapter.matrices.items():
             linear = linears.get(name)
             if linear is None or not all(_fits(factor, linear) for factor in found):
                 raise AdapterError(f"adapter {adapter.name}: its {name} is not this model's")
-            downs[linear] = _ready(_down(found, linear), linear)
-            if linear.weight.device.type == "cpu":
-                ups[linear] = _ready(_up(found, linear), linear)
+            downs[linear] = _ready(_down(found, linear), linear, device)
+            if device.type == "cpu":
+                ups[linear] = _ready(_up(found, linear), linear, device)
                 own = _parts_of(ups[linear], found)
             else:
-                own = [_ready(factor.up, linear) for factor in found]
+                own = [_ready(factor.up, linear, device) for factor in found]
             factors[linear] = _parts(downs[linear], zip(own, found, strict=True))
         text = set(dit.text_fusion.modules())
         time = {dit.time_linear_1, dit.time_linear_2, dit.time_mod_proj}
@@ -76,25 +82,41 @@ class PlacedAdapter:
             bool(touched & time),
         )
 
-    def to(self, device: torch.device) -> "PlacedAdapter":
-        """A copy on a device, under way on its current stream; of the CPU's, a view."""
+    def to(self, device: torch.device, stay: Collection[nn.Module] = ()) -> "PlacedAdapter":
+        """A copy on a device, under way on its current stream; of the CPU's, a view.
+
+        Args:
+            device: where to.
+            stay: matrices whose factors stay where they are.
+        """
         if device.type == "cpu":
             return replace(self)
 
-        downs = {m: down.to(device, non_blocking=True) for m, down in self.downs.items()}
-        moved = {
-            linear: _parts(downs[linear], ((f.up.to(device, non_blocking=True), f) for f in some))
-            for linear, some in self.factors.items()
-        }
-        return replace(self, factors=moved, downs=downs)
+        kept = self.factors.keys() & set(stay)
+        downs, moved = dict(self.downs), dict(self.factors)
+        for linear, some in self.factors.items():
+            if linear not in kept:
+                down = downs[linear] = self.downs[linear].to(device, non_blocking=True)
+                ups = (factor.up.to(device, non_blocking=True) for factor in some)
+                moved[linear] = _parts(down, zip(ups, some, strict=True))
+        return replace(self, factors=moved, downs=downs, on_host=frozenset(kept))
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
-        if self.ups:
-            both = (*self.downs.values(), *self.ups.values())
-            return sum(tensor.nbytes for tensor in both)
-        return sum(factor.nbytes for some in self.factors.values() for factor in some)
+        """Bytes that it takes where it is."""
+        return self.nbytes_without(self.on_host)
+
+    def nbytes_without(self, left: Collection[nn.Module]) -> int:
+        """Bytes that the factors of all matrices but some take."""
+        found = 0
+        for linear, some in self.factors.items():
+            if linear in left:
+                continue
+            if self.ups:
+                found += self.downs[linear].nbytes + self.ups[linear].nbytes
+            else:
+                found += sum(factor.nbytes for factor in some)
+        return found
 
 
 def _fits(factor: Factor, linear: Linear) -> bool:
@@ -129,9 +151,9 @@ def _parts_of(up: Tensor, factors: Iterable[Factor]) -> list[Tensor]:
     return found
 
 
-def _ready(tensor: Tensor, linear: Linear) -> Tensor:
+def _ready(tensor: Tensor, linear: Linear, device: torch.device) -> Tensor:
     """A copy in the compute dtype, pinned where there is a device to copy it to."""
-    pinned = linear.weight.device.type == "cuda"
+    pinned = device.type == "cuda"
     return torch.empty(tensor.shape, dtype=linear.dtype, pin_memory=pinned).copy_(tensor)
 
 

@@ -24,7 +24,8 @@ class AdapterPool:
     """Adapters by what is in them.
 
     One that is dropped lives on as long as a sequence has it; from the device it goes to where it
-    was copied from, and from the host to its file.
+    was copied from, and from the host to its file. Factors of blocks that are on the host stay
+    there, in pinned memory, and take no room on the device.
 
     Args:
         dit: the model that they are for.
@@ -43,6 +44,7 @@ class AdapterPool:
     ) -> None:
         self._dit = dit
         self._device = dit.img_in.weight.device
+        self._hosted = {linear for b in dit.host_blocks.values() for linear in b.linears}
         self.on_device = RecentAdapters(max_bytes)
         self.on_host = RecentAdapters(max_host_bytes)
         self.hits = self.uploads = self.reads = 0
@@ -158,7 +160,7 @@ class AdapterPool:
         return digest in self.on_device or digest in self.on_host
 
     def _keep(self, adapter: PlacedAdapter) -> None:
-        self._sizes[adapter.digest] = adapter.nbytes
+        self._sizes[adapter.digest] = adapter.nbytes_without(self._hosted)
         self.on_host.add(adapter)
 
     def _found(self, use: AdapterUse) -> PlacedAdapter:
@@ -185,8 +187,8 @@ class AdapterPool:
             return found
         host = self.on_host.find(digest)
         assert host is not None
-        self.on_device.make_room(host.nbytes)
+        self.on_device.make_room(host.nbytes_without(self._hosted))
         self.uploads += 1
-        found = host.to(self._device)
+        found = host.to(self._device, self._hosted)
         self.on_device.add(found)
         return found

@@ -1,6 +1,7 @@
 """The Krea 2 DiT: one stream of text and image tokens, for a pack of sequences."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 
 import torch
@@ -11,6 +12,7 @@ from krea2_srt.kernels.operations import TORCH, Operations
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.deltas import Deltas
+from krea2_srt.model.host_blocks import BlockWeights, HostBlock, without_memory
 from krea2_srt.model.host_copies import to_device
 from krea2_srt.model.layers import (
     GatedAttention,
@@ -25,6 +27,8 @@ from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.quantization import Quantization, block_linears
 from krea2_srt.model.text_fusion import TextFusion
 from krea2_srt.model.weights import WeightSlot
+
+_ON_DEVICE = nullcontext()
 
 
 class DiTBlock(nn.Module):
@@ -46,6 +50,11 @@ class DiTBlock(nn.Module):
         )
         self.ff = SwiGLU(size, config.intermediate_size, linears)
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its matrices."""
+        return self.attn.qkvg, self.attn.out, self.ff.gate_up, self.ff.down
+
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         yield f"{prefix}scale_shift_table", WeightSlot(self.scale_shift_table)
         yield from self.norm1.weight_map(f"{prefix}norm1.")
@@ -65,12 +74,17 @@ class Krea2DiT(nn.Module):
         dtype: compute dtype of matrices and of the token stream.
         quantization: of the blocks' matrices; None leaves them in the compute dtype.
         rotations: of matrices that a checkpoint has in int8 already; see `block_linears`.
+        on_host: numbers of blocks whose matrices are in host memory, pinned where the model is on
+            a GPU.
 
     Attributes:
         operations: what runs between the matrix multiplications of the blocks.
+        host_blocks: those on the host, by number, in order.
+        block_weights: brings these to the device; None where there are none, or none is to run.
     """
 
     operations: Operations = TORCH
+    block_weights: BlockWeights | None = None
 
     def __init__(
         self,
@@ -78,6 +92,7 @@ class Krea2DiT(nn.Module):
         dtype: torch.dtype,
         quantization: Quantization | None = None,
         rotations: Mapping[str, int] = MappingProxyType({}),
+        on_host: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -93,10 +108,17 @@ class Krea2DiT(nn.Module):
         self.time_linear_2 = Linear(hidden, {"linear_2": hidden}, bias=True, dtype=dtype)
         self.time_mod_proj = Linear(hidden, {"time_mod_proj": 6 * hidden}, bias=True, dtype=dtype)
         self.text_fusion = TextFusion(config, dtype)
-        self.blocks = nn.ModuleList(
-            DiTBlock(config, block_linears(quantization, number, dtype, rotations))
-            for number in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList()
+        self.host_blocks: dict[int, HostBlock] = {}
+        for number in range(config.num_layers):
+            linears = block_linears(quantization, number, dtype, rotations)
+            if number not in on_host:
+                self.blocks.append(DiTBlock(config, linears))
+                continue
+            block = DiTBlock(config, without_memory(linears))
+            pinned = self.img_in.weight.device.type == "cuda"
+            self.host_blocks[number] = HostBlock(block.linears, pinned)
+            self.blocks.append(block)
         self.final_norm = RMSNorm(hidden, config.norm_eps)
         self.final_table = parameter(2, hidden, dtype=torch.float32)
         self.final_linear = Linear(hidden, {"linear": config.in_channels}, bias=True, dtype=dtype)
@@ -189,28 +211,34 @@ class Krea2DiT(nn.Module):
         format = self.blocks[blocks.start].attn.qkvg.format
         h = do.norm_scale_shift(x, scale, shift, rows, eps, format)
         for i in blocks:
-            block = self.blocks[i]
-            scale, shift, format = m.scales[:, i, 1], m.shifts[:, i, 1], block.ff.gate_up.format
-            # What a branch returns gets no name here: it would live on while the next one runs,
-            # which is when memory is fullest.
-            h = do.add_gated_norm(
-                x,
-                m.gates[:, i, 0],
-                block.attn(h, attention, pack.segments, pack.rope, do, deltas),
-                scale,
-                shift,
-                rows,
-                eps,
-                format,
-            )
-            if i + 1 == blocks.stop:
-                return do.add_gated(x, m.gates[:, i, 1], block.ff(h, do, deltas), rows)
-            scale, shift = m.scales[:, i + 1, 0], m.shifts[:, i + 1, 0]
-            format = self.blocks[i + 1].attn.qkvg.format
-            h = do.add_gated_norm(
-                x, m.gates[:, i, 1], block.ff(h, do, deltas), scale, shift, rows, eps, format
-            )
+            with self.on_device(i):
+                block = self.blocks[i]
+                scale, shift, format = m.scales[:, i, 1], m.shifts[:, i, 1], block.ff.gate_up.format
+                # What a branch returns gets no name here: it would live on while the next one runs,
+                # which is when memory is fullest.
+                h = do.add_gated_norm(
+                    x,
+                    m.gates[:, i, 0],
+                    block.attn(h, attention, pack.segments, pack.rope, do, deltas),
+                    scale,
+                    shift,
+                    rows,
+                    eps,
+                    format,
+                )
+                if i + 1 == blocks.stop:
+                    return do.add_gated(x, m.gates[:, i, 1], block.ff(h, do, deltas), rows)
+                scale, shift = m.scales[:, i + 1, 0], m.shifts[:, i + 1, 0]
+                format = self.blocks[i + 1].attn.qkvg.format
+                h = do.add_gated_norm(
+                    x, m.gates[:, i, 1], block.ff(h, do, deltas), scale, shift, rows, eps, format
+                )
         return x
+
+    def on_device(self, block: int) -> AbstractContextManager[None]:
+        """Within it a block's matrices are on the device; see `BlockWeights.on_device`."""
+        weights = self.block_weights
+        return _ON_DEVICE if weights is None else weights.on_device(block)
 
     def finish(
         self, x: Tensor, pack: Pack, modulation: Modulation, deltas: Deltas | None = None

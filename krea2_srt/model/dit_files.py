@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,7 @@ def load_dit(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
+    on_host: Collection[int] = (),
 ) -> Krea2DiT:
     """Load a DiT straight onto its device.
 
@@ -131,17 +132,19 @@ def load_dit(
         quantization: of the blocks' matrices, each quantised as it is read.
         deltas: what is added to matrices before that, by their Diffusers names; see
             `krea2_srt.lora.merge`.
+        on_host: numbers of blocks whose matrices go to host memory instead, the same to the bit:
+            one after another passes the device, where they are quantised.
 
     Raises:
         CheckpointError: missing or damaged files, or tensors that do not fit the config.
-        ConfigError: the quantization does not fit the model.
+        ConfigError: the quantization does not fit the model, or host memory cannot be pinned.
         AdapterError: the deltas are another model's.
     """
     with open_dit(path) as opened:
         _check_deltas(deltas, opened.tensors)
         rotations = _rotations(matrices_of(opened.plan), opened.tensors)
-        dit = _empty(opened.config, device, dtype, quantization, rotations)
-        loaded = load_weights(opened.tensors, dit.weight_map(), deltas)
+        dit = _empty(opened.config, device, dtype, quantization, rotations, on_host)
+        loaded = load_weights(opened.tensors, dit.weight_map(), deltas, device)
     line = loaded.line(path, opened.notes, advise_fp8=quantization is None)
     if line is not None:
         logger.info("%s", line)
@@ -316,9 +319,10 @@ def _empty(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     rotations: Mapping[str, int] = MappingProxyType({}),
+    on_host: Collection[int] = (),
 ) -> Krea2DiT:
     with torch.device(device):
-        return Krea2DiT(config, dtype, quantization, rotations).eval()
+        return Krea2DiT(config, dtype, quantization, rotations, on_host).eval()
 
 
 def stored_shapes(config: Krea2Config) -> dict[str, tuple[int, ...]]:

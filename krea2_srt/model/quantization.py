@@ -143,8 +143,11 @@ class QuantizedLinear(Linear):
         self.scale[place] = rows.scale.to(self.scale.device)
 
     def _store(self, start: int, stored: Tensor) -> None:
-        """Quantise a stored matrix into the rows from ``start`` on."""
-        for quantized in quantized_rows(stored, self.format, self.weight.device):
+        """Quantise a stored matrix into the rows from ``start`` on: on a device that it is on
+        already, or else where the rows are.
+        """
+        device = self.weight.device if stored.device.type == "cpu" else stored.device
+        for quantized in quantized_rows(stored, self.format, device):
             rows = slice(start, start + len(quantized))
             self.weight[rows] = quantized.values
             self.scale[rows] = quantized.scale

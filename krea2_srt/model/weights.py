@@ -131,6 +131,7 @@ def load_weights(
     stored: Mapping[str, StoredTensor],
     weight_map: Mapping[str, WeightSlot],
     deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
+    device: torch.device | None = None,
 ) -> LoadedWeights:
     """Copy tensors into ``weight_map``; call `check_weights` first.
 
@@ -141,6 +142,8 @@ def load_weights(
         stored: what open files have, by name; tensors without a slot are not read.
         weight_map: where each tensor goes.
         deltas: what is added to tensors before they are cast or quantised, by their names there.
+        device: where sums and rows in 8 bits are computed, so that weights that stay on the host
+            are those of the device to the bit; by default where they go.
 
     Returns:
         What became of them.
@@ -158,9 +161,10 @@ def load_weights(
         loaded.cast(source, slot.view.dtype)
         tensor = source.read()
         if name in deltas:
-            tensor = deltas[name].added_to(tensor.to(slot.view.device))
+            tensor = deltas[name].added_to(tensor.to(device or slot.view.device))
         if slot.store is not None:
-            slot.store(tensor)
+            stays = device is None or slot.view.device.type == device.type
+            slot.store(tensor if stays else tensor.to(device))
             continue
         if slot.transform is not None:
             tensor = slot.transform(tensor)

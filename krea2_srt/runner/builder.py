@@ -43,6 +43,7 @@ from krea2_srt.runner.memory_sizes import GIB, PartSizes
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
 from krea2_srt.runner.part_sizes import checkpoint_sizes
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
+from krea2_srt.runner.streamed_blocks import streamed_positions
 from krea2_srt.runner.warm_up import warm_up
 from krea2_srt.start_up import StartUp, process_age_s
 
@@ -236,6 +237,7 @@ class RunnerBuilder:
             backends,
             fused_gate=operations is TRITON and self.quantization is None,
         )
+        streamed = self._streamed_blocks(plan)
         resident = self.config.text_encoder != "offload"
         imported_s = process_age_s()
         # Under way already, where the process knew its checkpoint before it imported torch.
@@ -251,6 +253,7 @@ class RunnerBuilder:
                 deltas=deltas,
                 attention=attention,
                 text_encoder_resident=plan.text_encoder_resident if plan else resident,
+                streamed_blocks=streamed,
                 caches=self.caches.scaled(plan.cache_share) if plan else self.caches,
             )
         finally:
@@ -266,20 +269,38 @@ class RunnerBuilder:
             int(self.config.lora_host_gib * GIB),
         )
         runner.dit.operations = operations
-        use_fastest_product(runner.dit, candidates)
-        runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
+        # One of a streamed block's is at hand to be tried, should all blocks be streamed.
+        with runner.dit.on_device(next(iter(streamed), 0)):
+            use_fastest_product(runner.dit, candidates)
+            runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
         if plan is None:
             return runner
         logger.info("krea2-srt: memory of %s:\n%s", self.device, plan.report())
         runner.prompt_encoder.prompts_at_once = plan.max_encoded_prompts
         runner.vae.use_kernels(operations is TRITON)
-        if plan.max_graph_tokens:
+        if streamed:
+            text = "krea2-srt: no CUDA graphs: %d of %d blocks are streamed from host memory"
+            logger.info(text, len(streamed), runner.num_blocks)
+        elif plan.max_graph_tokens:
             self._use_graphs(runner, plan)
         if self.config.warm_up_s:
             race = self.config.cuda_graphs == "auto" and not self.config.max_graph_tokens
             with runner.on_stream():
                 warm_up(runner, self.config.warm_up_s, race=race)
         return runner
+
+    def _streamed_blocks(self, plan: MemoryPlan | None) -> tuple[int, ...]:
+        """Numbers of the blocks that come from host memory as they run; none on a CPU."""
+        if plan is None or not plan.streamed_blocks:
+            return ()
+        if self.config.cuda_graphs == "on":
+            raise ConfigError(
+                f"cuda_graphs: on needs all blocks on the GPU, {plan.streamed_blocks} are streamed "
+                f"from host memory; auto runs without graphs"
+            )
+        return streamed_positions(
+            dit_config(self.checkpoint.transformer).num_layers, plan.streamed_blocks
+        )
 
     def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
         """What serves the adapters of the settings' folder; None where there is none.

@@ -146,8 +146,9 @@ class RunnerExecutor:
             return Preview(self._side_stream.start(decode, (latents,)))
 
     def statistics(self) -> dict[str, Any]:
-        """Counters of the steps, the graphs and the prompt cache; on a GPU also its memory in
-        bytes. ``graph_failures`` says in words which graphs could not be captured, and why.
+        """Counters of the steps, the graphs, the prompt cache, adapters, and streamed blocks where
+        there are any; on a GPU also its memory in bytes. ``graph_failures`` says in words which
+        graphs could not be captured, and why.
         """
         contexts, device = self._runner.contexts, self._runner.device
         found = {
@@ -158,6 +159,7 @@ class RunnerExecutor:
             "context_cache_bytes": contexts.num_bytes,
             **self._runner.graph_statistics(),
             **self._runner.adapters.statistics(),
+            **self._runner.streaming_statistics(),
         }
         if device.type == "cuda":
             found["device_memory_bytes"] = torch.cuda.memory_reserved(device)

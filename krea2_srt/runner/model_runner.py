@@ -1,6 +1,6 @@
 """The model runner: from prompts to contexts, from noise to latents, from latents to pixels."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from krea2_srt.model.vae_files import load_vae, vae_config
 from krea2_srt.model.weights import WeightDelta
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
+from krea2_srt.runner.block_stream import BlockStream
 from krea2_srt.runner.byte_cache import ByteCache
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.device_state import DeviceState, all_or_none
@@ -38,6 +39,7 @@ from krea2_srt.runner.prompt_encoder import PromptEncoder
 from krea2_srt.runner.schedule_modulation import ModulationRows, ScheduleModulation
 from krea2_srt.runner.sequence_shape import branch_shapes
 from krea2_srt.runner.side_stream import CudaSideStream
+from krea2_srt.runner.upload_stream import CudaUploadStream, UploadStream
 from krea2_srt.start_up import StartUp
 
 STREAM_PRIORITY = -1
@@ -72,6 +74,7 @@ class Krea2Runner:
     Attributes:
         graphs: replay steps where it can; None runs all eagerly.
         adapters: those that images can be generated with.
+        block_stream: brings blocks from the host; None where all are on the device.
         start_up: how long loading took; None where nobody has timed it.
     """
 
@@ -91,6 +94,7 @@ class Krea2Runner:
         self.attention = attention
         self.prompt_encoder = PromptEncoder(text_encoder, dit, attention)
         self.graphs: StepGraphs | None = None
+        self.block_stream: BlockStream | None = None
         self.start_up: StartUp | None = None
         self.device = dit.img_in.weight.device
         self.adapters = AdapterPool(dit)
@@ -111,6 +115,7 @@ class Krea2Runner:
         deltas: Mapping[str, WeightDelta] = MappingProxyType({}),
         attention: AttentionChoice | None = None,
         text_encoder_resident: bool = True,
+        streamed_blocks: Collection[int] = (),
         caches: CacheBytes = CacheBytes(),
     ) -> "Krea2Runner":
         """Load all parts straight onto one device.
@@ -124,14 +129,19 @@ class Krea2Runner:
             deltas: what is added to the DiT's matrices for good; see `load_dit`.
             attention: overrides the choice by device, dtype and measurement.
             text_encoder_resident: see `load_text_encoder`.
+            streamed_blocks: numbers of the DiT's blocks that come from host memory as they run; on
+                a GPU only.
             caches: bounds of what is remembered.
 
         Raises:
             CheckpointError: something is missing, damaged or does not fit together.
+            ConfigError: host memory cannot be pinned.
             AdapterError: the deltas are another model's.
         """
         _check_that_parts_fit(checkpoint, dtype)
-        dit = load_dit(checkpoint.transformer, device, dtype, quantization, deltas)
+        dit = load_dit(
+            checkpoint.transformer, device, dtype, quantization, deltas, streamed_blocks
+        )
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
             checkpoint.tokenizer,
@@ -141,7 +151,7 @@ class Krea2Runner:
             text_encoder_resident,
         )
         vae = load_vae(checkpoint.vae, device, vae_dtype or dtype)
-        return cls(
+        runner = cls(
             dit,
             text_encoder,
             vae,
@@ -149,6 +159,9 @@ class Krea2Runner:
             attention or choose_attention(device, dtype),
             caches,
         )
+        if dit.host_blocks:
+            runner.stream_blocks(CudaUploadStream(device))
+        return runner
 
     @cached_property
     def stream(self) -> "torch.cuda.Stream | None":
@@ -294,6 +307,20 @@ class Krea2Runner:
         assert flags is not None
         return flags
 
+    def stream_blocks(self, uploads: UploadStream) -> None:
+        """Have the blocks that are on the host come to the device as they run, from now on.
+
+        Args:
+            uploads: copies them.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for two of them.
+        """
+        self.block_stream = BlockStream(self.dit.host_blocks, self.device, uploads)
+        self.dit.block_weights = self.block_stream
+        with self.on_stream():
+            self.block_stream.prepare()
+
     def use_graphs(
         self,
         capture: Capture,
@@ -302,7 +329,7 @@ class Krea2Runner:
         adapter_slots: AdapterSlots | None = None,
     ) -> None:
         """Replay the steps that can be replayed from now on. The weights must stay where they are,
-        or `release_graphs` be called before they move.
+        or `release_graphs` be called before they move: no blocks may be streamed.
 
         Args:
             capture: how graphs are captured.
@@ -312,6 +339,7 @@ class Krea2Runner:
                 these, or there are none.
         """
         assert self.attention.graph is not None
+        assert self.block_stream is None
         self.graphs = StepGraphs(
             self.dit,
             self.attention.graph.attend,
@@ -342,11 +370,13 @@ class Krea2Runner:
 
     def release_memory(self) -> None:
         """Give back all memory on the device that can be made anew: graphs with their buffers and
-        the adapters' slots, what is remembered of prompts, schedules and layouts, and adapters that
-        can be read again.
+        the adapters' slots, buffers of streamed blocks, what is remembered of prompts, schedules
+        and layouts, and adapters that can be read again.
         Sequences keep what they hold.
         """
         self.release_graphs()
+        if self.block_stream is not None:
+            self.block_stream.release()
         self.adapters.release()
         for cache in (self.contexts, self._modulations, self.packs):
             cache.clear()
@@ -373,6 +403,10 @@ class Krea2Runner:
             **{f"graph_misses_{why.value}": sum(r.eager[why] for r in records) for why in Eager},
             **(slots.statistics() if slots is not None else {}),
         }
+
+    def streaming_statistics(self) -> dict[str, int]:
+        """Counters of blocks that are streamed; empty where none are."""
+        return {} if self.block_stream is None else self.block_stream.statistics()
 
     @torch.inference_mode()
     def prepare(self, states: Sequence[DeviceState], steps: int = 1) -> bool:

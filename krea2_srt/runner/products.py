@@ -110,7 +110,9 @@ def use_fastest_product(
         ConfigError: none is right.
     """
     linears = [module for module in dit.modules() if isinstance(module, QuantizedLinear)]
-    shapes = {linear.weight.shape: linear for linear in reversed(linears)}
+    # Those of streamed blocks are on the host while their block does not run.
+    here = [linear for linear in linears if linear.weight.device == dit.img_in.weight.device]
+    shapes = {linear.weight.shape: linear for linear in reversed(here)}
     if not candidates or not shapes:
         return ""
     race = Race(timer)

@@ -176,6 +176,9 @@ def _replacements(
         "Stream": machine.Stream,
         "Event": machine.Event,
         "CUDAGraph": machine.CUDAGraph,
+        "cudart": lambda: SimpleNamespace(
+            cudaHostRegister=machine.register_host, cudaHostUnregister=machine.unregister_host
+        ),
         "MemPool": type("MemPool", (_Pool,), {"machine": machine}),
         "graph_pool_handle": machine.graph_pool_handle,
         "is_current_stream_capturing": capturing,

@@ -20,6 +20,8 @@ from tests.torch.cuda_rules.triton_writes import written_arguments
 
 aten = torch.ops.aten
 
+PAGE = 4096
+
 _SHAPES = Shapes()
 """The same for all machines."""
 
@@ -42,6 +44,7 @@ class Machine:
         looks: at an event, for which it is not done.
         read: may change a number that the host reads, from the tensor and what it would be.
         allocator: of the device's memory.
+        registered: host memory that is pinned where it was, by its address.
         launched: how many operations were queued.
     """
 
@@ -66,6 +69,7 @@ class Machine:
         self.CUDAGraph = type("CUDAGraph", (Graph,), {"machine": self})
         self.default = self.Stream()
         self._pinned: dict[int, Memory] = {}
+        self.registered: dict[int, Memory] = {}
         self._pools: dict[PoolId, Memory] = {}
         self._num_pools = 0
         self._plans: set[Any] = set()
@@ -191,9 +195,32 @@ class Machine:
 
     def pinned(self, tensor: Tensor) -> Memory | None:
         """Its memory if it is pinned."""
-        if not self._pinned or isinstance(tensor, DeviceTensor):
+        if isinstance(tensor, DeviceTensor) or not (self._pinned or self.registered):
             return None
-        return self._pinned.get(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        found = self._pinned.get(storage._cdata)
+        return self.registered.get(storage.data_ptr()) if found is None else found
+
+    def register_host(self, address: int, num_bytes: int, flags: int) -> int:
+        """``cudaHostRegister``: pages can be locked only once, and CUDA takes whole ones."""
+        start, end = _pages(address, num_bytes)
+        for other, memory in self.registered.items():
+            first, last = _pages(other, memory.num_bytes)
+            if start < last and first < end:
+                return 712  # cudaErrorHostMemoryAlreadyRegistered
+        self.registered[address] = Memory(num_bytes, None, foreign=True)
+        return 0
+
+    def unregister_host(self, address: int) -> int:
+        """``cudaHostUnregister``, after which the memory may go."""
+        memory = self.registered.pop(address, None)
+        if memory is None:
+            return 713  # cudaErrorHostMemoryNotRegistered
+        if self.open and memory.uses.pending(self.host):
+            # Nobody may be there to catch it: it may be called by a finalizer.
+            text = "registered memory is freed before its copy is done"
+            self.violations.append(RuleError(Rule.PINNED, text))
+        return 0
 
     def pin(self, tensor: Tensor, foreign: bool = False) -> Tensor:
         """From now on its memory is pinned."""
@@ -283,7 +310,7 @@ class Machine:
         pin = kwargs.get("pin_memory")
         if pin:
             kwargs = kwargs | {"pin_memory": False}
-        if self._pinned and not what.views:
+        if (self._pinned or self.registered) and not what.views:
             written = what.written(args, kwargs)
             for tensor in tensors:
                 self.host_use(tensor, any(tensor is w for w in written), what.name)
@@ -518,6 +545,10 @@ class Machine:
             return
         number = stream.clock[stream.stream_id]
         self.use(pinned, stream, span(host), not to_device, number, what)
+
+
+def _pages(address: int, num_bytes: int) -> Span:
+    return address // PAGE, -(-(address + num_bytes) // PAGE)
 
 
 def _bound(func: Any, args: Any, kwargs: dict[str, Any], *names: str) -> list[Any]:

@@ -1,5 +1,7 @@
 """The released architectures, as small as they can be: here only what is queued counts."""
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import AttentionChoice, known_backends
 from krea2_srt.runner.model_runner import Krea2Runner
+from krea2_srt.runner.upload_stream import CudaUploadStream
 from tests.torch.cuda_rules.tensors import CUDA
 
 LAYERS = (0, 1)
@@ -35,14 +38,24 @@ SMALL = Krea2Config(
 )
 
 
-def small_runner(quantization: Quantization | None = None) -> Krea2Runner:
-    """On the device of the rules, loaded and at rest; without graphs."""
-    dtype = torch.bfloat16
-    if quantization is None:
-        dit = random_dit(SMALL, CUDA, dtype)
+def small_runner(
+    quantization: Quantization | None = None,
+    blocks: int = SMALL.num_layers,
+    streamed: Collection[int] = (),
+) -> Krea2Runner:
+    """On the device of the rules, loaded and at rest; without graphs.
+
+    Args:
+        quantization: of the blocks.
+        blocks: how many.
+        streamed: those that come from host memory.
+    """
+    dtype, sizes = torch.bfloat16, replace(SMALL, num_layers=blocks)
+    if quantization is None and not streamed:
+        dit = random_dit(sizes, CUDA, dtype)
     else:
         with torch.device(CUDA):
-            dit = Krea2DiT(SMALL, dtype, quantization).eval()
+            dit = Krea2DiT(sizes, dtype, quantization, on_host=streamed).eval()
     dit.operations = default_operations(CUDA)
     text, rotary = empty_text_model(TINY.text, max(LAYERS), dtype)
     model: Any = text.to_empty(device=CUDA)
@@ -58,5 +71,7 @@ def small_runner(quantization: Quantization | None = None) -> Krea2Runner:
     runner = Krea2Runner(
         dit, encoder, vae, SamplingDefaults(True), AttentionChoice(backend, backend)
     )
+    if streamed:
+        runner.stream_blocks(CudaUploadStream(CUDA))
     torch.cuda.synchronize()
     return runner

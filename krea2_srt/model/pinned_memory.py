@@ -1,0 +1,37 @@
+"""Host memory that a device copies from at the full rate, and no more of it than is asked for."""
+
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+from krea2_srt.errors import ConfigError
+
+
+def pinned_bytes(count: int) -> Tensor:
+    """Pinned host memory of exactly so many bytes: uint8 [count], zeros.
+
+    torch's own allocator of pinned memory makes powers of two of all sizes: 512 MiB of the 414 of
+    a block in 8 bits. Here whole pages are taken from the system and locked where they are.
+
+    Whoever has queued copies from it must have waited for them before it goes.
+
+    Args:
+        count: bytes, above 0.
+
+    Raises:
+        ConfigError: the system does not lock as much.
+    """
+    memory = torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
+    address = memory.data_ptr()
+    runtime = torch.cuda.cudart()
+    if status := int(runtime.cudaHostRegister(address, count, 0)):
+        raise ConfigError(
+            f"streamed_blocks: {count / 2**30:.2f} GiB more of host memory could not be pinned "
+            f"(CUDA error {status}); fewer streamed blocks need less"
+        )
+    # The storage goes with its last view, and the pages after it.
+    unlock = weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
+    unlock.atexit = False  # the system does it, and CUDA may be gone
+    return memory
