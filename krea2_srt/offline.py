@@ -28,7 +28,7 @@ from krea2_srt.lora.scaled_files import ScaledFile
 from krea2_srt.messages import preview_steps
 from krea2_srt.model.checkpoint import Krea2Checkpoint, SamplingDefaults
 from krea2_srt.model.hub import find_checkpoint
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import Quantization, served
 from krea2_srt.request import (
     MAX_ADAPTER_SCALE,
     MAX_ADAPTERS,
@@ -96,7 +96,7 @@ class Krea2:
         recipe: str | None = None,
         device: str | torch.device = "auto",
         dtype: str = "bfloat16",
-        quantization: Quantization | None = None,
+        quantization: Quantization | str | None = None,
         lora_merge: Lora | None = None,
     ) -> "Krea2":
         """Load a checkpoint, and download what of it is not on disk.
@@ -113,7 +113,8 @@ class Krea2:
             recipe: ``turbo`` or ``raw``, whatever the model says of itself.
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:1``.
             dtype: ``bfloat16`` or ``float32``.
-            quantization: of the transformer's matrices.
+            quantization: of the transformer's matrices: ``int8``, ``fp8``, or any other that
+                `Quantization` can say.
             lora_merge: adapters that are added to the weights for good, before these are
                 quantised: images take no longer, and none can do without them.
 
@@ -125,6 +126,8 @@ class Krea2:
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        if isinstance(quantization, str):
+            quantization = served(quantization)
         chosen = device if isinstance(device, torch.device) else device_of(device)
         environment, kind = read_environment(), getattr(torch, dtype)
         parts = {"text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}

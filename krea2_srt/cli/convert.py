@@ -25,8 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write a Krea 2 checkpoint in another layout or in 8 bits. OUT appears when "
         "all of it is on the disk and was read back from there, or not at all; what was lost is "
         "said in the end.",
-        epilog="What is served from OUT is, with --quantization fp8, the same to the last bit as "
-        "from IN. See docs/checkpoints.md.",
+        epilog="What is served from OUT is, with the same --quantization, the same to the last bit "
+        "as from IN. See docs/checkpoints.md.",
     )
     add_version(parser)
     add = parser.add_argument
@@ -38,10 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="folder or file to write; must not exist")
     add(
         "--quantization",
-        choices=("none", "fp8"),
+        choices=("none", "int8", "fp8"),
         default="none",
-        help="fp8: the matrices of the transformer's blocks in 8 bits with a scale per row; half "
-        "the size, and other pictures; what else there is stays as it is (default none)",
+        help="int8, fp8: the matrices of the transformer's blocks in 8 bits with a scale per row, "
+        "those in int8 rotated (int8_convrot); half the size, and other pictures; what else there "
+        "is stays as it is (default none)",
     )
     add(
         "--layout",

@@ -10,13 +10,11 @@ from torch import Tensor
 from krea2_srt.convert.losses import Losses
 from krea2_srt.convert.tensor_file import DTYPES, TensorHeader
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
-from krea2_srt.model.dit_files import StoredDiT, eight_bit_formats, original_name, original_shape
-from krea2_srt.model.quantization import Quantization, quantized_rows
+from krea2_srt.model.dit_files import StoredDiT, original_name, original_shape
+from krea2_srt.model.quantization import Quantization, meaning, quantized_rows
 from krea2_srt.model.stored.formats import PLAIN
+from krea2_srt.model.stored.markers import marker_of
 from krea2_srt.model.stored.tensor import StoredTensor
-
-MARKER = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
-"""By which ComfyUI and others know a matrix's format, ``<stem>.comfy_quant``."""
 
 _HOST = torch.device("cpu")
 
@@ -77,7 +75,7 @@ class Conversion:
         rows = self._rows(self.format, losses)
         yield rows.values
         yield rows.scale
-        yield MARKER
+        yield _marker_tensor(self.format)
 
     def _numbers(self, losses: Losses) -> Tensor:
         (header,) = self.headers
@@ -96,7 +94,7 @@ class Conversion:
         measured = losses.measure(self.name, read)
         found = []
         for rows in quantized_rows(read, format, _HOST):
-            measured.add(rows.dequantized())
+            measured.add(meaning(rows, format))
             found.append(rows)
         return QuantizedTokens(
             torch.cat([rows.values for rows in found]), torch.cat([rows.scale for rows in found])
@@ -124,7 +122,7 @@ def conversions(
     stored: StoredDiT, quantization: Quantization | None, names: Names
 ) -> list[Conversion]:
     """What is written for each tensor of a DiT, in the order in which they are stored."""
-    formats = eight_bit_formats(stored.config, quantization) if quantization is not None else {}
+    formats = stored.eight_bit_formats(quantization) if quantization is not None else {}
     return [
         conversion(name, source, formats.get(name), names)
         for name, source in stored.tensors.items()
@@ -143,5 +141,10 @@ def _headers(
     return (
         TensorHeader(written, format.dtype, source.shape),
         TensorHeader(f"{stem}.weight_scale", torch.float32, (source.shape[0], 1)),
-        TensorHeader(f"{stem}.comfy_quant", torch.uint8, tuple(MARKER.shape)),
+        TensorHeader(f"{stem}.comfy_quant", torch.uint8, tuple(_marker_tensor(format).shape)),
     )
+
+
+def _marker_tensor(format: TokenFormat) -> Tensor:
+    """By which ComfyUI and others know a matrix's format, ``<stem>.comfy_quant``."""
+    return torch.tensor(list(json.dumps(marker_of(format)).encode()), dtype=torch.uint8)

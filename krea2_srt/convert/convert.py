@@ -62,6 +62,7 @@ def convert_to_folder(
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
+        ConfigError: the quantization does not fit the model, or no file can have it.
         OSError: the folder cannot be written, there is no room for it, or it exists.
     """
 
@@ -86,7 +87,7 @@ def convert_to_file(
         out, quantization, on_progress: see `convert_to_folder`.
 
     Raises:
-        CheckpointError, OSError: see `convert_to_folder`.
+        CheckpointError, ConfigError, OSError: see `convert_to_folder`.
     """
 
     def plan(stored: StoredDiT, stack: ExitStack) -> Plan:

@@ -132,7 +132,7 @@ def _transformer_config(
         config["is_distilled"] = checkpoint.sampling.distilled
     config.pop(QUANTIZATION, None)
     if quantization is not None:
-        config[QUANTIZATION] = {"quant_method": "krea2_srt", "format": quantization.name}
+        config[QUANTIZATION] = {"quant_method": "krea2_srt", "format": quantization.format}
     return _json(config)
 
 

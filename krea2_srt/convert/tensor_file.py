@@ -22,6 +22,7 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
     "U8": torch.uint8,
 }
 """By their names in a file's header."""

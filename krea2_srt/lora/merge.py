@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.errors import AdapterError
+from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.lora.adapter import Adapter
 from krea2_srt.lora.rounding import Rounding
 from krea2_srt.model.config import Krea2Config
@@ -40,7 +41,7 @@ class _Sum:
     products: tuple[_Product, ...]
     rounding: Rounding | None
 
-    def added_to(self, stored: Tensor) -> Tensor:
+    def added_to(self, stored: Tensor, format: TokenFormat | None) -> Tensor:
         if tuple(stored.shape) != self.matrix.shape:
             raise AdapterError(
                 f"{self.name} has shape {list(stored.shape)}, the merged adapter is for one of "
@@ -52,7 +53,7 @@ class _Sum:
             rows = total[product.start : product.start + len(up)]
             rows.addmm_(up, down, alpha=product.weight)
         if self.rounding is not None:
-            self.rounding.note(self.matrix.linear, stored, total)
+            self.rounding.note(stored, total, format)
         return total
 
 

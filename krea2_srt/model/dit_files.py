@@ -24,7 +24,7 @@ from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat
 from krea2_srt.model.config import CLASS_NAME, Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.json_files import parse_json, read_json
-from krea2_srt.model.matrices import Matrix, matrices_of
+from krea2_srt.model.matrices import matrices_of
 from krea2_srt.model.part_files import CONFIG
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.releases import WEIGHTS
@@ -142,10 +142,9 @@ def load_dit(
     """
     with open_dit(path) as opened:
         _check_deltas(deltas, opened.tensors)
-        rotations = _rotations(matrices_of(opened.plan), opened.tensors)
-        dit = _empty(opened.config, device, dtype, quantization, rotations, on_host)
+        dit = _empty(opened.config, device, dtype, quantization, opened.rotations, on_host)
         loaded = load_weights(opened.tensors, dit.weight_map(), deltas, device)
-    line = loaded.line(path, opened.notes, advise_fp8=quantization is None)
+    line = loaded.line(path, opened.notes, advise=quantization is None)
     if line is not None:
         logger.info("%s", line)
     return dit
@@ -168,6 +167,29 @@ class StoredDiT:
     tensors: Mapping[str, StoredTensor]
     plan: Krea2DiT
     notes: Sequence[str]
+
+    @property
+    def rotations(self) -> dict[str, int]:
+        """How int8 matrices are rotated, by the DiT's name of them, where all their parts agree."""
+        found: dict[str, set[int | None]] = {}
+        for name, matrix in matrices_of(self.plan).items():
+            format = self.tensors[f"{name}.weight"].eight_bit
+            int8 = format is not None and format.dtype is torch.int8
+            found.setdefault(matrix.linear, set()).add(format.rotation if format and int8 else None)
+        return {
+            linear: rotation
+            for linear, rotations in found.items()
+            if len(rotations) == 1 and (rotation := next(iter(rotations))) is not None
+        }
+
+    def eight_bit_formats(self, quantization: Quantization) -> dict[str, TokenFormat]:
+        """What a DiT that is loaded with a quantization has each matrix in that is quantised, by
+        Diffusers name.
+        """
+        meta = torch.device("meta")  # takes no memory
+        dit = _empty(self.config, meta, torch.bfloat16, quantization, self.rotations)
+        slots = dit.weight_map().items()
+        return {name: slot.eight_bit for name, slot in slots if slot.eight_bit is not None}
 
 
 @contextmanager
@@ -192,28 +214,6 @@ def open_dit(path: Path) -> Iterator[StoredDiT]:
             written=lambda name: stored[name].key if name in stored else name,
         )
         yield StoredDiT(tuple(files), config, stored, plan, opened.notes)
-
-
-def eight_bit_formats(config: Krea2Config, quantization: Quantization) -> dict[str, TokenFormat]:
-    """What each matrix that is quantised is stored in, by Diffusers name."""
-    slots = _meta_weight_map(config, quantization)
-    return {n: slot.eight_bit for n, slot in slots.items() if slot.eight_bit is not None}
-
-
-def _rotations(
-    matrices: Mapping[str, Matrix], stored: Mapping[str, StoredTensor]
-) -> dict[str, int]:
-    """How int8 matrices are rotated, by the DiT's name of them, where all their parts agree."""
-    found: dict[str, set[int | None]] = {}
-    for name, matrix in matrices.items():
-        format = stored[f"{name}.weight"].eight_bit
-        int8 = format is not None and format.dtype is torch.int8
-        found.setdefault(matrix.linear, set()).add(format.rotation if format and int8 else None)
-    return {
-        linear: rotation
-        for linear, rotations in found.items()
-        if len(rotations) == 1 and (rotation := next(iter(rotations))) is not None
-    }
 
 
 def dit_config(path: Path) -> Krea2Config:
@@ -306,11 +306,9 @@ def _check_deltas(deltas: Mapping[str, WeightDelta], tensors: Mapping[str, Store
         raise AdapterError(f"the model has no {other[0]} that a merged adapter changes")
 
 
-def _meta_weight_map(
-    config: Krea2Config, quantization: Quantization | None = None
-) -> dict[str, WeightSlot]:
+def _meta_weight_map(config: Krea2Config) -> dict[str, WeightSlot]:
     """What a DiT of this config needs, found without taking memory for it."""
-    return _empty(config, torch.device("meta"), torch.bfloat16, quantization).weight_map()
+    return _empty(config, torch.device("meta"), torch.bfloat16).weight_map()
 
 
 def _empty(

@@ -42,9 +42,9 @@ class Quantization:
     """Which matrices are quantised, and how.
 
     Attributes:
-        format: ``fp8`` (e4m3) or ``int8``. The latter is there to be compared with: on a GPU its
-            tokens are quantised in operations of their own, which costs what it saves.
-        rotation: rotate the inputs by a Hadamard matrix first, which spreads outliers.
+        format: ``fp8`` (e4m3) or ``int8``.
+        rotation: rotate the inputs by a Hadamard matrix first, which spreads outliers. int8 needs
+            it, its steps are all of one size; e4m3 has its own exponent, and gains nothing.
         keep: names of matrices that stay in the compute dtype; ``*`` and ``?`` match any text and
             any character.
     """
@@ -60,6 +60,7 @@ class Quantization:
 
     @property
     def name(self) -> str:
+        """What tells variants apart where they are compared; users know the format alone."""
         return self.format + ("_rotated" if self.rotation else "")
 
     def check(self, num_blocks: int) -> None:
@@ -81,8 +82,21 @@ class Quantization:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
 
-SERVED = {"fp8": Quantization("fp8")}
-"""What a server can be asked for, by name."""
+SERVED = {"fp8": Quantization("fp8"), "int8": Quantization("int8", rotation=True)}
+"""What can be asked for, by name. What one of them leaves in the compute dtype unless it is told
+otherwise is its `Quantization.keep`.
+"""
+
+
+def served(name: str) -> Quantization:
+    """What a name asks for.
+
+    Raises:
+        ConfigError: it is none of `SERVED`.
+    """
+    if name not in SERVED:
+        raise ConfigError(f"quantization: must be one of {', '.join(SERVED)}, got {name!r}")
+    return SERVED[name]
 
 
 class QuantizedLinear(Linear):
@@ -169,6 +183,13 @@ def quantized_rows(
         if format.rotation:
             weight = rotate(weight, format.rotation)
         yield quantize_rows(weight, format.dtype)
+
+
+def meaning(rows: QuantizedTokens, format: TokenFormat) -> Tensor:
+    """What rows of a weight stand for: float32 [rows, in], not rotated."""
+    numbers = rows.dequantized()
+    # The rotation is its own inverse.
+    return rotate(numbers, format.rotation) if format.rotation else numbers
 
 
 def block_linears(

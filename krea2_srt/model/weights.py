@@ -49,11 +49,12 @@ class WeightSlot:
 class WeightDelta(Protocol):
     """What is added to a stored matrix for good, as an adapter is that is merged."""
 
-    def added_to(self, stored: Tensor) -> Tensor:
+    def added_to(self, stored: Tensor, format: TokenFormat | None) -> Tensor:
         """The sum, in float32 and on the stored matrix's device; that one is left alone.
 
         Args:
             stored: [out, in], in any float dtype.
+            format: what the sum is quantised to; None where it is cast to the compute dtype.
 
         Raises:
             AdapterError: it is for a matrix of another shape.
@@ -161,7 +162,8 @@ def load_weights(
         loaded.cast(source, slot.view.dtype)
         tensor = source.read()
         if name in deltas:
-            tensor = deltas[name].added_to(tensor.to(device or slot.view.device))
+            where = device or slot.view.device
+            tensor = deltas[name].added_to(tensor.to(where), slot.eight_bit)
         if slot.store is not None:
             stays = device is None or slot.view.device.type == device.type
             slot.store(tensor if stays else tensor.to(device))

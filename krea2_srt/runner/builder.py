@@ -219,7 +219,7 @@ class RunnerBuilder:
             CheckpointError: something is missing, damaged or does not fit together.
             AdapterError: one that is to be merged cannot be read, or is another model's.
         """
-        rounding = Rounding(self.dtype, self.quantization)
+        rounding = Rounding(self.dtype)
         deltas = self._deltas(rounding)
         use_expandable_segments(self.device)
         operations = self._operations()

@@ -50,10 +50,11 @@ def check(server_args: Any) -> None:
     path = server_args.model_path
     if serves_krea2(server_args):
         # It imports SGLang, which does so with plugins.
-        from krea2_srt.sglang.options import unsupported_options
+        from krea2_srt.sglang.options import check_quantization_of_sglang, unsupported_options
 
         if options := unsupported_options(server_args):
             refuse_single_files(path, server_args, options)
+            check_quantization_of_sglang(server_args, options)
         elif not server_args.model_subfolder:
             check_on_disk(source_of(path, server_args))
     elif "backend" not in explicit_options(server_args) and is_krea2_on_disk(path):

@@ -5,11 +5,12 @@ is then handed to SGLang instead of being ignored.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sglang.multimodal_gen import envs
 
+from krea2_srt.errors import ConfigError
 from krea2_srt.model.parts import PARTS
 from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.model.releases import CLASS_NAME
@@ -58,6 +59,9 @@ HONOURED = HONOURED_FIELDS | frozenset((_AROUND_THE_PIPELINE + _READ_BY_THE_RUNN
 _ENVIRONMENT = {"SGLANG_CACHE_DIT_ENABLED": False, "SGLANG_DIFFUSION_CFG_GATE_STEP": 1.0}
 """Environment variables that change what SGLang's own denoising stage computes, when not this."""
 
+_SGLANGS_WORDS = {"convrot_int8": "int8"}
+"""SGLang's names of quantizations where ours are others."""
+
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nnodes": (1,),
     "node_rank": (0,),
@@ -88,7 +92,7 @@ def unsupported_options(server_args: Any) -> list[str]:
         found.add("--disagg-role")
     if server_args.comfyui_mode:
         found.add("--comfyui-mode")
-    if server_args.quantization and server_args.quantization not in SERVED:
+    if server_args.quantization and _quantization_name(server_args) not in SERVED:
         found.add("--quantization")
     found |= {
         name for name, off in _ENVIRONMENT.items() if getattr(envs, name, None) not in (None, off)
@@ -113,8 +117,33 @@ def quantization_of(server_args: Any) -> Quantization | None:
     """What ``--quantization`` and ``--quantization-ignored-layers`` ask for."""
     if not server_args.quantization:
         return None
-    keep = tuple(server_args.quantization_ignored_layers or ())
-    return dataclasses.replace(SERVED[server_args.quantization], keep=keep)
+    asked = SERVED[_quantization_name(server_args)]
+    if not server_args.quantization_ignored_layers:
+        return asked
+    return dataclasses.replace(asked, keep=tuple(server_args.quantization_ignored_layers))
+
+
+def check_quantization_of_sglang(server_args: Any, options: Sequence[str]) -> None:
+    """Check that SGLang's own Krea 2 knows the quantization by the name that was given.
+
+    Args:
+        options: that only SGLang honours.
+
+    Raises:
+        ConfigError: it has another.
+    """
+    for theirs, ours in _SGLANGS_WORDS.items():
+        if server_args.quantization == ours:
+            raise ConfigError(
+                f"--quantization: SGLang's own Krea 2, which {', '.join(options)} would need, "
+                f"does not know {ours}; its own is called {theirs}"
+            )
+
+
+def _quantization_name(server_args: Any) -> str:
+    """Our name of it."""
+    name: str = server_args.quantization
+    return _SGLANGS_WORDS.get(name, name)
 
 
 def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:

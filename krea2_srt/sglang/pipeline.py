@@ -33,7 +33,12 @@ from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.sglang.adapters import adapters_of
 from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.commands import USERS, ending_in_a_line
-from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
+from krea2_srt.sglang.options import (
+    check_quantization_of_sglang,
+    is_server,
+    quantization_of,
+    unsupported_options,
+)
 from krea2_srt.sglang.parts import refuse_single_files, source_of
 from krea2_srt.sglang.products import products
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
@@ -74,6 +79,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
                 options = paged_by_sglang(find(model_path, server_args), server_args)
             if options:
                 refuse_single_files(model_path, server_args, options)
+                check_quantization_of_sglang(server_args, options)
             if options and not server_args.model_subfolder:
                 # In place of the repo's name, by which SGLang would download all that is in it.
                 model_path = str(local_folder(model_path, server_args))
@@ -116,7 +122,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             "Turbo" if self.runner.sampling.distilled else "Raw",
             builder.device,
             builder.dtype,
-            f" with {builder.quantization.name}" if builder.quantization else "",
+            f" with {builder.quantization.format}" if builder.quantization else "",
             self.attention,
         )
         # One module under a name that no checkpoint has: SGLang's sleep mode can move it, and its

@@ -146,7 +146,7 @@ class Krea2Scheduler(Scheduler):
             GetStatistics: self._statistics,
             GetModel: self._model,
         }
-        quantized = f"+{runner.dit.quantization.name}" if runner.dit.quantization else ""
+        quantized = f"+{runner.dit.quantization.format}" if runner.dit.quantization else ""
         self._model_info = ModelInfo(
             self.server_args.model_path,
             runner.sampling.distilled,

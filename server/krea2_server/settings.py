@@ -133,7 +133,7 @@ class Settings(BaseSettings):
         description="other names that clients may use for it; * is any without a colon",
     )
     replicas: int = Field(1, ge=1, le=64, description="scheduler processes, one for each GPU")
-    quantization: Literal["none", "fp8"] = Field(
+    quantization: Literal["none", "int8", "fp8"] = Field(
         "none", description="of the transformer's matrices; see docs/gpu.md"
     )
     sglang_args: str = Field(

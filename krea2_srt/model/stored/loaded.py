@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.model.stored.formats import FP8, PLAIN
 from krea2_srt.model.stored.tensor import StoredTensor
 
@@ -20,7 +19,8 @@ class LoadedWeights:
     def __init__(self) -> None:
         self._plain: Counter[str] = Counter()
         self._quantised: Counter[tuple[str, str]] = Counter()
-        self._fp8_fits = False
+        self._from_plain: Counter[tuple[str, str]] = Counter()
+        self._fitting: dict[tuple[str, str], str] = {}
 
     def taken(self, source: StoredTensor) -> None:
         """Its 8 bits are the model's."""
@@ -29,29 +29,36 @@ class LoadedWeights:
     def cast(self, source: StoredTensor, dtype: torch.dtype) -> None:
         """It was read, and became numbers of this dtype."""
         if source.kind in PLAIN:
-            self._plain[source.kind.lower()] += 1
+            kind = source.kind.lower()
+            if dtype in _QUANTISED:
+                self._from_plain[kind, f"quantised to {_QUANTISED[dtype]}"] += 1
+            else:
+                self._plain[kind] += 1
             return
         if dtype in _QUANTISED:
             became = f"dequantised and quantised to {_QUANTISED[dtype]}"
         else:
             became = f"dequantised to {str(dtype).removeprefix('torch.')}"
-            self._fp8_fits |= source.eight_bit == TokenFormat()
+            if source.eight_bit is not None:
+                self._fitting[source.kind, became] = _QUANTISED[source.eight_bit.dtype]
         self._quantised[source.kind, became] += 1
 
-    def line(self, where: Path, notes: Iterable[str] = (), advise_fp8: bool = False) -> str | None:
+    def line(self, where: Path, notes: Iterable[str] = (), advise: bool = False) -> str | None:
         """All of it for the log; None where all tensors are stored as plain numbers.
 
         Args:
             where: the file or folder.
             notes: what else to say.
-            advise_fp8: whether ``--quantization fp8`` was not asked for, and could be.
+            advise: whether ``--quantization`` was not asked for, and could be.
         """
         if not self._quantised:
             return None
         counts = sorted(self._quantised.items(), key=lambda one: (one[0][1] != _TAKEN, -one[1]))
-        parts = [f"{n} {_noun(kind, n)} {kind}, {how}" for (kind, how), n in counts]
-        if advise_fp8 and self._fp8_fits:
-            parts[-1] += " (--quantization fp8 would take those of the blocks as they are)"
+        parts = []
+        for (kind, how), n in [*counts, *self._from_plain.most_common()]:
+            parts.append(f"{n} {_noun(kind, n)} {kind}, {how}")
+            if advise and (name := self._fitting.get((kind, how))) is not None:
+                parts[-1] += f" (--quantization {name} would take those of the blocks as they are)"
         parts += [f"{n} tensors {kind}" for kind, n in self._plain.most_common()]
         return f"krea2-srt: {where}: {'; '.join([*parts, *notes])}"
 

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as shortened
 
-from krea2_srt.errors import CheckpointError
+import torch
+
+from krea2_srt.errors import CheckpointError, ConfigError
+from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.model.stored.formats import INSTEAD
 
 FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
@@ -77,6 +80,22 @@ def parse_marker(said: object) -> Marker:
         _flag(values, "full_precision_matrix_mult"),
         None if shape is None else tuple(shape),
     )
+
+
+def marker_of(format: TokenFormat) -> dict[str, object]:
+    """The JSON of a marker of what products are made of; `parse_marker` reads it.
+
+    Raises:
+        ConfigError: there is no marker for it.
+    """
+    if format.dtype is torch.float8_e4m3fn:
+        if format.rotation:
+            raise ConfigError("quantization: no file has fp8 that is rotated; use int8 or fp8")
+        return {"format": "float8_e4m3fn"}
+    said: dict[str, object] = {"format": "int8_tensorwise"}
+    if format.rotation:
+        said |= {"convrot": True, "convrot_groupsize": format.rotation}
+    return said
 
 
 def _rotation(values: Mapping[str, object], format: str) -> int:

@@ -68,7 +68,7 @@ def test_a_factor_of_some_rows_of_a_matrix_changes_only_these():
     assert list(deltas) == ["transformer_blocks.1.attn.to_k.weight"]
     (delta,) = deltas.values()
     stored = torch.zeros(32, 64, dtype=torch.bfloat16)
-    added = delta.added_to(stored)
+    added = delta.added_to(stored, None)
     assert added.dtype == torch.float32
     assert added.sum(1).tolist() == [0.0] * 10 + [32.0] * 4 + [0.0] * 18
     assert not stored.any()

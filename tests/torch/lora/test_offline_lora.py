@@ -231,7 +231,7 @@ def test_what_rounding_loses_is_measured(
         name: type(pair)(pair.down * size, pair.up, pair.alpha)
         for name, pair in random_pairs(config).items()
     }
-    rounding = Rounding(dtype, quantization)
+    rounding = Rounding(dtype)
     adapter = read_adapter(FORMS[0].write(pairs, tmp_path), config)
     deltas = merge([(adapter, 1.0)], config, rounding)
     assert rounding.lost == 0

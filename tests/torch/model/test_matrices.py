@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from krea2_srt.errors import AdapterError
+from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import load_dit, read_config, stored_shapes
 from krea2_srt.model.layers import Linear
@@ -31,7 +32,7 @@ class OneMore:
     def __init__(self) -> None:
         self.stored: list[Tensor] = []
 
-    def added_to(self, stored: Tensor) -> Tensor:
+    def added_to(self, stored: Tensor, format: TokenFormat | None) -> Tensor:
         self.stored.append(stored)
         return stored.float() + 1
 

@@ -370,7 +370,7 @@ def test_the_original_shape_of_a_gguf_tensor_is_what_the_model_sees(tmp_path):
 
 def test_an_adapter_is_merged_into_what_the_file_means(tmp_path):
     class Twice:
-        def added_to(self, stored):
+        def added_to(self, stored, format):
             return stored.to(torch.float32, copy=True) * 2
 
     name = f"{diffusers_name(MATRIX + '.weight')}"
