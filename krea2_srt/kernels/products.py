@@ -211,8 +211,9 @@ def _product_kernel(
     token = tl.minimum(token_start + tl.arange(0, TOKENS), num_tokens - 1)
     turn = tl.arange(0, COLUMNS)
     row = tl.minimum(column_start + turn // halves, OUT - 1) + turn % halves * OUT
-    # Whole numbers are summed as such.
-    found = tl.zeros((TOKENS, COLUMNS), tl.int32 if INT8 else tl.float32)
+    # Whole numbers are summed as such; Triton 3.6 has to be told at the product too.
+    sums: tl.constexpr = tl.int32 if INT8 else tl.float32
+    found = tl.zeros((TOKENS, COLUMNS), sums)
     if TMA:
         for start in range(0, WIDTH, DEPTH):
             x = x_ptr.load([token_start, start])
@@ -220,7 +221,7 @@ def _product_kernel(
                 weight = weight_ptr.load([column_start, 0, start]).reshape(COLUMNS, DEPTH)
             else:
                 weight = weight_ptr.load([column_start, start])
-            found = tl.dot(x, weight.T, found, input_precision="ieee", out_dtype=found.dtype)
+            found = tl.dot(x, weight.T, found, "ieee", out_dtype=sums)
     else:
         depth = tl.arange(0, DEPTH)
         x_at = x_ptr + token.to(tl.int64)[:, None] * WIDTH + depth[None, :]
@@ -233,7 +234,7 @@ def _product_kernel(
                 inside = (start + depth < WIDTH)[None, :]
                 x = tl.load(x_at + start, inside, 0.0)
                 weight = tl.load(weight_at + start, inside, 0.0)
-            found = tl.dot(x, weight.T, found, input_precision="ieee", out_dtype=found.dtype)
+            found = tl.dot(x, weight.T, found, "ieee", out_dtype=sums)
     found = found.to(tl.float32)
     if SCALED:
         found *= tl.load(x_scale_ptr + token)[:, None]

@@ -65,6 +65,9 @@ WIDE = re.compile(
 
 TENSOR_CORES = re.compile(r"(wgmma|tcgen05|mma)\.(?:mma_async|mma|sync)")
 
+INT8_SUMS = re.compile(r"mma[.\w:]*(?:\.s32\.s8\.s8|\.kind::i8)")
+"""Products of int8 in the tensor cores, summed in int32."""
+
 
 def compiled(call: Call, target: int) -> dict[str, Any]:
     """What a kernel takes of a processor, launched so on a target."""
@@ -99,6 +102,7 @@ def compiled(call: Call, target: int) -> dict[str, Any]:
     return resources(built.asm["cubin"]) | {
         "warps": options["num_warps"],
         "wide_loads": len(WIDE.findall(ptx)),
+        "int8_sums": len(INT8_SUMS.findall(ptx)),
         "tensor_cores": sorted(set(TENSOR_CORES.findall(ptx))),
         "shared_bytes": built.metadata.shared,
         "shared_limit": SHARED_LIMIT[target] * 1024,
@@ -204,8 +208,10 @@ def lora_launches():
             x = torch.empty(TOKENS, width, dtype=torch.bfloat16)
             name = f"{matrix} rank {rank}"
             yield f"lora shrink {name}", partial(lora_shrink_triton, x, down, index, slots, parts)
-            for format, dtype in DTYPES.items():
-                quantized = QuantizedTokens(x.to(dtype), torch.ones(TOKENS, 1))
+            # Of int8 one of each tile.
+            formats = list(DTYPES)[: 2 if matrix == "qkvg" and rank in (16, 64) else 1]
+            for format in formats:
+                quantized = QuantizedTokens(x.to(DTYPES[format]), torch.ones(TOKENS, 1))
                 yield (
                     f"lora shrink {format} {name}",
                     partial(lora_shrink_triton, quantized, down, index, slots, parts),

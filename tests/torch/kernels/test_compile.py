@@ -51,6 +51,9 @@ def resources(
 def test_every_kernel_is_there(resources):
     kernels = {name.partition(" on ")[0] for name in resources}
     assert len(kernels) >= 19
+    for format in ("fp8", "int8"):
+        for kernel in ("norm", "gated norm", "sigmoid gate", "silu mul", "quantize"):
+            assert {f"{kernel} {format}", f"{kernel} {format} rotated"} <= kernels
     assert {name for name in resources if "fp8" in name and "sm_80" in name} == set()
 
 
@@ -77,6 +80,15 @@ def test_products_attention_and_adapters_run_on_the_newest_tensor_cores(resource
     for name, found in kernels.items():
         newest = {"90": "wgmma", "100": "tcgen05"}.get(name.rpartition("_")[2], "mma")
         assert newest in found["tensor_cores"], name
+
+
+def test_products_of_int8_are_summed_as_whole_numbers_by_the_tensor_cores(resources):
+    kernels = {name for name in resources if "product int8" in name}
+    assert {name.partition(" on ")[0] for name in kernels} == {
+        "product int8",
+        "swiglu product int8",
+    }
+    assert {name for name, r in resources.items() if r["int8_sums"]} == kernels
 
 
 def test_a_processor_holds_enough_warps_of_every_kernel(resources):

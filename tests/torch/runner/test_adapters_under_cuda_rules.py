@@ -74,8 +74,13 @@ def adapted(runner: Krea2Runner, count: int = 10, num_slots: int = 2) -> list[fr
 
 @pytest.mark.parametrize(
     "quantization",
-    [None, Quantization("fp8"), Quantization("fp8", rotation=True)],
-    ids=["bf16", "fp8", "fp8 rotated"],
+    [
+        None,
+        Quantization("fp8"),
+        Quantization("fp8", rotation=True),
+        Quantization("int8", rotation=True),
+    ],
+    ids=["bf16", "fp8", "fp8 rotated", "int8 rotated"],
 )
 def test_packs_with_adapters_are_replayed(cuda, launches, quantization):
     runner = small_runner(quantization)

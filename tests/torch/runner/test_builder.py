@@ -110,14 +110,20 @@ def test_settings_reach_the_plan(gpu):
         asked(gpu, gpu_memory_gib=0.5).plan()
 
 
-def test_fp8_needs_a_gpu_that_multiplies_it(gpu, monkeypatch):
-    fp8 = replace(gpu, quantization=Quantization("fp8"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(ConfigError, match=r"^quantization: fp8 needs .* this one has 8\.6"):
-        fp8.plan()
-    assert replace(gpu, quantization=Quantization("int8")).plan() is not None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert fp8.plan() is not None
+@pytest.mark.parametrize(
+    ("format", "too_old", "oldest"), [("fp8", (8, 6), (8, 9)), ("int8", (7, 5), (8, 0))]
+)
+def test_8_bits_need_a_gpu_that_multiplies_them(gpu, monkeypatch, format, too_old, oldest):
+    quantized = replace(gpu, quantization=Quantization(format))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: too_old)
+    one_line = (
+        rf"^quantization: {format} needs .* {oldest[0]}\.{oldest[1]} .* this one has {too_old[0]}"
+    )
+    with pytest.raises(ConfigError, match=one_line):
+        quantized.plan()
+    assert gpu.plan() is not None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: oldest)
+    assert quantized.plan() is not None
 
 
 @pytest.mark.parametrize(
@@ -267,13 +273,16 @@ def test_the_products_are_chosen_for_the_model_that_was_loaded(as_on_a_gpu, monk
     assert loaded.dit.operations.fused_mlp_tokens == 1088
 
 
-def test_int8_runs_without_kernels(gpu):
-    int8 = replace(gpu, quantization=Quantization("int8"))
-    assert int8._operations().name == "torch"
-    assert gpu._operations().name == "triton"
-    assert replace(gpu, quantization=Quantization("fp8"))._operations().name == "triton"
-    with pytest.raises(ConfigError, match=r"^kernels: "):
-        asked(int8, kernels="triton")._operations()
+@pytest.mark.parametrize("quantization", [None, Quantization("fp8"), Quantization("int8")])
+def test_a_gpu_runs_tritons_kernels_in_all_formats(gpu, quantization):
+    setup = replace(gpu, quantization=quantization)
+    assert setup._operations().name == "triton"
+    assert asked(setup, kernels="triton")._operations().name == "triton"
+    assert asked(setup, kernels="torch")._operations().name == "torch"
+    on_cpu = replace(setup, device=CPU)
+    assert on_cpu._operations().name == "torch"
+    with pytest.raises(ConfigError, match=r"^kernels: triton does not run on cpu"):
+        asked(on_cpu, kernels="triton")._operations()
 
 
 @pytest.mark.parametrize("wants_previews", [False, True])

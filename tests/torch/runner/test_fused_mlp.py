@@ -22,7 +22,8 @@ from krea2_srt.runner.fused_mlp import TOKENS, check_fused_mlp, first_fused, wit
 from tests.comparisons import CPU
 from tests.torch.cuda_rules import cuda_rules
 
-SETTINGS = [None, Quantization("fp8"), Quantization("fp8", keep=("*.ff.down",))]
+INT8 = Quantization("int8", rotation=True)
+SETTINGS = [None, Quantization("fp8"), Quantization("fp8", keep=("*.ff.down",)), INT8]
 
 
 class Clock:
@@ -153,7 +154,7 @@ def test_without_tritons_kernels_there_is_none(demo_model):
         check_fused_mlp("on", TORCH)
 
 
-@pytest.mark.parametrize("quantization", [None, Quantization("fp8", rotation=True)], ids=str)
+@pytest.mark.parametrize("quantization", [None, Quantization("fp8", rotation=True), INT8], ids=str)
 @pytest.mark.parametrize("tma", [True, False])
 def test_it_is_captured_and_replayed_by_cudas_rules(monkeypatch, quantization, tma):
     monkeypatch.setattr(products, "tiles_of", lambda device: replace(products.SMALL, tma=tma))

@@ -33,7 +33,7 @@ TEXT = {
     "head_dim": 128,
 }
 VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), (0.0,) * 16, (1.0,) * 16)
-KINDS = [None, Quantization("fp8")]
+KINDS = [None, Quantization("fp8"), Quantization("int8", rotation=True)]
 KINDS += [Quantization("fp8", keep=("*.ff.down",)), Quantization("fp8", keep=("3.*",))]
 TOKENS = [317, 4160, 16448]
 

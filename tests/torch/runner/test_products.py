@@ -4,6 +4,7 @@ import math
 import sys
 import types
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from krea2_srt.errors import ConfigError
 from krea2_srt.kernels.products import ScaledProduct, scaled_product
 from krea2_srt.kernels.quantize import quantize_rows
 from krea2_srt.model.dit_files import load_dit
-from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
 from krea2_srt.runner.products import (
     TOKENS,
     known_products,
@@ -23,11 +24,20 @@ from krea2_srt.runner.products import (
 from tests.comparisons import CPU, relative_error
 
 CUDA, FP8 = torch.device("cuda"), Quantization("fp8")
+INT8 = Quantization("int8", rotation=True)
+both = pytest.mark.parametrize("quantization", [FP8, INT8], ids=lambda q: q.format)
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_model: Path):
+    """The demo model in a format; loaded once, as nothing but its products is changed."""
+    folder = demo_model / "transformer"
+    return cache(lambda quantization: load_dit(folder, CPU, torch.bfloat16, quantization))
 
 
 @pytest.fixture
-def dit(demo_model: Path):
-    return load_dit(demo_model / "transformer", CPU, torch.bfloat16, FP8)
+def dit(loaded):
+    return loaded(FP8)
 
 
 def linears(dit) -> list[QuantizedLinear]:
@@ -69,8 +79,10 @@ class Clock:
         return self.ms[name][TOKENS.index(tokens)]
 
 
-def test_all_matrices_take_the_fastest(dit, caplog):
+@both
+def test_all_matrices_take_the_fastest(loaded, quantization, caplog):
     caplog.set_level("INFO")
+    dit = loaded(quantization)
     clock = Clock(slow=(2, 30), fast=(1, 20))
     candidates = clock.candidates
     assert use_fastest_product(dit, candidates, clock) == "fast"
@@ -87,9 +99,11 @@ def test_small_and_large_packs_count_alike(dit):
     assert use_fastest_product(dit, clock.candidates, clock) == "small"
 
 
+@both
 @pytest.mark.parametrize("fault", ["raises", "differs", "nan"])
-def test_one_that_fails_its_trial_is_passed_over(dit, fault, caplog):
+def test_one_that_fails_its_trial_is_passed_over(loaded, quantization, fault, caplog):
     caplog.set_level("INFO")
+    dit = loaded(quantization)
     clock = Clock(broken=(1, 1), works=(9, 9))
     candidates = clock.candidates | {"broken": clock.candidate("broken", fault)}
     assert use_fastest_product(dit, candidates, clock) == "works"
@@ -107,20 +121,21 @@ def test_a_forced_one_is_tried_and_not_timed(dit):
     assert clock.timed == []
 
 
-def test_what_is_not_there_is_refused():
-    known = {"torch": scaled_product}
-    assert product_candidates("auto", CUDA, FP8, known) == known
-    with pytest.raises(ConfigError, match=r"^products: sglang is not there; there are torch"):
-        product_candidates("sglang", CUDA, FP8, known)
+@both
+def test_what_is_not_there_is_refused(quantization):
+    known = {"torch": scaled_product, "triton": scaled_product}
+    assert product_candidates("auto", CUDA, quantization, known) == known
+    message = rf"^products: sglang is not there for {quantization.format}; there are torch, triton$"
+    with pytest.raises(ConfigError, match=message):
+        product_candidates("sglang", CUDA, quantization, known)
 
 
-@pytest.mark.parametrize(
-    ("device", "quantization"), [(CPU, FP8), (CUDA, None), (CUDA, Quantization("int8"))]
-)
-def test_without_e4m3_on_a_gpu_there_is_nothing_to_choose(dit, device, quantization):
+@pytest.mark.parametrize(("device", "quantization"), [(CPU, FP8), (CPU, INT8), (CUDA, None)])
+def test_without_8_bits_on_a_gpu_there_is_nothing_to_choose(dit, device, quantization):
     for forced in ("auto", "torch"):
         assert product_candidates(forced, device, quantization, known_products()) == {}
-    with pytest.raises(ConfigError, match=r"^products: triton multiplies matrices of"):
+    message = r"^products: triton multiplies matrices of --quantization fp8 or int8 on a GPU, and"
+    with pytest.raises(ConfigError, match=message):
         product_candidates("triton", device, quantization, known_products())
     assert use_fastest_product(dit, {}) == ""
 
@@ -138,15 +153,17 @@ def test_tritons_own_is_left_out_where_its_kernels_are():
     assert "triton" not in known_products(triton=False)
 
 
-def test_sglangs_kernel_is_called_as_it_wants_to_be(dit, monkeypatch):
+@both
+def test_sglangs_kernel_is_called_as_it_wants_to_be(loaded, quantization, monkeypatch):
     """A stand-in with the checks of the package's own: layouts, sizes and dtypes."""
+    dit, dtype = loaded(quantization), DTYPES[quantization.format]
 
-    def fp8_scaled_mm(mat_a, mat_b, scales_a, scales_b, out_dtype, bias=None):
+    def scaled_mm(mat_a, mat_b, scales_a, scales_b, out_dtype, bias=None):
         assert mat_a.stride(1) == 1
         assert mat_b.stride(0) == 1
         assert mat_a.shape[1] == mat_b.shape[0]
         assert mat_a.shape[1] % 16 == mat_b.shape[1] * out_dtype.itemsize % 16 == 0
-        assert mat_a.dtype == mat_b.dtype == torch.float8_e4m3fn
+        assert mat_a.dtype == mat_b.dtype == dtype
         assert out_dtype in (torch.float16, torch.bfloat16)
         assert scales_a.numel() == mat_a.shape[0]
         assert scales_b.numel() == mat_b.shape[1]
@@ -159,12 +176,13 @@ def test_sglangs_kernel_is_called_as_it_wants_to_be(dit, monkeypatch):
 
     package = types.ModuleType("sgl_kernel")
     package.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
-    package.fp8_scaled_mm = fp8_scaled_mm  # type: ignore[attr-defined]
+    # The other format's is not there: it must not be asked for.
+    setattr(package, f"{quantization.format}_scaled_mm", scaled_mm)
     monkeypatch.setitem(sys.modules, "sgl_kernel", package)
     sglang = {"sglang": known_products()["sglang"]}
     assert use_fastest_product(dit, sglang) == "sglang"
     linear = linears(dit)[0]
     x = torch.randn(5, linear.weight.shape[1], generator=torch.Generator().manual_seed(0))
-    tokens = quantize_rows(x, torch.float8_e4m3fn)
+    tokens = quantize_rows(x, dtype)
     got = linear.product(tokens, linear.weight, linear.scale, torch.bfloat16)
     assert relative_error(got, linear(tokens)) <= 1e-2

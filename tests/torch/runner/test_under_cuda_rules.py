@@ -8,9 +8,12 @@ import multiprocessing
 import random
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +25,15 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.events import Ended, Progress
 from krea2_srt.engine.lifecycle import Sequence, State
 from krea2_srt.errors import OutOfMemoryError
+from krea2_srt.kernels.products import (
+    ScaledProduct,
+    scaled_product_torch,
+    scaled_product_triton,
+)
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.offload import offload
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import Quantization, QuantizedLinear
 from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.calibration import calibrate, device_name
@@ -145,14 +153,62 @@ def test_graphs_are_captured_before_their_packs_come(with_graphs):
     finish(runner, [start(runner)])
 
 
-@pytest.mark.parametrize("rotation", [False, True])
-def test_a_step_in_8_bits(cuda, rotation):
-    runner = small_runner(Quantization("fp8", rotation=rotation))
+INT8 = Quantization("int8", rotation=True)
+EIGHT_BITS = [Quantization("fp8"), Quantization("fp8", rotation=True), INT8]
+
+
+@pytest.mark.parametrize("product", [scaled_product_torch, scaled_product_triton])
+@pytest.mark.parametrize("quantization", EIGHT_BITS, ids=lambda q: q.name)
+def test_a_step_in_8_bits(cuda, quantization, product):
+    runner = small_runner(quantization)
+    multiply_by(runner, product)
     finish(runner, [start(runner)])
     use_graphs(runner)
     for _ in range(3):
         finish(runner, [start(runner)])
     assert len(runner.graphs) == 1
+    assert runner.graphs.record.failures == {}
+
+
+def multiply_by(runner: Krea2Runner, product: ScaledProduct) -> None:
+    for module in runner.dit.modules():
+        if isinstance(module, QuantizedLinear):
+            module.product = product
+
+
+def queued_by_a_step(cuda: Machine, quantization: Quantization) -> Counter[str]:
+    """Kernels of Triton's and operations of torch's of a step, by name."""
+    runner = small_runner(quantization)
+    multiply_by(runner, scaled_product_triton)
+    finish(runner, [start(runner, steps=1)])
+    sequence, queued = start(runner, steps=1), Counter[str]()
+    launch, dispatch = cuda.launch, cuda.dispatch
+
+    def counted_launch(kernel, args, kwargs):
+        queued[kernel.__name__] += 1
+        launch(kernel, args, kwargs)
+
+    def counted_dispatch(func, args, kwargs):
+        queued[str(func)] += 1
+        return dispatch(func, args, kwargs)
+
+    with (
+        mock.patch.object(cuda, "launch", counted_launch),
+        mock.patch.object(cuda, "dispatch", counted_dispatch),
+    ):
+        assert runner.step([sequence]) == []
+    return queued
+
+
+def test_int8_runs_the_kernels_that_fp8_runs_and_no_operations_of_torch_beside_them(cuda):
+    found = queued_by_a_step(cuda, INT8)
+    assert found == queued_by_a_step(cuda, Quantization("fp8"))
+    blocks = 2
+    assert found["_product_kernel"] == 4 * blocks
+    assert found["_norm_kernel"] >= 2 * blocks  # what they write is quantised
+    assert found["_gate_kernel"] == 2 * blocks
+    assert found["_quantize_kernel"] == 0
+    assert not any("int_mm" in name or "round" in name for name in found)
 
 
 def test_prompts_are_encoded_eagerly_and_replayed(with_graphs):
@@ -425,16 +481,20 @@ def test_1000_random_schedules():
 # Starts, and all branches.
 
 
-def started(folder: Path, **settings) -> Krea2Runner:
+def started(folder: Path, quantization: Quantization | None = None, **settings: Any) -> Krea2Runner:
     """A checkpoint loaded as a server does."""
     checkpoint, dtype = Krea2Checkpoint.from_folder(folder), torch.bfloat16
     config = RunnerConfig(**settings)
-    setup = RunnerBuilder(checkpoint, CUDA, dtype, dtype, dtype, config=config, quantization=None)
+    setup = RunnerBuilder(
+        checkpoint, CUDA, dtype, dtype, dtype, config=config, quantization=quantization
+    )
     return setup.load(setup.plan())
 
 
-def test_a_server_starts_and_warms_up(cuda, demo_model):
-    runner = started(demo_model, warm_up_s=0.2)
+@pytest.mark.parametrize("quantization", [None, INT8], ids=["bf16", "int8"])
+def test_a_server_starts_and_warms_up(cuda, demo_model, quantization):
+    runner = started(demo_model, quantization, warm_up_s=0.2)
+    assert runner.dit.operations.name == "triton"
     with runner.on_stream():  # as the executor does: warm-up may have ended on it
         for _ in range(2):
             finish(runner, [start(runner)])
