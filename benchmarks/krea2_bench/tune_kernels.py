@@ -27,7 +27,7 @@ from krea2_srt.kernels.launch import DEFAULTS, FOLDER, Launch, config_file, devi
 WARPS = (4, 8, 16, 32)
 TOKENS_PER_PROGRAM = {
     "norm": (1, 2, 4, 8),
-    "norm_fp8": (1, 2, 4, 8),
+    "norm_8bit": (1, 2, 4, 8),
     "final_layer": (16, 32),
     "euler": (16, 32, 64),
 }

@@ -16,6 +16,7 @@ from krea2_srt.kernels.quantize import (
     TokenFormat,
     Tokens,
     finish_tokens,
+    largest_of,
     output_tokens,
     pieces_of,
     store_token,
@@ -72,7 +73,7 @@ def _gate_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     SILU: tl.constexpr,
-    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
     ROTATION: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -83,7 +84,7 @@ def _gate_kernel(
     x = value / (1.0 + tl.exp(-gate))
     if SILU:
         x = x * gate
-    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, FP8, ROTATION)
+    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, LARGEST, ROTATION)
 
 
 def _launch(
@@ -91,7 +92,7 @@ def _launch(
 ) -> Tokens:
     num_tokens, width = value.shape
     assert gate.stride(1) == value.stride(1) == 1
-    launch, _ = device_of(value.device).launch(f"{kernel}_fp8" if format else kernel, num_tokens)
+    launch, _ = device_of(value.device).launch(f"{kernel}_8bit" if format else kernel, num_tokens)
     out, out_scale = output_tokens(value, width, format)
     block = triton.next_power_of_2(width)
     if format is None:
@@ -106,7 +107,7 @@ def _launch(
         WIDTH=width,
         BLOCK=block,
         SILU=silu,
-        FP8=format is not None,
+        LARGEST=largest_of(format),
         ROTATION=format.rotation if format else 0,
         num_warps=launch.num_warps,
     )

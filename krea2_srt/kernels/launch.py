@@ -33,19 +33,22 @@ class Launch:
 
 DEFAULTS = {
     "norm": Launch(8, 4),
-    "norm_fp8": Launch(16, 4),
+    "norm_8bit": Launch(16, 4),
     "qk_norm_rope": Launch(8, 1),
     "sigmoid_gate": Launch(4, 1),
     # With fewer warps Triton 3.6 cannot build the rotated one for sm_100.
-    "sigmoid_gate_fp8": Launch(16, 1),
+    "sigmoid_gate_8bit": Launch(16, 1),
     "silu_mul": Launch(4, 1),
-    "silu_mul_fp8": Launch(16, 1),
-    "quantize_fp8": Launch(16, 1),
+    "silu_mul_8bit": Launch(16, 1),
+    "quantize_8bit": Launch(16, 1),
     "final_layer": Launch(4, 16),
     "euler": Launch(4, 32),
     "channel_norm": Launch(4, 1),
 }
-"""For devices without a file."""
+"""For devices without a file. Those of 8 bits serve fp8 and int8: they move the same bytes."""
+
+_FORMER_NAMES = {name.replace("_8bit", "_fp8"): name for name in DEFAULTS if "_8bit" in name}
+"""What files from before int8 call them."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,10 @@ def read_launches(file: Path) -> dict[str, Launch]:
         return dict(DEFAULTS)
     try:
         stored = json.loads(file.read_text())
-        found = {name: Launch(**values) for name, values in stored["launches"].items()}
+        found = {
+            _FORMER_NAMES.get(name, name): Launch(**values)
+            for name, values in stored["launches"].items()
+        }
         for name, launch in found.items():
             _check(name, launch)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -20,6 +20,7 @@ from krea2_srt.kernels.quantize import (
     TokenFormat,
     Tokens,
     finish_tokens,
+    largest_of,
     output_tokens,
     pieces_of,
     store_token,
@@ -114,7 +115,7 @@ def _norm_kernel(
     BLOCK: tl.constexpr,
     GATED: tl.constexpr,
     NORM: tl.constexpr,
-    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
     ROTATION: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)
@@ -157,7 +158,7 @@ def _norm_kernel(
                     out_scale_ptr,
                     WIDTH,
                     BLOCK,
-                    FP8,
+                    LARGEST,
                     ROTATION,
                 )
 
@@ -171,7 +172,7 @@ def _launch(
 ) -> Tokens:
     num_tokens, width = x.shape
     assert x.is_contiguous()
-    launch, tokens = device_of(x.device).launch("norm_fp8" if format else "norm", num_tokens)
+    launch, tokens = device_of(x.device).launch("norm_8bit" if format else "norm", num_tokens)
     gate, update = gated or (x, x)
     assert update.is_contiguous()
     scale, shift, eps = norm or (x, x, 0.0)
@@ -195,7 +196,7 @@ def _launch(
         BLOCK=triton.next_power_of_2(width),
         GATED=gated is not None,
         NORM=norm is not None,
-        FP8=format is not None,
+        LARGEST=largest_of(format),
         ROTATION=format.rotation if format else 0,
         num_warps=launch.num_warps,
     )

@@ -66,7 +66,7 @@ TRITON = Operations(
     lora.lora_shrink_triton,
     lora.lora_expand_triton,
 )
-"""On NVIDIA GPUs; they quantise to fp8 only."""
+"""On NVIDIA GPUs."""
 
 
 def default_operations(device: torch.device) -> Operations:

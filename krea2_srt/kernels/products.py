@@ -3,13 +3,15 @@
     scaled_product:   (x W^T) * x_scale * w_scale                      in 8 bits
     swiglu_product:   silu(x G^T) * (x U^T)      W = gate's rows, then up's; in 16 or in 8 bits
 
-Sums, scales and SiLU are in float32, and only the result is rounded. The product of a plain matrix
+Sums, scales and SiLU are in float32, and only the result is rounded. Sums of int8 are whole numbers
+in int32, exact: a product of two is 2^14 at most, so that they fit up to a width of 131,071, of
+which the model has 16,384. The product of a plain matrix
 multiplication is rounded before its SiLU, so that this one is the nearer to exact, by as much as
 bf16's rounding. Bytes per hidden column of a token that pass through memory from the sums to what
 the down product reads, with 2 of a column in bf16:
 
-    a product, then silu_mul              4 + 4 + 2 = 10;  in fp8  4 + 4 + 1 = 9
-    swiglu_product                        2;               in fp8  2 + 2 + 1 = 5
+    a product, then silu_mul              4 + 4 + 2 = 10;  in 8 bits  4 + 4 + 1 = 9
+    swiglu_product                        2;               in 8 bits  2 + 2 + 1 = 5
 
 The 8-bit result has its token's scale, which no program knows before all columns of the token are
 there: a second kernel reads the 16-bit result once and quantises it. It finds the largest element
@@ -37,6 +39,15 @@ from krea2_srt.kernels.quantize import (
     quantize_tokens,
     quantize_tokens_triton,
 )
+
+_INT8_TOKENS = 512
+"""Most tokens that torch's int8 kernel multiplies at a time."""
+
+_FEWEST_INT8_TOKENS = 17
+"""Fewest that it takes on CUDA."""
+
+_MAX_WIDTH = 2**17 - 1
+"""Widest sum of products of int8 that int32 holds, even of nothing but -128 times -128."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,9 @@ ScaledProduct = Callable[[QuantizedTokens, Tensor, Tensor, torch.dtype], Tensor]
 def scaled_product_torch(
     x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`scaled_product` by torch's kernel, for e4m3 on CUDA."""
+    """`scaled_product` by torch's kernels for CUDA; of int8 the columns are a multiple of 8."""
+    if x.values.dtype is torch.int8:
+        return _int8_product_torch(x, weight, weight_scale, dtype)
     # Sums in the tensor cores' own 14 bits of accumulator: what that loses is far below what
     # e4m3's 3 bits have lost already, and the other way is slower.
     return torch._scaled_mm(
@@ -114,6 +127,22 @@ def scaled_product_torch(
         out_dtype=dtype,
         use_fast_accum=True,
     )
+
+
+def _int8_product_torch(
+    x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    # Its sums come without their scales, in 4 bytes each: of some tokens at a time, or they would
+    # take twice as much memory as the result.
+    out = x.scale.new_empty(len(x), len(weight), dtype=dtype)
+    pieces = triton.cdiv(len(x), _INT8_TOKENS)
+    for values, scale, place in zip(
+        *(tensor.tensor_split(pieces) for tensor in (x.values, x.scale, out)), strict=True
+    ):
+        padding = max(0, _FEWEST_INT8_TOKENS - len(values))
+        sums = torch._int_mm(F.pad(values, (0, 0, 0, padding)) if padding else values, weight.t())
+        torch.mul(sums[: len(values)] * scale, weight_scale.t(), out=place)
+    return out
 
 
 def swiglu_product(
@@ -160,6 +189,7 @@ def _product_kernel(
     OUT: tl.constexpr,
     SWIGLU: tl.constexpr,
     SCALED: tl.constexpr,
+    INT8: tl.constexpr,
     TMA: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -181,7 +211,8 @@ def _product_kernel(
     token = tl.minimum(token_start + tl.arange(0, TOKENS), num_tokens - 1)
     turn = tl.arange(0, COLUMNS)
     row = tl.minimum(column_start + turn // halves, OUT - 1) + turn % halves * OUT
-    found = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    # Whole numbers are summed as such.
+    found = tl.zeros((TOKENS, COLUMNS), tl.int32 if INT8 else tl.float32)
     if TMA:
         for start in range(0, WIDTH, DEPTH):
             x = x_ptr.load([token_start, start])
@@ -189,7 +220,7 @@ def _product_kernel(
                 weight = weight_ptr.load([column_start, 0, start]).reshape(COLUMNS, DEPTH)
             else:
                 weight = weight_ptr.load([column_start, start])
-            found = tl.dot(x, weight.T, found, input_precision="ieee")
+            found = tl.dot(x, weight.T, found, input_precision="ieee", out_dtype=found.dtype)
     else:
         depth = tl.arange(0, DEPTH)
         x_at = x_ptr + token.to(tl.int64)[:, None] * WIDTH + depth[None, :]
@@ -202,7 +233,8 @@ def _product_kernel(
                 inside = (start + depth < WIDTH)[None, :]
                 x = tl.load(x_at + start, inside, 0.0)
                 weight = tl.load(weight_at + start, inside, 0.0)
-            found = tl.dot(x, weight.T, found, input_precision="ieee")
+            found = tl.dot(x, weight.T, found, input_precision="ieee", out_dtype=found.dtype)
+    found = found.to(tl.float32)
     if SCALED:
         found *= tl.load(x_scale_ptr + token)[:, None]
         found *= tl.load(weight_scale_ptr + row)[None, :]
@@ -230,6 +262,7 @@ def _launch(
     halves = 2 if swiglu else 1
     columns = len(weight) // halves
     assert x.dtype is weight.dtype
+    assert width <= _MAX_WIDTH
     assert x.is_contiguous()
     assert weight.is_contiguous()
     tiles = tiles_of(x.device)
@@ -259,6 +292,7 @@ def _launch(
         OUT=columns,
         SWIGLU=swiglu,
         SCALED=weight_scale is not None,
+        INT8=x.dtype is torch.int8,
         TMA=tiles.tma,
         TOKENS=tiles.tokens,
         COLUMNS=tiles.columns,

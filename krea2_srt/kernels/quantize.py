@@ -157,6 +157,11 @@ def finish_tokens(pieces: Iterable[Tensor], like: Tensor, format: TokenFormat | 
     return out if format is None else QuantizedTokens(out, scale)
 
 
+def largest_of(format: TokenFormat | None) -> float:
+    """The largest value that `store_token` makes for a format; 0 where nothing is quantised."""
+    return LARGEST[format.dtype] if format else 0.0
+
+
 def output_tokens(like: Tensor, width: int, format: TokenFormat | None) -> tuple[Tensor, Tensor]:
     """What `store_token` writes to: values [T, width] and scales [T, 1].
 
@@ -165,7 +170,6 @@ def output_tokens(like: Tensor, width: int, format: TokenFormat | None) -> tuple
     tokens = len(like)
     if format is None:
         return like.new_empty(tokens, width), like
-    assert format.dtype is torch.float8_e4m3fn, "kernels quantise to fp8 only"
     return (
         like.new_empty(tokens, width, dtype=format.dtype),
         like.new_empty(tokens, 1, dtype=torch.float32),
@@ -197,16 +201,27 @@ def store_token(
     out_scale_ptr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
+    LARGEST: tl.constexpr,
     ROTATION: tl.constexpr,
 ):
-    """Store a token, float32 [BLOCK] with zeros beyond WIDTH, as it is or rotated and quantised."""
-    if FP8:
+    """Store a token, float32 [BLOCK] with zeros beyond WIDTH.
+
+    As it is where LARGEST is 0, else rotated and quantised, see `quantize_rows`: to the same bits.
+    """
+    if LARGEST > 0:
         if ROTATION > 0:
             x = rotated(x, BLOCK, ROTATION)
-        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
-        x = x * (1.0 / scale)
-        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+        # Of positive numbers the bits have the same order, with NaN as the largest: integers have
+        # none, and without a scale that is one it would be lost.
+        largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
+        largest = tl.maximum(largest, 1e-12, propagate_nan=tl.PropagateNan.ALL)
+        scale = tl.div_rn(largest, LARGEST)
+        x = x * tl.div_rn(1.0, scale)
+        x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
+        if out_ptr.dtype.element_ty == tl.int8:
+            # Beside 1.5 * 2^23 a float32 has no fraction: the sum is rounded, half to even, and its
+            # last byte is the whole number.
+            x = (x + 12582912.0).to(tl.int32, bitcast=True)
         tl.store(out_scale_ptr + token, scale)
     tl.store(out_ptr + token.to(tl.int64) * WIDTH + columns, x.to(out_ptr.dtype.element_ty), mask)
 
@@ -218,20 +233,21 @@ def _quantize_kernel(
     out_scale_ptr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
     ROTATION: tl.constexpr,
 ):
     token = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     mask = columns < WIDTH
     x = tl.load(x_ptr + token.to(tl.int64) * WIDTH + columns, mask, 0.0).to(tl.float32)
-    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, True, ROTATION)
+    store_token(x, token, columns, mask, out_ptr, out_scale_ptr, WIDTH, BLOCK, LARGEST, ROTATION)
 
 
 def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
-    """See `quantize_tokens`; to fp8 only, of contiguous tokens."""
+    """See `quantize_tokens`; of contiguous tokens."""
     num_tokens, width = x.shape
     assert x.is_contiguous()
-    launch, _ = device_of(x.device).launch("quantize_fp8", num_tokens)
+    launch, _ = device_of(x.device).launch("quantize_8bit", num_tokens)
     out, out_scale = output_tokens(x, width, format)
     _quantize_kernel[(num_tokens,)](
         x,
@@ -239,6 +255,7 @@ def quantize_tokens_triton(x: Tensor, format: TokenFormat) -> QuantizedTokens:
         out_scale,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
+        LARGEST=largest_of(format),
         ROTATION=format.rotation,
         num_warps=launch.num_warps,
     )

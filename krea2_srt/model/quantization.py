@@ -36,9 +36,6 @@ MATRICES = ("attn.qkvg", "attn.out", "ff.gate_up", "ff.down")
 _ROWS_AT_ONCE = 2048
 """Rows of a weight that are quantised at a time, which takes float32 copies of them."""
 
-_MIN_INT8_ROWS = 32
-"""torch's int8 multiplication on CUDA takes no fewer than 17 tokens."""
-
 
 @dataclass(frozen=True)
 class Quantization:
@@ -97,7 +94,7 @@ class QuantizedLinear(Linear):
         format: of its input, and of the weights.
 
     Attributes:
-        product: multiplies e4m3 on CUDA.
+        product: multiplies on CUDA.
     """
 
     format: TokenFormat
@@ -119,19 +116,11 @@ class QuantizedLinear(Linear):
     def product_with(self, x: Tokens) -> Tensor:
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
+        if x.values.is_cuda:
+            return self.product(x, self.weight, self.scale, self.dtype)
         if self.format.dtype is torch.int8:
-            if x.values.is_cpu:
-                return int8_product_cpu(x, self.weight, self.scale, self.dtype)
-            return (self._int8_product(x.values) * x.scale * self.scale.t()).to(self.dtype)
-        product = self.product if x.values.is_cuda else scaled_product
-        return product(x, self.weight, self.scale, self.dtype)
-
-    def _int8_product(self, values: Tensor) -> Tensor:
-        tokens = len(values)
-        if tokens < _MIN_INT8_ROWS:
-            padding = values.new_zeros(_MIN_INT8_ROWS - tokens, values.shape[1])
-            values = torch.cat([values, padding])
-        return torch._int_mm(values, self.weight.t())[:tokens].float()
+            return int8_product_cpu(x, self.weight, self.scale, self.dtype)
+        return scaled_product(x, self.weight, self.scale, self.dtype)
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -11,6 +12,7 @@ from krea2_srt.engine.config import EngineConfig
 from krea2_srt.engine.cost import roofline
 from krea2_srt.errors import AdapterError, ConfigError, first_line
 from krea2_srt.kernels.operations import TORCH, TRITON, Operations, default_operations
+from krea2_srt.kernels.products import ScaledProduct
 from krea2_srt.lora.adapter import check_different
 from krea2_srt.lora.library import AdapterLibrary
 from krea2_srt.lora.merge import merge
@@ -51,8 +53,28 @@ logger = logging.getLogger(__name__)
 MAX_LOST = 0.2
 """The share of merged adapters that may be lost without a warning."""
 
-FP8_CAPABILITY = (8, 9)
-"""Compute capability of the first GPUs that multiply e4m3."""
+CAPABILITIES = {"fp8": ((8, 9), "Ada, Hopper"), "int8": ((8, 0), "Ampere")}
+"""By format, the first GPUs that multiply it: compute capability, and names. Older ones have
+instructions for int8 too, but none for the bfloat16 beside it.
+"""
+
+
+def check_capability(format: str, capability: tuple[int, int]) -> None:
+    """Check that a GPU multiplies a format of 8 bits.
+
+    Args:
+        format: one of `CAPABILITIES`.
+        capability: the GPU's compute capability.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    needed, names = CAPABILITIES[format]
+    if capability < needed:
+        raise ConfigError(
+            f"quantization: {format} needs a GPU of compute capability {needed[0]}.{needed[1]} "
+            f"({names}) or newer, this one has {capability[0]}.{capability[1]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -92,13 +114,10 @@ class RunnerBuilder:
             if self.config.cuda_graphs == "on":
                 raise ConfigError(f"cuda_graphs: there are none on {self.device}")
             return None
-        if self.quantization is not None and self.quantization.format == "fp8":
-            major, minor = torch.cuda.get_device_capability(self.device)
-            if (major, minor) < FP8_CAPABILITY:
-                raise ConfigError(
-                    f"quantization: fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or "
-                    f"newer, this one has {major}.{minor}"
-                )
+        if self.quantization is not None:
+            check_capability(
+                self.quantization.format, torch.cuda.get_device_capability(self.device)
+            )
         free, total = torch.cuda.mem_get_info(self.device)
         if self.config.gpu_memory_gib:
             free = min(free, int(self.config.gpu_memory_gib * GIB))
@@ -160,12 +179,14 @@ class RunnerBuilder:
         self,
         plan: MemoryPlan | None,
         backends: Mapping[str, AttentionBackend] | None = None,
+        products: Mapping[str, ScaledProduct] = MappingProxyType({}),
     ) -> Krea2Runner:
         """Load the parts and make them fast.
 
         Args:
             plan: from `plan`.
             backends: of attention, by name, to choose from.
+            products: by name, to choose from beside ours.
 
         Raises:
             ConfigError: a setting asks for what the device does not have.
@@ -177,11 +198,11 @@ class RunnerBuilder:
         use_expandable_segments(self.device)
         operations = self._operations()
         check_fused_mlp(self.config.fused_mlp, operations)
-        products = product_candidates(
+        candidates = product_candidates(
             self.config.products,
             self.device,
             self.quantization,
-            known_products(triton=operations is TRITON),
+            known_products(triton=operations is TRITON) | dict(products),
         )
         attention = choose_attention(
             self.device,
@@ -220,7 +241,7 @@ class RunnerBuilder:
             int(self.config.lora_host_gib * GIB),
         )
         runner.dit.operations = operations
-        use_fastest_product(runner.dit, products)
+        use_fastest_product(runner.dit, candidates)
         runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
         if plan is None:
             return runner
@@ -265,10 +286,9 @@ class RunnerBuilder:
         return merge(zip(adapters, scales, strict=True), config, rounding)
 
     def _operations(self) -> Operations:
-        int8 = self.quantization is not None and self.quantization.format == "int8"
-        if self.config.kernels == "triton" and (self.device.type != "cuda" or int8):
-            raise ConfigError(f"kernels: triton does not run on {self.device} in this setting")
-        if self.config.kernels == "torch" or int8:
+        if self.config.kernels == "triton" and self.device.type != "cuda":
+            raise ConfigError(f"kernels: triton does not run on {self.device}")
+        if self.config.kernels == "torch":
             return TORCH
         return default_operations(self.device)
 

@@ -40,13 +40,13 @@ class RunnerConfig:
     )
     products: str = setting(
         "auto",
-        "what multiplies in 8 bits; a name is taken without a race, and sglang needs sglang-kernel",
-        choices=("auto", "torch", "sglang", "triton"),
+        "what multiplies in 8 bits; a name is taken without a race; sglang needs sglang-kernel, "
+        "and sglang_convrot (int8, in SGLang) nvcc, which compiles it once per machine",
+        choices=("auto", "torch", "sglang", "sglang_convrot", "triton"),
     )
     fused_mlp: str = setting(
         "auto",
-        "SwiGLU at the end of the product before it; auto is off on a CPU, with kernels torch and "
-        "with int8",
+        "SwiGLU at the end of the product before it; auto is off on a CPU and with kernels torch",
         choices=("auto", "on", "off"),
     )
     cuda_graphs: str = setting(

@@ -17,7 +17,7 @@ from krea2_srt.kernels.products import (
 )
 from krea2_srt.kernels.quantize import QuantizedTokens, quantize_rows
 from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
 from krea2_srt.runner.attention import Timer, cuda_milliseconds
 from krea2_srt.runner.race import Race
 
@@ -38,11 +38,15 @@ _TRIAL_COLUMNS = 256
 def sglang_product(
     x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`scaled_product` by SGLang's kernel, of the package sglang-kernel."""
+    """`scaled_product` by SGLang's kernels, of the package sglang-kernel. That of int8 is for GPUs
+    from Ampere to Hopper, widths of a multiple of 16 and columns of a multiple of 8.
+    """
     # Here, so that a kernel that cannot be imported fails its trial and no more.
-    from sgl_kernel import fp8_scaled_mm
+    import sgl_kernel
 
-    out: Tensor = fp8_scaled_mm(x.values, weight.t(), x.scale, weight_scale, dtype)
+    int8 = x.values.dtype is torch.int8
+    product = sgl_kernel.int8_scaled_mm if int8 else sgl_kernel.fp8_scaled_mm
+    out: Tensor = product(x.values, weight.t(), x.scale, weight_scale, dtype)
     return out
 
 
@@ -62,7 +66,7 @@ def product_candidates(
     quantization: Quantization | None,
     known: Mapping[str, ScaledProduct],
 ) -> dict[str, ScaledProduct]:
-    """What there is to choose from; nothing where no e4m3 is multiplied on a GPU.
+    """What there is to choose from; nothing where no 8 bits are multiplied on a GPU.
 
     Args:
         forced: a name, to have no other, or ``auto``.
@@ -72,17 +76,20 @@ def product_candidates(
     Raises:
         ConfigError: the forced one is not there, or has nothing to multiply.
     """
-    if device.type != "cuda" or quantization is None or quantization.format != "fp8":
+    if device.type != "cuda" or quantization is None:
         if forced not in ("auto", "torch"):
             raise ConfigError(
-                f"products: {forced} multiplies matrices of --quantization fp8 on a GPU, and "
-                f"there are none"
+                f"products: {forced} multiplies matrices of --quantization {' or '.join(DTYPES)} "
+                f"on a GPU, and there are none"
             )
         return {}
     if forced == "auto":
         return dict(known)
     if forced not in known:
-        raise ConfigError(f"products: {forced} is not there; there are {', '.join(known)}")
+        raise ConfigError(
+            f"products: {forced} is not there for {quantization.format}; there are "
+            f"{', '.join(known)}"
+        )
     return {forced: known[forced]}
 
 

@@ -35,6 +35,7 @@ from krea2_srt.sglang.attention import backends
 from krea2_srt.sglang.commands import USERS, ending_in_a_line
 from krea2_srt.sglang.options import is_server, quantization_of, unsupported_options
 from krea2_srt.sglang.parts import refuse_single_files, source_of
+from krea2_srt.sglang.products import products
 from krea2_srt.sglang.stages import DecodeStage, DenoiseStage, EncodeStage
 
 logger = init_logger(__name__)
@@ -104,7 +105,7 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
             self.plan = builder.plan()
             self.engine_config = builder.within(self.plan)
             self.adapters, self.any_adapter_path = None, False
-            self.runner = builder.load(self.plan, backends())
+            self.runner = builder.load(self.plan, backends(), products(builder.quantization))
             if is_server(server_args):
                 self.any_adapter_path = builder.config.lora_any_path == "on"
                 self.adapters = builder.adapter_library(self.runner)

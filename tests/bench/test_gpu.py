@@ -243,7 +243,7 @@ def test_a_search_of_launches_is_stored_and_read_again(context, tmp_path):
         found = tune_kernels.search(context)
     finally:
         device.launches.update(before)
-    assert found.keys() == {name for name in DEFAULTS if not name.endswith("_fp8")}
+    assert found.keys() == {name for name in DEFAULTS if not name.endswith("_8bit")}
     file = tmp_path / "GPU.json"
     tune_kernels.store(found, file, "GPU")
     launches = read_launches(file)

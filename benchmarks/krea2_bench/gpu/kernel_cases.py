@@ -90,7 +90,7 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
         ]
     for name, format in formats:
         out = stream if format is None else tokens * hidden
-        suffix = "_fp8" if format else ""
+        suffix = "_8bit" if format else ""
         block = format.rotation if format else 0
         yield Case(
             f"norm{suffix}",
@@ -121,7 +121,7 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
         out = tokens * mlp * (1 if format else element)
         gate_half, up = fused.chunk(2, dim=1)
         yield Case(
-            "silu_mul_fp8" if format else "silu_mul",
+            "silu_mul_8bit" if format else "silu_mul",
             f"silu mul{name}",
             lambda f=format: do.silu_mul(fused, f),
             lambda g=gate_half, u=up: F.silu(g.double()) * u.double(),
@@ -131,7 +131,7 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
         if format is not None:
             hidden_columns = fused[:, :mlp].contiguous()
             yield Case(
-                "quantize_fp8",
+                "quantize_8bit",
                 f"quantize{name}",
                 lambda h=hidden_columns, f=format: quantize_tokens_triton(h, f),
                 lambda h=hidden_columns: h.double(),

@@ -31,6 +31,7 @@ from krea2_srt.kernels.operations import TRITON
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_tokens_triton
 from krea2_srt.kernels.quantize_heads import quantize_qkv_triton
 from krea2_srt.kernels.segment_index import SegmentIndex
+from krea2_srt.model.quantization import DTYPES
 
 SHARED_LIMIT = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a block may have, by compute capability (CUDA programming guide)."""
@@ -130,6 +131,8 @@ def launches():
         ("", None),
         (" fp8", TokenFormat()),
         (" fp8 rotated", TokenFormat(rotation=256)),
+        (" int8", TokenFormat(torch.int8)),
+        (" int8 rotated", TokenFormat(torch.int8, 256)),
     ):
         yield f"norm{name}", lambda f=format: do.norm_scale_shift(x, table, table, rows, eps, f)
         yield (
@@ -146,7 +149,7 @@ def launches():
                 f"quantize{name}",
                 lambda f=format: quantize_tokens_triton(torch.zeros(TOKENS, MLP, dtype=bf16), f),
             )
-    for name, dtype in (("", bf16), (" fp8", torch.float8_e4m3fn)):
+    for name, dtype in (("", bf16), (" fp8", torch.float8_e4m3fn), (" int8", torch.int8)):
         matrix, ones = torch.empty(2 * MLP, HIDDEN, dtype=dtype), torch.ones(2 * MLP, 1)
         tokens = x if dtype is bf16 else QuantizedTokens(x.to(dtype), ones[:TOKENS])
         yield (
@@ -155,13 +158,17 @@ def launches():
                 t, m, s if m.dtype is not bf16 else None, bf16
             ),
         )
+        if dtype is not bf16:
+            yield (
+                f"product{name}",
+                lambda t=tokens, m=matrix, s=ones: products.scaled_product_triton(t, m, s, bf16),
+            )
     widths = [HEADS * 128, KV_HEADS * 128, KV_HEADS * 128, HEADS * 128]
     *qkv, output_gate = fused.split(widths, dim=1)
     q, k, v = (some.unflatten(1, (-1, 128)) for some in qkv)
     for name, some_gate in (("attention", None), ("gated attention", output_gate)):
         yield name, lambda g=some_gate: attention.gated_attention_triton(q, k, v, g, index)
     yield "quantize qkv fp8", lambda: quantize_qkv_triton(q, k, v, torch.tensor([0, TOKENS]).int())
-    yield "product fp8", lambda: products.scaled_product_triton(tokens, matrix, ones, bf16)
     yield "add gated", lambda: do.add_gated(x, gate, branch, rows)
     yield (
         "qk norm rope",
@@ -197,11 +204,12 @@ def lora_launches():
             x = torch.empty(TOKENS, width, dtype=torch.bfloat16)
             name = f"{matrix} rank {rank}"
             yield f"lora shrink {name}", partial(lora_shrink_triton, x, down, index, slots, parts)
-            quantized = QuantizedTokens(x.to(torch.float8_e4m3fn), torch.ones(TOKENS, 1))
-            yield (
-                f"lora shrink fp8 {name}",
-                partial(lora_shrink_triton, quantized, down, index, slots, parts),
-            )
+            for format, dtype in DTYPES.items():
+                quantized = QuantizedTokens(x.to(dtype), torch.ones(TOKENS, 1))
+                yield (
+                    f"lora shrink {format} {name}",
+                    partial(lora_shrink_triton, quantized, down, index, slots, parts),
+                )
             h = torch.empty(TOKENS, 4, parts * rank, dtype=torch.bfloat16)
             out = torch.empty(TOKENS, columns, dtype=torch.bfloat16)
             yield (

@@ -122,6 +122,12 @@ def test_a_stored_launch_and_defaults_of_what_is_not_stored(tmp_path):
     assert read_launches(file) == DEFAULTS | {"norm": Launch(4, 2)}
 
 
+def test_a_file_from_before_int8_is_read(tmp_path):
+    file = tmp_path / "GPU.json"
+    file.write_text(json.dumps({"launches": {"norm_fp8": {"num_warps": 8, "tokens": 2}}}))
+    assert read_launches(file) == DEFAULTS | {"norm_8bit": Launch(8, 2)}
+
+
 def test_what_is_stored_says_what_it_was_found_with(tmp_path):
     file = tmp_path / "GPU.json"
     found = {
