@@ -130,11 +130,11 @@ class QuantizedLinear(Linear):
     def product_with(self, x: Tokens) -> Tensor:
         """Tokens [T, in_features] in its format -> [T, rows]."""
         assert isinstance(x, QuantizedTokens)
-        product = self.product
-        if x.values.is_cpu:
-            int8 = self.format.dtype is torch.int8
-            product = int8_product_cpu if int8 else scaled_product
-        return product(x, self.weight, self.scale, self.dtype)
+        if x.values.is_cuda:
+            return self.product(x, self.weight, self.scale, self.dtype)
+        if self.format.dtype is torch.int8:
+            return int8_product_cpu(x, self.weight, self.scale, self.dtype)
+        return scaled_product(x, self.weight, self.scale, self.dtype)
 
     def weight_map(self, prefix: str) -> Iterator[tuple[str, WeightSlot]]:
         start = 0

@@ -110,7 +110,7 @@ def test_a_trial_runs_to_its_end(tmp_path, capsys):
     assert {target["reached"] for target in stored["targets"]} == {NOT_MEASURED}
     assert (tmp_path / "gpu.md").read_text() in capsys.readouterr().out
     # Everything that is to be found on a GPU, in small.
-    for kind in ("bf16", "fp8 row-wise", "fp8 tensor-wise", "int8"):
+    for kind in ("bf16", "fp8 row-wise", "fp8 tensor-wise", "int8", "int8 torch"):
         assert {"qkvg", "out", "gate_up", "down"} == {
             what.split()[0] for part, what in found if part == "gemm" and what.endswith(kind)
         }, kind
@@ -122,16 +122,19 @@ def test_a_trial_runs_to_its_end(tmp_path, capsys):
         ("equality", "graph vs eager"),
         ("steps", "48x48 graph"),
         ("steps", "48x48 fp8 graph"),
+        ("steps", "48x48 int8 graph"),
         ("steps", "32x32 gap"),
         ("text", "5 words graph"),
         ("text", "a step captured after the text encoder"),
         ("vae", "48x64 first, searched"),
         ("beside", "pixels that differ"),
+        ("pictures", "32x32 int8"),
         ("pictures", "64x64 fp8"),
         ("fused", "SwiGLU 24 bf16, fused"),
-        ("fused", "8-bit product 24, torch"),
+        ("fused", "int8 product 24, torch"),
         ("fused", "gated attention 1024x1024, fused"),
         ("plain", "32x32 plain"),
+        ("precision", "int8 velocity, last step"),
         ("compile", "48x48 compiled"),
         ("packs", "3 of 32x32 graph"),
         ("vae 3-D", "64x64 difference"),
@@ -199,7 +202,7 @@ def test_a_step_that_cannot_be_captured_is_no_graph_row(monkeypatch):
 def test_without_a_gpu_nothing_is_called_reached(tmp_path):
     assert gpu.main(["--plan", "--output", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(stored["targets"]) == 27
+    assert len(stored["targets"]) == 33
     assert all(t["measured"] == t["reached"] == NOT_MEASURED for t in stored["targets"])
     assert stored["rows"] == []
 

@@ -19,13 +19,23 @@ twice in a block.
 def lines(findings: Findings) -> Iterator[tuple[str, str, str, str]]:
     """Cells of a table: of every step that was measured, its parts and what is left of it."""
     for size, tokens in TOKENS.items():
-        for format in ("bf16", "fp8"):
-            names = [f"{size} {'fp8 ' if format == 'fp8' else ''}{way}" for way in _WAYS]
+        for format in _PRODUCTS:
+            names = [f"{size} {'' if format == 'bf16' else f'{format} '}{way}" for way in _WAYS]
             rows = [row for name in names if (row := findings.row("steps", name)) is not None]
             if rows:
                 row = min(rows, key=lambda row: row.value)
                 yield from _of_step(findings, row, size, tokens, format)
 
+
+_PRODUCTS = {
+    "bf16": ("bf16",),
+    "fp8": ("fp8 row-wise",),
+    "int8": ("int8 torch", "int8 triton", "int8 sglang"),
+}
+"""Products of each format; the fastest counts."""
+
+_SUFFIXES = {"bf16": "", "fp8": " fp8", "int8": " int8 rotated"}
+"""Of the kernels that quantise what they write."""
 
 _WAYS = ("graph", "eager")
 
@@ -33,7 +43,7 @@ _WAYS = ("graph", "eager")
 def _of_step(
     findings: Findings, row: Row, size: str, tokens: int, format: str
 ) -> Iterator[tuple[str, str, str, str]]:
-    estimate, total, known = step([tokens], format == "fp8"), 0.0, True
+    estimate, total, known = step([tokens], format != "bf16"), 0.0, True
     for share in estimate.shares:
         rate = _rate(findings, share, row, size, tokens, format)
         alone = "not measured"
@@ -55,12 +65,13 @@ def _rate(
 ) -> float | None:
     """What was reached of a part, in the unit of its assumed rate."""
     if share.name == "GEMM":
-        return _products(findings, tokens, "bf16" if format == "bf16" else "fp8 row-wise")
+        rates = [_products(findings, tokens, kind) for kind in _PRODUCTS[format]]
+        return max((rate for rate in rates if rate is not None), default=None)
     if share.name == "attention":
         _, backend, *_ = [*row.how.split(", "), ""]
         return findings.get("attention", f"{backend} {size}")
     if share.name == "elementwise":
-        return _kernels(findings, " fp8" if format == "fp8" else "")
+        return _kernels(findings, _SUFFIXES[format])
     return None
 
 

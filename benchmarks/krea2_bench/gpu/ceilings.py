@@ -8,7 +8,7 @@ from krea2_bench.gpu.timing import timings
 
 
 def run(context: Context) -> None:
-    """Memory that is free; matmul in bf16 and fp8, and a copy, on random data: zeros run faster."""
+    """Memory that is free; matmul in every format, and a copy; of random data: zeros run faster."""
     device, findings, smoke = context.device, context.findings, context.smoke
     if context.on_gpu:
         free, _ = torch.cuda.mem_get_info(device)
@@ -48,3 +48,11 @@ def run(context: Context) -> None:
 
         (product,) = timings([scaled], device, seconds)
         findings.add(rate("ceilings", "matmul fp8", flops / 1e9, product, "TFLOP/s"))
+        del a8, b8
+    with findings.attempt("ceilings", "matmul int8"):
+        a8, b8 = (
+            torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8)
+            for _ in range(2)
+        )
+        (product,) = timings([lambda: torch._int_mm(a8, b8.t())], device, seconds)
+        findings.add(rate("ceilings", "matmul int8", flops / 1e9, product, "TFLOP/s"))

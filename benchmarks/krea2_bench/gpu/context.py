@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from krea2_bench.gpu.models import (
+    EIGHT_BIT,
     RELEASED,
     TINY,
     Architecture,
@@ -23,7 +24,6 @@ from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.flops import step_flops, step_weight_bytes
-from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import TextEncoder
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
@@ -54,6 +54,7 @@ class Context:
     device: torch.device
     smoke: bool
     findings: Findings = field(default_factory=Findings)
+    _quantized: dict[str, Krea2Runner] = field(default_factory=dict)
 
     @property
     def architecture(self) -> Architecture:
@@ -134,14 +135,15 @@ class Context:
             self.dit.operations = with_fused_mlp(self.dit, "auto")
         return self.runner_of(self.dit)
 
-    @cached_property
-    def fp8_runner(self) -> Krea2Runner:
-        """In fp8, likewise."""
-        dit = quantized_copy(self.dit, Quantization("fp8"))
-        if self.on_gpu:
-            use_fastest_product(dit, known_products())
-            dit.operations = with_fused_mlp(dit, "auto")
-        return self.runner_of(dit, self.plain_attention)
+    def quantized_runner(self, format: str) -> Krea2Runner:
+        """In one of `EIGHT_BIT`, likewise; made when it is first asked for."""
+        if format not in self._quantized:
+            dit = quantized_copy(self.dit, EIGHT_BIT[format])
+            if self.on_gpu:
+                use_fastest_product(dit, known_products())
+                dit.operations = with_fused_mlp(dit, "auto")
+            self._quantized[format] = self.runner_of(dit, self.plain_attention)
+        return self._quantized[format]
 
     @cached_property
     def capture(self) -> Capture:
@@ -176,14 +178,19 @@ class Context:
 
     # Ceilings; None before they are measured.
 
-    def step_floor_ms(self, branches: list[int], fp8: bool = False) -> float | None:
-        """The least time of one step of a pack of sequences with so many tokens."""
+    def step_floor_ms(self, branches: list[int], format: str = "bf16") -> float | None:
+        """The least time of one step of a pack of sequences with so many tokens.
+
+        Args:
+            branches: tokens of each.
+            format: of the blocks' matrices.
+        """
         tflops = self.findings.get("ceilings", "matmul bf16")
-        fp8_tflops = self.findings.get("ceilings", "matmul fp8") if fp8 else tflops
+        linear_tflops = self.findings.get("ceilings", f"matmul {format}")
         copy = self.findings.get("ceilings", "copy")
-        if not tflops or not copy or not fp8_tflops:
+        if not tflops or not copy or not linear_tflops:
             return None
         linear, attention = step_flops(self.config, branches)
-        weights = step_weight_bytes(self.config) * (1 if fp8 else 2)
-        ms = linear / fp8_tflops / 1e9 + attention / tflops / 1e9
+        weights = step_weight_bytes(self.config) * (2 if format == "bf16" else 1)
+        ms = linear / linear_tflops / 1e9 + attention / tflops / 1e9
         return max(ms, weights / copy / 1e6)

@@ -13,7 +13,7 @@ from krea2_srt.model.flops import step_flops, step_weight_bytes
 GEMM = 720.0
 """TFLOP/s of the blocks' products in bf16; 989 by the data sheet, 790 of a large one alone."""
 
-GEMM_FP8 = 1150.0
+GEMM_8_BIT = 1150.0
 """The same in 8 bits; 1979 by the data sheet."""
 
 ATTENTION = 640.0
@@ -34,7 +34,7 @@ VAE_ATTENTION = 150.0
 LAUNCH_MS = 0.005
 """From one short kernel of a graph to the next."""
 
-_WIDTHS, _WIDTHS_FP8 = 21.5, 18.7
+_WIDTHS, _WIDTHS_8_BIT = 21.5, 18.7
 """Widths of the token stream that a block's kernels read and write, see docs/gpu.md; with 8-bit
 outputs the norms, the gate and the product are half as wide.
 """
@@ -101,13 +101,13 @@ class Estimate:
         return Estimate((Share(name, self.ms / 1e3, 1.0, factor=count),))
 
 
-def step(branches: Sequence[int], fp8: bool = False, fp8_attention: bool = False) -> Estimate:
-    """One step of a pack of sequences with so many tokens."""
+def step(branches: Sequence[int], eight_bit: bool = False, fp8_attention: bool = False) -> Estimate:
+    """One step of a pack of sequences with so many tokens; fp8 and int8 are as fast."""
     config, tokens = RELEASED.dit, sum(branches)
     linear, attention = step_flops(config, branches)
-    gemm = GEMM_FP8 if fp8 else GEMM
-    weights = step_weight_bytes(config) * (1 if fp8 else 2)
-    widths = _WIDTHS_FP8 if fp8 else _WIDTHS
+    gemm = GEMM_8_BIT if eight_bit else GEMM
+    weights = step_weight_bytes(config) * (1 if eight_bit else 2)
+    widths = _WIDTHS_8_BIT if eight_bit else _WIDTHS
     nbytes = widths * config.hidden_size * 2 * config.num_layers * tokens
     products = Share("GEMM", linear / 1e12, gemm, "TFLOP/s")
     if weights / 1e12 / MEMORY > linear / 1e12 / gemm:
@@ -152,10 +152,12 @@ def encode() -> Estimate:
     )
 
 
-def picture(side: int, steps: int = 8, fp8: bool = False, fp8_attention: bool = False) -> Estimate:
+def picture(
+    side: int, steps: int = 8, eight_bit: bool = False, fp8_attention: bool = False
+) -> Estimate:
     """From a prompt to pixels."""
     tokens = (side // 16) ** 2 + 64
-    one = step([tokens], fp8, fp8_attention)
+    one = step([tokens], eight_bit, fp8_attention)
     return (
         one.times(steps, f"{steps} steps")
         + decode(side).times(1, "decode")

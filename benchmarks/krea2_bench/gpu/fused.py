@@ -23,6 +23,7 @@ from krea2_srt.kernels.products import (
 )
 from krea2_srt.kernels.quantize import QuantizedTokens, TokenFormat, quantize_rows
 from krea2_srt.model.pack import Segments
+from krea2_srt.model.quantization import DTYPES
 from krea2_srt.runner.products import known_products
 
 TOKENS = (4160, 16448, 1088, 320)
@@ -43,8 +44,11 @@ def run(context: Context) -> None:
         if context.on_gpu:  # the quantised operands of a trial say nothing more
             with context.findings.attempt("fused", f"SwiGLU {tokens} fp8"):
                 _swiglu(context, tokens, TokenFormat())
-        with context.findings.attempt("fused", f"8-bit product {tokens}"):
-            _scaled(context, tokens)
+        for format, dtype in DTYPES.items():
+            if format == "int8" and not context.smoke and tokens != TOKENS[0]:
+                continue  # the part ``gemm`` has its times
+            with context.findings.attempt("fused", f"{format} product {tokens}"):
+                _scaled(context, tokens, format, dtype)
     for name, lengths in PACKS.items():
         lengths = [max(1, n // 100) for n in lengths] if context.smoke else lengths
         with context.findings.attempt("fused", f"gated attention {name}"):
@@ -83,12 +87,12 @@ def _swiglu(context: Context, tokens: int, format: TokenFormat | None) -> None:
     _time(context, name, works)
 
 
-def _scaled(context: Context, tokens: int) -> None:
+def _scaled(context: Context, tokens: int, format: str, dtype: torch.dtype) -> None:
     """8-bit products with scales of rows, by all that a server chooses from."""
     inputs_, outputs = shapes(context.config)["qkvg"]
-    x = quantize_rows(_random(context, tokens, inputs_).float(), FP8)
-    w = quantize_rows(_random(context, outputs, inputs_).float(), FP8)
-    name = f"8-bit product {tokens}"
+    x = quantize_rows(_random(context, tokens, inputs_).float(), dtype)
+    w = quantize_rows(_random(context, outputs, inputs_).float(), dtype)
+    name = f"{format} product {tokens}"
     works: Works = {}
     rows = _ends(context, tokens)
     some = scaled_product(

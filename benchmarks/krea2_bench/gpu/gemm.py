@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count, cycle
 from math import ceil
 
@@ -12,13 +13,19 @@ from torch import Tensor
 from krea2_bench.gpu.context import Context
 from krea2_bench.gpu.rows import rate
 from krea2_bench.gpu.timing import Timing, queued, wait
+from krea2_srt.kernels.products import ScaledProduct
+from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.model.config import Krea2Config
+from krea2_srt.runner.products import known_products
 
 TOKENS = (320, 1088, 4160, 16448)
 """Tokens of one image of 256, 512, 1024 and 2048 pixels a side."""
 
 SECONDS, SUSTAINED_S = 0.08, 2.0
 """Seconds of each product; and of the one that shows what is left when the GPU is hot."""
+
+SCALED_INT8_TOKENS = 4160
+"""Where int8 is multiplied by all that a server chooses from, with scales of rows."""
 
 SMOKE_TOKENS = (8, 16)
 """On a CPU, where a product in fp8 takes 40 ms at the smallest sizes."""
@@ -45,7 +52,10 @@ def run(context: Context) -> None:
     tokens = SMOKE_TOKENS if context.smoke else TOKENS
     for rows in sorted(tokens, reverse=True):
         for name, (inputs, outputs) in shapes(context.config).items():
-            for kind in kinds(context):
+            some = kinds(context)
+            if rows == (tokens[-1] if context.smoke else SCALED_INT8_TOKENS):
+                some |= scaled_int8(context)
+            for kind in some:
                 _measure(context, f"{name} {rows} {kind}", kind, rows, inputs, outputs)
     inputs, outputs = shapes(context.config)["gate_up"]
     rows = tokens[-1] if context.smoke else 4160
@@ -54,7 +64,9 @@ def run(context: Context) -> None:
 
 
 def kinds(context: Context) -> dict[str, tuple[torch.dtype, Product]]:
-    """By name, the format of both operands, and the product. Scales are given, not computed."""
+    """By name, the format of both operands, and the product. Scales are given, not computed; int8
+    alone are sums without any.
+    """
     fp8 = torch.float8_e4m3fn
     return {
         "bf16": (context.dtype, F.linear),
@@ -62,6 +74,20 @@ def kinds(context: Context) -> dict[str, tuple[torch.dtype, Product]]:
         "fp8 tensor-wise": (fp8, lambda x, w: _scaled(x, w, by_rows=False)),
         "int8": (torch.int8, lambda x, w: torch._int_mm(x, w.t())),
     }
+
+
+def scaled_int8(context: Context) -> dict[str, tuple[torch.dtype, Product]]:
+    """The same of int8 with scales of rows, as `known_products` has it."""
+    products = known_products(triton=context.on_gpu)
+    return {
+        f"int8 {name}": (torch.int8, partial(_with_scales, product, context.dtype))
+        for name, product in products.items()
+    }
+
+
+def _with_scales(product: ScaledProduct, dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
+    tokens = QuantizedTokens(x, _ones((len(x), 1), x.device))
+    return product(tokens, weight, _ones((len(weight), 1), x.device), dtype)
 
 
 def _scaled(x: Tensor, weight: Tensor, by_rows: bool) -> Tensor:
@@ -129,7 +155,7 @@ def _rotating(
     """The product on other operands each time, so many that the cache does not hold them: a
     block's weights come from memory.
     """
-    dtype, product = kinds(context)[kind]
+    dtype, product = (kinds(context) | scaled_int8(context))[kind]
     nbytes = (rows + outputs) * inputs * dtype.itemsize
     some = [
         (_random(context, rows, inputs, dtype), _random(context, outputs, inputs, dtype))
@@ -152,5 +178,5 @@ def _random(context: Context, rows: int, columns: int, dtype: torch.dtype) -> Te
 
 
 def _add(context: Context, what: str, kind: str, products: int, timing: Timing) -> None:
-    ceiling = context.findings.get("ceilings", "matmul bf16" if kind == "bf16" else "matmul fp8")
+    ceiling = context.findings.get("ceilings", f"matmul {kind.partition(' ')[0]}")
     context.findings.add(rate("gemm", what, 2 * products / 1e9, timing, "TFLOP/s", ceiling))

@@ -86,7 +86,7 @@ def cases(context: Context, tokens: int, least_bytes: int = 0) -> Iterator[Case]
     if device.type == "cuda":
         formats += [
             (" fp8", TokenFormat()),
-            (" fp8 rotated", TokenFormat(rotation=rotation_block(hidden))),
+            (" int8 rotated", TokenFormat(torch.int8, rotation_block(hidden))),
         ]
     for name, format in formats:
         out = stream if format is None else tokens * hidden
@@ -214,7 +214,8 @@ def error_of(context: Context, case: Case) -> tuple[float, float]:
     if isinstance(got, QuantizedTokens):
         if case.rotation:
             expected = rotate(expected.float(), case.rotation).double()
-        # Half a unit of 3 bits of fraction, and what came before.
-        got, tolerance = got.dequantized(), 2**-4 + 1e-2
+        # Half a unit: of 3 bits of fraction, or of 127; and what came before.
+        half = 0.5 / 127 if got.values.dtype is torch.int8 else 2**-4
+        got, tolerance = got.dequantized(), half + 1e-2
     error = (got.double() - expected).abs().max() / expected.abs().max()
     return error.item(), tolerance

@@ -30,7 +30,7 @@ def run(context: Context) -> None:
     )
     parts = {
         "transformer, bf16": runner.dit,
-        "transformer, fp8": context.fp8_runner.dit,
+        "transformer, fp8": context.quantized_runner("fp8").dit,
         "text encoder": runner.text_encoder.model,
         "VAE decoder": runner.vae,
     }

@@ -80,22 +80,22 @@ START_S = {
     "text": CONTEXT_S + TRANSFORMERS_S + DIT_S + TEXT_S,
     "vae": CONTEXT_S + VAE_S,
     "beside": CONTEXT_S + DIT_S + VAE_S,
-    "pictures": CONTEXT_S + TRANSFORMERS_S + DIT_S + FP8_S + TEXT_S + VAE_S,
+    "pictures": CONTEXT_S + TRANSFORMERS_S + DIT_S + 2 * FP8_S + TEXT_S + VAE_S,
     "fused": CONTEXT_S,
     "packs": CONTEXT_S + DIT_S,
     "compile": CONTEXT_S + DIT_S,
     "vae 3-D": CONTEXT_S + VAE_S,
-    "precision": CONTEXT_S + TRANSFORMERS_S + DIT_S + FP8_S + TEXT_S + VAE_S,
+    "precision": CONTEXT_S + TRANSFORMERS_S + DIT_S + 2 * FP8_S + TEXT_S + VAE_S,
 }
 """Seconds before a child can run the first part of its group."""
 
 PARTS: dict[str, Part] = {
     # 18 kernels to build; float64 of the largest is 4 GB, read a dozen times at 2 TB/s.
     "correctness": Part(correctness.run, "kernels", 18 * KERNEL_S + 3),
-    # Three of half a second and as much warm-up, and 12 GB to fill.
-    "ceilings": Part(ceilings.run, "kernels", 3),
-    # 64 products of 0.08 s and as much warm-up, operands, plans; and two of two seconds.
-    "gemm": Part(gemm.run, "kernels", 64 * 0.16 + 3 + 2 * 2.2),
+    # Four of half a second and as much warm-up, and 12 GB to fill.
+    "ceilings": Part(ceilings.run, "kernels", 4),
+    # 76 products of 0.08 s and as much warm-up, operands, plans; and two of two seconds.
+    "gemm": Part(gemm.run, "kernels", 76 * 0.16 + 3 + 2 * 2.2),
     # Seven back ends on four packs, 0.3 s and as much warm-up; the exact result of 2048 x 2048 is
     # 6.7 TFLOP in float32 at 30 TFLOP/s; trials, captures, and plans of cuDNN.
     "attention": Part(attention.run, "kernels", 7 * 4 * 0.5 + 2 + 5),
@@ -115,15 +115,17 @@ PARTS: dict[str, Part] = {
     "vae": Part(vae.run, "vae", 3 * 1.0 + 3 * 3.5),
     # Half a second of each, and five decodes of 0.2 s beside steps.
     "beside": Part(beside.run, "beside", 2 + 2),
-    # Both formats, five pictures of 1.4 s, as many of 512 and 256, captures.
-    "pictures": Part(pictures.run, "pictures", 5 * 1.4 + 5 * 0.9 + 6, first_call=False),
+    # Three formats, five pictures of 1.4 s and 0.9 s, as many of 512 and 256, captures.
+    "pictures": Part(pictures.run, "pictures", 5 * 1.4 + 2 * 5 * 0.9 + 7, first_call=False),
+    # Of 2048 x 2048 and 1024 x 1024 as in fp8.
+    "steps_int8": Part(steps.run_int8, "pictures", 9 * 0.7 + 12 * 0.12 + 1, first_call=False),
     # A warm-up and two of 7 s and of 5.3 s.
     "pictures_2048": Part(pictures.run_large, "pictures", 2 * (7 + 5.3) + 3, first_call=False),
     # Four steps of 2048 x 2048, decodes, prompts, and ten captures.
     "memory": Part(memory.run, "pictures", 8, first_call=False),
-    # Two products, both ways, at four sizes; three packs of attention; six kernels to build, large
-    # ones, and the first cuts of an 8-bit product.
-    "fused": Part(fused.run, "fused", 11 * 1.0 + 6 * 2 * KERNEL_S, first_call=False),
+    # Two products, both ways, at four sizes, and one of int8; three packs of attention; six kernels
+    # to build, large ones, and the first cuts of an 8-bit product.
+    "fused": Part(fused.run, "fused", 12 * 1.0 + 6 * 2 * KERNEL_S, first_call=False),
     # Ours twice and theirs, at 1.3 times the time; least three rounds and two warm-ups.
     "plain": Part(baselines.run, "packs", 5 * (0.9 * 2 + 1.2) + 5 * 0.6 + 4, first_call=False),
     "packs": Part(steps.run_packs, "packs", 8 * 4.5, first_call=False),

@@ -20,22 +20,23 @@ PROMPT = "a red fox sitting in fresh snow at golden hour, photorealistic, shallo
 
 def run(context: Context) -> None:
     """A new prompt each time, so that no cache of prompts helps."""
-    _generate_all(context, (32,) if context.smoke else SIDES)
+    _generate_all(context, (32,) if context.smoke else SIDES, ("fp8", "int8"))
     if context.on_gpu:
         peak = torch.cuda.max_memory_reserved(context.device) / 2**30
-        note = "all models of this benchmark, bf16 and fp8"
+        note = "all models of this benchmark, bf16, fp8 and int8"
         context.findings.add(Row("pictures", "memory reserved", peak, "GiB", note=note))
 
 
 def run_large(context: Context) -> None:
-    """The same of those that take seconds each."""
-    _generate_all(context, (64,) if context.smoke else LARGE_SIDES)
+    """The same of those that take seconds each; int8 has fp8's time, as far as one knows."""
+    _generate_all(context, (64,) if context.smoke else LARGE_SIDES, ("fp8",))
 
 
-def _generate_all(context: Context, sides: tuple[int, ...]) -> None:
-    runners = {"bf16": context.runner, "fp8": context.fp8_runner}
+def _generate_all(context: Context, sides: tuple[int, ...], formats: tuple[str, ...]) -> None:
+    runners = {"bf16": context.runner}
+    runners |= {format: context.quantized_runner(format) for format in formats}
     try:
-        fp8 = context.runner_of(context.fp8_runner.dit, context.fp8_attention())
+        fp8 = context.runner_of(runners["fp8"].dit, context.fp8_attention())
         runners["fp8, fp8 attention"] = fp8
     except ConfigError as error:
         reason = first_line(error)

@@ -1,4 +1,4 @@
-"""How far fp8 is from bf16 on this device: of the velocity in every step, and of the picture.
+"""How far 8 bits are from bf16 on this device: of the velocity in every step, and of the picture.
 
 The weights are random, so this says nothing of the released model's pictures; a broken kernel would
 show.
@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from krea2_bench.gpu.context import Context
-from krea2_bench.gpu.models import quantized_copy
+from krea2_bench.gpu.models import EIGHT_BIT
 from krea2_bench.gpu.rows import Row
 from krea2_bench.gpu.sequences import images, relative
-from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.runner.model_runner import Krea2Runner
 
 SIDE = 512
@@ -21,8 +20,8 @@ def run(context: Context) -> None:
     """Every quantisation that a server offers."""
     side = 32 if context.smoke else SIDE
     theirs, reference = _generate(context.whole(context.runner), side)
-    for quantization in SERVED.values():
-        runner = _runner(context, quantization)
+    for format in EIGHT_BIT:
+        runner = context.whole(context.quantized_runner(format))
         errors = [_velocity_error(runner, side, step, theirs) for step in (0, len(theirs) - 1)]
         _, picture = _generate(runner, side)
         psnr = -10 * torch.log10((picture - reference).double().square().mean()).item()
@@ -30,23 +29,14 @@ def run(context: Context) -> None:
             context.findings.add(
                 Row(
                     "precision",
-                    f"{quantization.name} velocity, {what} step",
+                    f"{format} velocity, {what} step",
                     error,
                     "relative error",
                 )
             )
         context.findings.add(
-            Row(
-                "precision", f"{quantization.name} picture, PSNR to bf16", psnr, "dB", better="more"
-            )
+            Row("precision", f"{format} picture, PSNR to bf16", psnr, "dB", better="more")
         )
-
-
-def _runner(context: Context, quantization: Quantization) -> Krea2Runner:
-    if context.fp8_runner.dit.quantization == quantization:
-        # An 80 GB GPU has room for one more of them, not for two.
-        return context.whole(context.fp8_runner)
-    return context.whole(context.runner_of(quantized_copy(context.dit, quantization)))
 
 
 def _generate(runner: Krea2Runner, side: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

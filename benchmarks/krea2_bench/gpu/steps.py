@@ -21,6 +21,7 @@ SIDES = (1024, 512, 2048, 256)
 FP8_ATTENTION_SIDES = (2048, 1024)
 """Where attention is a good part of a step."""
 
+INT8_SIDES = (1024, 2048)
 OTHER_SIDES = (768, 1536)
 PACKS = ((256, 8), (512, 4), (256, 13), (256, 25), (256, 51), (1024, 4))
 """Side and number of images; the last ones fill packs of 4k, 8k and 16k tokens."""
@@ -54,20 +55,27 @@ def run(context: Context) -> None:
 
 
 def run_8_bit(context: Context) -> None:
-    """The same in 8 bits."""
+    """The same in fp8."""
     for side in SMOKE_SIDES if context.smoke else SIDES:
         with context.findings.attempt("steps", f"{name_of(side)} fp8"):
-            measure(context, "steps", context.fp8_runner, "fp8 ", ((side, side),))
+            measure(context, "steps", context.quantized_runner("fp8"), "fp8 ", ((side, side),))
     try:
         attention = context.fp8_attention()
     except ConfigError as error:
         reason = first_line(error)
         context.findings.miss(Missing("steps", "fp8 with fp8 attention", LEFT_OUT, reason))
         return
-    runner = context.runner_of(context.fp8_runner.dit, attention)
+    runner = context.runner_of(context.quantized_runner("fp8").dit, attention)
     for side in FP8_ATTENTION_SIDES:
         with context.findings.attempt("steps", f"{name_of(side)} fp8, fp8 attention"):
             measure(context, "steps", runner, "fp8, fp8 attention ", ((side, side),))
+
+
+def run_int8(context: Context) -> None:
+    """The same in int8 with rotation, at the sizes that have a target."""
+    for side in SMOKE_SIDES if context.smoke else INT8_SIDES:
+        with context.findings.attempt("steps", f"{name_of(side)} int8"):
+            measure(context, "steps", context.quantized_runner("int8"), "int8 ", ((side, side),))
 
 
 def run_packs(context: Context) -> None:
@@ -93,7 +101,8 @@ def measure(
         context: of the child.
         part: of the benchmark.
         runner: steps.
-        format: of its matrices, as rows name it, with a space after it; empty is bf16.
+        format: of its matrices, as rows name it, with a space after it, and what else is in 8
+            bits after a comma; empty is bf16.
         sides: width and height of every image.
     """
     states = images(runner, sides)
@@ -102,7 +111,7 @@ def measure(
     works = ways(context, part, runner, states, f"{size} {format}")
     seconds, least = context.seconds, 2 if max(branches) > 8192 else 3
     found = timings([way.run for way in works], context.device, seconds, warm_ups=2, least=least)
-    floor = context.step_floor_ms(branches, fp8=bool(format))
+    floor = context.step_floor_ms(branches, format.partition(",")[0].strip() or "bf16")
     for way, timing in zip(works, found, strict=True):
         note = f"{sum(branches)} tokens"
         context.findings.add(timed(part, way.name, timing, floor, note, way.how))

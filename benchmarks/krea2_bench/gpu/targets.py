@@ -13,7 +13,7 @@ NOT_MEASURED = "not measured"
 TOKENS = {"256x256": 320, "512x512": 1088, "1024x1024": 4160, "2048x2048": 16448}
 """Tokens of a step of one image."""
 
-_MATMUL, _MATMUL_FP8, _COPY = 790.0, 1300.0, 4.3
+_MATMUL, _MATMUL_8_BIT, _COPY = 790.0, 1300.0, 4.3
 """TFLOP/s and TB/s at which floors are taken where there is no GPU to measure them."""
 
 
@@ -146,20 +146,26 @@ def _over(share: float) -> float:
     return 1 / share
 
 
-def _floor_ms(branches: Sequence[int], fp8: bool = False) -> float:
+def _floor_ms(branches: Sequence[int], eight_bit: bool = False) -> float:
     """As `Context.step_floor_ms`, at the rates that an H200 is said to have."""
-    step = cost.step(branches, fp8)
+    step = cost.step(branches, eight_bit)
     products, attention, _ = step.shares
-    rate = _MATMUL_FP8 if fp8 else _MATMUL
-    return max(products.amount / rate + attention.amount / _MATMUL, 0.0243 / _COPY) * 1e3
+    rate = _MATMUL_8_BIT if eight_bit else _MATMUL
+    weights = 0.0243 / (2 if eight_bit else 1)
+    return max(products.amount / rate + attention.amount / _MATMUL, weights / _COPY) * 1e3
 
 
 def _share_target(
-    what: str, limit: float, part: str, names: Sequence[str], branches: Sequence[int]
+    what: str,
+    limit: float,
+    part: str,
+    names: Sequence[str],
+    branches: Sequence[int],
+    eight_bit: bool = False,
 ) -> Target:
-    step = cost.step(branches)
+    step = cost.step(branches, eight_bit)
     figure = _share(part, names, _percent)
-    estimated = 100 * _floor_ms(branches) / step.ms
+    estimated = 100 * _floor_ms(branches, eight_bit) / step.ms
     return Target(f"step {what}, share of its floor", limit, True, "%", figure, estimated, step)
 
 
@@ -177,9 +183,14 @@ def _step_target(what: str, limit: float, names: Sequence[str], size: str) -> Ta
 
 
 def _picture_target(
-    what: str, limit: float, name: str, side: int, fp8: bool = False, fp8_attention: bool = False
+    what: str,
+    limit: float,
+    name: str,
+    side: int,
+    eight_bit: bool = False,
+    fp8_attention: bool = False,
 ) -> Target:
-    picture = cost.picture(side, fp8=fp8, fp8_attention=fp8_attention)
+    picture = cost.picture(side, eight_bit=eight_bit, fp8_attention=fp8_attention)
     figure = _value("pictures", name, scale=1e-3)
     return Target(f"picture {what}", limit, False, "s", figure, picture.ms / 1e3, picture)
 
@@ -191,10 +202,10 @@ def _decode_target(side: int, limit: float) -> Target:
     return Target(f"VAE decode {size}", limit, False, "ms", figure, decode.ms, decode)
 
 
-def _fp8_target(size: str, limit: float) -> Target:
-    bf16, fp8 = (cost.step([TOKENS[size]], fp8).ms for fp8 in (False, True))
-    figure = _ratio(("steps", _ways(size)), ("steps", _ways(f"{size} fp8")))
-    return Target(f"fp8 against bf16, {size}", limit, True, "x", figure, bf16 / fp8)
+def _against_bf16(format: str, size: str, limit: float) -> Target:
+    bf16, ours = (cost.step([TOKENS[size]], eight_bit).ms for eight_bit in (False, True))
+    figure = _ratio(("steps", _ways(size)), ("steps", _ways(f"{size} {format}")))
+    return Target(f"{format} against bf16, {size}", limit, True, "x", figure, bf16 / ours)
 
 
 def _plain_target(size: str, limit: float) -> Target:
@@ -206,6 +217,10 @@ def _adapter_target(size: str, limit: float) -> Target:
     beside = [f"{size} {WITH} graph", f"{size} {WITH} eager"]
     figure = _ratio(("adapters", beside), ("adapters", _ways(size)))
     return Target(f"step {size} {WITH}, against without", limit, False, "x", figure)
+
+
+def _error(format: str) -> str:
+    return f"{format} velocity, last step"
 
 
 _TEXT, _1024, _2048 = cost.encode(), "1024x1024", "2048x2048"
@@ -225,19 +240,31 @@ TARGETS = (
     _plain_target("256x256", 3),
     _adapter_target(_1024, 1.06),
     Target("against torch.compile, anywhere", 1, True, "x", _slowest_against_compiled),
-    _fp8_target(_1024, 1.5),
-    _fp8_target(_2048, 1.4),
+    _against_bf16("fp8", _1024, 1.5),
+    _against_bf16("fp8", _2048, 1.4),
+    _against_bf16("int8", _1024, 1.5),
+    _against_bf16("int8", _2048, 1.4),
+    _share_target(f"{_1024}, int8", 80, "steps", _ways(f"{_1024} int8"), [4160], eight_bit=True),
+    _share_target(f"{_2048}, int8", 80, "steps", _ways(f"{_2048} int8"), [16448], eight_bit=True),
     _picture_target(f"{_1024}, bf16", 1.37, f"{_1024} bf16", 1024),
-    _picture_target(f"{_1024}, 8 bit", 0.90, f"{_1024} fp8", 1024, fp8=True),
+    _picture_target(f"{_1024}, fp8", 0.90, f"{_1024} fp8", 1024, eight_bit=True),
+    _picture_target(f"{_1024}, int8", 0.90, f"{_1024} int8", 1024, eight_bit=True),
     _picture_target(f"{_2048}, bf16", 7.0, f"{_2048} bf16", 2048),
-    _picture_target(f"{_2048}, 8 bit", 5.0, f"{_2048} fp8", 2048, fp8=True),
+    _picture_target(f"{_2048}, fp8", 5.0, f"{_2048} fp8", 2048, eight_bit=True),
     _picture_target(
-        f"{_2048}, 8 bit with fp8 attention",
+        f"{_2048}, fp8 with fp8 attention",
         4.4,
         f"{_2048} fp8, fp8 attention",
         2048,
-        fp8=True,
+        eight_bit=True,
         fp8_attention=True,
+    ),
+    Target(
+        "error of a step, int8 over fp8",
+        0.5,
+        False,
+        "x",
+        _ratio(("precision", [_error("int8")]), ("precision", [_error("fp8")])),
     ),
     _decode_target(1024, 40),
     _decode_target(2048, 150),
