@@ -40,6 +40,7 @@ class MemoryPlan:
         streamed_blocks: of the DiT, in pinned host memory and on the GPU only while they run; see
             `streamed_positions`. 0 is all resident.
         streamed_bytes: that come to the GPU in each step.
+        offloaded_bytes: of the text encoder, that come to the GPU for new prompts.
         max_encoded_prompts: that are encoded together.
         max_pack_sequences: of a pack.
         pinned_bytes: of host memory.
@@ -59,6 +60,7 @@ class MemoryPlan:
     rows: tuple[tuple[str, int, str], ...]
     streamed_blocks: int
     streamed_bytes: int
+    offloaded_bytes: int
     max_encoded_prompts: int
     max_pack_sequences: int
     pinned_bytes: int
@@ -217,6 +219,7 @@ def _plan(
         _rows(choice, taken, budget, work, sizes, request),
         choice.streamed,
         sizes.streamed(choice.streamed),
+        0 if choice.resident else sizes.text_encoder,
         prompts,
         pack_sequences,
         sizes.pinned(choice.streamed, choice.resident),

@@ -50,7 +50,6 @@ class PartSizes:
     Attributes:
         dit, text_encoder, vae: weights.
         blocks: of `dit`, each of its blocks.
-        pinned_blocks: each of them in pinned host memory.
         quantized: whether those of the DiT are in 8 bits already.
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
         pinned_text_encoder: all of it in pinned host memory.
@@ -72,7 +71,6 @@ class PartSizes:
     text_encoder: int
     vae: int
     blocks: tuple[int, ...]
-    pinned_blocks: tuple[int, ...]
     text_encoder_unit: int
     pinned_text_encoder: int
     step_per_token: int
@@ -106,7 +104,7 @@ class PartSizes:
         """Bytes of pinned host memory: of so many blocks, and of the text encoder where it is
         offloaded.
         """
-        found = sum(self.pinned_blocks[i] for i in self._positions(streamed))
+        found = self.streamed(streamed)
         return found if encoder_resident else found + self.pinned_text_encoder
 
     def _positions(self, count: int) -> tuple[int, ...]:

@@ -101,7 +101,6 @@ def part_sizes(
         text_encoder=num_bytes([text]),
         vae=num_bytes([vae]),
         blocks=tuple(num_bytes([block]) for block in dit.blocks),
-        pinned_blocks=tuple(pinned_bytes(block) for block in dit.blocks),
         text_encoder_unit=max(num_bytes([unit]) for unit in text_model_units(text)),
         pinned_text_encoder=pinned_bytes(text),
         step_per_token=max(_block_per_token(block, config, element) for block in dit.blocks)
