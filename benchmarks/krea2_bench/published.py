@@ -169,6 +169,13 @@ def _cpu(results: Callable[[str], Any], short: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _plans() -> str:
+    """Imported here: it needs all that loads a model, and one page alone needs it."""
+    from krea2_bench.plan_table import plan_table
+
+    return plan_table()
+
+
 TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "cpu": _cpu,
     "cpu-short": partial(_cpu, short=True),
@@ -177,6 +184,7 @@ TABLES: dict[str, Callable[[Callable[[str], Any]], str]] = {
     "synonyms": lambda _: synonyms_table(),
     "no-effect": lambda _: no_effect_table(),
     "formats": lambda _: format_table(),
+    "plans": lambda _: _plans(),
     "adapters": lambda results: adapter_figures(results("adapters.json")),
 }
 """Tables, given what reads a file of results; settings and words of clients are in none."""

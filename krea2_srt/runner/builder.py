@@ -41,7 +41,7 @@ from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS, MemoryRequest
 from krea2_srt.runner.memory_plan import MemoryPlan, plan_memory
 from krea2_srt.runner.memory_sizes import GIB, PartSizes
 from krea2_srt.runner.model_runner import STREAM_PRIORITY, Krea2Runner
-from krea2_srt.runner.part_sizes import checkpoint_sizes
+from krea2_srt.runner.part_sizes import checkpoint_sizes, on_gpu
 from krea2_srt.runner.products import known_products, product_candidates, use_fastest_product
 from krea2_srt.runner.streamed_blocks import streamed_positions
 from krea2_srt.runner.warm_up import warm_up
@@ -122,11 +122,14 @@ class RunnerBuilder:
         gpu = Gpu(free, total, torch.cuda.get_device_capability(self.device))
         return self.plan_for(gpu, max(0, available_memory() - HOST_MARGIN))
 
-    def plan_for(self, gpu: Gpu, host_bytes: int | None = None) -> MemoryPlan:
+    def plan_for(
+        self, gpu: Gpu, host_bytes: int | None = None, sizes: PartSizes | None = None
+    ) -> MemoryPlan:
         """How the memory of a GPU would be used, which need not be at hand.
 
         Args:
             host_bytes: of host memory that may be taken; None is any.
+            sizes: what `sizes` has said.
 
         Raises:
             ConfigError, CheckpointError: see `plan`.
@@ -136,16 +139,17 @@ class RunnerBuilder:
         free = gpu.free
         if self.config.gpu_memory_gib:
             free = min(free, int(self.config.gpu_memory_gib * GIB))
-        return plan_memory(free, gpu.total, self._sizes(gpu), self._request(host_bytes))
+        sizes = on_gpu(sizes or self.sizes(), gpu)
+        return plan_memory(free, gpu.total, sizes, self._request(host_bytes))
 
-    def _sizes(self, gpu: Gpu) -> PartSizes:
+    def sizes(self) -> PartSizes:
+        """Bytes of the parts, on whatever GPU.
+
+        Raises:
+            CheckpointError: their configs are missing or damaged.
+        """
         return checkpoint_sizes(
-            self.checkpoint,
-            self.dtype,
-            self.text_dtype,
-            self.vae_dtype,
-            self.quantization,
-            gpu,
+            self.checkpoint, self.dtype, self.text_dtype, self.vae_dtype, self.quantization
         )
 
     def _request(self, host_bytes: int | None) -> MemoryRequest:

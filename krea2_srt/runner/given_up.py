@@ -52,7 +52,7 @@ def given_up(
     if choice.small and cache_bytes < request.cache_bytes:
         yield f"caches of more than {cache_bytes / MIB:.0f} MiB"
     if prompts < len(sizes.encodes):
-        yield f"more than {prompts} prompts encoded together"
+        yield f"more than {prompts} {'prompts' if prompts > 1 else 'prompt'} encoded at a time"
 
 
 def square_side(image_tokens: int) -> int:

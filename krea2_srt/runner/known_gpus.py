@@ -90,6 +90,10 @@ _OTHER_NAMES = {
 }
 
 
+_VARIANTS = {"D", "LAPTOP", "NVL", "PCIE", "SUPER", "TI"}
+"""Words in the names of devices with other rates."""
+
+
 def known_gpu(name: str) -> KnownGpu:
     """A GPU by its name, as in "4090", "RTX 4090" or "a100-40gb".
 
@@ -109,7 +113,7 @@ def known_gpu(name: str) -> KnownGpu:
 
 def known_by_device_name(device_name: str) -> KnownGpu | None:
     """The same by CUDA's name of a device, "NVIDIA GeForce RTX 4090"; None if it is not known."""
-    words = device_name.upper().replace("-", " ").split()
-    fits = [known for known in KNOWN_GPUS if set(known.name.upper().split("-")) <= set(words)]
-    # "RTX 4080 SUPER" and "4070 Ti" are other GPUs than those of the table.
-    return fits[0] if len(fits) == 1 and not {"TI", "SUPER", "LAPTOP"} & set(words) else None
+    words = set(device_name.upper().replace("-", " ").split())
+    fits = [known for known in KNOWN_GPUS if set(known.name.upper().split("-")) <= words]
+    # "RTX 4080 SUPER" and "H100 NVL" are other GPUs than those of the table.
+    return fits[0] if len(fits) == 1 and not _VARIANTS & words else None

@@ -8,6 +8,8 @@ beside them on their own. What does not fit is given up in the order of `choices
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.request import MAX_TEXT_TOKENS
@@ -40,6 +42,7 @@ class MemoryPlan:
         streamed_blocks: of the DiT, in pinned host memory and on the GPU only while they run; see
             `streamed_positions`. 0 is all resident.
         streamed_bytes: that come to the GPU in each step.
+        offloaded_bytes: of the text encoder, that come to the GPU for new prompts.
         max_encoded_prompts: that are encoded together.
         max_pack_sequences: of a pack.
         pinned_bytes: of host memory.
@@ -59,6 +62,7 @@ class MemoryPlan:
     rows: tuple[tuple[str, int, str], ...]
     streamed_blocks: int
     streamed_bytes: int
+    offloaded_bytes: int
     max_encoded_prompts: int
     max_pack_sequences: int
     pinned_bytes: int
@@ -116,28 +120,35 @@ def plan_memory(free: int, total: int, sizes: PartSizes, request: MemoryRequest)
             help.
     """
     _check(sizes, request)
-    needed, pinned = None, None
-    for choice in choices(sizes, request):
-        taken = _bytes(choice, free, total, sizes, request)
-        whole = request.max_pack_tokens if choice.whole_budget else 0
-        least = min(
-            request.max_pack_tokens, max(whole, choice.image_tokens + MAX_TEXT_TOKENS)
-        ) * sizes.step_per_token
-        fewest = len(sizes.encodes) if not choice.small else 1
-        work = max(least, sizes.encode(fewest, choice.resident))
-        beside = taken.total
-        if beside + work > free:
-            needed = min(needed or beside + work, beside + work)
+    needed: list[int] = []
+    pinned: list[int] = []
+    for _, group in groupby(choices(sizes, request), key=attrgetter("image_tokens", "streamed")):
+        ways = list(group)
+        # The last of them takes the least of everything.
+        least = _bytes(ways[-1], free, total, sizes, request).total
+        needed.append(least + _least_work(ways[-1], sizes, request))
+        if needed[-1] > free:
             continue
-        on_host = sizes.pinned(choice.streamed, choice.resident)
-        if request.host_bytes is not None and on_host > request.host_bytes:
-            pinned = min(pinned or on_host, on_host)
-            continue
-        return _plan(choice, free, total, taken, free - beside, work, sizes, request)
-    if pinned is not None:
-        raise _host_too_small(pinned, sizes, request)
-    assert needed is not None
-    raise _too_small(free, needed, sizes, request)
+        for choice in ways:
+            taken = _bytes(choice, free, total, sizes, request)
+            if taken.total + _least_work(choice, sizes, request) > free:
+                continue
+            on_host = sizes.pinned(choice.streamed, choice.resident)
+            if request.host_bytes is None or on_host <= request.host_bytes:
+                return _plan(choice, free, total, taken, sizes, request)
+            pinned.append(on_host)
+    if pinned:
+        raise _host_too_small(min(pinned), sizes, request)
+    raise _too_small(free, min(needed), sizes, request)
+
+
+def _least_work(choice: Choice, sizes: PartSizes, request: MemoryRequest) -> int:
+    """Bytes that steps and encoding take at least."""
+    whole = request.max_pack_tokens if choice.whole_budget else 0
+    tokens = max(whole, choice.image_tokens + MAX_TEXT_TOKENS)
+    step = min(request.max_pack_tokens, tokens) * sizes.step_per_token
+    prompts = 1 if choice.small else len(sizes.encodes)
+    return max(step, sizes.encode(prompts, choice.resident))
 
 
 def _check(sizes: PartSizes, request: MemoryRequest) -> None:
@@ -185,18 +196,11 @@ def _plan(
     free: int,
     total: int,
     taken: _Bytes,
-    left: int,
-    least: int,
     sizes: PartSizes,
     request: MemoryRequest,
 ) -> MemoryPlan:
-    """
-    Args:
-        left: bytes for steps and encoding.
-        least: of them, what the choice needs.
-    """
-    budget = min(request.max_pack_tokens, left // sizes.step_per_token)
-    work = max(least, budget * sizes.step_per_token)
+    budget = min(request.max_pack_tokens, (free - taken.total) // sizes.step_per_token)
+    work = max(_least_work(choice, sizes, request), budget * sizes.step_per_token)
     prompts = max(
         count
         for count in range(1, len(sizes.encodes) + 1)
@@ -217,6 +221,7 @@ def _plan(
         _rows(choice, taken, budget, work, sizes, request),
         choice.streamed,
         sizes.streamed(choice.streamed),
+        0 if choice.resident else sizes.text_encoder,
         prompts,
         pack_sequences,
         sizes.pinned(choice.streamed, choice.resident),

@@ -1,6 +1,7 @@
 """Bytes of a model's parts, and of what is done with them. Pure arithmetic."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from krea2_srt.request import MAX_TEXT_TOKENS
 from krea2_srt.runner.streamed_blocks import BUFFERS, streamed_positions
@@ -9,6 +10,13 @@ GIB = 2**30
 
 GRAPH_BYTES = 6 * 2**20
 """Bytes of a captured graph's own nodes. An estimate: some 400 kernels with their arguments."""
+
+
+@cache  # asked for again and again while a plan is made
+def _streamed(blocks: tuple[int, ...], count: int) -> tuple[int, int]:
+    """Bytes of the blocks that are streamed, and of the largest."""
+    sizes = [blocks[i] for i in streamed_positions(len(blocks), count)]
+    return sum(sizes), max(sizes, default=0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,6 @@ class PartSizes:
     Attributes:
         dit, text_encoder, vae: weights.
         blocks: of `dit`, each of its blocks.
-        pinned_blocks: each of them in pinned host memory.
         quantized: whether those of the DiT are in 8 bits already.
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
         pinned_text_encoder: all of it in pinned host memory.
@@ -72,7 +79,6 @@ class PartSizes:
     text_encoder: int
     vae: int
     blocks: tuple[int, ...]
-    pinned_blocks: tuple[int, ...]
     text_encoder_unit: int
     pinned_text_encoder: int
     step_per_token: int
@@ -93,24 +99,19 @@ class PartSizes:
         """Bytes of the DiT on the GPU where so many of its blocks are streamed, with the buffers
         that they go through.
         """
-        if not streamed:
-            return self.dit
-        buffer = max(self.blocks[i] for i in self._positions(streamed))
-        return self.dit - self.streamed(streamed) + BUFFERS * buffer
+        moved, largest = _streamed(self.blocks, streamed)
+        return self.dit - moved + BUFFERS * largest
 
     def streamed(self, count: int) -> int:
         """Bytes that come to the GPU in each step where so many blocks are streamed."""
-        return sum(self.blocks[i] for i in self._positions(count))
+        return _streamed(self.blocks, count)[0]
 
     def pinned(self, streamed: int, encoder_resident: bool) -> int:
         """Bytes of pinned host memory: of so many blocks, and of the text encoder where it is
         offloaded.
         """
-        found = sum(self.pinned_blocks[i] for i in self._positions(streamed))
+        found = self.streamed(streamed)
         return found if encoder_resident else found + self.pinned_text_encoder
-
-    def _positions(self, count: int) -> tuple[int, ...]:
-        return streamed_positions(len(self.blocks), count)
 
     def decode(self, image_tokens: int) -> int:
         """Bytes of one image's decode."""

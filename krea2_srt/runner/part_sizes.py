@@ -1,6 +1,7 @@
 """How much memory the parts of a model take, read off the modules themselves."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -41,23 +42,28 @@ def checkpoint_sizes(
     text_dtype: torch.dtype,
     vae_dtype: torch.dtype,
     quantization: Quantization | None,
-    gpu: Gpu,
 ) -> PartSizes:
     """Sizes of a checkpoint's parts; only its configs are read, and the headers of single
-    files.
+    files. `on_gpu` makes them those of a GPU.
 
     Args:
         checkpoint: where they lie.
         dtype, text_dtype, vae_dtype: of the DiT, the text encoder and the VAE.
         quantization: of the DiT's blocks.
-        gpu: where it will run.
     """
     with torch.device("meta"):
         dit = Krea2DiT(dit_config(checkpoint.transformer), dtype, quantization)
         vae = VAEDecoder(vae_config(checkpoint.vae), vae_dtype)
     text, _ = text_model(checkpoint.text_encoder, checkpoint.select_layers, text_dtype)
-    tile, scores = default_tile(torch.device("cuda")), scores_within(gpu.total)
-    return part_sizes(dit, text, vae, tile, scores, workspace_of(gpu.capability))
+    return part_sizes(dit, text, vae, default_tile(torch.device("cuda")), scores=1)
+
+
+def on_gpu(sizes: PartSizes, gpu: Gpu) -> PartSizes:
+    """The same with what depends on the GPU: scores that are computed at a time, and workspaces."""
+    # Attention in float32 has no scores in memory, wherever it runs.
+    scores = BYTES_PER_SCORE * scores_within(gpu.total) if sizes.decoder.score_bytes else 0
+    decoder = replace(sizes.decoder, score_bytes=scores)
+    return replace(sizes, decoder=decoder, libraries=workspace_of(gpu.capability))
 
 
 def library_workspace(device: torch.device) -> int:
@@ -101,7 +107,6 @@ def part_sizes(
         text_encoder=num_bytes([text]),
         vae=num_bytes([vae]),
         blocks=tuple(num_bytes([block]) for block in dit.blocks),
-        pinned_blocks=tuple(pinned_bytes(block) for block in dit.blocks),
         text_encoder_unit=max(num_bytes([unit]) for unit in text_model_units(text)),
         pinned_text_encoder=pinned_bytes(text),
         step_per_token=max(_block_per_token(block, config, element) for block in dit.blocks)

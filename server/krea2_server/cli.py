@@ -26,6 +26,7 @@ from krea2_server.http_protocol import bounded_protocol
 from krea2_server.keys import Keys
 from krea2_server.moderation.moderator import ModerationConfigError, Moderator
 from krea2_server.observability.logs import configure_logs
+from krea2_server.plan import plan_text
 from krea2_server.proxies.public_address import url_warning
 from krea2_server.services import Services
 from krea2_server.settings import COMMAND, NO_STORAGE, Settings, load_settings
@@ -48,6 +49,9 @@ _POLL_S = 0.1
 def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(COMMAND):
         settings = load_settings(sys.argv[1:] if argv is None else argv)
+        if settings.plan:
+            print(plan_text(settings))
+            return
         keys = Keys.from_settings(settings)
         moderator = load_moderator(settings)
         _check_model(settings)

@@ -39,6 +39,7 @@ from krea2_srt.environment import read_environment
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.parts import CheckpointSource
 from krea2_srt.model.recipe import AUTO
+from krea2_srt.runner.known_gpus import known_gpu
 from krea2_srt.service_links import is_service_link
 from krea2_srt.yaml_files import YamlFileError, read_yaml
 
@@ -59,6 +60,13 @@ def _named(value: Any) -> Any:
     return value
 
 
+def _checked_gpu(name: str) -> str:
+    try:
+        return known_gpu(name).name if name else name
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("gpu: ")) from None
+
+
 def _checked_url(url: str) -> str:
     """What the pattern lets through, such as half an IPv6 address."""
     try:
@@ -74,6 +82,7 @@ File = Annotated[Path | None, BeforeValidator(_named)]
 HttpUrl = Annotated[
     str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$"), AfterValidator(_checked_url)
 ]
+KnownGpuName = Annotated[str, AfterValidator(_checked_gpu)]
 Network = Annotated[str, AfterValidator(checked_network)]
 HostPattern = Annotated[str, AfterValidator(checked_host)]
 Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
@@ -98,6 +107,14 @@ class Settings(BaseSettings):
     )
 
     config: File = Field(None, description="YAML file with any of these settings")
+    plan: bool = Field(
+        False,
+        description="serve nothing, but print how the GPU's memory would be used, and how long "
+        "pictures would take; see docs/gpu.md",
+    )
+    gpu: KnownGpuName = Field(
+        "", description="GPU to plan for, 4090 or A100-40GB; by default the one that is here"
+    )
 
     # What is served, and where.
     model_path: str = Field(
@@ -364,6 +381,9 @@ class Settings(BaseSettings):
             self._refuse_with("engine_endpoints", "replicas", "sglang_args", "engine", "runner")
             self._refuse_with("engine_endpoints", "quantization", "lora_dir", "start_timeout_s")
             self._refuse_with("engine_endpoints", "recipe", "text_encoder", "vae", "tokenizer")
+            self._refuse_with("engine_endpoints", "plan")
+        if not self.plan:
+            self._refuse_with("a server; --plan takes it", "gpu")
         for name in ("lora_dir", "recipe"):
             # The same setting under two names.
             if getattr(self.runner, name, None) is not None:

@@ -18,6 +18,8 @@ _OF_RAY = (
     ("max_header_bytes", "nothing"),
     ("header_timeout_s", "nothing"),
     ("send_timeout_s", "nothing"),
+    ("plan", "nothing"),
+    ("gpu", "nothing"),
 )
 """Settings that have no effect, and what has: Ray Serve's own server is in front."""
 

@@ -28,7 +28,11 @@ from krea2_srt.setting import Setting, settings_of
 
 CONFIGS = {"engine": EngineConfig, "runner": RunnerConfig}
 
-BESIDE = {"host": ["--allow-anonymous"], "storage_options": ["--storage=s3://bucket/images"]}
+BESIDE = {
+    "host": ["--allow-anonymous"],
+    "storage_options": ["--storage=s3://bucket/images"],
+    "gpu": ["--plan"],
+}
 """Flags without which these settings cannot be other than they are by default."""
 
 ALSO = {"lora_dir": "runner.lora_dir", "recipe": "runner.recipe"}
@@ -85,7 +89,7 @@ def other_values(name: str) -> Iterator[object]:
     else:
         options = declared.choices if declared else get_args(field.annotation)
         yield from (one for one in options if isinstance(one, str) and one != default)
-        yield from ("some-text", "http://some.host:1", "512x512", {"some": "text"})
+        yield from ("some-text", "http://some.host:1", "512x512", {"some": "text"}, "3", "4090")
 
 
 def value_of(name: str, tmp_path: Path) -> Any:
