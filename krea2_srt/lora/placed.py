@@ -30,7 +30,7 @@ class PlacedAdapter:
             where they would take twice the memory.
         touches_text: whether it changes what becomes of a prompt.
         touches_time: whether it changes what becomes of a schedule.
-        on_host: matrices whose factors have stayed in pinned host memory, and come to the device
+        stayed: matrices whose factors have stayed in pinned host memory, and come to the device
             when they are multiplied with.
     """
 
@@ -41,7 +41,7 @@ class PlacedAdapter:
     ups: Mapping[nn.Module, Tensor]
     touches_text: bool
     touches_time: bool
-    on_host: frozenset[nn.Module] = frozenset()
+    stayed: frozenset[nn.Module] = frozenset()
 
     @classmethod
     def on_host(cls, dit: Krea2DiT, adapter: Adapter) -> "PlacedAdapter":
@@ -99,12 +99,12 @@ class PlacedAdapter:
                 down = downs[linear] = self.downs[linear].to(device, non_blocking=True)
                 ups = (factor.up.to(device, non_blocking=True) for factor in some)
                 moved[linear] = _parts(down, zip(ups, some, strict=True))
-        return replace(self, factors=moved, downs=downs, on_host=frozenset(kept))
+        return replace(self, factors=moved, downs=downs, stayed=frozenset(kept))
 
     @cached_property
     def nbytes(self) -> int:
         """Bytes that it takes where it is."""
-        return self.nbytes_without(self.on_host)
+        return self.nbytes_without(self.stayed)
 
     def nbytes_without(self, left: Collection[nn.Module]) -> int:
         """Bytes that the factors of all matrices but some take."""

@@ -151,6 +151,7 @@ class BlockStream:
     def _holding(self, block: int) -> _Buffer | None:
         return next((buffer for buffer in self._buffers if buffer.block == block), None)
 
+    @torch.inference_mode()
     def _upload(self, block: int, keep: int) -> _Buffer:
         """Queue the upload of a block over another than the one that is kept."""
         buffer = next(buffer for buffer in self._buffers if buffer.block != keep)
@@ -165,16 +166,15 @@ class BlockStream:
             buffer.views[block] = self._blocks[block].views(buffer.memory)
         return buffer
 
+    @torch.inference_mode()
     def _make_buffers(self) -> None:
         """All or none."""
         if self._buffers:
             return
         largest = max(block.nbytes for block in self._blocks.values())
-        # Ordinary tensors, which may be written to whoever makes them.
-        with torch.inference_mode(False):
-            memories = [
-                torch.empty(largest, dtype=torch.uint8, device=self._device)
-                for _ in range(min(NUM_BUFFERS, len(self)))
-            ]
+        memories = [
+            torch.empty(largest, dtype=torch.uint8, device=self._device)
+            for _ in range(min(NUM_BUFFERS, len(self)))
+        ]
         # What the allocator had lent before may still be in use on the current stream.
         self._buffers = [_Buffer(memory, self._uploads.mark()) for memory in memories]

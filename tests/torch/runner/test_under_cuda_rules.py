@@ -11,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -378,21 +379,22 @@ def test_memory_is_all_given_back(cuda, runner):
 # Random schedules.
 
 
-def schedule(seed: int, failing: bool) -> None:
+def schedule(seed: int, failing: bool, streamed: tuple[int, ...] = ()) -> None:
     """Requests at random moments, with cancels, previews, failures and sleep, to their end.
 
     Args:
         seed: of all that is random.
         failing: whether an allocation fails now and then too.
+        streamed: blocks that come from host memory; of five blocks then, and without graphs.
     """
     random_ = random.Random(seed)
     with cuda_rules() as cuda, torch.inference_mode():
-        runner = small_runner()
-        if random_.random() < 0.7:
+        runner = small_runner(blocks=5, streamed=streamed) if streamed else small_runner()
+        if not streamed and random_.random() < 0.7:
             use_graphs(runner)
         cuda.looks = random_.choice([0, 1, 3])
         executor = executor_of(runner, overlapped=random_.random() < 0.7)
-        engine = Engine(executor, COST, CONFIG)
+        engine = Engine(executor, replace(COST, blocks=runner.num_blocks), CONFIG)
         waiting = random_.randint(1, 6)
         accepted, ended = 0, 0
         while waiting or not engine.idle:
@@ -428,6 +430,8 @@ def schedule(seed: int, failing: bool) -> None:
             if engine.requests and random_.random() < 0.05:
                 events += engine.cancel(random_.choice(list(engine.requests)))
             if random_.random() < 0.02:
+                if streamed:
+                    executor.release_memory()
                 executor.release_graphs()
                 torch.cuda.empty_cache()
             for event in events:
