@@ -202,11 +202,6 @@ def test_what_options_ask_of_the_runner(parse, checkpoint, monkeypatch):
     flags = "--quantization fp8 --quantization-ignored-layers 0.* *.ff.down"
     builder = make_builder(checkpoint, parse(f"{flags} --text-encoder-cpu-offload"))
     assert builder.quantization == Quantization("fp8", False, ("0.*", "*.ff.down"))
-    for name in ("int8", "convrot_int8"):
-        builder = make_builder(checkpoint, parse(f"--quantization {name}"))
-        assert builder.quantization == SERVED["int8"] == Quantization("int8", rotation=True)
-    builder = make_builder(checkpoint, parse(flags.replace("fp8", "int8")))
-    assert builder.quantization == Quantization("int8", True, ("0.*", "*.ff.down"))
     assert builder.config.text_encoder == "offload"
     monkeypatch.setenv("KREA2_SRT_TEXT_ENCODER", "resident")
     monkeypatch.setenv("KREA2_SRT_MAX_TURN_MS", "50")
@@ -214,6 +209,17 @@ def test_what_options_ask_of_the_runner(parse, checkpoint, monkeypatch):
     assert builder.config.text_encoder == "resident"
     assert builder.engine.max_turn_ms == 50
     assert builder.caches.contexts == 0
+
+
+@pytest.mark.parametrize("name", ["int8", "convrot_int8"])
+def test_int8_by_our_name_and_by_sglangs(parse, checkpoint, name):
+    from krea2_srt.sglang.pipeline import make_builder
+
+    builder = make_builder(checkpoint, parse(f"--quantization {name}"))
+    assert builder.quantization == SERVED["int8"] == Quantization("int8", rotation=True)
+    flags = f"--quantization {name} --quantization-ignored-layers 0.* *.ff.down"
+    builder = make_builder(checkpoint, parse(flags))
+    assert builder.quantization == Quantization("int8", True, ("0.*", "*.ff.down"))
 
 
 def test_who_serves_warms_up(parse, checkpoint):
