@@ -250,7 +250,7 @@ def test_what_rounding_loses_is_measured(
 
 
 def test_what_rounding_loses_depends_on_the_rotation_that_a_matrix_has():
-    """Of a row with an outlier little is kept but the outlier, unless it is rotated."""
+    """In a row with an outlier little else is kept, unless it is rotated."""
     stored = 0.01 * torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
     stored[:, 3] = 100.0
     update = 0.1 * torch.ones_like(stored)
