@@ -85,6 +85,18 @@ FIGURES = {
         "products[matrix=6144 wide; tokens=Gaussian; format=fp8].error",
         ".1%",
     ),
+    "fp8-tails": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=heavy tails; format=fp8].error",
+        ".1%",
+    ),
+    "fp8-tails-wide": (
+        "quantization.json",
+        "products[matrix=16384 wide; tokens=heavy tails; format=fp8].error",
+        ".1%",
+    ),
+    "fp8-picture": ("quantization.json", "pictures[format=fp8].psnr", ".1f"),
+    "int8-picture": ("quantization.json", "pictures[format=int8_rotated].psnr", ".1f"),
     "int8": (
         "quantization.json",
         "products[matrix=6144 wide; tokens=Gaussian; format=int8].error",

@@ -183,7 +183,7 @@ def rotated(x, BLOCK: tl.constexpr, ROTATION: tl.constexpr):
     A Kronecker power is as many stages of its factor. One stage gives of four elements, of which
     the other one is that from the other end, half their sum less the other one.
     """
-    for stage in tl.static_range(4):
+    for stage in tl.static_range(5):  # files have blocks of up to 1024
         if 4**stage < ROTATION:
             fours = tl.reshape(x, (BLOCK // 4 ** (stage + 1), 4, 4**stage))
             fours = tl.sum(fours, 1, keep_dims=True) * 0.5 - tl.flip(fours, 1)

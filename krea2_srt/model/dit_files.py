@@ -170,17 +170,15 @@ class StoredDiT:
 
     @property
     def rotations(self) -> dict[str, int]:
-        """How int8 matrices are rotated, by the DiT's name of them, where all their parts agree."""
-        found: dict[str, set[int | None]] = {}
+        """How int8 matrices are rotated, by the DiT's name of them, where all their parts that are
+        in int8 agree.
+        """
+        found: dict[str, set[int]] = {}
         for name, matrix in matrices_of(self.plan).items():
             format = self.tensors[f"{name}.weight"].eight_bit
-            int8 = format is not None and format.dtype is torch.int8
-            found.setdefault(matrix.linear, set()).add(format.rotation if format and int8 else None)
-        return {
-            linear: rotation
-            for linear, rotations in found.items()
-            if len(rotations) == 1 and (rotation := next(iter(rotations))) is not None
-        }
+            if format is not None and format.dtype is torch.int8:
+                found.setdefault(matrix.linear, set()).add(format.rotation)
+        return {linear: min(some) for linear, some in found.items() if len(some) == 1}
 
     def eight_bit_formats(self, quantization: Quantization) -> dict[str, TokenFormat]:
         """What a DiT that is loaded with a quantization has each matrix in that is quantised, by

@@ -256,6 +256,7 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(model, packs, arg
     ("arguments", "error"),
     [
         ({"dtype": "int3"}, ConfigError),
+        ({"quantization": "int4"}, ConfigError),
         ({"device": "abacus"}, RequestError),
         ({"device": "cuda:99"}, RequestError),
         ({"model": "no/such/folder/here"}, CheckpointError),

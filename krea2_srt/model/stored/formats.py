@@ -13,8 +13,9 @@ FORMATS: Mapping[str, str] = {
     "`--quantization fp8`, except outside the blocks. Scales of activations are checked and not "
     "used: tokens are quantised by their own",
     "fp8_scaled in e5m2": "read, through float32",
-    "ComfyUI's int8, with or without rotation (int8_convrot)": "read, through float32; taken as it "
-    "is where the library is asked for int8",
+    "ComfyUI's int8, with or without rotation (int8_convrot)": "read; taken as it is with "
+    "`--quantization int8`, each matrix with the rotation that it has, except outside the blocks; "
+    "else through float32",
     "GGUF in Q8_0, F16, BF16 or F32, with the names of the safetensors file": "read; Q8_0 through "
     "float32",
     "GGUF in any other type (Q4_K, Q6_K, IQ4_XS, ...)": "refused by name: use Q8_0",

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from krea2_srt.convert.convert import convert_to_file
 from krea2_srt.errors import CheckpointError, ConfigError
+from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.sglang import launch, model_index
 from krea2_srt.sglang.parts import is_krea2_on_disk, refuse_single_files, source_of
 from tests.engine_real.conftest import SGLANG, START_TIMEOUT_S, environment
@@ -220,6 +223,27 @@ def test_which_files_are_krea2s(unnamed_file, demo_model, tmp_path):
     broken.write_bytes(b"\0")
     assert is_krea2_on_disk(str(broken))  # so that who loads it tells what is wrong
     assert not is_krea2_on_disk(str(tmp_path / "nothing"))
+
+
+def test_sglangs_own_reader_knows_our_int8(demo_model, tmp_path):
+    """Its config of ConvRot takes all markers, and its reader the shapes of values and scales."""
+    from sglang.multimodal_gen.runtime.layers.quantization.configs.convrot_int8_config import (
+        ConvRotInt8Config,
+    )
+    from sglang.multimodal_gen.runtime.utils.quantization_utils import (
+        inspect_comfy_quant_markers,
+        resolve_comfy_checkpoint_quantization,
+    )
+
+    model = Krea2Checkpoint.from_folder(demo_model)
+    file = tmp_path / "int8.safetensors"
+    convert_to_file(model.transformer, model.sampling, file, SERVED["int8"])
+    markers = inspect_comfy_quant_markers([str(file)])
+    assert len(markers) == 8 * 4
+    assert all(marker["_is_rowwise"] for marker in markers.values())
+    config = resolve_comfy_checkpoint_quantization(markers)
+    assert isinstance(config, ConvRotInt8Config)
+    assert set(config._serialized_group_sizes.values()) == {256}
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from krea2_srt.errors import ConfigError
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.runner.config import RunnerConfig
+from krea2_srt.sglang import launch
 
 # SGLang resolves some options by what else is set; each test starts from a clean slate.
 UNSUPPORTED = {
@@ -33,6 +34,7 @@ UNSUPPORTED = {
     "--performance-mode memory": "--performance-mode",
     "--disagg-role encoder": "--disagg-role",
     "--quantization mxfp8": "--quantization",
+    "--quantization convrot_int8 --enable-teacache": "--enable-teacache",
     "--scheduler-path {model}/scheduler": "--component-paths",
     "--vocoder-weights-path x.safetensors": "--component-weights-paths",
     "--pipeline-class-name FluxPipeline": "--pipeline-class-name",
@@ -57,6 +59,8 @@ SUPPORTED = [
     "--disable-conditioning-cache --vae-tiling false --quality exact",
     "--quantization fp8",
     "--quantization fp8 --quantization-ignored-layers 0.* 27.*",
+    "--quantization int8",
+    "--quantization convrot_int8 --quantization-ignored-layers 0.* 27.*",
     "--text-encoder-cpu-offload",
     "--lora-path some/lora",
     "--lora-path x --lora-scale 0.5 --lora-alpha 8 --lora-nickname y --lora-weight-name z",
@@ -116,6 +120,24 @@ def test_sglangs_own_serves_and_one_warning_names_the_flag(construct, flags):
     assert len(warnings) == 1
     assert UNSUPPORTED[flags] in warnings[0]
     assert "SGLang's own Krea 2 implementation serves" in warnings[0]
+
+
+@pytest.mark.parametrize("first", ["pipeline", "command"])
+def test_sglangs_own_never_gets_our_word_for_int8(construct, parse, capsys, first):
+    """It would end in a traceback: the line says what its own word is."""
+    flags = "--quantization int8 --enable-teacache"
+    if first == "pipeline":
+        with pytest.raises(SystemExit):
+            construct(flags)
+        line = capsys.readouterr().err.splitlines()[-1].removeprefix("krea2-srt: error: ")
+    else:
+        with pytest.raises(ConfigError) as error:
+            launch.check(parse(flags))
+        line = str(error.value)
+    assert line == (
+        "--quantization: SGLang's own Krea 2, which --enable-teacache would need, does not know "
+        "int8; its own is called convrot_int8"
+    )
 
 
 @pytest.mark.parametrize("flags", SUPPORTED)
@@ -187,6 +209,17 @@ def test_what_options_ask_of_the_runner(parse, checkpoint, monkeypatch):
     assert builder.config.text_encoder == "resident"
     assert builder.engine.max_turn_ms == 50
     assert builder.caches.contexts == 0
+
+
+@pytest.mark.parametrize("name", ["int8", "convrot_int8"])
+def test_int8_by_our_name_and_by_sglangs(parse, checkpoint, name):
+    from krea2_srt.sglang.pipeline import make_builder
+
+    builder = make_builder(checkpoint, parse(f"--quantization {name}"))
+    assert builder.quantization == SERVED["int8"] == Quantization("int8", rotation=True)
+    flags = f"--quantization {name} --quantization-ignored-layers 0.* *.ff.down"
+    builder = make_builder(checkpoint, parse(flags))
+    assert builder.quantization == Quantization("int8", True, ("0.*", "*.ff.down"))
 
 
 def test_who_serves_warms_up(parse, checkpoint):

@@ -24,17 +24,18 @@ def parts(model: Path) -> list[str]:
     return [f"--{p.replace('_', '-')}={model / p}" for p in ("text_encoder", "vae", "tokenizer")]
 
 
-def test_a_folder_in_8_bits(folder, demo_model, capsys):
-    main([str(demo_model), "new", "--quantization", "fp8"])
+@pytest.mark.parametrize(("quantization", "error"), [("fp8", r"2\.\d{3}%"), ("int8", r"0\.\d{3}%")])
+def test_a_folder_in_8_bits(folder, demo_model, capsys, quantization, error):
+    main([str(demo_model), "new", "--quantization", quantization])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "new"
     said = r"transformer: 8\.69 MB before, 5\.34 MB now; tensors: 86 kept, 32 quantised"
     assert re.fullmatch(said, lines[1])
     assert lines[2] == "relative errors, by matrix (mean, worst, where):"
-    errors = [re.fullmatch(r"  (\S+) +2\.\d{3}%  2\.\d{3}%  (\S+)", line) for line in lines[3:]]
+    errors = [re.fullmatch(rf"  (\S+) +{error}  {error}  (\S+)", line) for line in lines[3:]]
     attention = {f"attn.to_{name}" for name in ("q", "k", "v", "gate", "out.0")}
-    assert {error[1] for error in errors} == attention | {"ff.gate", "ff.up", "ff.down"}
-    assert all(error[2].endswith(f".{error[1]}.weight") for error in errors)
+    assert {found[1] for found in errors} == attention | {"ff.gate", "ff.up", "ff.down"}
+    assert all(found[2].endswith(f".{found[1]}.weight") for found in errors)
     assert {path.name for path in folder.iterdir()} == {"new"}
 
 
@@ -99,7 +100,7 @@ BAD = [
     (["x", "--layout=file"], "argument OUT: a file's name must end in .safetensors, got x"),
     (["no/x"], "folder no does not exist"),
     (["old"], "old exists already; nothing is overwritten"),
-    (["x", "--quantization=int8"], "argument --quantization: invalid choice: 'int8'"),
+    (["x", "--quantization=int4"], "argument --quantization: invalid choice: 'int4'"),
     (["x", "--recipe=turbo2"], "argument --recipe: invalid choice: 'turbo2'"),
     (["x", "--layout=tar"], "argument --layout: invalid choice: 'tar'"),
     (["x", "--force"], "unrecognized arguments: --force"),

@@ -2,10 +2,12 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 from weakref import ref
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from krea2_srt.engine.lifecycle import lone_sequence
 from krea2_srt.errors import AdapterError, RequestError
@@ -18,11 +20,12 @@ from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit_files import load_dit
-from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.quantization import SERVED, Quantization, QuantizedLinear, meaning
 from krea2_srt.request import AdapterUse, ImageRequest, RequestLimits
 from krea2_srt.runner.graphs import Eager, StepGraphs
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, relative_error
+from tests.dialects import all_matrices, write_int8
 from tests.torch.lora.forms import FORMS, random_pairs
 from tests.torch.lora.oracle import inputs
 from tests.torch.runner.recorded_graph import record
@@ -173,11 +176,14 @@ def test_with_graphs_only_packs_without_adapters_are_replayed(loaded, uses, monk
     assert not loaded.prepare([state])
 
 
-@pytest.mark.parametrize("rotation", [False, True])
-def test_beside_a_base_in_8_bits_a_delta_stays_within_a_percent(config, demo_model, rotation):
+@pytest.mark.parametrize(
+    ("quantization", "error"),
+    [(SERVED["fp8"], 0.05), (Quantization("fp8", rotation=True), 0.05), (SERVED["int8"], 0.02)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_beside_a_base_in_8_bits_a_delta_stays_within_a_percent(demo_model, quantization, error):
     """It is that of tokens in full precision, but for what quantising them costs."""
-    folder = demo_model / "transformer"
-    dit = load_dit(folder, CPU, torch.float32, Quantization("fp8", rotation))
+    dit = load_dit(demo_model / "transformer", CPU, torch.float32, quantization)
     linear = dit.blocks[0].ff.down
     assert isinstance(linear, QuantizedLinear)
     generator = torch.Generator().manual_seed(0)
@@ -189,13 +195,65 @@ def test_beside_a_base_in_8_bits_a_delta_stays_within_a_percent(config, demo_mod
     tokens = quantize_tokens(x, linear.format)
     deltas = UniformDeltas(AdapterSet.of((PlacedAdapter.on_host(dit, adapter), 1.0)))
     delta = linear(tokens, deltas) - linear(tokens)
-    exact = tokens.dequantized() if not rotation else None
-    if exact is not None:
-        assert relative_error(delta, (exact @ down.T) @ up.T) <= 1e-4
+    exact = meaning(tokens, linear.format)
+    assert relative_error(delta, (exact @ down.T) @ up.T) <= 1e-4
     of_tokens = (x @ down.T) @ up.T
     kept = (delta * of_tokens).sum() / of_tokens.square().sum()
     assert abs(kept - 1) < 0.01
-    assert relative_error(delta, of_tokens) < 0.05
+    assert relative_error(delta, of_tokens) < error
+
+
+@pytest.fixture(scope="module")
+def int8_file(original_file, tmp_path_factory) -> Path:
+    """The demo's transformer as a file in int8: q, k, v and gate rotated in 64, down not at all."""
+    file = tmp_path_factory.mktemp("int8") / "some.safetensors"
+    groups = {"attn.wo": 256, "mlp.gate": 256, "mlp.up": 256, "mlp.down": 0}
+    write_int8(
+        load_file(original_file),
+        file,
+        group=lambda stem: next((g for end, g in groups.items() if stem.endswith(end)), 64),
+        chooses=lambda name, tensor: name.startswith("blocks.") and all_matrices(name, tensor),
+    )
+    return file
+
+
+@pytest.mark.parametrize(
+    ("stored", "keep"), [(False, ()), (False, ("0.*", "*.ff.down")), (True, ())]
+)
+def test_in_int8_a_step_with_an_adapter_is_off_by_no_more_than_without(
+    loaded, adapters, demo_model, int8_file, stored, keep
+):
+    """Also where some matrices are not quantised, or have a rotation of their own."""
+    path = int8_file if stored else demo_model / "transformer"
+    dit = load_dit(path, CPU, torch.float32, replace(SERVED["int8"], keep=keep))
+    rotations = {m.format.rotation for m in dit.modules() if isinstance(m, QuantizedLinear)}
+    assert rotations == ({0, 64, 256} if stored else {256})
+    errors = {}
+    for scale in (0.0, 1.0):
+        beside, expected = (
+            inputs().ours(one, AdapterSet.of((PlacedAdapter.on_host(one, adapters["a"]), scale)))
+            for one in (dit, loaded.dit)
+        )
+        errors[scale] = relative_error(beside, expected)
+    assert 0 < errors[0.0] < 0.03
+    assert errors[1.0] < 1.5 * errors[0.0]
+
+
+def test_in_int8_images_of_a_pack_are_each_as_alone(adapters, demo_model, uses):
+    """Up to tokens that round to the next step; without an adapter, as in a pack without any."""
+    checkpoint = Krea2Checkpoint.from_folder(demo_model)
+    runner = Krea2Runner.load(checkpoint, CPU, torch.float32, quantization=SERVED["int8"])
+    for name in "ab":
+        runner.adapters.add(adapters[name])
+    images = [replace(image, steps=2) for image in mixed(uses)[:4]]
+    together, *alone = latents(runner, images, *([image] for image in images))
+    base = latents(runner, [replace(image, adapters=frozenset()) for image in images])[0]
+    for image, got, (expected,), without in zip(images, together, alone, base, strict=True):
+        assert relative_error(got, expected) < 0.01, image
+        if image.adapters:
+            assert relative_error(got, without) > 0.1, image
+        else:
+            assert torch.equal(got, without), image
 
 
 def test_equal_neighbours_are_one_run(loaded, adapters):

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from krea2_srt.errors import AdapterError
+from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.lora.merge import merge
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.model.dit_files import load_dit
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED, meaning
 from tests.comparisons import CPU, relative_error
 from tests.torch.lora.forms import FORMS
 from tests.torch.lora.test_vocabulary import SMALL
@@ -45,20 +46,26 @@ def test_the_original_single_file_takes_an_adapter_too(adapter, config, demo_mod
         assert torch.equal(tensor, folder[name]), name
 
 
-def test_an_adapter_is_added_before_weights_are_quantised(pairs, config, demo_model, tmp_path):
-    """One below fp8's grid is kept on average; added to weights on the grid it would be lost."""
+@pytest.mark.parametrize(("quantization", "error"), [(SERVED["fp8"], 0.04), (SERVED["int8"], 0.01)])
+def test_an_adapter_is_added_before_weights_are_quantised(
+    pairs, config, demo_model, tmp_path, quantization, error
+):
+    """One below the grid is kept on average; added to weights on the grid it would be lost."""
     quiet = {
         name: type(pair)(pair.down * 0.02, pair.up, pair.alpha) for name, pair in pairs.items()
     }
     deltas = merge([(read_adapter(FORMS[0].write(quiet, tmp_path), config), 1.0)], config)
-    folder, fp8 = demo_model / "transformer", Quantization("fp8")
+    folder = demo_model / "transformer"
     summed = load_dit(folder, CPU, torch.float32, deltas=deltas).blocks[0].ff.down.weight
-    plain = load_dit(folder, CPU, torch.float32, fp8).blocks[0].ff.down
-    merged = load_dit(folder, CPU, torch.float32, fp8, deltas).blocks[0].ff.down
+
+    def stored(deltas) -> torch.Tensor:
+        linear = load_dit(folder, CPU, torch.float32, quantization, deltas).blocks[0].ff.down
+        return meaning(QuantizedTokens(linear.weight, linear.scale), linear.format)
+
+    plain, merged = stored({}), stored(deltas)
     update = pairs["transformer_blocks.0.ff.down"].delta() * 0.02
-    change = merged.weight.double() * merged.scale - plain.weight.double() * plain.scale
-    kept = (change * update).sum() / update.square().sum()
-    assert relative_error(merged.weight.float() * merged.scale, summed) < 0.04
+    kept = ((merged - plain).double() * update).sum() / update.square().sum()
+    assert relative_error(merged, summed) < error
     assert abs(kept - 1) < 0.2
 
 

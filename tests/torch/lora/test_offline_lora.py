@@ -12,11 +12,12 @@ from PIL import Image
 from krea2_srt import Krea2
 from krea2_srt.cli.generate import main
 from krea2_srt.errors import AdapterError, ConfigError, RequestError
+from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.lora.merge import merge
 from krea2_srt.lora.reader import read_adapter
 from krea2_srt.lora.rounding import Rounding
 from krea2_srt.model.dit_files import load_dit
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED, Quantization
 from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.model_runner import Krea2Runner
 from tests.comparisons import CPU, PROMPT, psnr
@@ -178,6 +179,14 @@ def test_the_command_takes_adapters(flags, model, files, capsys):
 
 
 @pytest.mark.slow
+def test_the_command_takes_adapters_in_int8(flags, demo_model, files):
+    main([PROMPT, *flags, f"--lora={files[0]}:0.7", "--quantization", "int8"])
+    int8 = Krea2.load(demo_model, device="cpu", dtype="float32", quantization="int8")
+    (expected,) = int8.generate(PROMPT, lora={files[0]: 0.7}, **SMALL)
+    assert Image.open("sample_0.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.slow
 def test_the_command_merges_adapters(flags, model, files):
     main([PROMPT, *flags, f"--lora-merge={files[0]}:0.7", f"--lora-merge={files[1]}"])
     (expected,) = model.generate(PROMPT, lora={files[0]: 0.7, files[1]: 1.0}, **SMALL)
@@ -222,6 +231,7 @@ def test_a_wrong_adapter_is_one_line_before_the_model_is_loaded(
         (1e-5, torch.bfloat16, None, 0.2, 1.0),
         (1.0, torch.float32, Quantization("fp8"), -0.05, 0.05),
         (1.0, torch.float32, Quantization("fp8", rotation=True), -0.05, 0.05),
+        (1.0, torch.float32, Quantization("int8", rotation=True), -0.01, 0.01),
     ],
 )
 def test_what_rounding_loses_is_measured(
@@ -237,6 +247,28 @@ def test_what_rounding_loses_is_measured(
     assert rounding.lost == 0
     load_dit(demo_model / "transformer", CPU, dtype, quantization, deltas)
     assert least <= rounding.lost <= most
+
+
+def test_what_rounding_loses_depends_on_the_rotation_that_a_matrix_has():
+    """In a row with an outlier little else is kept, unless it is rotated."""
+    stored = 0.01 * torch.randn(8, 256, generator=torch.Generator().manual_seed(0))
+    stored[:, 3] = 100.0
+    update = 0.1 * torch.ones_like(stored)
+    lost = {}
+    for rotation in (0, 64, 256):
+        rounding = Rounding(torch.float32)
+        rounding.note(stored, stored + update, TokenFormat(torch.int8, rotation))
+        lost[rotation] = rounding.lost
+    assert lost[0] > 0.9
+    assert abs(lost[256]) < 0.3
+
+
+def test_in_int8_a_picture_has_its_adapter(model, files, demo_model):
+    int8 = Krea2.load(demo_model, device="cpu", dtype="float32", quantization="int8")
+    assert int8.runner.dit.quantization == SERVED["int8"]
+    for lora in ({files[0]: 0.7}, None):
+        (found,), (expected,) = (one.generate(PROMPT, lora=lora, **SMALL) for one in (int8, model))
+        assert 30 < near(found, expected) < 60
 
 
 def test_the_setting_merges_for_whoever_generates(demo_model, model, files, monkeypatch):

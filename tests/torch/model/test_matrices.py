@@ -1,9 +1,11 @@
 """The DiT's matrices by a checkpoint's names, and changing them while they are loaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from krea2_srt.errors import AdapterError
@@ -12,8 +14,9 @@ from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit_files import load_dit, read_config, stored_shapes
 from krea2_srt.model.layers import Linear
 from krea2_srt.model.matrices import dit_matrices
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED, Quantization
 from tests.comparisons import CPU
+from tests.dialects import write_int8
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +30,15 @@ def config(folder: Path) -> Krea2Config:
 
 
 class OneMore:
-    """Adds 1, and remembers what it was added to."""
+    """Adds 1, and remembers what it was added to, and what becomes of the sum."""
 
     def __init__(self) -> None:
         self.stored: list[Tensor] = []
+        self.formats: list[TokenFormat | None] = []
 
     def added_to(self, stored: Tensor, format: TokenFormat | None) -> Tensor:
         self.stored.append(stored)
+        self.formats.append(format)
         return stored.float() + 1
 
 
@@ -78,6 +83,28 @@ def test_deltas_are_added_to_what_is_stored(folder, quantization):
     down = changed.blocks[0].ff.down.weight.float() * (1 if scale is None else scale)
     (stored,) = [t for t in one_more.stored if t.shape == down.shape]
     assert (down - stored.float() - 1).abs().max() < 0.1
+
+
+def test_deltas_are_told_what_the_sum_becomes(original_file, tmp_path):
+    """A matrix in int8 keeps its file's rotation, and what is kept is not quantised."""
+    write_int8(
+        load_file(original_file),
+        tmp_path / "some",
+        group=64,
+        chooses=lambda name, _: name.startswith("blocks.1.") and name.endswith(".wo.weight"),
+    )
+    asked = replace(SERVED["int8"], keep=("3.*",))
+    expected: dict[str, TokenFormat | None] = {
+        "transformer_blocks.1.attn.to_out.0.weight": TokenFormat(torch.int8, 64),
+        "transformer_blocks.2.attn.to_out.0.weight": TokenFormat(torch.int8, 256),
+        "transformer_blocks.3.attn.to_out.0.weight": None,
+        "img_in.weight": None,
+    }
+    deltas = {name: OneMore() for name in expected}
+    load_dit(tmp_path / "some", CPU, torch.bfloat16, asked, deltas)
+    assert {name: delta.formats for name, delta in deltas.items()} == {
+        name: [format] for name, format in expected.items()
+    }
 
 
 def test_a_delta_of_no_matrix_is_refused(folder, original_file):

@@ -219,11 +219,20 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert "krea2-serve: error: port:" in result.stderr
 
 
-def test_quantization_is_an_option_of_sglang():
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_quantization_is_an_option_of_sglang(name, monkeypatch, tmp_path):
     assert load_settings([]).sglang_options == []
-    settings = load_settings(["--quantization", "fp8", "--sglang-args", "--log-level debug"])
-    assert settings.sglang_options == ["--quantization", "fp8", "--log-level", "debug"]
-    with pytest.raises(ConfigError, match="quantization"):
+    settings = load_settings(["--quantization", name, "--sglang-args", "--log-level debug"])
+    assert settings.sglang_options == ["--quantization", name, "--log-level", "debug"]
+    (tmp_path / "some.yaml").write_text(f"quantization: {name}\n")
+    settings = load_settings(["--config", str(tmp_path / "some.yaml")])
+    assert settings.sglang_options == ["--quantization", name]
+    monkeypatch.setenv("KREA2_SERVE_QUANTIZATION", name)
+    assert load_settings([]).sglang_options == ["--quantization", name]
+
+
+def test_another_quantization_is_refused():
+    with pytest.raises(ConfigError, match=r"quantization: .*'none', 'int8' or 'fp8'"):
         load_settings(["--quantization", "fp4"])
     endpoints = ["--engine-endpoints", "tcp://127.0.0.1:5555"]
     with pytest.raises(ConfigError, match="quantization: has no effect with engine_endpoints"):

@@ -7,7 +7,7 @@ import torch
 
 from krea2_srt.kernels.quantize import TokenFormat
 from krea2_srt.model.dit_files import diffusers_name, dit_config, load_dit
-from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.quantization import SERVED, Quantization, QuantizedLinear
 from krea2_srt.model.stored import chunks
 from krea2_srt.model.stored.files import open_files
 from tests.comparisons import CPU, relative_error
@@ -33,7 +33,7 @@ from tests.torch.model.stored.small import (
 )
 
 FP8, INT8 = Quantization("fp8"), Quantization("int8")
-ROTATED = Quantization("int8", rotation=True)
+ROTATED = SERVED["int8"]
 BLOCKS = "blocks."
 
 
@@ -192,6 +192,24 @@ def test_eight_bits_that_fit_are_taken_bit_for_bit(name, tmp_path):
     assert 0 < error < (0.1 if quantization is FP8 else 0.04)
 
 
+def test_diffusers_names_are_taken_bit_for_bit_too(tmp_path):
+    names = {diffusers_name(key): key for key in state_dict()}
+    tensors = {
+        name: state_dict()[key].view(6, -1) if key.endswith("mod.lin") else state_dict()[key]
+        for name, key in names.items()
+    }
+    stored: dict[str, torch.Tensor] = {}
+    write_int8(tensors, tmp_path / "diffusers", spoil=stored.update)
+    write_int8(state_dict(), tmp_path / "original")
+    dit, same = load(tmp_path / "diffusers", ROTATED), load(tmp_path / "original", ROTATED)
+    for name, tensor in same.state_dict().items():
+        assert torch.equal(dit.state_dict()[name], tensor), name
+    back = {key: name for name, key in names.items()}
+    for linear_name, linear in quantised(dit).items():
+        files = [back[f"{part}.weight"] for part in parts(linear_name)]
+        assert torch.equal(linear.weight, torch.cat([stored[name] for name in files]))
+
+
 def test_parts_of_a_matrix_that_are_rotated_otherwise_go_through_float32(tmp_path):
     meant = write_int8(
         state_dict(), tmp_path / "some", group=lambda n: 256 if n.endswith(".wq") else 16
@@ -252,6 +270,16 @@ def test_one_line_says_what_became_of_the_file(tmp_path, caplog):
     assert (
         f"; {MATRICES_OF_BLOCKS} matrices fp8_scaled, dequantised and quantised to int8; " in line
     )
+    write_int8(state_dict(), file, chooses=in_blocks)
+    assert log_of(caplog, file, ROTATED, torch.bfloat16) == [
+        f"{MATRICES_OF_BLOCKS} matrices int8_convrot, taken as they are; "
+        f"{rest + others} tensors bf16"
+    ]
+    assert log_of(caplog, file, None, torch.bfloat16) == [
+        f"{MATRICES_OF_BLOCKS} matrices int8_convrot, dequantised to bfloat16 "
+        "(--quantization int8 would take those of the blocks as they are); "
+        f"{rest + others} tensors bf16"
+    ]
     write_int8(state_dict(), file, group=lambda n: 0 if MATRIX in n else 4, chooses=in_blocks)
     assert log_of(caplog, file, FP8, torch.bfloat16) == [
         f"{MATRICES_OF_BLOCKS - 1} matrices int8_convrot, dequantised and quantised to fp8; "
@@ -262,7 +290,19 @@ def test_one_line_says_what_became_of_the_file(tmp_path, caplog):
         f"{MATRICES_OF_BLOCKS} tensors F8_E4M3, taken as they are; "
     )
     write_plain(state_dict(), file)
-    assert log_of(caplog, file) == []
+    assert log_of(caplog, file) == log_of(caplog, file, ROTATED) == []
+
+
+def test_the_line_has_what_is_quantised_beside_what_is_taken(tmp_path, caplog):
+    """A file that leaves some matrices of the blocks alone has them so without --quantization."""
+    file = tmp_path / "some.safetensors"
+    # Its rotation is that of all the parts that are multiplied with it, which have none yet.
+    write_int8(state_dict(), file, group=64, chooses=lambda name, _: name == f"{MATRIX}.weight")
+    rest = len(state_dict()) - MATRICES_OF_BLOCKS
+    assert log_of(caplog, file, ROTATED) == [
+        "1 matrix int8_convrot, taken as they are; "
+        f"{MATRICES_OF_BLOCKS - 1} matrices bf16, quantised to int8; {rest} tensors bf16"
+    ]
 
 
 def test_a_file_may_have_matrices_of_several_formats(tmp_path, caplog):
