@@ -12,14 +12,11 @@ import torch
 from PIL import Image
 
 from krea2_bench.quality import generators
-from krea2_bench.quality.command import summarise
-from krea2_bench.quality.generators import (
-    Case,
-    DiffusersGenerator,
-    OurGenerator,
-    parse_generator,
-)
+from krea2_bench.quality.cases import Case
+from krea2_bench.quality.formats import SIDE_BY_SIDE
+from krea2_bench.quality.generators import DiffusersGenerator, OurGenerator, parse_generator
 from krea2_bench.quality.metrics import ClipError, ClipScorer, psnr, ssim
+from krea2_bench.quality.pictures import DEFAULT, summarise, table
 from krea2_bench.quality.sheet import contact_sheet
 from tests.bench.fake_server import Fake
 
@@ -90,16 +87,16 @@ def test_configurations_generate_the_same_picture(bench: Bench, demo_model: Path
     """float32: packed and alone are equal; Diffusers' differs by rounding."""
     flags = ["--checkpoint", str(demo_model), "--count=3", "--size=64x96", "--steps=2"]
     assert bench("quality", "ours:dtype=float32:pack=3", "ours:dtype=float32", *flags) == 0
-    packed = json.loads(Path("krea2-bench-quality.json").read_text())["summary"]
+    (packed,) = json.loads(Path("krea2-bench-quality.json").read_text())["compared"]
     assert packed["pictures"] == 3
     assert packed["equal"] == 3 or packed["psnr"]["min"] > 60
     flags += ["--clip", str(clip_model), "--output", "theirs"]
     assert bench("quality", "ours:dtype=float32", "diffusers:dtype=float32", *flags) == 0
     result = json.loads(Path("theirs.json").read_text())
-    summary = result["summary"]
+    (summary,) = result["compared"]
     assert summary["equal"] == 3 or summary["psnr"]["min"] > 50
     assert summary["ssim"]["min"] > 0.999
-    assert abs(summary["clip_first"]["median"] - summary["clip_second"]["median"]) < 0.1
+    assert abs(summary["clip"]["median"] - result["baseline"]["clip"]["median"]) < 0.1
     assert len({row["prompt"] for row in result["pictures"]}) == 3
     with Image.open("theirs.png") as sheet:
         assert sheet.width == 816
@@ -107,12 +104,19 @@ def test_configurations_generate_the_same_picture(bench: Bench, demo_model: Path
 
 
 @pytest.mark.slow
-def test_quantization_shows(bench: Bench, demo_model: Path, capsys):
-    flags = ["--checkpoint", str(demo_model), "--count=1", "--size=64x64", "--steps=2"]
-    assert bench("quality", "ours:quantization=fp8", "ours", *flags) == 0
-    summary = json.loads(Path("krea2-bench-quality.json").read_text())["summary"]
-    assert 20 < summary["psnr"]["min"] < 60
-    assert "ours:quantization=fp8 against ours: 1 pictures" in capsys.readouterr().out
+def test_int8_and_fp8_are_beside_bf16_unless_told_otherwise(bench: Bench, demo_model: Path, capsys):
+    flags = ["--checkpoint", str(demo_model), "--count=2", "--size=64x64", "--steps=2"]
+    assert bench("quality", *flags) == 0
+    result = json.loads(Path("krea2-bench-quality.json").read_text())
+    names = [its["configuration"] for its in result["compared"]]
+    assert (*names, result["baseline"]["configuration"]) == DEFAULT
+    int8, fp8 = (its["psnr"]["median"] for its in result["compared"])
+    assert 20 < fp8 < int8 < 70
+    assert [len(row["compared"]) for row in result["pictures"]] == [2, 2]
+    out = capsys.readouterr().out
+    assert table(result) in out
+    with Image.open("krea2-bench-quality.png") as sheet:
+        assert sheet.width == 12 + 5 * 268  # three pictures, two differences
 
 
 def test_a_server_generates_too(bench: Bench, fake_process: Fake, tmp_path: Path):
@@ -120,7 +124,7 @@ def test_a_server_generates_too(bench: Bench, fake_process: Fake, tmp_path: Path
     (tmp_path / "prompts").write_text("a cat\n\nsnow\n")
     flags = ["--prompts", "prompts", "--size=64x64"]
     assert bench("quality", fake_process.url, fake_process.url, *flags) == 0
-    assert json.loads(Path("krea2-bench-quality.json").read_text())["summary"]["equal"] == 2
+    assert json.loads(Path("krea2-bench-quality.json").read_text())["compared"][0]["equal"] == 2
     seen = fake_process.statistics["seen"]
     assert [(f["prompt"], f["seed"], f["size"]) for f in seen] == [
         ("a cat", 0, "64x64"),
@@ -129,17 +133,37 @@ def test_a_server_generates_too(bench: Bench, fake_process: Fake, tmp_path: Path
 
 
 def test_equal_pictures_have_no_psnr():
-    rows = [{"prompt": "a", "psnr": math.inf, "ssim": 1.0}]
+    rows = [{"psnr": math.inf, "ssim": 1.0}]
     assert summarise(rows) == {
         "pictures": 1, "equal": 1, "psnr": None, "ssim": {"min": 1.0, "median": 1.0, "max": 1.0},
     }  # fmt: skip
 
 
-def test_a_sheet_shows_both_and_their_difference():
+def test_the_table_has_all_side_by_side():
+    spread = {"min": 30.0, "median": 36.123, "max": 40.0}
+    compared = [
+        {"configuration": "a", "equal": 0, "psnr": spread, "ssim": spread},
+        {"configuration": "longer", "equal": 2, "psnr": None, "ssim": spread},
+    ]
+    result = {"baseline": {"configuration": "b"}, "compared": compared, "pictures": [{}, {}]}
+    assert table(result).split("\n") == [
+        "2 pictures against those of b",
+        "        equal  PSNR, dB          SSIM",
+        "a       0      36.12 (30 to 40)  36.12 (30 to 40)",
+        "longer  2      -                 36.12 (30 to 40)",
+    ]
+    for its in (*compared, result["baseline"]):
+        its["clip"] = spread
+    assert table(result).split("\n")[-1].split() == ["b", "36.12", "(30", "to", "40)"]
+
+
+def test_a_sheet_shows_all_and_their_differences():
     black, grey = np.zeros((256, 256, 3), np.uint8), np.full((256, 256, 3), 10, np.uint8)
     sheet = np.asarray(contact_sheet(("a", "b"), [(black, grey)], ["a caption"]))
     row = sheet[100]
     assert [tuple(row[x]) for x in (100, 400, 650)] == [(0, 0, 0), (10, 10, 10), (80, 80, 80)]
+    three = np.asarray(contact_sheet(("a", "b", "c"), [(black, grey, grey)], ["a caption"]))
+    assert [three[100, x, 0] for x in (100, 400, 650, 900, 1200)] == [0, 10, 10, 80, 0]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +173,7 @@ def test_a_sheet_shows_both_and_their_difference():
         (["ours:dtype=int4", "ours"], "dtype must be one of bfloat16, float32"),
         (["ours:pack=0", "ours"], "pack must be a whole number from 1"),
         (["ours:colour=red", "ours"], "colour is not known"),
+        (["ours"], "'ours': name what it is compared to as well"),
         (["ours:quantization=fp4", "ours"], "quantization 'fp4' is not known"),
         (["ours", "ours", "--size=100x100"], "multiples of 16"),
         (["ours", "ours", "--prompts=missing"], "No such file"),
@@ -167,9 +192,10 @@ def test_what_cannot_be_is_one_line(bench: Bench, capsys, flags: list[str], erro
 
 def test_configurations_are_parsed(tmp_path: Path):
     assert isinstance(parse_generator("diffusers:dtype=float32", tmp_path), DiffusersGenerator)
-    assert isinstance(
-        parse_generator("ours:quantization=int8_rotated:pack=4", tmp_path), OurGenerator
-    )
+    for name in (*SIDE_BY_SIDE, "int8_unrotated"):
+        configuration = f"ours:quantization={name}:pack=4"
+        assert isinstance(parse_generator(configuration, tmp_path), OurGenerator)
+    assert all(configuration.split("=")[-1] in (*SIDE_BY_SIDE, "ours") for configuration in DEFAULT)
 
 
 def test_diffusers_gets_the_noise_of_the_device_that_it_runs_on(monkeypatch, tmp_path: Path):

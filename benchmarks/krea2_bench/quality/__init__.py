@@ -1,1 +1,1 @@
-"""How near the pictures of two configurations come to each other, and to their prompts."""
+"""How near the pictures of several configurations come to each other, and to their prompts."""

@@ -2,12 +2,12 @@
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from krea2_bench.quality.cases import Case
 from krea2_srt.errors import Krea2Error
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.config import DTYPES
@@ -16,32 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 SYNTAX = (
-    "ours[:dtype=bfloat16|float32][:quantization=fp8|int8|int8_rotated][:pack=N], "
+    "ours[:dtype=bfloat16|float32][:quantization=int8|fp8|int8_unrotated][:pack=N], "
     "diffusers[:dtype=…], or a server's URL"
 )
 
 
 class GeneratorError(Krea2Error):
     """A configuration that cannot generate; the message says what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What to generate.
-
-    Attributes:
-        prompt, seed: of the picture.
-        width, height: pixels.
-        steps: denoising steps.
-        guidance: Krea's scale; 0 is off.
-    """
-
-    prompt: str
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float = 0.0
 
 
 class ImageGenerator(Protocol):
@@ -87,22 +68,17 @@ class OurGenerator:
     Args:
         checkpoint: folder.
         dtype: of the computation.
-        quantization: of the DiT's matrices; "" is none.
+        quantization: of the DiT's matrices, one of `FORMATS`; "" is none.
         pack: pictures that share each forward.
     """
 
     def __init__(self, checkpoint: Path, dtype: str, quantization: str, pack: int) -> None:
-        from krea2_srt.model.quantization import Quantization
+        from krea2_bench.quality.formats import FORMATS
 
+        if quantization and quantization not in FORMATS:
+            raise GeneratorError(f"quantization {quantization!r} is not known; expected {SYNTAX}")
         self._checkpoint, self._dtype, self._pack = checkpoint, dtype, pack
-        self._quantization = None
-        if quantization:
-            if quantization not in ("fp8", "int8", "int8_rotated"):
-                raise GeneratorError(
-                    f"quantization {quantization!r} is not known; expected {SYNTAX}"
-                )
-            name, _, rotated = quantization.partition("_")
-            self._quantization = Quantization(name, bool(rotated))
+        self._quantization = FORMATS.get(quantization)
 
     def generate(self, cases: Sequence[Case]) -> Iterator[np.ndarray]:
         from krea2_srt.offline import Krea2

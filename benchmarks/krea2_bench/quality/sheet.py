@@ -15,25 +15,33 @@ _GAIN = 8
 
 
 def contact_sheet(
-    names: tuple[str, str],
-    pictures: Sequence[tuple[np.ndarray, np.ndarray]],
-    captions: Sequence[str],
+    names: Sequence[str], pictures: Sequence[Sequence[np.ndarray]], captions: Sequence[str]
 ) -> Image.Image:
-    """A row for each pair: first, second, and the size of their difference times eight."""
-    width = 3 * _CELL + 4 * _GAP
+    """A row for each prompt: its pictures, then how far each but the last is from the last one.
+
+    Args:
+        names: of the configurations; the last is what the others are compared to.
+        pictures: uint8 [height, width, 3] of each configuration, for each prompt.
+        captions: of the rows.
+    """
+    titles = [*names, *(f"{name}: difference x {_GAIN}" for name in names[:-1])]
+    width = len(titles) * (_CELL + _GAP) + _GAP
     row = _CELL + _TEXT + _GAP
     sheet = Image.new("RGB", (width, _HEAD + _GAP + row * len(pictures)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, name in enumerate((*names, f"difference, x {_GAIN}")):
-        draw.text((_GAP + column * (_CELL + _GAP), _GAP), name, fill="black")
-    for number, ((first, second), caption) in enumerate(zip(pictures, captions, strict=True)):
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * (_CELL + _GAP), _GAP), title, fill="black")
+    for number, (its, caption) in enumerate(zip(pictures, captions, strict=True)):
         top = _HEAD + _GAP + number * row
-        difference = np.abs(first.astype(np.int16) - second.astype(np.int16)) * _GAIN
-        cells = (first, second, difference.clip(0, 255).astype(np.uint8))
-        for column, pixels in enumerate(cells):
+        for column, pixels in enumerate((*its, *(_difference(one, its[-1]) for one in its[:-1]))):
             cell = Image.fromarray(pixels)
             cell.thumbnail((_CELL, _CELL))
             sheet.paste(cell, (_GAP + column * (_CELL + _GAP), top))
         text = "\n".join(textwrap.wrap(caption, width // 7)[:3])
         draw.text((_GAP, top + _CELL + 4), text, fill="black")
     return sheet
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    found = np.abs(one.astype(np.int16) - other.astype(np.int16)) * _GAIN
+    return found.clip(0, 255).astype(np.uint8)

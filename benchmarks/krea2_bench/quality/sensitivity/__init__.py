@@ -1,0 +1,1 @@
+"""What each matrix of the blocks loses in 8 bits, and which should stay in 16."""
