@@ -19,7 +19,7 @@ def _run(model: Path, folder: Path) -> None:
             limits = engine.rlimit(resource.RLIMIT_AS)
             load.phase = "during"
             engine.rlimit(resource.RLIMIT_AS, (engine.memory_info().vms + _ROOM, limits[1]))
-            # With priority: behind small ones it may wait for minutes on a slow machine.
+            # Large ones with priority: behind small ones they may wait for minutes on a slow machine.
             answer = deployment.generate(size="2048x2048", num_inference_steps=1, priority=10)
             print(f"  2048x2048 without memory: {answer.status_code} {answer.text[:80]}")
             check(answer.status_code == 503, "what does not fit gets a 503")
@@ -28,7 +28,7 @@ def _run(model: Path, folder: Path) -> None:
             load.wait_for(5)
             engine.rlimit(resource.RLIMIT_AS, limits)
             load.phase = "after"
-            generated = deployment.generate(size="512x512")
+            generated = deployment.generate(size="512x512", num_inference_steps=2, priority=10)
             check(generated.status_code == 200, "with memory it is generated")
             load.wait_for(5)
             check(deployment.engines() == [engine], "the engine is the same one")
