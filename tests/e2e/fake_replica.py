@@ -14,7 +14,7 @@ STEP_S = 0.05
 
 
 class FakeReplica(EngineReplica):
-    """All of `EngineReplica`, its supervisor and the channel; only the worker is another program."""
+    """All of `EngineReplica`, its supervisor and the channel; the worker is another program."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         supervisor.worker_command = _command

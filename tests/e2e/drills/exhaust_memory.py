@@ -19,7 +19,7 @@ def _run(model: Path, folder: Path) -> None:
             limits = engine.rlimit(resource.RLIMIT_AS)
             load.phase = "during"
             engine.rlimit(resource.RLIMIT_AS, (engine.memory_info().vms + _ROOM, limits[1]))
-            # Large ones with priority: behind small ones they may wait for minutes on a slow machine.
+            # Large ones have priority: behind small ones they may wait for minutes.
             answer = deployment.generate(size="2048x2048", num_inference_steps=1, priority=10)
             print(f"  2048x2048 without memory: {answer.status_code} {answer.text[:80]}")
             check(answer.status_code == 503, "what does not fit gets a 503")
