@@ -398,7 +398,7 @@ def preview(executor: RunnerExecutor, sequence: Sequence) -> None:
             executor.render_preview(latents)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(18))
 def test_random_schedules(seed):
     schedule(seed, failing=seed % 3 == 0)
 
