@@ -68,7 +68,8 @@ def test_a_killed_replica_loses_nothing_and_is_replaced(real_cluster: Cluster):
         wait_until(lambda: load.counts()[DONE] > 10)
         victim = cluster.ray.engine_processes()[0]
         engine = psutil.Process(victim).children()[0]
-        assert engine.nice() == 0, "Ray's default is 15: it starves beside whoever computes"
+        # Ray's default is 15 more: it starves beside whoever computes.
+        assert engine.nice() == os.nice(0)
         os.kill(victim, signal.SIGKILL)
         wait_until(lambda: cluster.ray.queue["replicas"] == REAL - 1)
         wait_until(lambda: not engine.is_running())
