@@ -1,8 +1,9 @@
 """Chromium, and the playground open in it; `playground_url` says where, in each tier."""
 
+import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ ARGUMENTS = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
+    "--in-process-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -52,7 +54,10 @@ def browser() -> "Iterator[Browser]":
 
 @pytest.fixture
 def context_options() -> dict:
-    """Options of the browser's context; a test module or a parametrization changes them."""
+    """Options of the browser's context; a test module or a parametrization changes them.
+
+    Tests with the same share a tab: who emulates something of it has options of its own.
+    """
     return {}
 
 
@@ -68,23 +73,53 @@ def problems() -> list[str]:
     return []
 
 
+@pytest.fixture(scope="module")
+def tabs(browser: "Browser") -> "Iterator[Callable[[dict], Page]]":
+    """Gives the tab of a context with some options. Each is opened once: a new one costs a core a
+    second, and it begins anew with each address that it goes to.
+    """
+    opened: dict[str, Page] = {}
+    with ExitStack() as contexts:
+
+        def tab(options: dict) -> "Page":
+            key = json.dumps(options, sort_keys=True)
+            if key not in opened:
+                context = contexts.enter_context(browser.new_context(**options))
+                context.set_default_timeout(PATIENCE_S * 1e3)
+                opened[key] = context.new_page()
+            return opened[key]
+
+        yield tab
+
+
 @pytest.fixture
 def blank_page(
-    browser: "Browser", context_options: dict, expected_errors: list[str], problems: list[str]
+    tabs: "Callable[[dict], Page]",
+    context_options: dict,
+    expected_errors: list[str],
+    problems: list[str],
 ) -> "Iterator[Page]":
-    """A page of its own; in the end there must be no problems."""
+    """A page on which nothing has been yet; in the end there must be no problems."""
 
     def listen(message: "ConsoleMessage") -> None:
         is_expected = any(text in message.text for text in expected_errors)
         if message.type in ("error", "warning") and not is_expected:
             problems.append(message.text)
 
-    with browser.new_context(**context_options) as context:
-        context.set_default_timeout(PATIENCE_S * 1e3)
-        page = context.new_page()
-        page.on("console", listen)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        yield page
+    def fail(error: object) -> None:
+        problems.append(str(error))
+
+    page = tabs(context_options)
+    page.on("console", listen)
+    page.on("pageerror", fail)
+    yield page
+    page.remove_listener("console", listen)
+    page.remove_listener("pageerror", fail)
+    page.unroute_all()
+    # The API key is in one of them, for as long as its tab is open.
+    page.evaluate("sessionStorage.clear(), localStorage.clear()")
+    assert page.context.cookies() == []
+    page.goto("about:blank")
     assert problems == []
 
 

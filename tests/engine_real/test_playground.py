@@ -46,8 +46,10 @@ def test_stop_frees_the_engine(page: Page, real_server):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "context_options", [{"permissions": ["clipboard-read", "clipboard-write"]}], ids=["clipboard"]
+)
 def test_the_python_that_it_copies_generates_the_same_picture(page: Page, tmp_path):
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.locator("#size").select_option("256x256")
     page.locator("#seed").fill("5")
     page.locator("#prompt").fill('a "red" fox')

@@ -198,7 +198,7 @@ def test_who_hangs_up_while_an_adapter_is_read_leaves_nothing(real_server, serve
 
 
 def test_sepia_is_where_it_was_asked_for_and_nowhere_else(real_server, folder, trained_model):
-    """64 at once: colours as the prompts say, or brown, each as its own request says."""
+    """32 at once: colours as the prompts say, or brown, each as its own request says."""
     for file in (trained_model / "loras").iterdir():
         shutil.copy(file, folder)
     prompts = [caption(wish, Random(1)) for wish in WISHES]
@@ -208,8 +208,8 @@ def test_sepia_is_where_it_was_asked_for_and_nowhere_else(real_server, folder, t
         fields = {"prompt": prompts[number // 2 % 4], "size": "128x128", "seed": number // 8}
         return pixels(real_server.post(**fields, **lora)).astype(np.uint8)
 
-    with ThreadPoolExecutor(64) as pool:
-        pictures = list(pool.map(ask, range(64)))
+    with ThreadPoolExecutor(32) as pool:
+        pictures = list(pool.map(ask, range(32)))
     for number, picture in enumerate(pictures):
         wish = WISHES[number // 2 % 4]
         if number % 2:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from krea2_srt.errors import how_to_install
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"krea2_srt", "krea2_server", "krea2_bench", "tests"}
+
+# Reads the metadata of all that is installed.
+packages_distributions = cache(importlib.metadata.packages_distributions)
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -38,7 +42,7 @@ def with_extras(*extras: str) -> set[str]:
 def imported(folder: Path) -> dict[str, set[str]]:
     """Distributions that the sources of a folder import, and the files that do."""
     found: dict[str, set[str]] = {}
-    known = importlib.metadata.packages_distributions()
+    known = packages_distributions()
     for file in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             match node:
@@ -83,7 +87,7 @@ def test_what_is_imported_is_declared(folder, extras, others):
 
 def _aliases(name: str) -> set[str]:
     """Other distributions that bring the same import names."""
-    known = importlib.metadata.packages_distributions()
+    known = packages_distributions()
     return {
         other.lower().replace("_", "-")
         for brought in known.values()

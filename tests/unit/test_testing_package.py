@@ -36,7 +36,9 @@ def python(code: str, log: Path, **options) -> ChildProcess:
     return ChildProcess([sys.executable, "-u", "-c", code], log / "child.log", **options)
 
 
-@pytest.mark.parametrize("module", ["processes", "krea2_serve", "fake_engine", "fake_executor"])
+@pytest.mark.parametrize(
+    "module", ["processes", "krea2_serve", "fake_engine", "fake_worker", "fake_executor"]
+)
 def test_it_is_light(module):
     code = f"import sys, krea2_srt.testing.{module}\nsys.exit(bool({HEAVY} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True)

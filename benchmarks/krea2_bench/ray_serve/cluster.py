@@ -5,12 +5,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import psutil
 
 from krea2_srt.testing.processes import free_ports
+
+if TYPE_CHECKING:
+    from krea2_server.ray.engine_replica import EngineReplica
 
 _CPUS = 8
 """That Ray may give away: as a count. The replicas share what cores there are."""
@@ -70,6 +73,7 @@ class LocalCluster:
         settings: Mapping[str, Any] | None = None,
         router: str = "work",
         route_prefix: str = "/",
+        replica: "type[EngineReplica] | None" = None,
         **arguments: Any,
     ) -> None:
         """Deploy it, or change what is deployed; returns when all replicas are ready.
@@ -77,6 +81,7 @@ class LocalCluster:
         Args:
             router: of `krea2_bench.ray_serve.routers`.
             route_prefix: of the paths under which it is reached.
+            replica: what the engine deployment is made of; None is `EngineReplica`.
             settings, arguments: of `krea2_server.ray.arguments`, but for what a CPU needs.
 
         Raises:
@@ -87,6 +92,7 @@ class LocalCluster:
         from krea2_bench.ray_serve.routers import ROUTERS
         from krea2_server.ray.app import build_with
         from krea2_server.ray.arguments import Arguments
+        from krea2_server.ray.engine_replica import EngineReplica
 
         values = {
             "model_path": str(self._model),
@@ -98,7 +104,7 @@ class LocalCluster:
         }
         arguments = {"gpus": 0, "cpus": 1, "upscale_delay_s": 1, "downscale_delay_s": 5} | arguments
         parsed = Arguments(settings=values, **arguments)
-        application = build_with(parsed, ROUTERS[router])
+        application = build_with(parsed, ROUTERS[router], replica or EngineReplica)
         serve.run(application, name="krea2", route_prefix=route_prefix)
         self._route_prefix = route_prefix
         self.wait_until_ready(parsed.min_replicas)

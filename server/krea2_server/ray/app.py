@@ -32,8 +32,12 @@ def build(args: Arguments) -> Application:
     return build_with(args, WorkRouter)
 
 
-def build_with(args: Arguments, router: type[RequestRouter]) -> Application:
-    """The application with another router before the engines."""
+def build_with(
+    args: Arguments,
+    router: type[RequestRouter],
+    replica: type[EngineReplica] = EngineReplica,
+) -> Application:
+    """The application with another router before the engines, or other engines."""
     settings, values = args.server_settings(), args.values()
     http = serve.deployment(ImagesIngress).options(
         name="images",
@@ -41,14 +45,19 @@ def build_with(args: Arguments, router: type[RequestRouter]) -> Application:
         max_ongoing_requests=settings.max_requests,
         **_ending(settings),
     )
-    return http.bind(values, _engines(args, settings, router).bind(values))
+    return http.bind(values, _engines(args, settings, router, replica).bind(values))
 
 
-def _engines(args: Arguments, settings: Settings, router: type[RequestRouter]) -> Any:
+def _engines(
+    args: Arguments,
+    settings: Settings,
+    router: type[RequestRouter],
+    replica: type[EngineReplica],
+) -> Any:
     policy = AutoscalingPolicy(
         policy_function=QueueSeconds, policy_kwargs={"target_s": args.target_queue_s}
     )
-    return serve.deployment(EngineReplica).options(
+    return serve.deployment(replica).options(
         name="engine",
         # The engine itself refuses what it cannot do in time.
         max_ongoing_requests=settings.max_requests,

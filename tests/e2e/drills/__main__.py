@@ -1,6 +1,6 @@
 """``python -m tests.e2e.drills [NAME ...]``: runs drills, all by default, on servers of its own.
 
-Each starts krea2-serve on loopback, breaks something under load, and checks what docs/operations.md
+It starts krea2-serve on loopback, breaks something under load, and checks what docs/operations.md
 promises. Exit code 0 if all promises are kept.
 """
 
@@ -24,15 +24,17 @@ from tests.e2e.drills import (
     stall_network,
 )
 from tests.e2e.drills.drill import Drill, DrillFailedError
+from tests.e2e.drills.performance import Drills
 
 DRILLS: dict[str, Drill] = {
     module.DRILL.name: module.DRILL
     for module in (
         kill_engine,
-        kill_replica,
-        sigterm,
-        corrupt_weights,
         exhaust_memory,
+        # Last of those that share a server: it ends it.
+        sigterm,
+        kill_replica,
+        corrupt_weights,
         fill_disk,
         clock_jump,
         stall_network,
@@ -49,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(args.names) - set(DRILLS):
         parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(DRILLS)}")
     folder = args.keep or Path(tempfile.mkdtemp(prefix="krea2-drills-"))
-    results = {}
-    for name in args.names or DRILLS:
-        results[name] = _run(DRILLS[name], args.model.resolve(), (folder / name).resolve())
+    with Drills(args.model.resolve(), folder.resolve()) as drills:
+        results = {name: _run(DRILLS[name], drills) for name in args.names or DRILLS}
     print()
     for name, result in results.items():
         print(f"{result:8} {name}")
@@ -70,14 +71,14 @@ def missing(drill: Drill) -> str | None:
     return None
 
 
-def _run(drill: Drill, model: Path, folder: Path) -> str:
+def _run(drill: Drill, drills: Drills) -> str:
     print(f"\n{drill.name}: {drill.breaks}")
     print(f"  must be: {drill.promise}")
     if reason := missing(drill):
         print(f"  skipped: {reason}")
         return "skipped"
     try:
-        drill.run(model, folder)
+        drills.perform(drill)
     except DrillFailedError as error:
         print(f"  FAILED: not so: {error}")
         return "failed"

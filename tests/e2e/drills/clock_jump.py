@@ -41,6 +41,6 @@ DRILL = Drill(
     "clock-jump",
     "the clock set a day ahead and back (libfaketime)",
     "no request fails or waits longer, no engine is taken for dead; URLs older than their hour end",
-    _run,
+    run_alone=_run,
     needs="faketime",
 )

@@ -38,5 +38,5 @@ DRILL = Drill(
     "a weight file cut in half, and the engine killed",
     "the log names the file, requests get a 503, the start is tried again, and once the file is "
     "whole it serves, without anybody's hand",
-    _run,
+    run_alone=_run,
 )

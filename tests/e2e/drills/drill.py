@@ -21,7 +21,10 @@ class Drill:
         name: as on the command line.
         breaks: what is broken.
         promise: what then must be true, as docs/operations.md says it.
-        run: given the checkpoint's folder and one for its files.
+        run: given a running `Deployment` without further flags, which may have been through other
+            drills; it goes on after this one, unless it has ended by it.
+        run_alone: of one that has servers of its own: given the checkpoint's folder and one for its
+            files.
         needs_root: whether only root can do it.
         needs: a program that must be installed.
     """
@@ -29,7 +32,8 @@ class Drill:
     name: str
     breaks: str
     promise: str
-    run: Callable[[Path, Path], None]
+    run: Callable[[Deployment], None] | None = None
+    run_alone: Callable[[Path, Path], None] | None = None
     needs_root: bool = False
     needs: str | None = None
 

@@ -49,6 +49,6 @@ DRILL = Drill(
     "no room left where images are stored",
     "requests for URLs get a 503 storage_full that says so, b64_json goes on, nothing half-written "
     "stays",
-    _run,
+    run_alone=_run,
     needs_root=True,
 )

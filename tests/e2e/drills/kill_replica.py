@@ -34,5 +34,5 @@ DRILL = Drill(
     "kill-replica",
     "SIGKILL to one engine of two",
     "only the requests that it had get a 503; the other serves on, and it is started anew",
-    _run,
+    run_alone=_run,
 )

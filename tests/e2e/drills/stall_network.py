@@ -88,7 +88,7 @@ DRILL = Drill(
     "the link to an engine on another host goes down and up (a network namespace)",
     "after --hang-timeout-s its requests get a 503; when it answers again it generates again, and "
     "has kept nothing of what was given up",
-    _run,
+    run_alone=_run,
     needs_root=True,
     needs="ip",
 )

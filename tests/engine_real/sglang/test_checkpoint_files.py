@@ -246,13 +246,29 @@ def test_sglangs_own_reader_knows_our_int8(demo_model, tmp_path):
     assert set(config._serialized_group_sizes.values()) == {256}
 
 
+@pytest.fixture(scope="module")
+def of_the_folder(demo_model: Path) -> np.ndarray:
+    """The picture of the folder that the file was made from, by the library."""
+    from krea2_srt import Krea2
+
+    model = Krea2.load(demo_model, device="cpu", dtype="float32")
+    (picture,) = model.generate("a fox", size=(256, 256), steps=8, seed=7)
+    return np.asarray(picture)
+
+
+def assert_same(found: Image.Image, expected: np.ndarray) -> None:
+    """Equal but for the last bit of a float32 sum, which may tip a pixel's rounding."""
+    difference = np.abs(np.asarray(found).astype(int) - expected.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
 @pytest.mark.slow
 def test_sglang_generate_makes_the_same_picture_of_a_file(
-    sglang_generate, demo_model, unnamed_file, tmp_path
+    of_the_folder, demo_model, unnamed_file, tmp_path
 ):
     flags = ["--dit-precision", "fp32", "--vae-precision", "fp32", "--seed", "7"]
     flags += ["--text-encoder-precisions", "fp32", "--prompt", "a fox"]
-    (expected,) = sglang_generate(*flags).pictures
     command = [SGLANG, "generate", "--model-path", unnamed_file, *CLASS, *parts_of(demo_model)]
     command += [*flags, "--num-inference-steps", "8", "--height", "256", "--width", "256"]
     command += ["--save-output", "--output-path", "out", "--output-file-name", "fox.png"]
@@ -266,16 +282,15 @@ def test_sglang_generate_makes_the_same_picture_of_a_file(
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "our runner serves" in ended.stdout + ended.stderr
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / "fox.png")), expected)
+    assert_same(Image.open(tmp_path / "out" / "fox.png"), of_the_folder)
 
 
 @pytest.mark.slow
 def test_krea2_serve_makes_the_same_picture_of_a_file(
-    sglang_generate, demo_model, unnamed_file, tmp_path
+    of_the_folder, demo_model, unnamed_file, tmp_path
 ):
     precisions = ["--dit-precision", "fp32", "--vae-precision", "fp32"]
     precisions += ["--text-encoder-precisions", "fp32"]
-    (expected,) = sglang_generate(*precisions, "--seed", "7", "--prompt", "a fox").pictures
     flags = ["--model-path", unnamed_file, "--recipe", "turbo", "--vae", demo_model / "vae"]
     flags += ["--text-encoder", demo_model / "text_encoder", "--engine.max-queue-s", "2000"]
     flags += ["--sglang-args", " ".join(precisions)]
@@ -283,7 +298,7 @@ def test_krea2_serve_makes_the_same_picture_of_a_file(
         assert server.get("/v1/models").json()["data"][0]["id"] == "strawberry_mix"
         answer = server.post(prompt="a fox", size="256x256", seed=7, num_inference_steps=8).json()
     picture = base64.b64decode(answer["data"][0]["b64_json"])
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(picture))), expected)
+    assert_same(Image.open(io.BytesIO(picture)), of_the_folder)
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def busy(endpoint, steps: int = 1) -> bool:
     return found["active_sequences"] > 0 and found["steps"] >= steps
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow)])
 def test_mixed_requests_with_hang_ups_equal_each_alone(server, runner, req, endpoint, count):
     """Sizes, prompts, lengths, steps, seeds, n, guidance and arrival times are random."""
     random_ = random.Random(5)

@@ -6,14 +6,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizer,
-    CLIPImageProcessor,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
 
 POSITIONS = 128
 IMAGE_SIDE = 32
@@ -33,6 +25,9 @@ def write_text_model(folder: Path, *, multi_label: bool = True) -> Path:
         multi_label: toxic for "forbidden", which is two tokens that must both be there, and sexual
             for "lewd", each with a score of its own. Otherwise safe or unsafe, for "lewd" alone.
     """
+    # Not when tests are collected: these take seconds to import.
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(_VOCABULARY),
@@ -73,6 +68,8 @@ def write_text_model(folder: Path, *, multi_label: bool = True) -> Path:
 @torch.no_grad()
 def write_image_model(folder: Path) -> Path:
     """A model to which what is bright is nsfw, and which sees the middle square alone."""
+    from transformers import CLIPImageProcessor, ResNetConfig, ResNetForImageClassification
+
     model = ResNetForImageClassification(
         ResNetConfig(
             embedding_size=4,

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertForSequenceClassification
 
 from krea2_server.moderation.classifiers import (
     OVERLAP,
@@ -37,6 +36,8 @@ def images(image_model):
 
 @pytest.fixture(scope="module")
 def tokenizer(text_model):
+    from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(text_model)
 
 
@@ -146,6 +147,8 @@ def test_weights_that_are_not_there_are_not_made_up(text_model, tmp_path):
 
 def test_pickled_weights_are_not_read(text_model, tmp_path):
     folder = copy_of(text_model, tmp_path)
+    from transformers import BertForSequenceClassification
+
     weights = BertForSequenceClassification.from_pretrained(text_model).state_dict()
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -145,6 +145,7 @@ class TestLooks:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("context_options", [{"color_scheme": "light"}])
 def test_dark_and_light_differ(page: Page):
     grounds = set()
     for scheme in ("light", "dark"):
@@ -153,6 +154,7 @@ def test_dark_and_light_differ(page: Page):
     assert len(grounds) == 2
 
 
+@pytest.mark.parametrize("context_options", [{"reduced_motion": "no-preference"}])
 def test_nothing_moves_for_those_who_want_no_motion(script: Script, page: Page):
     script.hold_at = {0}
     generate(page, "a fox")

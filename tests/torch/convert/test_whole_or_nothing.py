@@ -173,7 +173,7 @@ def test_it_takes_little_memory_above_that_of_one_tensor(out, quantization, tmp_
     from krea2_srt.model.dit_files import stored_shapes
 
     config = Krea2Config(
-        num_layers=16,
+        num_layers=8,
         num_attention_heads=16,
         num_key_value_heads=4,
         intermediate_size=8192,
@@ -185,7 +185,7 @@ def test_it_takes_little_memory_above_that_of_one_tensor(out, quantization, tmp_
     zeros = {n: torch.zeros(s, dtype=torch.bfloat16) for n, s in stored_shapes(config).items()}
     file = tmp_path / "turbo.safetensors"
     save_file(zeros, file)
-    assert file.stat().st_size > 2e9
+    assert file.stat().st_size > 1e9
     largest = max(tensor.nbytes for tensor in zeros.values()) / 2**20
     del zeros
     code = [sys.executable, "-c", _MEASURE, str(file), str(out), quantization]

@@ -88,8 +88,9 @@ def test_a_large_picture_has_no_bands(vae, diffusers_pipeline, monkeypatch, widt
     assert farthest_from_diffusers(vae, diffusers_pipeline.vae, height, width) <= 1e-5
 
 
+# The middle one would show nothing that the largest does not.
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "height"), LARGE)
+@pytest.mark.parametrize(("width", "height"), [LARGE[0], LARGE[-1]])
 def test_a_picture_as_large_as_it_is_has_no_bands(vae, diffusers_pipeline, width, height):
     tiles, _ = pieces(vae, height, width, module.default_tile(CPU))
     assert tiles > 1

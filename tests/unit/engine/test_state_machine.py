@@ -29,7 +29,9 @@ QUICK = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=3000, stateful_step_count=150, derandomize=False)
+LONG = settings(
+    QUICK, max_examples=4 * QUICK.max_examples, stateful_step_count=150, derandomize=False
+)
 
 LAUNCHES = CostModel(
     floor=0, launch=20, per_token=0.01, per_square=0, encode_launch=2, decode_launch=30
