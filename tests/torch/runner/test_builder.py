@@ -68,7 +68,10 @@ def test_an_offloaded_encoder_is_possible_on_a_cpu_too(builder, runner):
         ({"attention": "fa9"}, "^attention: must be one of auto, sdpa"),
         ({"attention": "torch_varlen"}, "^attention: torch_varlen does not run on cpu"),
         ({"products": "triton"}, "^products: triton multiplies matrices of --quantization fp8"),
-        ({"products": "cublas"}, "^products: must be one of auto, torch, sglang, triton"),
+        (
+            {"products": "cublas"},
+            "^products: must be one of auto, torch, sglang, sglang_convrot, triton",
+        ),
         ({"fused_mlp": "on"}, "^fused_mlp: on needs Triton's kernels"),
         ({"cuda_graphs": "on"}, "^cuda_graphs: there are none on cpu"),
     ],
