@@ -132,6 +132,7 @@ FIGURES = {
         "attention[tokens=Gaussian; format=bf16].error",
         ".1%",
     ),
+    "int8-step": ("quantization.json", "steps.sizes[size=512x512].ratio", ".2f"),
     # threads.json
     "threads-beside-default": ("threads.json", "settings[name=default].slowest[*]", ".1f"),
     "threads-beside-ours": ("threads.json", f"settings[name={SPIN_COUNT}].slowest[*]", ".1f"),

@@ -25,6 +25,9 @@ def int8_product_cpu(
     """See `scaled_product`; in int8. Widths up to 2**17 cannot overflow."""
     tokens, columns = len(x), len(weight)
     at_once = min(columns, max(_LEAST_COLUMNS, _SUMS // tokens // 64 * 64))
+    if at_once == columns:
+        sums = torch._int_mm(x.values, weight.t())
+        return sums.float().mul_(x.scale).mul_(weight_scale.t()).to(dtype)
     out = x.values.new_empty(tokens, columns, dtype=dtype)
     sums = x.values.new_empty(tokens * at_once, dtype=torch.int32)
     for start in range(0, columns, at_once):

@@ -8,9 +8,10 @@ The rotation spreads a token's outliers over their block. It is its own inverse,
 has been rotated the same way along its inputs gives the same product.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import torch
 import triton
@@ -103,9 +104,9 @@ def pieces_of(x: Tensor) -> tuple[Tensor, ...]:
     """The tokens [T, width] in pieces that are worked on one after the other.
 
     On a CPU a piece in float32 stays in its cores' caches; the whole of a large pack would pass
-    through memory once for each of the operations. Elsewhere it is one piece.
+    through memory once for each of the operations. On CUDA it is one piece: launches cost more.
     """
-    return x.split(max(1, _PIECE_ELEMENTS // x.shape[-1])) if x.is_cpu else (x,)
+    return (x,) if x.is_cuda else x.split(max(1, _PIECE_ELEMENTS // x.shape[-1]))
 
 
 def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
@@ -123,10 +124,8 @@ def quantize_tokens(x: Tensor, format: TokenFormat) -> QuantizedTokens:
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedTokens:
     """Quantise each row of a float32 matrix by its own scale, on all devices to the same bits."""
     largest = LARGEST[dtype]
-    # Not of abs(), which would be a copy of x.
-    magnitude = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     # On CUDA, torch divides by a number as it multiplies by its rounded inverse.
-    scale = magnitude.clamp_(min=SMALLEST) / x.new_full((1, 1), largest)
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=SMALLEST) / x.new_full((1, 1), largest)
     values = x * (1 / scale)
     if dtype is torch.int8:
         values.round_()
@@ -137,24 +136,44 @@ def finish_tokens(pieces: Iterable[Tensor], like: Tensor, format: TokenFormat | 
     """What results become: of the compute dtype, or quantised.
 
     Args:
-        pieces: of them, in order, in float32 or what it holds; each is made when the one before
-            is finished.
+        pieces: of them, in order, in float32 or what it holds; no more are held at a time than
+            make a piece of the size that `pieces_of` gives.
         like: [T, width] in the compute dtype.
         format: how they are quantised; None if they are not.
     """
+    gathered = _gathered(pieces)
+    first = next(gathered)
+    if len(first) == len(like):
+        return _finished(first, like.dtype, format)
     out = like.new_empty(like.shape, dtype=like.dtype if format is None else format.dtype)
     scale = like.new_empty(len(like), 1, dtype=torch.float32)
     end = 0
-    for x in pieces:
-        place = slice(end, end := end + len(x))
-        if format is None:
-            out[place] = x
+    for piece in chain((first,), gathered):
+        place = slice(end, end := end + len(piece))
+        tokens = _finished(piece, like.dtype, format)
+        if isinstance(tokens, QuantizedTokens):
+            out[place], scale[place] = tokens.values, tokens.scale
         else:
-            x = rotate(x, format.rotation) if format.rotation else x.float()
-            quantized = quantize_rows(x, format.dtype)
-            out[place], scale[place] = quantized.values, quantized.scale
+            out[place] = tokens
     assert end == len(like)
     return out if format is None else QuantizedTokens(out, scale)
+
+
+def _gathered(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same in fewer pieces, where small ones follow each other."""
+    some: list[Tensor] = []
+    for piece in pieces:
+        if some and sum(map(Tensor.numel, some)) + piece.numel() > _PIECE_ELEMENTS:
+            yield some[0] if len(some) == 1 else torch.cat(some)
+            some = []
+        some.append(piece)
+    yield some[0] if len(some) == 1 else torch.cat(some)
+
+
+def _finished(x: Tensor, dtype: torch.dtype, format: TokenFormat | None) -> Tokens:
+    if format is None:
+        return x.to(dtype)
+    return quantize_rows(rotate(x, format.rotation) if format.rotation else x.float(), format.dtype)
 
 
 def largest_of(format: TokenFormat | None) -> float:

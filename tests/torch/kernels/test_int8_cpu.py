@@ -84,20 +84,26 @@ def test_pieces_are_the_whole(monkeypatch, tokens, format, kernel):
     assert differing.count_nonzero() <= got.values.numel() // 100
 
 
-def test_a_piece_is_made_when_the_one_before_is_finished(monkeypatch):
-    monkeypatch.setattr(quantize, "_PIECE_ELEMENTS", 32)
-    seen = []
+@pytest.mark.parametrize("sizes", [[2, 2, 2, 1], [1, 1, 1, 2, 1, 1]])
+def test_no_more_is_held_than_a_piece(monkeypatch, sizes):
+    monkeypatch.setattr(quantize, "_PIECE_ELEMENTS", 2 * 16)
+    x, quantized, made = random(7, 16), [], 0
     plain = quantize.quantize_rows
-    monkeypatch.setattr(
-        quantize, "quantize_rows", lambda x, dtype: seen.append(len(x)) or plain(x, dtype)
-    )
+
+    def watched(x, dtype):
+        quantized.append(len(x))
+        return plain(x, dtype)
 
     def pieces():
-        for piece in quantize.pieces_of(random(7, 16)):
-            assert len(seen) == made[0]
-            made[0] += 1
+        nonlocal made
+        for piece in x.split(sizes):
+            # One may wait for whether the next still fits.
+            assert made - sum(quantized) <= 2
+            made += len(piece)
             yield piece
 
-    made = [0]
-    quantize.finish_tokens(pieces(), random(7, 16), TokenFormat(INT8))
-    assert seen == [2, 2, 2, 1]
+    monkeypatch.setattr(quantize, "quantize_rows", watched)
+    got = quantize.finish_tokens(pieces(), x, TokenFormat(INT8))
+    assert max(quantized) == 2
+    assert sum(quantized) == 7
+    assert torch.equal(got.values, plain(x, INT8).values)

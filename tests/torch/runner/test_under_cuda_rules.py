@@ -32,6 +32,7 @@ from krea2_srt.kernels.products import (
     scaled_product_torch,
     scaled_product_triton,
 )
+from krea2_srt.kernels.quantize import pieces_of
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.offload import offload
@@ -543,6 +544,7 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
         test_offloaded_weights_wait_in_pinned_memory(cuda)
         test_an_adapter_goes_to_the_device_from_pinned_memory(cuda)
         assert device_name(CUDA) == "rules of CUDA"
+        assert len(pieces_of(torch.empty(2**10, 2**10, device=CUDA))) == 1
         started(demo_model, warm_up_s=0.0, kernels="triton")
         runner = small_runner(Quantization("fp8", rotation=True))
         use_graphs(runner)
