@@ -15,9 +15,7 @@ TOKENS = 4096 + TEXT_TOKENS
 
 
 def modelled(name: str, format: str | None = None, plan=RESIDENT, guided=False):
-    return picture_time(
-        known_gpu(name), plan, Krea2Config(), format=format, steps=8, guided=guided
-    )
+    return picture_time(known_gpu(name), plan, Krea2Config(), format=format, steps=8, guided=guided)
 
 
 def test_on_an_h200_in_bf16_it_is_the_roofline():
