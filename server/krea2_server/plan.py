@@ -1,4 +1,4 @@
-"""krea2-serve --plan: what would fit on a GPU, and how long pictures would take. Nothing is loaded."""
+"""krea2-serve --plan: what would fit on a GPU, and modelled times. No weights are read."""
 
 import argparse
 import os

@@ -34,7 +34,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def builders(tmp_path_factory) -> dict[str, RunnerBuilder]:
-    """Of the released configs."""
+    """One for each format, of the released configs."""
     folder = tmp_path_factory.mktemp("released")
     write_released_configs(folder, distilled=True)
     plain = RunnerBuilder(
