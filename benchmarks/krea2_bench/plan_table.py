@@ -23,7 +23,7 @@ FORMATS = {
     "fp8": Quantization("fp8"),
     "int8": Quantization("int8", rotation=True),
 }
-"""Of the blocks; None is bf16."""
+"""Formats of the blocks; None is bf16."""
 
 LARGEST_SIDE, SIDE = 2048, 1024
 STEPS = 8

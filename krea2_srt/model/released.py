@@ -44,7 +44,7 @@ VAE_CONFIG: dict[str, Any] = {
     "latents_mean": LATENTS_MEAN,
     "latents_std": LATENTS_STD,
 }
-"""Of Qwen-Image's."""
+"""Sizes of Qwen-Image's VAE."""
 
 
 def write_released_configs(folder: Path, distilled: bool) -> None:

@@ -13,10 +13,10 @@ from krea2_srt.runner.gpu import Gpu
 from krea2_srt.runner.memory_sizes import GIB
 
 CONTEXT_GIB = 0.5
-"""Of a process that uses CUDA, before any tensor: its context and modules."""
+"""What a process that uses CUDA takes before any tensor: its context and modules."""
 
 _PCIE_4, _PCIE_5 = 25e9, 50e9
-"""Bytes a second of pinned copies over 16 lanes; 31.5 and 63 GB/s on the wire."""
+"""Bytes a second of pinned copies over PCIe x16; 31.5 and 63 GB/s on the wire."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ FEWEST_SEQUENCES = 16
 """At a time: fewer would leave a GPU without work beside the decodes of small pictures."""
 
 FEW_SEQUENCES = (8, 4)
-"""Of a small GPU. Not one: a small picture would wait until a large one is done."""
+"""At a time, on a small GPU. Not one: a small picture would wait until a large one is done."""
 
 
 @dataclass(frozen=True)

@@ -272,9 +272,7 @@ def _rows(
     )
 
 
-def _too_small(
-    free: int, needed: int, sizes: PartSizes, request: MemoryRequest
-) -> ConfigError:
+def _too_small(free: int, needed: int, sizes: PartSizes, request: MemoryRequest) -> ConfigError:
     helps = [] if sizes.quantized else ["--quantization int8 halves the transformer"]
     if request.text_encoder == "resident":
         helps.append("text_encoder auto leaves the encoder on the host")

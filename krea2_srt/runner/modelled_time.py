@@ -14,13 +14,13 @@ from krea2_srt.runner.known_gpus import KnownGpu
 from krea2_srt.runner.memory_plan import MemoryPlan
 
 PRODUCT_SHARE, BANDWIDTH_SHARE = 790 / 989, 4.3 / 4.8
-"""Of an H200's data sheet, in `roofline`."""
+"""Shares of an H200's data sheet that `roofline` reckons with."""
 
 EIGHT_BIT_SHARE = 0.58
-"""Of its rate of 8-bit products: 1150 of 1979, see `krea2_bench.gpu.cost`."""
+"""Share of its rate of 8-bit products: 1150 of 1979 TFLOP/s, as benchmarks/gpu.py expects."""
 
 TEXT_TOKENS = 64
-"""Of a prompt of ordinary length."""
+"""A prompt of ordinary length."""
 
 
 @dataclass(frozen=True)

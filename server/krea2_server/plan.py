@@ -1,4 +1,4 @@
-"""krea2-serve --plan: what would fit on a GPU, and how long pictures would take. Loads no weights."""
+"""krea2-serve --plan: what would fit on a GPU, and modelled times. No weights are read."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from krea2_srt.runner.memory_plan import MemoryPlan
 
 SIDES = (512, 1024, 2048)
-"""Of the square pictures that times are told of."""
+"""Pixels a side of the pictures whose times are told."""
 
 _PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _GIB = 2**30

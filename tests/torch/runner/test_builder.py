@@ -74,6 +74,7 @@ def test_an_offloaded_encoder_is_possible_on_a_cpu_too(builder, runner):
         ),
         ({"fused_mlp": "on"}, "^fused_mlp: on needs Triton's kernels"),
         ({"cuda_graphs": "on"}, "^cuda_graphs: there are none on cpu"),
+        ({"streamed_blocks": "2"}, "^streamed_blocks: none are streamed on cpu"),
     ],
 )
 def test_what_a_cpu_does_not_have_is_refused(builder, config, named):
@@ -127,6 +128,26 @@ def test_8_bits_need_a_gpu_that_multiplies_them(gpu, monkeypatch, format, too_ol
     assert gpu.plan() is not None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: oldest)
     assert quantized.plan() is not None
+
+
+def test_host_memory_is_looked_at_before_it_is_pinned(gpu, monkeypatch):
+    offloaded = asked(gpu, text_encoder="offload")
+    needed = offloaded.plan().pinned_bytes
+    assert needed
+    for available, fits in ((needed + module.HOST_MARGIN, True), (needed, False)):
+        monkeypatch.setattr(module, "available_memory", lambda available=available: available)
+        assert gpu.plan().pinned_bytes == 0
+        if fits:
+            assert offloaded.plan().pinned_bytes == needed
+            continue
+        with pytest.raises(ConfigError, match=r"^host memory: 0\.0 GiB can be taken, at least 0\."):
+            offloaded.plan()
+
+
+def test_what_a_plan_cuts_reaches_the_engine(gpu):
+    plan = replace(gpu.plan(), max_pack_sequences=4, max_sequences=8)
+    within = gpu.within(plan)
+    assert (within.max_pack_sequences, within.max_active_sequences) == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +211,7 @@ def test_graphs_are_captured_before_the_first_request(as_on_a_gpu, runner, caplo
     # The largest; of 40, 28, 76 and 64 tokens, two of which share a bucket; two whole schedules.
     assert len(loaded.graphs) == 6
     assert len(loaded.prompt_encoder.graphs) == 3
+    assert loaded.prompt_encoder.prompts_at_once == 8
     text = caplog.text
     assert "transformer" in text
     assert "with 9 CUDA graphs" in text

@@ -16,8 +16,8 @@ from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import VAEConfig
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
-from krea2_srt.runner.graphs import StepBuffers
 from krea2_srt.runner.gpu import Gpu
+from krea2_srt.runner.graphs import StepBuffers
 from krea2_srt.runner.memory_choices import FEWEST_SEQUENCES, IMAGE_TOKENS, MemoryRequest
 from krea2_srt.runner.memory_plan import plan_memory
 from krea2_srt.runner.memory_sizes import GIB, GRAPH_BYTES, PartSizes
@@ -199,7 +199,7 @@ def test_what_is_asked_for_is_kept_or_refused():
     with pytest.raises(ConfigError, match="text_encoder auto") as refused:
         plan_memory(11 * GIB, 12 * GIB, FP8, resident)
     assert "int8" not in str(refused.value)
-    with pytest.raises(ConfigError, match=r"at least 2\d\.\d are needed; --quantization int8 halves"):
+    with pytest.raises(ConfigError, match=r"least 2\d\.\d are needed; --quantization int8 halves"):
         plan("RTX 4090", BF16, MemoryRequest(33792, streamed_blocks=0))
 
 

@@ -42,6 +42,20 @@ def test_only_the_layers_that_are_read_are_there(runner):
     assert len(runner.text_encoder.model.layers) == max(runner.text_encoder.select_layers)
 
 
+def test_on_a_small_gpu_few_prompts_are_encoded_at_a_time(runner, monkeypatch):
+    together = runner.prompt_encoder.encode(PROMPTS)
+    rows = []
+    states = runner.text_encoder.states
+    monkeypatch.setattr(
+        runner.text_encoder, "states", lambda ids: rows.append(len(ids)) or states(ids)
+    )
+    monkeypatch.setattr(runner.prompt_encoder, "prompts_at_once", 2)
+    few = runner.prompt_encoder.encode(PROMPTS)
+    assert rows == [2, 2, 1]
+    for one, other in zip(few, together, strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
 def test_the_same_text_is_encoded_once(runner, monkeypatch):
     calls = []
     encode = runner.prompt_encoder.encode

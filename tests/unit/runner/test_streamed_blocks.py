@@ -1,5 +1,7 @@
 """Which blocks are streamed."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_streamed_blocks_are_spread_evenly_around_the_steps(data, blocks):
     assert 0 <= positions[0] <= positions[-1] < blocks
     # From one to the next, and from the last of a step to the first of the next one.
     around = [*positions, positions[0] + blocks]
-    distances = {after - before for before, after in zip(around, around[1:], strict=False)}
+    distances = {after - before for before, after in pairwise(around)}
     assert distances <= {blocks // count, -(-blocks // count)}
 
 
