@@ -221,14 +221,14 @@ def test_the_engine_generates_the_same_pictures(make, adapters, kind, seed):
     images = some_images(adapters, seed)
     expected = served(make(kind, dtype=FLOAT), images, 0)
     compared = 0
-    for attempt in range(3):
+    for attempt in range(2):
         runner, attention = make(kind, STREAMED[attempt], seed, FLOAT)
         found = served((runner, attention), images, seed + 10 * attempt)
         for got, wanted in zip(found, expected, strict=True):
             assert got is None or (got == wanted).all()
             compared += got is not None
         assert runner.block_stream.uploads_queued > 4
-    assert compared >= 3
+    assert compared >= 2
 
 
 @contextmanager

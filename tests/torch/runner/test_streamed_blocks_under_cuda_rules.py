@@ -233,14 +233,14 @@ def test_requests_are_generated(cuda, quantization):
     assert set(run(engine).values()) == {State.DONE}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_schedules(seed):
     schedule(seed, failing=seed % 2 == 0, streamed=[(0, 2, 4), (1, 3), (0, 1, 2, 3, 4)][seed % 3])
 
 
 def test_any_allocation_may_run_out_of_memory(cuda):
     runner = streaming(0, 2, 4)
-    assert fail_each_allocation(cuda, runner, every=5, steps=1) > 5
+    assert fail_each_allocation(cuda, runner, every=9, steps=1) > 5
 
 
 def test_a_block_that_fails_is_not_overwritten_while_it_is_read(cuda):
@@ -342,6 +342,7 @@ def test_no_graphs_where_a_block_is_streamed(cuda, demo_model, caplog):
         load(demo_model, 2, config=RunnerConfig(cuda_graphs="on"))
 
 
+@pytest.mark.slow
 def test_products_are_tried_where_all_blocks_are_streamed(cuda, demo_model, monkeypatch):
     tried = []
     monkeypatch.setattr(

@@ -488,6 +488,7 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
                 generated(executor_of(runner, overlapped), "a cat", seed=int(overlapped))
                 is State.DONE
             )
+        small_runner(blocks=3, streamed=(0, 2))
         runner = small_runner()
         assert calibrate(runner).blocks == runner.num_blocks
         executor = executor_of(runner, overlapped=False)
