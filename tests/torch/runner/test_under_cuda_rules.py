@@ -25,6 +25,7 @@ from krea2_srt.engine.lifecycle import Sequence, State
 from krea2_srt.errors import OutOfMemoryError
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import AdapterUse, ImageRequest
@@ -488,7 +489,8 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
                 generated(executor_of(runner, overlapped), "a cat", seed=int(overlapped))
                 is State.DONE
             )
-        small_runner(blocks=3, streamed=(0, 2))
+        fp8 = Quantization("fp8")
+        load_dit(demo_model / "transformer", CUDA, torch.bfloat16, fp8, on_host=(1,))
         runner = small_runner()
         assert calibrate(runner).blocks == runner.num_blocks
         executor = executor_of(runner, overlapped=False)
