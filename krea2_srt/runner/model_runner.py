@@ -139,9 +139,7 @@ class Krea2Runner:
             AdapterError: the deltas are another model's.
         """
         _check_that_parts_fit(checkpoint, dtype)
-        dit = load_dit(
-            checkpoint.transformer, device, dtype, quantization, deltas, streamed_blocks
-        )
+        dit = load_dit(checkpoint.transformer, device, dtype, quantization, deltas, streamed_blocks)
         text_encoder = load_text_encoder(
             checkpoint.text_encoder,
             checkpoint.tokenizer,

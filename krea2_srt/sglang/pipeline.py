@@ -138,7 +138,9 @@ class Krea2RunnerPipeline(ComposedPipelineBase):
         runner = self.runner
         quantization = runner.dit.quantization
         graphs = "graphs" if runner.graphs is not None else "eager"
-        parts = (self.attention, runner.dit.operations.name, graphs, quantization)
+        parts = [self.attention, runner.dit.operations.name, graphs, quantization]
+        if streamed := len(runner.dit.host_blocks):
+            parts.append(f"{streamed} blocks streamed")
         return " ".join(map(str, parts))
 
     def create_pipeline_stages(self, server_args: ServerArgs) -> None:

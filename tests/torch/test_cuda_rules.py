@@ -447,6 +447,29 @@ def test_torch_keeps_its_own_pinned_memory_until_the_copy_is_done(cuda):
         x.copy_(cuda.pin(torch.ones(4), foreign=True), non_blocking=True)
 
 
+def test_host_memory_is_registered_once_and_until_its_copies_are_done(cuda):
+    host, runtime = torch.zeros(2**12, dtype=torch.uint8), torch.cuda.cudart()
+    assert not host.is_pinned()
+    assert runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0) == 0
+    assert host.is_pinned()
+    assert host[7:9].is_pinned()
+    assert runtime.cudaHostRegister(host.data_ptr() + 64, 64, 0) == 712  # already
+    x = zeros(2**12, dtype=torch.uint8)
+    with cuda.no_waits():
+        x.copy_(host, non_blocking=True)
+    with cuda.breaks(Rule.PINNED):
+        host[5] = 1
+    with cuda.breaks(Rule.PINNED):
+        runtime.cudaHostUnregister(host.data_ptr())
+    assert not host.is_pinned()
+    assert runtime.cudaHostUnregister(host.data_ptr()) == 713  # not any more
+    assert runtime.cudaHostRegister(host.data_ptr(), host.nbytes, 0) == 0
+    x.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    host[5] = 1
+    assert runtime.cudaHostUnregister(host.data_ptr()) == 0
+
+
 # Plans.
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krea2_srt.engine.engine import Engine
-from krea2_srt.engine.lifecycle import State, lone_sequence
+from krea2_srt.engine.lifecycle import Request, State
 from krea2_srt.engine.online_calibration import OnlineCalibration
 from krea2_srt.lora.adapter import Adapter
 from krea2_srt.lora.merge import merge
@@ -25,6 +26,7 @@ from krea2_srt.model.host_blocks import HostBlock
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import AdapterUse, ImageRequest
 from krea2_srt.runner.attention import SDPA, AttentionBackend, AttentionChoice
+from krea2_srt.runner.device_state import DeviceState
 from krea2_srt.runner.executor import RunnerExecutor
 from krea2_srt.runner.model_runner import Krea2Runner
 from krea2_srt.runner.streamed_blocks import streamed_positions
@@ -33,10 +35,10 @@ from tests.torch.lora.forms import FORMS, random_pairs
 from tests.torch.runner.late_uploads import LateUploads
 from tests.torch.runner.test_executor import CONFIG, COST
 
-BF16 = torch.bfloat16
+BF16, FLOAT = torch.bfloat16, torch.float32
 BLOCKS = 4
 KINDS = {
-    "bf16": None,
+    "plain": None,
     "fp8": Quantization("fp8"),
     "int8": Quantization("int8", rotation=True, keep=("2.attn.out", "3.*")),
 }
@@ -79,13 +81,13 @@ def make(
     """A runner, and its attention: by format, with blocks on the host or with none."""
 
     @cache
-    def dit_of(kind: str, streamed: tuple[int, ...]) -> Krea2DiT:
-        return load_dit(demo_model / "transformer", CPU, BF16, KINDS[kind], on_host=streamed)
+    def dit_of(kind: str, streamed: tuple[int, ...], dtype: torch.dtype) -> Krea2DiT:
+        return load_dit(demo_model / "transformer", CPU, dtype, KINDS[kind], on_host=streamed)
 
-    def make(kind: str, streamed: tuple[int, ...] = (), seed: int = 0):
+    def make(kind: str, streamed: tuple[int, ...] = (), seed: int = 0, dtype=BF16):
         attention = Failing()
-        backend = AttentionBackend("failing", attention, True)
-        dit = dit_of(kind, streamed)
+        backend = AttentionBackend("failing", attention, False, prompts=SDPA.attend)
+        dit = dit_of(kind, streamed, dtype)
         found = Krea2Runner(
             dit, runner.text_encoder, runner.vae, runner.sampling, AttentionChoice(backend, None)
         )
@@ -97,19 +99,15 @@ def make(
     return make
 
 
-def started(runner: Krea2Runner, number: int, adapters=frozenset()):
-    image = ImageRequest(
-        ("a cat", "two dogs in the rain")[number % 2],
-        32,
-        32 + 16 * (number % 3),
-        4,
-        (0.0, 0.0, 2.5)[number % 3],
-        "rain",
-        seed=number,
-        adapters=adapters,
-    )
-    (state,) = runner.encode_sequences([lone_sequence(image)])
-    runner.begin([state])
+def started(runner: Krea2Runner, number: int, adapters=frozenset()) -> DeviceState:
+    """An image before its first step, of any words."""
+    height, guidance = 32 + 16 * (number % 3), (0.0, 0.0, 2.5)[number % 3]
+    image = ImageRequest("a cat", 32, height, 4, guidance, "rain", seed=number)
+    generator = torch.Generator().manual_seed(number)
+    width = runner.dit.config.hidden_size
+    contexts = [torch.randn(5 + number, width, generator=generator) for _ in image.prompts]
+    state = runner.start(image, contexts)
+    state.adapters = runner.adapters.find(adapters)
     return state
 
 
@@ -121,9 +119,9 @@ def script(runner: Krea2Runner, attention: Failing, adapters, seed: int) -> list
         What has become of each image.
     """
     random_ = random.Random(seed)
-    states = [started(runner, n, adapters if n % 2 else frozenset()) for n in range(4)]
+    states = [started(runner, n, adapters if n % 2 else frozenset()) for n in range(3)]
     paused: list[tuple[list, object, int]] = []
-    for _ in range(14):
+    for _ in range(10):
         busy = {id(state) for pack, _, _ in paused for state in pack}
         free = [s for s in states if id(s) not in busy and not s.done]
         action = random_.choice(["step", "slice", "slice", "slice", "drop", "fail", "release"])
@@ -154,7 +152,7 @@ def script(runner: Krea2Runner, attention: Failing, adapters, seed: int) -> list
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=max(4, settings.default.max_examples // 10))
+@settings(max_examples=max(2, settings.default.max_examples // 20))
 @given(seed=st.integers(0, 2**32), streamed=st.sampled_from(STREAMED))
 def test_steps_slices_drops_and_failures(make, adapters, kind, seed, streamed):
     found = script(*make(kind, streamed, seed), adapters, seed)
@@ -170,18 +168,10 @@ def estimates_stay(monkeypatch):
     monkeypatch.setattr(OnlineCalibration, "observe", lambda *_: None)
 
 
-def served(runner: Krea2Runner, attention: Failing, adapters, seed: int) -> list:
-    """Requests through the engine and the executor, with cancels and failures at random.
-
-    Returns:
-        How each has ended, and its pixels.
-    """
+def some_images(adapters: frozenset[AdapterUse], seed: int) -> list[ImageRequest]:
     random_ = random.Random(seed)
-    executor = RunnerExecutor(runner)
-    engine = Engine(executor, replace(COST, blocks=BLOCKS), CONFIG)
-    requests = []
-    for number in range(5):
-        image = ImageRequest(
+    return [
+        ImageRequest(
             "a cat",
             random_.choice([32, 96, 128]),
             64,
@@ -191,33 +181,54 @@ def served(runner: Krea2Runner, attention: Failing, adapters, seed: int) -> list
             seed=number,
             adapters=random_.choice([adapters, frozenset()]),
         )
-        requests.append(engine.submit(f"{number}", [image], priority=random_.randint(-1, 1)))
+        for number in range(4)
+    ]
+
+
+def pixels_of(executor: RunnerExecutor, request: Request) -> np.ndarray | None:
+    (pixels,) = [executor.take_pixels(sequence) for sequence in request.sequences]
+    return pixels
+
+
+def served(make_one: tuple[Krea2Runner, Failing], images: list[ImageRequest], seed: int) -> list:
+    """Requests through the engine and the executor, each in packs of its own, which take turns;
+    with cancels and failures at random where there is a seed.
+
+    Returns:
+        The pixels of each; None of one that has failed or was cancelled.
+    """
+    (runner, attention), random_ = make_one, random.Random(seed)
+    executor = RunnerExecutor(runner)
+    config = replace(CONFIG, max_pack_sequences=1)
+    engine = Engine(executor, replace(COST, blocks=BLOCKS), config)
+    requests = [engine.submit(f"{n}", [one], priority=n % 2) for n, one in enumerate(images)]
     while not engine.idle:
-        if random_.random() < 0.1:
+        if seed and random_.random() < 0.05:
             attention.at = random_.randrange(2 * BLOCKS)
         engine.turn()
-        if engine.requests and random_.random() < 0.04:
+        if seed and engine.requests and random_.random() < 0.03:
             engine.cancel(random_.choice(sorted(engine.requests)))
-    ended = []
-    for request in requests:
-        pixels = [executor.take_pixels(sequence) for sequence in request.sequences]
-        ended.append((request.state, pixels))
+    attention.at = None
+    found = [pixels_of(executor, request) for request in requests]
+    for request, pixels in zip(requests, found, strict=True):
+        assert (request.state is State.DONE) == (pixels is not None)
     assert executor.empty
-    return ended
+    return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "seed"), [("bf16", 1), ("fp8", 2), ("int8", 3), ("int8", 4), ("fp8", 5)]
-)
+@pytest.mark.parametrize(("kind", "seed"), [("plain", 1), ("fp8", 2), ("int8", 3)])
 def test_the_engine_generates_the_same_pictures(make, adapters, kind, seed):
-    found = served(*make(kind, STREAMED[seed % 3], seed), adapters, seed)
-    expected = served(*make(kind), adapters, seed)
-    assert [state for state, _ in found] == [state for state, _ in expected]
-    assert State.DONE in [state for state, _ in found]
-    for (_, got), (_, wanted) in zip(found, expected, strict=True):
-        for a, b in zip(got, wanted, strict=True):
-            assert (a is None) == (b is None)
-            assert a is None or (a == b).all()
+    images = some_images(adapters, seed)
+    expected = served(make(kind, dtype=FLOAT), images, 0)
+    compared = 0
+    for attempt in range(2):
+        runner, attention = make(kind, STREAMED[attempt], seed, FLOAT)
+        found = served((runner, attention), images, seed + 10 * attempt)
+        for got, wanted in zip(found, expected, strict=True):
+            assert got is None or (got == wanted).all()
+            compared += got is not None
+        assert runner.block_stream.uploads_queued > 4
+    assert compared >= 2
 
 
 @contextmanager
@@ -230,7 +241,7 @@ def shown_too_late(monkeypatch) -> Iterator[None]:
 
 def test_a_wait_that_is_missing_is_seen(make, monkeypatch):
     """The comparison is worth something."""
-    runner, _ = make("bf16", (0, 1, 2, 3), 1)
+    runner, _ = make("plain", (0, 1, 2, 3), 1)
     with shown_too_late(monkeypatch):
         state = started(runner, 0)
         runner.launch([state])
@@ -255,8 +266,8 @@ def test_weights_are_loaded_the_same_to_the_bit(demo_model, runner, adapter):
 
 def test_what_is_on_the_host_is_no_parameter(demo_model):
     dit = load_dit(demo_model / "transformer", CPU, BF16, on_host=(1,))
-    names = [name for name, _ in dit.named_parameters() if ".1.attn" in name or ".1.ff" in name]
-    assert names == ["blocks.1.attn.norm_q.scale", "blocks.1.attn.norm_k.scale"]
+    names = [name for name, _ in dit.blocks[1].named_parameters() if name[:4] in ("attn", "ff.g")]
+    assert names == ["attn.norm_q.scale", "attn.norm_k.scale"]
     (block,) = dit.host_blocks.values()
     linears = dit.blocks[1].linears
     assert all(linear.weight.untyped_storage().nbytes() == block.nbytes for linear in linears)

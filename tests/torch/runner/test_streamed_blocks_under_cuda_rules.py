@@ -233,14 +233,14 @@ def test_requests_are_generated(cuda, quantization):
     assert set(run(engine).values()) == {State.DONE}
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_schedules(seed):
     schedule(seed, failing=seed % 2 == 0, streamed=[(0, 2, 4), (1, 3), (0, 1, 2, 3, 4)][seed % 3])
 
 
 def test_any_allocation_may_run_out_of_memory(cuda):
     runner = streaming(0, 2, 4)
-    assert fail_each_allocation(cuda, runner, every=5, steps=1) > 5
+    assert fail_each_allocation(cuda, runner, every=9, steps=1) > 5
 
 
 def test_a_block_that_fails_is_not_overwritten_while_it_is_read(cuda):
@@ -257,7 +257,7 @@ def test_a_block_that_fails_is_not_overwritten_while_it_is_read(cuda):
                 runner.launch([state])
             linears = [m for block in runner.dit.host_blocks.values() for m in block.linears]
             assert all(linear.weight.device.type == "cpu" for linear in linears)
-    finish(runner, [state])
+        finish(runner, [state])
 
 
 # Memory.
@@ -338,16 +338,18 @@ def test_no_graphs_where_a_block_is_streamed(cuda, demo_model, caplog):
     executor = RunnerExecutor(runner)
     assert not executor.full_schedule_graphs
     assert executor.statistics()["streamed_blocks"] == 2
-    with pytest.raises(ConfigError, match="^cuda_graphs: on needs all blocks on the GPU"):
+    with pytest.raises(ConfigError, match=r"^cuda_graphs: on needs all blocks on the GPU"):
         load(demo_model, 2, config=RunnerConfig(cuda_graphs="on"))
 
 
+@pytest.mark.slow
 def test_products_are_tried_where_all_blocks_are_streamed(cuda, demo_model, monkeypatch):
     tried = []
     monkeypatch.setattr(
         "krea2_srt.runner.builder.with_fused_mlp",
-        lambda dit, setting: tried.append([m.weight.device.type for m in dit.blocks[0].linears])
-        or dit.operations,
+        lambda dit, setting: (
+            tried.append([m.weight.device.type for m in dit.blocks[0].linears]) or dit.operations
+        ),
     )
     runner = load(
         demo_model,
@@ -388,7 +390,6 @@ def test_adapters_of_streamed_blocks_stay_in_pinned_memory(cuda, quantization):
     adapters = frozenset({AdapterUse("x", "x", 0.5)})
     for number in range(2):
         assert (
-            generated(executor, "a cat", seed=number, guidance=2.0, adapters=adapters)
-            is State.DONE
+            generated(executor, "a cat", seed=number, guidance=2.0, adapters=adapters) is State.DONE
         )
     del state

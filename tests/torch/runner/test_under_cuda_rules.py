@@ -35,6 +35,7 @@ from krea2_srt.kernels.products import (
 from krea2_srt.kernels.quantize import pieces_of
 from krea2_srt.lora.adapter import Adapter, Factor
 from krea2_srt.model.checkpoint import Krea2Checkpoint
+from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.offload import offload
 from krea2_srt.model.quantization import Quantization, QuantizedLinear
 from krea2_srt.request import AdapterUse, ImageRequest
@@ -553,6 +554,8 @@ def test_every_question_about_the_device_is_answered_for_a_gpu(demo_model):
                 generated(executor_of(runner, overlapped), "a cat", seed=int(overlapped))
                 is State.DONE
             )
+        fp8 = Quantization("fp8")
+        load_dit(demo_model / "transformer", CUDA, torch.bfloat16, fp8, on_host=(1,))
         runner = small_runner()
         assert calibrate(runner).blocks == runner.num_blocks
         executor = executor_of(runner, overlapped=False)
