@@ -62,7 +62,7 @@ is above {cores} was other work.
 
 def step_times() -> dict[str, Any]:
     """Milliseconds of every step, by size and format, and where they were measured."""
-    found = provenance(typed("python -m krea2_bench.quantization"), ("torch",))
+    found = provenance(["python", "-m", *typed("krea2_bench.quantization")], ("torch",))
     dit = random_dit(CONFIG, torch.device("cpu"), torch.bfloat16)
     runners = {"bf16": _runner(dit), INT8.name: _runner(quantized_copy(dit, INT8))}
     sizes = list(_sizes(runners))
