@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     side = 256
     prompts = asked(args.count, [(side, side)])
-    result = {
+    result: dict[str, Any] = {
         "run": provenance(typed("python -m tools.demo_model.fidelity"), ("krea2-srt", "torch")),
         "prompts": len(prompts),
         "side": side,
