@@ -22,6 +22,13 @@ def test_int8_is_4_db_nearer_to_bf16_than_fp8_and_no_worse_by_the_judge(trained_
     assert found["bf16"]["judge"]["shape"] > 0.8  # there is something to lose
 
 
+def test_the_committed_figures_hold():
+    stored = json.loads((RESULTS / "fidelity.json").read_text())
+    assert stored["prompts"] == 200
+    assert shortfalls(stored["formats"]) == []
+    assert page(stored) == (RESULTS / "fidelity.md").read_text()
+
+
 JUDGE = {"colour": 0.95, "shape": 0.9, "background": 1.0}
 FORMATS: dict[str, Any] = {
     "bf16": {"judge": JUDGE},

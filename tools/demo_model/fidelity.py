@@ -185,7 +185,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     side = 256
     prompts = asked(args.count, [(side, side)])
     result: dict[str, Any] = {
-        "run": provenance(typed("python -m tools.demo_model.fidelity"), ("krea2-srt", "torch")),
+        "run": provenance(
+            ["python", "-m", *typed("tools.demo_model.fidelity")], ("krea2-srt", "torch")
+        ),
         "prompts": len(prompts),
         "side": side,
         "formats": measure(args.model, prompts),
