@@ -130,7 +130,7 @@ bench-fidelity: $(STAMP) $(DEMO)
 # What each of the demo's matrices loses in 8 bits, and which should stay in 16; some five minutes on two cores.
 bench-sensitivity: $(STAMP) $(DEMO)
 	$(BIN)/krea2-bench quality --sensitivity --checkpoint $(DEMO) --prompts tools/demo_model/prompts.txt \
-	  --size 256x256 --budget-s 1200 --output benchmarks/results/sensitivity
+	  --size 128x128 --budget-s 600 --output benchmarks/results/sensitivity
 
 # Ways for the engine's threads to wait, alone and beside a process that computes; ten minutes on two
 # cores that nobody else uses.

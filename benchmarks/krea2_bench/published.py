@@ -122,6 +122,17 @@ FIGURES = {
         "products[matrix=16384 wide; tokens=heavy tails; format=int8_rotated].error",
         ".1%",
     ),
+    # fidelity.json
+    "fidelity-int8": ("fidelity.json", "formats.int8.psnr.mean", ".1f"),
+    "fidelity-fp8": ("fidelity.json", "formats.fp8.psnr.mean", ".1f"),
+    "fidelity-int8-shape": ("fidelity.json", "formats.int8.judge.shape", ".1%"),
+    "fidelity-bf16-shape": ("fidelity.json", "formats.bf16.judge.shape", ".1%"),
+    # sensitivity.json
+    "sensitivity-int8": ("sensitivity.json", "formats[format=int8].error", ".2%"),
+    "sensitivity-fp8": ("sensitivity.json", "formats[format=fp8].error", ".2%"),
+    "sensitivity-int8-gain": ("sensitivity.json", "formats[format=int8].gain_db", ".1f"),
+    "sensitivity-fp8-gain": ("sensitivity.json", "formats[format=fp8].gain_db", ".1f"),
+    # quantization.json
     "fp8-attention": (
         "quantization.json",
         "attention[tokens=Gaussian; format=fa3_fp8].error",

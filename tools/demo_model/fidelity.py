@@ -184,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     side = 256
     prompts = asked(args.count, [(side, side)])
-    result = {
-        "run": provenance(typed("python -m tools.demo_model.fidelity"), ("krea2-srt", "torch")),
+    result: dict[str, Any] = {
+        "run": provenance(
+            ["python", "-m", *typed("tools.demo_model.fidelity")], ("krea2-srt", "torch")
+        ),
         "prompts": len(prompts),
         "side": side,
         "formats": measure(args.model, prompts),
