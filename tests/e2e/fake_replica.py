@@ -10,7 +10,7 @@ from krea2_server.settings import Settings
 from krea2_srt.testing import fake_worker
 
 STEP_S = 0.05
-"""Of 8 steps: requests are under way for a while, and one after the other come several a second."""
+"""Time of a step: requests of eight are under way for a while, and still several end a second."""
 
 
 class FakeReplica(EngineReplica):
