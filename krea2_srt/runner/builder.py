@@ -75,6 +75,7 @@ def check_capability(format: str, capability: tuple[int, int]) -> None:
             f"({names}) or newer, this one has {capability[0]}.{capability[1]}"
         )
 
+
 HOST_MARGIN = GIB
 """Bytes of host memory that pinned weights leave to all else."""
 
