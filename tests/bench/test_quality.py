@@ -13,11 +13,11 @@ from PIL import Image
 
 from krea2_bench.quality import generators
 from krea2_bench.quality.cases import Case
-from krea2_bench.quality.formats import SIDE_BY_SIDE
 from krea2_bench.quality.generators import DiffusersGenerator, OurGenerator, parse_generator
 from krea2_bench.quality.metrics import ClipError, ClipScorer, psnr, ssim
 from krea2_bench.quality.pictures import DEFAULT, summarise, table
 from krea2_bench.quality.sheet import contact_sheet
+from krea2_srt.model.quantization import SERVED
 from tests.bench.fake_server import Fake
 
 Bench = Callable[..., int]
@@ -192,10 +192,10 @@ def test_what_cannot_be_is_one_line(bench: Bench, capsys, flags: list[str], erro
 
 def test_configurations_are_parsed(tmp_path: Path):
     assert isinstance(parse_generator("diffusers:dtype=float32", tmp_path), DiffusersGenerator)
-    for name in (*SIDE_BY_SIDE, "int8_unrotated"):
+    for name in (*SERVED, "int8_unrotated"):
         configuration = f"ours:quantization={name}:pack=4"
         assert isinstance(parse_generator(configuration, tmp_path), OurGenerator)
-    assert all(configuration.split("=")[-1] in (*SIDE_BY_SIDE, "ours") for configuration in DEFAULT)
+    assert all(configuration.split("=")[-1] in (*SERVED, "ours") for configuration in DEFAULT)
 
 
 def test_diffusers_gets_the_noise_of_the_device_that_it_runs_on(monkeypatch, tmp_path: Path):

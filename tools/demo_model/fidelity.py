@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from krea2_bench.compare.pictures import psnr
 from krea2_bench.provenance import provenance, typed
-from krea2_bench.quality.formats import SIDE_BY_SIDE
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.offline import Krea2
 from krea2_srt.request import ImageRequest
 from tools.demo_model.evaluate import Score
@@ -68,7 +68,7 @@ def measure(model: Path, prompts: Sequence[Asked]) -> dict[str, Any]:
     """
     expected = _generated(model, None, prompts)
     found: dict[str, Any] = {"bf16": {"judge": _score(expected, prompts)}}
-    for name in SIDE_BY_SIDE:
+    for name in SERVED:
         pictures = _generated(model, name, prompts)
         ratios = [psnr(a, b) for a, b in zip(pictures, expected, strict=True)]
         different = [ratio for ratio in ratios if math.isfinite(ratio)]
@@ -88,7 +88,7 @@ def measure(model: Path, prompts: Sequence[Asked]) -> dict[str, Any]:
 
 
 def _generated(model: Path, format: str | None, prompts: Sequence[Asked]) -> list[np.ndarray]:
-    loaded = Krea2.load(model, device="cpu", quantization=SIDE_BY_SIDE[format] if format else None)
+    loaded = Krea2.load(model, device="cpu", quantization=SERVED[format] if format else None)
     requests = [
         ImageRequest(it.prompt, it.width, it.height, STEPS, seed=seed)
         for seed, it in enumerate(prompts)

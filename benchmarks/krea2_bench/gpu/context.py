@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from krea2_bench.gpu.models import (
-    EIGHT_BIT,
     RELEASED,
     TINY,
     Architecture,
@@ -24,6 +23,7 @@ from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.flops import step_flops, step_weight_bytes
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.model.text_encoder import TextEncoder
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.runner.attention import AttentionChoice, choose_attention
@@ -136,9 +136,9 @@ class Context:
         return self.runner_of(self.dit)
 
     def quantized_runner(self, format: str) -> Krea2Runner:
-        """In one of `EIGHT_BIT`, likewise; made when it is first asked for."""
+        """In one of `SERVED`, likewise; made when it is first asked for."""
         if format not in self._quantized:
-            dit = quantized_copy(self.dit, EIGHT_BIT[format])
+            dit = quantized_copy(self.dit, SERVED[format])
             if self.on_gpu:
                 use_fastest_product(dit, known_products())
                 dit.operations = with_fused_mlp(dit, "auto")

@@ -118,10 +118,6 @@ def quantized_copy(dit: Krea2DiT, quantization: Quantization) -> Krea2DiT:
     return copy
 
 
-EIGHT_BIT = {"fp8": Quantization("fp8"), "int8": Quantization("int8", rotation=True)}
-"""What a server can be asked for, by the names that rows have for it."""
-
-
 class Words:
     """In place of a tokenizer: one token a word, and the template's own."""
 

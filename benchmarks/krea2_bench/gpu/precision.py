@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from krea2_bench.gpu.context import Context
-from krea2_bench.gpu.models import EIGHT_BIT
 from krea2_bench.gpu.rows import Row
 from krea2_bench.gpu.sequences import images, relative
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.runner.model_runner import Krea2Runner
 
 SIDE = 512
@@ -20,7 +20,7 @@ def run(context: Context) -> None:
     """Every quantisation that a server offers."""
     side = 32 if context.smoke else SIDE
     theirs, reference = _generate(context.whole(context.runner), side)
-    for format in EIGHT_BIT:
+    for format in SERVED:
         runner = context.whole(context.quantized_runner(format))
         errors = [_velocity_error(runner, side, step, theirs) for step in (0, len(theirs) - 1)]
         _, picture = _generate(runner, side)
