@@ -39,10 +39,10 @@ CONFIG = replace(
 INT8 = Quantization("int8", rotation=True)
 
 SIDES = (256, 512, 768)
-"""Of the pictures."""
+"""Pixels a side of the pictures."""
 
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 40.0, 5, 25
-"""Of each side. A round is a step in each format."""
+"""For each side. A round is a step in each format."""
 
 LIMIT, LIMIT_TOKENS = 1.1, 1088
 """At most so many times as long as bf16's, from so many tokens on."""
@@ -106,7 +106,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def section(found: dict[str, Any]) -> str:
-    """Of the page."""
+    """What the page says of it."""
     lines = [
         f"| picture | tokens | bf16 | {INT8.name} | ratio |",
         "| --- | --- | --- | --- | --- |",

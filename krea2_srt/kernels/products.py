@@ -40,8 +40,8 @@ from krea2_srt.kernels.quantize import (
     quantize_tokens_triton,
 )
 
-_INT8_TOKENS = 512
-"""Most tokens that torch's int8 kernel multiplies at a time."""
+INT8_TOKENS = 512
+"""Most tokens that torch's int8 kernel multiplies at a time, with 8 bytes of each result beside it."""
 
 _FEWEST_INT8_TOKENS = 17
 """Fewest that it takes on CUDA."""
@@ -135,7 +135,7 @@ def _int8_product_torch(
     # Its sums come without their scales, in 4 bytes each: of some tokens at a time, or they would
     # take twice as much memory as the result.
     out = x.scale.new_empty(len(x), len(weight), dtype=dtype)
-    pieces = triton.cdiv(len(x), _INT8_TOKENS)
+    pieces = triton.cdiv(len(x), INT8_TOKENS)
     for values, scale, place in zip(
         *(tensor.tensor_split(pieces) for tensor in (x.values, x.scale, out)), strict=True
     ):

@@ -181,7 +181,7 @@ def _bytes(
         sequences=sequences,
         paused=request.max_paused_steps * largest * sizes.paused_per_token,
         decodes=choice.decodes * sizes.decode(choice.image_tokens),
-        libraries=sizes.libraries,
+        libraries=sizes.libraries + sizes.int8_sums,
         margin=int(total * MARGIN_SHARE) + MARGIN_BYTES,
     )
 

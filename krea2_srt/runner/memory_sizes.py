@@ -71,6 +71,7 @@ class PartSizes:
         encode_graph: the same in the largest graph.
         decoder: of a decode.
         libraries: their workspaces.
+        int8_sums: of the largest int8 product by torch, beside its result; other kernels have none.
         graph_buffers: of all graphs together, beside ``graph_per_token``.
         graph_per_token: of the buffers.
     """
@@ -93,6 +94,7 @@ class PartSizes:
     libraries: int
     graph_buffers: int
     graph_per_token: int
+    int8_sums: int = 0
     quantized: bool = False
 
     def dit_on_device(self, streamed: int) -> int:
@@ -129,7 +131,8 @@ class PartSizes:
         """
         if not tokens:
             return 0
-        pools = self.step_per_token * tokens + (self.encode_graph if encoder else 0)
+        pools = self.step_per_token * tokens + self.int8_sums
+        pools += self.encode_graph if encoder else 0
         return self.graph_buffers + self.graph_per_token * tokens + pools + count * GRAPH_BYTES
 
     def sequences(self, count: int, image_tokens: int) -> int:

@@ -35,7 +35,7 @@ _PRODUCTS = {
 """Products of each format; the fastest counts."""
 
 _SUFFIXES = {"bf16": "", "fp8": " fp8", "int8": " int8 rotated"}
-"""Of the kernels that quantise what they write."""
+"""What rows call the kernels that quantise what they write."""
 
 _WAYS = ("graph", "eager")
 

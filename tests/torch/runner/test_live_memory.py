@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from krea2_srt.kernels.operations import TRITON
-from krea2_srt.kernels.products import scaled_product_triton
+from krea2_srt.kernels.products import scaled_product_torch, scaled_product_triton
+from krea2_srt.kernels.quantize import QuantizedTokens
 from krea2_srt.kernels.segment_index import SegmentIndex
 from krea2_srt.model import vae as vae_module
 from krea2_srt.model.config import Krea2Config
@@ -49,7 +50,7 @@ def dit_of(kind: Quantization | None) -> Krea2DiT:
     dit.operations = TRITON
     for module in dit.modules():
         if isinstance(module, QuantizedLinear) and module.format.dtype is torch.int8:
-            # torch's has sums of 512 tokens beside its result, up to 134 MB that are not planned.
+            # torch's has sums beside its result: see `test_the_sums_of_torchs_int8_product`.
             module.product = scaled_product_triton
     return dit
 
@@ -131,6 +132,24 @@ def test_a_step(text, vae, kind):
                 x = dit.run_blocks(x, layout, rows, blocks, attend)
                 dit.finish(x, layout, rows)
             check(live.peak, sizes.step_per_token * tokens)
+
+
+def test_the_sums_of_torchs_int8_product(text, vae):
+    dit = dit_of(KINDS[2])
+    sizes = planned(dit, text, vae)
+    with fake_gpu():
+        dit = on_fake_gpu(dit)
+        linear = dit.blocks[0].ff.gate_up
+        rows, width = linear.weight.shape
+        for tokens in TOKENS:
+            values = torch.empty(tokens, width, dtype=torch.int8, device=CUDA)
+            x = QuantizedTokens(values, torch.empty(tokens, 1, device=CUDA))
+            with LiveBytes() as live:
+                scaled_product_torch(x, linear.weight, linear.scale, BF16)
+            beside = live.peak - tokens * rows * BF16.itemsize
+            assert 0 < beside <= sizes.int8_sums
+        check(beside, sizes.int8_sums)
+    assert planned(dit_of(KINDS[1]), text, vae).int8_sums == 0
 
 
 def test_the_modulation_of_a_pack_and_of_a_schedule(text, vae):
