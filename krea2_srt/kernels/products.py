@@ -40,8 +40,11 @@ from krea2_srt.kernels.quantize import (
     quantize_tokens_triton,
 )
 
-INT8_TOKENS = 512
-"""Most tokens that torch's int8 kernel multiplies at a time, with 8 bytes of each result beside it."""
+_INT8_TOKENS, _INT8_COLUMNS = 512, 4096
+"""Most that torch's int8 kernel multiplies at a time."""
+
+INT8_SUMS_BYTES = 8 * _INT8_TOKENS * _INT8_COLUMNS
+"""Bytes of its sums, as whole numbers and in float32, beside the result."""
 
 _FEWEST_INT8_TOKENS = 17
 """Fewest that it takes on CUDA."""
@@ -132,16 +135,20 @@ def scaled_product_torch(
 def _int8_product_torch(
     x: QuantizedTokens, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    # Its sums come without their scales, in 4 bytes each: of some tokens at a time, or they would
-    # take twice as much memory as the result.
+    # Its sums come without their scales, in 4 bytes each: of some of the result at a time, or they
+    # would take twice as much memory as all of it.
     out = x.scale.new_empty(len(x), len(weight), dtype=dtype)
-    pieces = triton.cdiv(len(x), INT8_TOKENS)
+    pieces = triton.cdiv(len(x), _INT8_TOKENS)
     for values, scale, place in zip(
         *(tensor.tensor_split(pieces) for tensor in (x.values, x.scale, out)), strict=True
     ):
         padding = max(0, _FEWEST_INT8_TOKENS - len(values))
-        sums = torch._int_mm(F.pad(values, (0, 0, 0, padding)) if padding else values, weight.t())
-        torch.mul(sums[: len(values)] * scale, weight_scale.t(), out=place)
+        padded = F.pad(values, (0, 0, 0, padding)) if padding else values
+        for start in range(0, len(weight), _INT8_COLUMNS):
+            columns = slice(start, start + _INT8_COLUMNS)
+            sums = torch._int_mm(padded, weight[columns].t())[: len(values)]
+            place[:, columns] = (sums * scale).mul_(weight_scale[columns].t())
+            del sums  # or it would live while the next ones are made
     return out
 
 

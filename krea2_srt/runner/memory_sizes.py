@@ -71,7 +71,7 @@ class PartSizes:
         encode_graph: the same in the largest graph.
         decoder: of a decode.
         libraries: their workspaces.
-        int8_sums: of the largest int8 product by torch, beside its result; other kernels have none.
+        int8_sums: of int8 products by torch, beside their results; other kernels have none.
         graph_buffers: of all graphs together, beside ``graph_per_token``.
         graph_per_token: of the buffers.
     """

@@ -1,6 +1,6 @@
 """How much memory the parts of a model take, read off the modules themselves."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from krea2_srt.engine.step_scheduler import MAX_ENCODED_TOGETHER
-from krea2_srt.kernels.products import INT8_TOKENS
+from krea2_srt.kernels.products import INT8_SUMS_BYTES
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import dit_config
 from krea2_srt.model.layers import Linear
-from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.quantization import Quantization
 from krea2_srt.model.text_encoder import MAX_ENCODED_TOKENS, text_model, text_model_units
 from krea2_srt.model.text_fusion import TOKENS_AT_ONCE
 from krea2_srt.model.vae import BYTES_PER_SCORE, VAEDecoder, default_tile, scores_within
@@ -103,6 +103,7 @@ def part_sizes(
     row = config.num_layers * 2 * hidden * (4 + 4 + element) + 2 * 4 * hidden
     encodes = range(1, MAX_ENCODED_TOGETHER + 1)
     prompts = 8 * MAX_PROMPTS * MAX_PROMPT_LENGTH + (8 + hidden * element) * MAX_PROMPT_TOKENS
+    int8 = dit.quantization is not None and dit.quantization.format == "int8"
     return PartSizes(
         dit=num_bytes([dit]),
         text_encoder=num_bytes([text]),
@@ -126,16 +127,9 @@ def part_sizes(
         graph_buffers=MAX_SEGMENTS * row + prompts,
         # Patches and velocities, contexts, rotations, and what says where they belong.
         graph_per_token=2 * patch + hidden * element + 4 * config.attention_head_dim + 9,
-        int8_sums=8 * INT8_TOKENS * max(_int8_rows(dit), default=0),
+        int8_sums=INT8_SUMS_BYTES if int8 else 0,
         quantized=dit.quantization is not None,
     )
-
-
-def _int8_rows(dit: Krea2DiT) -> Iterator[int]:
-    """Columns of the results of its int8 products."""
-    for module in dit.modules():
-        if isinstance(module, QuantizedLinear) and module.format.dtype is torch.int8:
-            yield len(module.weight)
 
 
 def _block_per_token(block: Any, config: Krea2Config, element: int) -> int:

@@ -139,7 +139,7 @@ def test_the_sums_of_torchs_int8_product(text, vae):
     sizes = planned(dit, text, vae)
     with fake_gpu():
         dit = on_fake_gpu(dit)
-        linear = dit.blocks[0].ff.gate_up
+        linear, largest = dit.blocks[0].ff.gate_up, 0
         rows, width = linear.weight.shape
         for tokens in TOKENS:
             values = torch.empty(tokens, width, dtype=torch.int8, device=CUDA)
@@ -148,7 +148,8 @@ def test_the_sums_of_torchs_int8_product(text, vae):
                 scaled_product_torch(x, linear.weight, linear.scale, BF16)
             beside = live.peak - tokens * rows * BF16.itemsize
             assert 0 < beside <= sizes.int8_sums
-        check(beside, sizes.int8_sums)
+            largest = max(largest, beside)
+        check(largest, sizes.int8_sums)
     assert planned(dit_of(KINDS[1]), text, vae).int8_sums == 0
 
 

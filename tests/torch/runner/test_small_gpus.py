@@ -70,6 +70,9 @@ RECORDED = {
     "H200": ((0, True, 6502, 2, 256), EVERYTHING),
 }
 
+TIGHT = {"3090": (0, False, 1536, 2, 32), "4070": (17, False, 0, 1, 4)}
+"""In int8, where the 16 MiB of torch's sums are what is missing."""
+
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", [known.name for known in KNOWN_GPUS])
@@ -91,7 +94,8 @@ def test_what_is_given_up_where(builders, sizes, name, format):
         plan.overlapped_decodes,
         plan.max_sequences,
     )
-    assert found == RECORDED[name][format != "none"]
+    recorded = RECORDED[name][format != "none"]
+    assert found == (TIGHT.get(name, recorded) if format == "int8" else recorded)
     # Uploads hide behind the steps of what most ask for.
     options = {"format": format if format != "none" else None, "steps": 8, "guided": False}
     time = picture_time(known, plan, Krea2Config(), **options)

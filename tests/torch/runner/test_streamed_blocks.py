@@ -250,7 +250,7 @@ def test_a_wait_that_is_missing_is_seen(make, monkeypatch):
 
 def test_weights_are_loaded_the_same_to_the_bit(demo_model, runner, adapter):
     for kind in KINDS.values():
-        deltas = merge([(adapter, 0.7)], runner.dit.config, Rounding(BF16, kind))
+        deltas = merge([(adapter, 0.7)], runner.dit.config, Rounding(BF16))
         path = demo_model / "transformer"
         resident = load_dit(path, CPU, BF16, kind, deltas)
         streamed = load_dit(path, CPU, BF16, kind, deltas, on_host=(0, 3))

@@ -11,7 +11,6 @@ from torch import Tensor
 from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.errors import ConfigError
-from krea2_srt.kernels.operations import TORCH
 from krea2_srt.lora.adapter import Adapter
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit import Krea2DiT
@@ -54,10 +53,7 @@ def cuda() -> Iterator[Machine]:
 
 
 def streaming(*streamed: int, quantization: Quantization | None = None) -> Krea2Runner:
-    runner = small_runner(quantization, BLOCKS, streamed)
-    if quantization is not None and quantization.format == "int8":
-        runner.dit.operations = TORCH
-    return runner
+    return small_runner(quantization, BLOCKS, streamed)
 
 
 class Log(CudaUploadStream):
@@ -332,7 +328,7 @@ def load(folder: Path, streamed: int, **fields) -> Krea2Runner:
 
 def test_no_graphs_where_a_block_is_streamed(cuda, demo_model, caplog):
     caplog.set_level("INFO")
-    runner = load(demo_model, 2)
+    runner = load(demo_model, 2, config=RunnerConfig(warm_up_s=0))
     assert runner.all_graphs == []
     assert "no CUDA graphs: 2 of 4 blocks are streamed from host memory" in caplog.text
     executor = RunnerExecutor(runner)
