@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from krea2_srt.model.pinned_memory import pinned_copy
+
 
 def offload(units: Iterable[nn.Module], device: torch.device) -> None:
     """Keep the weights of some modules on the host, and bring those of each to the device only
@@ -28,7 +30,7 @@ class _Unit:
         if device.type == "cuda":
             for parameter in self._parameters:
                 # Pinned memory is copied at the full rate, and without waiting.
-                parameter.data = parameter.data.pin_memory()
+                parameter.data = pinned_copy(parameter.data)
         self._host = [parameter.data for parameter in self._parameters]
         module.register_forward_pre_hook(self._bring)
         module.register_forward_hook(self._leave, always_call=True)

@@ -60,7 +60,6 @@ class PartSizes:
         blocks: of `dit`, each of its blocks.
         quantized: whether those of the DiT are in 8 bits already.
         text_encoder_unit: the largest piece that is on the GPU at a time when it is offloaded.
-        pinned_text_encoder: all of it in pinned host memory.
         step_per_token: at the fullest moment of a step.
         paused_per_token: of a step that waits between two slices.
         modulation_row: of one step of one branch.
@@ -81,7 +80,6 @@ class PartSizes:
     vae: int
     blocks: tuple[int, ...]
     text_encoder_unit: int
-    pinned_text_encoder: int
     step_per_token: int
     paused_per_token: int
     modulation_row: int
@@ -113,7 +111,7 @@ class PartSizes:
         offloaded.
         """
         found = self.streamed(streamed)
-        return found if encoder_resident else found + self.pinned_text_encoder
+        return found if encoder_resident else found + self.text_encoder
 
     def decode(self, image_tokens: int) -> int:
         """Bytes of one image's decode."""

@@ -110,7 +110,6 @@ def part_sizes(
         vae=num_bytes([vae]),
         blocks=tuple(num_bytes([block]) for block in dit.blocks),
         text_encoder_unit=max(num_bytes([unit]) for unit in text_model_units(text)),
-        pinned_text_encoder=pinned_bytes(text),
         step_per_token=max(_block_per_token(block, config, element) for block in dit.blocks)
         + patch,
         # The stream and the patches.
@@ -213,8 +212,3 @@ def _block_channels(block: Any) -> int:
 def num_bytes(modules: Iterable[nn.Module]) -> int:
     """Bytes of all parameters."""
     return sum(p.nbytes for module in modules for p in module.parameters())
-
-
-def pinned_bytes(module: nn.Module) -> int:
-    """Bytes that its parameters take in pinned host memory: torch makes each a power of two."""
-    return sum(1 << (p.nbytes - 1).bit_length() for p in module.parameters())

@@ -21,7 +21,7 @@ from krea2_srt.runner.memory_choices import MemoryRequest
 from krea2_srt.runner.memory_plan import plan_memory
 from krea2_srt.runner.memory_sizes import GIB
 from krea2_srt.runner.modelled_time import picture_time
-from krea2_srt.runner.part_sizes import on_gpu, pinned_bytes
+from krea2_srt.runner.part_sizes import on_gpu
 from krea2_srt.runner.streamed_blocks import BUFFERS
 
 BF16 = torch.bfloat16
@@ -113,7 +113,7 @@ def test_streamed_blocks_leave_the_gpu_but_for_two_buffers(builders, sizes):
     kept = part.dit - (plan.streamed_blocks - BUFFERS) * block
     assert rows["transformer"] == (kept, "11 blocks resident, 17 streamed")
     assert plan.streamed_bytes == 17 * block
-    assert plan.pinned_bytes == 17 * block + part.pinned_text_encoder
+    assert plan.pinned_bytes == 17 * block + part.text_encoder
     assert f"{plan.pinned_bytes / GIB:.2f} GiB  pinned" in plan.report()
     # One block fewer, and all else as small as can be, would not fit.
     asked = replace(builders["int8"].config, streamed_blocks="16")
@@ -207,11 +207,6 @@ def test_too_little_host_memory_is_told_before_it_is_taken(builders, sizes):
         builders["none"].plan_for(gpu, 12 * GIB, sizes["none"])
     # What fits on the GPU needs none.
     assert builders["int8"].plan_for(known_gpu("H200").gpu, 0, sizes["int8"]).streamed_blocks == 0
-
-
-def test_pinned_parameters_take_powers_of_two():
-    module = torch.nn.Linear(3, 1000, dtype=torch.float32)
-    assert pinned_bytes(module) == 16384 + 4096
 
 
 GPUS = st.floats(1, 160)

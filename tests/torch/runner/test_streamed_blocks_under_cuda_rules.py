@@ -212,7 +212,7 @@ def test_memory_that_cannot_be_pinned_is_a_clear_error(cuda, monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "cudart", lambda: type("Runtime", (), {"cudaHostRegister": lambda *_: 2})
     )
-    with pytest.raises(ConfigError, match=r"^streamed_blocks: 0\.50 GiB .*\(CUDA error 2\)"):
+    with pytest.raises(ConfigError, match=r"^host memory: 0\.50 GiB .*\(CUDA error 2\)"):
         pinned_bytes(2**29)
 
 
