@@ -67,15 +67,8 @@ def on_gpu(sizes: PartSizes, gpu: Gpu) -> PartSizes:
     return replace(sizes, decoder=decoder, libraries=workspace_of(gpu.capability))
 
 
-def library_workspace(device: torch.device) -> int:
-    """What libraries allocate for themselves, through torch, while they run."""
-    if device.type != "cuda":
-        return 0
-    return workspace_of(torch.cuda.get_device_capability(device))
-
-
 def workspace_of(capability: tuple[int, int]) -> int:
-    """The same of a GPU with this compute capability."""
+    """What libraries allocate for themselves, through torch, on a GPU of a compute capability."""
     hopper = capability >= (9, 0)
     # Two on each stream: torch's default shares one between cuBLAS and cuBLASLt, settings may not.
     return 2 * _STREAMS * (_WORKSPACE_HOPPER if hopper else _WORKSPACE) + _CONVOLUTIONS

@@ -12,7 +12,7 @@ from krea2_bench.gpu.timing import wait
 from krea2_bench.gpu.vae import decoded, latents_of
 from krea2_srt.model.vae import default_tile, scores_per_slice
 from krea2_srt.runner.memory_sizes import GRAPH_BYTES
-from krea2_srt.runner.part_sizes import library_workspace, num_bytes, part_sizes
+from krea2_srt.runner.part_sizes import num_bytes, part_sizes
 
 GIB, MIB = 2**30, 2**20
 
@@ -26,7 +26,6 @@ def run(context: Context) -> None:
         runner.vae,
         default_tile(context.device),
         scores_per_slice(context.device),
-        library_workspace(context.device),
     )
     parts = {
         "transformer, bf16": runner.dit,

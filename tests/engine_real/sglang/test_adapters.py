@@ -24,7 +24,13 @@ def adapter(demo_model: Path, tmp_path_factory) -> Path:
 def options(**given: object) -> SimpleNamespace:
     """What of SGLang's arguments is read."""
     unset: dict[str, object] = dict.fromkeys(
-        ("lora_path", "lora_alpha", "lora_weight_name", "transformer_weights_path")
+        (
+            "lora_path",
+            "lora_alpha",
+            "lora_weight_name",
+            "quantization",
+            "transformer_weights_path",
+        )
     )
     unset |= {"component_paths": {}, "component_weights_paths": {}}
     return SimpleNamespace(**{**unset, "lora_scale": 1.0, "lora_merge_mode": "auto", **given})

@@ -91,7 +91,9 @@ def test_an_adapter_that_cannot_be_read_is_told_with_its_option(monkeypatch, cap
     monkeypatch.setattr(pipeline, "unsupported_options", lambda server_args: ["--lora-path"])
     monkeypatch.setattr(pipeline, "Krea2Pipeline", fail(error))
     parts = {"component_paths": {}, "component_weights_paths": {}}
-    arguments = SimpleNamespace(model_subfolder="x", transformer_weights_path=None, **parts)
+    arguments = SimpleNamespace(
+        model_subfolder="x", quantization=None, transformer_weights_path=None, **parts
+    )
     with pytest.raises(SystemExit) as ended:
         pipeline.Krea2RunnerPipeline("/models/krea-2", arguments)
     assert ended.value.code == 2

@@ -16,7 +16,11 @@ def arguments(model_hub):
 
     parts = {"component_paths": {}, "component_weights_paths": {}}
     return SimpleNamespace(
-        revision=None, model_subfolder=None, transformer_weights_path=None, **parts
+        revision=None,
+        model_subfolder=None,
+        quantization=None,
+        transformer_weights_path=None,
+        **parts,
     )
 
 

@@ -73,16 +73,16 @@ def test_the_statistics_of_latents_come_from_the_file(folder, files):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_planned_as_for_the_folder(folder, files, dtype):
     def sizes(checkpoint):
-        return checkpoint_sizes(checkpoint, dtype, dtype, dtype, None, CPU)
+        return checkpoint_sizes(checkpoint, dtype, dtype, dtype, None)
 
     assert sizes(files) == sizes(folder)
 
 
 def test_each_part_may_be_a_file_or_a_folder(folder, files):
-    expected = checkpoint_sizes(folder, FLOAT32, FLOAT32, FLOAT32, None, CPU)
+    expected = checkpoint_sizes(folder, FLOAT32, FLOAT32, FLOAT32, None)
     for part in ("transformer", "text_encoder", "vae"):
         mixed = replace(folder, **{part: getattr(files, part)})
-        assert checkpoint_sizes(mixed, FLOAT32, FLOAT32, FLOAT32, None, CPU) == expected
+        assert checkpoint_sizes(mixed, FLOAT32, FLOAT32, FLOAT32, None) == expected
 
 
 def wide_encoder(files: Krea2Checkpoint, tmp_path: Path) -> Krea2Checkpoint:
