@@ -82,10 +82,13 @@ class Quantization:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
 
-SERVED = {"fp8": Quantization("fp8"), "int8": Quantization("int8", rotation=True)}
+SERVED = {"int8": Quantization("int8", rotation=True), "fp8": Quantization("fp8")}
 """What can be asked for, by name. What one of them leaves in the compute dtype unless it is told
 otherwise is its `Quantization.keep`.
 """
+
+SGLANG_NAMES = {"convrot_int8": "int8"}
+"""SGLang's names of those that it calls something else."""
 
 
 def served(name: str) -> Quantization:
