@@ -60,8 +60,10 @@ class Quantization:
 
     @property
     def name(self) -> str:
-        """What tells variants apart where they are compared; users know the format alone."""
-        return self.format + ("_rotated" if self.rotation else "")
+        """What tells variants apart where they are compared: the format alone is as `SERVED`."""
+        if self.rotation is SERVED[self.format].rotation:
+            return self.format
+        return f"{self.format}_{'rotated' if self.rotation else 'unrotated'}"
 
     def check(self, num_blocks: int) -> None:
         """Check that every name to be kept is one of a model's.

@@ -158,7 +158,7 @@ def test_a_conclusion_is_what_the_server_takes():
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--sensitivity=int4"], "--sensitivity: must be of int8, fp8, int8_unrotated, got 'int4'"),
+        (["--sensitivity=int4"], "must be of int8, int8_unrotated, fp8, fp8_rotated, got 'int4'"),
         (["ours", "--sensitivity"], "'ours': --sensitivity takes no configurations"),
         (["--sensitivity", "--clip=x"], "--clip: has no effect with --sensitivity"),
         (["--budget-s=5"], "--budget-s: has no effect without --sensitivity"),

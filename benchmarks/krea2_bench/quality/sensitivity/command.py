@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from krea2_bench.eight_bits import FORMATS
 from krea2_bench.provenance import provenance, typed
 from krea2_bench.quality.cases import CaseError, cases_of
-from krea2_bench.quality.formats import FORMATS
 from krea2_bench.quality.sensitivity.measure import Matrices, VelocityErrors, measure, without
 from krea2_bench.quality.sensitivity.page import page
 from krea2_bench.quality.sensitivity.rule import candidates, kept
