@@ -9,6 +9,7 @@ CAPABILITIES = {"int8": ((8, 0), "Ampere"), "fp8": ((8, 9), "Ada")}
 instructions for int8 too, but none for the bfloat16 beside it.
 """
 
+
 @dataclass(frozen=True)
 class Gpu:
     """A GPU, at hand or not.

@@ -56,7 +56,7 @@ def plan_text(settings: Settings) -> str:
             plan, known = found, known_by_device_name(name)
         lines = [_head(settings, builder, name, plan), plan.report()]
         lines += _short_of_host(settings, plan)
-        lines += [f"  not part of the plan: {option}" for option in asked.others]
+        lines += [f"  not part of the plan: {option} of sglang_args" for option in asked.others]
         return "\n".join([*lines, _times(builder, known, plan)])
 
 
@@ -161,7 +161,7 @@ def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "Runne
     import torch
 
     from krea2_srt.model.checkpoint import Krea2Checkpoint
-    from krea2_srt.model.quantization import SERVED
+    from krea2_srt.model.quantization import SGLANG_NAMES, served
     from krea2_srt.runner.builder import RunnerBuilder
     from krea2_srt.runner.caches import CacheBytes
 
@@ -177,10 +177,7 @@ def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "Runne
         runner = replace(runner, text_encoder=asked.text_encoder)
     quantization = None
     if asked.quantization:
-        if asked.quantization not in SERVED:
-            known = ", ".join(SERVED)
-            raise ConfigError(f"quantization: must be one of {known}, got {asked.quantization!r}")
-        quantization = SERVED[asked.quantization]
+        quantization = served(SGLANG_NAMES.get(asked.quantization, asked.quantization))
         if asked.keep:
             quantization = replace(quantization, keep=asked.keep)
     caches = CacheBytes()
@@ -211,11 +208,14 @@ def _head(settings: Settings, builder: "RunnerBuilder", name: str, plan: "Memory
 
 def _short_of_host(settings: Settings, plan: "MemoryPlan") -> list[str]:
     """Whether this machine has less host memory than its engines would take."""
-    needed, there = plan.pinned_bytes * settings.replicas / _GIB, available_memory() / _GIB
+    from krea2_srt.runner.builder import HOST_MARGIN
+
+    needed = plan.pinned_bytes * settings.replicas / _GIB
+    there = max(0, available_memory() - HOST_MARGIN) / _GIB
     if needed <= there:
         return []
-    each = f"{settings.replicas} engines take" if settings.replicas > 1 else "the engine takes"
-    return [f"  this machine has {there:.1f} GiB of host memory left, {each} {needed:.1f} of it"]
+    who = f"{settings.replicas} engines need" if settings.replicas > 1 else "the engine needs"
+    return [f"  host memory of this machine: {there:.1f} GiB can be taken, {who} {needed:.1f}"]
 
 
 def _times(builder: "RunnerBuilder", known: KnownGpu | None, plan: "MemoryPlan") -> str:

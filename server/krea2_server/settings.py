@@ -382,8 +382,8 @@ class Settings(BaseSettings):
             self._refuse_with("engine_endpoints", "quantization", "lora_dir", "start_timeout_s")
             self._refuse_with("engine_endpoints", "recipe", "text_encoder", "vae", "tokenizer")
             self._refuse_with("engine_endpoints", "plan")
-        if not self.plan:
-            self._refuse_with("a server; --plan takes it", "gpu")
+        if self.gpu and not self.plan:
+            raise ValueError("gpu: has no effect without plan")
         for name in ("lora_dir", "recipe"):
             # The same setting under two names.
             if getattr(self.runner, name, None) is not None:
