@@ -60,6 +60,8 @@ def test_steps_are_as_many_as_there_is_time_for():
         CaseError, match=r"--budget-s: one step takes about 30 s, and 20 s are left"
     ):
         steps_within(20.0, 30.0, 8)
+    with pytest.raises(CaseError, match=r"and 0 s are left"):
+        steps_within(-40.0, 30.0, 8)
 
 
 @pytest.fixture(scope="module")
