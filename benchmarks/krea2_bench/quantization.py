@@ -87,7 +87,7 @@ the model's are.
 def product_errors() -> Iterator[dict[str, Any]]:
     """Errors of one matrix multiplication, by width, distribution of the tokens, and format."""
     generator = torch.Generator().manual_seed(0)
-    for name, width in PRODUCTS.items():
+    for matrix, width in PRODUCTS.items():
         weight = torch.randn(ROWS, width, generator=generator) * width**-0.5
         for kind, tokens in _tokens(width, generator, TOKENS):
             exact = tokens.double() @ weight.double().T
@@ -100,7 +100,7 @@ def product_errors() -> Iterator[dict[str, Any]]:
                 slot.store(weight)
                 got = linear(quantize_tokens(tokens, format))
                 yield {
-                    "matrix": name,
+                    "matrix": matrix,
                     "tokens": kind,
                     "format": name,
                     "error": _relative(got, exact),
