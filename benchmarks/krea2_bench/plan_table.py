@@ -10,7 +10,7 @@ import torch
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.quantization import SERVED, Quantization
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.model.released import write_released_configs
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.given_up import square_side
@@ -18,7 +18,7 @@ from krea2_srt.runner.known_gpus import KNOWN_GPUS, KnownGpu
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.modelled_time import picture_time
 
-FORMATS: dict[str | None, Quantization | None] = {None: None, **SERVED}
+FORMATS = {name: SERVED[name] if name else None for name in (None, *SERVED)}
 """Formats of the blocks; None is bf16."""
 
 LARGEST_SIDE, SIDE = 2048, 1024
