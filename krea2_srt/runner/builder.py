@@ -283,17 +283,28 @@ class RunnerBuilder:
             dit_config(self.checkpoint.transformer).num_layers, plan.streamed_blocks
         )
 
-    def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
-        """What serves the adapters of the settings' folder; None where there is none.
+    def lora_folder(self) -> Path | None:
+        """The folder of the adapters that requests may name; None where the settings have none.
 
         Raises:
-            ConfigError: the folder is not there.
+            ConfigError: it is not there.
         """
         if not self.config.lora_dir:
             return None
         folder = Path(self.config.lora_dir).expanduser()
         if not is_folder(folder):
             raise ConfigError(f"lora_dir: there is no folder {folder}")
+        return folder
+
+    def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
+        """What serves the adapters of the settings' folder; None where there is none.
+
+        Raises:
+            ConfigError: the folder is not there.
+        """
+        folder = self.lora_folder()
+        if folder is None:
+            return None
         logger.info("krea2-srt: serves the adapters in %s", folder)
         return AdapterLibrary(folder, runner.adapters, runner.dit)
 

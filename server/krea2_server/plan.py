@@ -46,6 +46,7 @@ def plan_text(settings: Settings) -> str:
     asked = parse_sglang_options(settings.sglang_options)
     with tempfile.TemporaryDirectory(prefix="krea2-plan-") as scratch:
         builder = _builder(settings, asked, Path(scratch))
+        builder.lora_folder()  # a start would find out when all is loaded
         if known is not None:
             name, plan = known.name, builder.plan_for(known.gpu)
         else:

@@ -172,6 +172,7 @@ def test_the_flags_of_a_server_count(planned, tmp_path):
             "quantization: must be one of int8, fp8, got 'nvfp4'",
         ),
         (["--plan", "--gpu=A10", "--model-path=./nothing"], "checkpoint ./nothing does not exist"),
+        (["--plan", "--gpu=A10", "--lora-dir=./nothing"], "lora_dir: there is no folder nothing"),
         (
             ["--plan", "--gpu=3060", "--runner.streamed-blocks=0"],
             "gpu_memory: .* --quantization int8 halves the transformer; streamed_blocks auto",
