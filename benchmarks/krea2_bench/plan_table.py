@@ -10,7 +10,7 @@ import torch
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.config import Krea2Config
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.model.released import write_released_configs
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.given_up import square_side
@@ -18,11 +18,7 @@ from krea2_srt.runner.known_gpus import KNOWN_GPUS, KnownGpu
 from krea2_srt.runner.memory_plan import MemoryPlan
 from krea2_srt.runner.modelled_time import picture_time
 
-FORMATS = {
-    None: None,
-    "fp8": Quantization("fp8"),
-    "int8": Quantization("int8", rotation=True),
-}
+FORMATS = {name: SERVED[name] if name else None for name in (None, *SERVED)}
 """Formats of the blocks; None is bf16."""
 
 LARGEST_SIDE, SIDE = 2048, 1024
@@ -51,7 +47,8 @@ def plan_table() -> str:
     cells: dict[KnownGpu, list[str]] = {}
     for known, format, plan in released_plans():
         cells.setdefault(known, []).append(_cell(known, format, plan))
-    lines = ["| GPU | memory, GiB | bf16 | fp8 | int8 |", "| --- | --- | --- | --- | --- |"]
+    formats = " | ".join(format or "bf16" for format in FORMATS)
+    lines = [f"| GPU | memory, GiB | {formats} |", "|" + " --- |" * (2 + len(FORMATS))]
     for known, row in sorted(cells.items(), key=lambda item: item[0].memory_gib):
         lines.append(f"| {known.name} | {known.memory_gib:.1f} | {' | '.join(row)} |")
     return "\n".join(lines)

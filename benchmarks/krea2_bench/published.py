@@ -95,11 +95,19 @@ FIGURES = {
         "products[matrix=16384 wide; tokens=heavy tails; format=fp8].error",
         ".1%",
     ),
-    "fp8-picture": ("quantization.json", "pictures[format=fp8].psnr", ".1f"),
-    "int8-picture": ("quantization.json", "pictures[format=int8_rotated].psnr", ".1f"),
-    "int8": (
+    "int8-unrotated": (
         "quantization.json",
-        "products[matrix=6144 wide; tokens=Gaussian; format=int8].error",
+        "products[matrix=6144 wide; tokens=Gaussian; format=int8_unrotated].error",
+        ".1%",
+    ),
+    "int8-unrotated-tails": (
+        "quantization.json",
+        "products[matrix=6144 wide; tokens=heavy tails; format=int8_unrotated].error",
+        ".1%",
+    ),
+    "int8-unrotated-tails-wide": (
+        "quantization.json",
+        "products[matrix=16384 wide; tokens=heavy tails; format=int8_unrotated].error",
         ".1%",
     ),
     "int8-tails": (
@@ -110,16 +118,6 @@ FIGURES = {
     "int8-tails-wide": (
         "quantization.json",
         "products[matrix=16384 wide; tokens=heavy tails; format=int8].error",
-        ".1%",
-    ),
-    "int8-rotated": (
-        "quantization.json",
-        "products[matrix=6144 wide; tokens=heavy tails; format=int8_rotated].error",
-        ".1%",
-    ),
-    "int8-rotated-wide": (
-        "quantization.json",
-        "products[matrix=16384 wide; tokens=heavy tails; format=int8_rotated].error",
         ".1%",
     ),
     # fidelity.json

@@ -7,6 +7,7 @@ Errors take a minute on two cores, and times two, which nobody else should use t
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from krea2_bench import quantized_steps
 from krea2_bench.arguments import benchmark_parser
+from krea2_bench.eight_bits import FORMATS
 from krea2_srt.kernels.quantize import TokenFormat, quantize_tokens, rotation_block
 from krea2_srt.kernels.quantize_heads import quantize_qkv
 from krea2_srt.model.attention import VarlenAttention, sdpa_attention
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.pack import Segments
-from krea2_srt.model.quantization import DTYPES, Quantization, QuantizedLinear
+from krea2_srt.model.quantization import DTYPES, SERVED, QuantizedLinear
 from krea2_srt.request import ImageRequest
 from krea2_srt.runner.attention_trial import HEAD_DIM, HEADS, KV_HEADS, exact_attention
 from krea2_srt.runner.device_state import DeviceState
@@ -29,9 +31,6 @@ from krea2_srt.runner.fp8_attention import emulated_flash_attention_3, fp8_atten
 from krea2_srt.runner.model_runner import Krea2Runner
 
 CPU = torch.device("cpu")
-FORMATS = [
-    Quantization(format, rotation) for format in ("fp8", "int8") for rotation in (False, True)
-]
 PRODUCTS = {"6144 wide": 6144, "16384 wide": 16384}
 """Inputs of the released matrices."""
 
@@ -50,8 +49,9 @@ PROMPT = "a red fox sitting in fresh snow, golden hour, photorealistic"
 _PAGE = """\
 # Errors and times of 8-bit matrices
 
-Written by `python -m krea2_bench.quantization` on a CPU. `rotated` is with a Hadamard rotation of
-the inputs. Weights have a scale per output channel, tokens a scale each.
+Written by `python -m krea2_bench.quantization` on a CPU. int8 is with a Hadamard rotation of the
+inputs, as it is served, fp8 without; `int8_unrotated` and `fp8_rotated` are there to show what the
+rotation does. Weights have a scale per output channel, tokens a scale each.
 
 ## One product
 
@@ -87,11 +87,11 @@ the model's are.
 def product_errors() -> Iterator[dict[str, Any]]:
     """Errors of one matrix multiplication, by width, distribution of the tokens, and format."""
     generator = torch.Generator().manual_seed(0)
-    for name, width in PRODUCTS.items():
+    for matrix, width in PRODUCTS.items():
         weight = torch.randn(ROWS, width, generator=generator) * width**-0.5
         for kind, tokens in _tokens(width, generator, TOKENS):
             exact = tokens.double() @ weight.double().T
-            for quantization in FORMATS:
+            for name, quantization in FORMATS.items():
                 rotation = rotation_block(width) if quantization.rotation else 0
                 format = TokenFormat(DTYPES[quantization.format], rotation)
                 linear = QuantizedLinear(width, {"w": ROWS}, torch.float32, format)
@@ -100,9 +100,9 @@ def product_errors() -> Iterator[dict[str, Any]]:
                 slot.store(weight)
                 got = linear(quantize_tokens(tokens, format))
                 yield {
-                    "matrix": name,
+                    "matrix": matrix,
                     "tokens": kind,
-                    "format": quantization.name,
+                    "format": name,
                     "error": _relative(got, exact),
                 }
 
@@ -139,11 +139,13 @@ def picture_errors(model: Path) -> Iterator[dict[str, Any]]:
     reference = Krea2Runner.load(checkpoint, CPU, torch.bfloat16)
     last = reference.num_blocks - 1
     ends = ("0.*", f"{last}.*")
-    kept = [Quantization(q.format, q.rotation, ends) for q in FORMATS if q.rotation is False]
+    kept = {
+        f"{name}, first and last block kept": replace(served, keep=ends)
+        for name, served in SERVED.items()
+    }
     expected = _generate(reference)
-    for quantization in [*FORMATS, *kept]:
+    for name, quantization in (FORMATS | kept).items():
         runner = Krea2Runner.load(checkpoint, CPU, torch.bfloat16, quantization=quantization)
-        name = quantization.name + (", first and last block kept" if quantization.keep else "")
         errors = _step_errors(runner, reference)
         difference = (_generate(runner) - expected).double().square().mean()
         yield {
@@ -192,15 +194,14 @@ def page(
     steps: dict[str, Any] | None = None,
 ) -> str:
     """The tables; without those of attention and of times if they were not measured."""
-    names = [quantization.name for quantization in FORMATS]
-    lines = [["matrix", "tokens", *names]]
+    lines = [["matrix", "tokens", *FORMATS]]
     for matrix, kind in dict.fromkeys((row["matrix"], row["tokens"]) for row in products):
         errors = {
             row["format"]: row["error"]
             for row in products
             if (row["matrix"], row["tokens"]) == (matrix, kind)
         }
-        lines.append([matrix, kind, *(f"{errors[name]:.2%}" for name in names)])
+        lines.append([matrix, kind, *(f"{errors[name]:.2%}" for name in FORMATS)])
     generated = [["format", "error of a step, first to last", "PSNR to bf16"]]
     for row in pictures:
         errors = row["step_errors"]

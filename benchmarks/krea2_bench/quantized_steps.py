@@ -21,7 +21,7 @@ from krea2_bench.provenance import provenance, typed
 from krea2_srt.model.checkpoint import SamplingDefaults
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
-from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.quantization import SERVED
 from krea2_srt.runner.attention import AttentionChoice
 from krea2_srt.runner.attention_backends import SDPA
 from krea2_srt.runner.model_runner import Krea2Runner
@@ -35,8 +35,6 @@ CONFIG = replace(
     text_num_key_value_heads=1,
     text_intermediate_size=128,
 )
-
-INT8 = Quantization("int8", rotation=True)
 
 SIDES = (256, 512, 768)
 """Pixels a side of the pictures."""
@@ -64,7 +62,7 @@ def step_times() -> dict[str, Any]:
     """Milliseconds of every step, by size and format, and where they were measured."""
     found = provenance(["python", "-m", *typed("krea2_bench.quantization")], ("torch",))
     dit = random_dit(CONFIG, torch.device("cpu"), torch.bfloat16)
-    runners = {"bf16": _runner(dit), INT8.name: _runner(quantized_copy(dit, INT8))}
+    runners = {"bf16": _runner(dit), "int8": _runner(quantized_copy(dit, SERVED["int8"]))}
     sizes = list(_sizes(runners))
     after = round(os.getloadavg()[0], 2)
     return found | {"load_after": after, "blocks": CONFIG.num_layers, "sizes": sizes}
@@ -91,7 +89,7 @@ def _sizes(runners: dict[str, Krea2Runner]) -> Iterator[dict[str, Any]]:
                 step(runners[name], states[name])
                 ms[name].append((time.perf_counter() - start) * 1e3)
             order.reverse()
-        ratios = [int8 / bf16 for bf16, int8 in zip(ms["bf16"], ms[INT8.name], strict=True)]
+        ratios = [int8 / bf16 for bf16, int8 in zip(ms["bf16"], ms["int8"], strict=True)]
         low, high = quartiles(ratios)
         (state,) = states["bf16"]
         size = {"size": name_of(side), "tokens": state.num_tokens, "ms": ms}
@@ -108,11 +106,11 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def section(found: dict[str, Any]) -> str:
     """What the page says of it."""
     lines = [
-        f"| picture | tokens | bf16 | {INT8.name} | ratio |",
+        "| picture | tokens | bf16 | int8 | ratio |",
         "| --- | --- | --- | --- | --- |",
     ]
     for size in found["sizes"]:
-        bf16, int8 = (f"{median(size['ms'][name]):.0f} ms" for name in ("bf16", INT8.name))
+        bf16, int8 = (f"{median(size['ms'][name]):.0f} ms" for name in ("bf16", "int8"))
         ratio = f"{size['ratio']:.2f} ({size['low']:.2f} to {size['high']:.2f})"
         lines.append(f"| {size['size']} | {size['tokens']} | {bf16} | {int8} | {ratio} |")
     return _SECTION.format(

@@ -109,9 +109,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="bfloat16", help="compute precision (default bfloat16)")
     add(
         "--quantization",
-        choices=("int8", "fp8"),
+        choices=("none", "int8", "fp8"),
+        default="none",
         help="of the transformer's matrices; half the memory, and other pictures; int8 is nearer "
-        "to those without than fp8",
+        "to those without than fp8 (default none)",
     )
     return parser
 

@@ -60,8 +60,10 @@ class Quantization:
 
     @property
     def name(self) -> str:
-        """What tells variants apart where they are compared; users know the format alone."""
-        return self.format + ("_rotated" if self.rotation else "")
+        """What tells variants apart where they are compared: the format alone is as `SERVED`."""
+        if self.rotation is SERVED[self.format].rotation:
+            return self.format
+        return f"{self.format}_{'rotated' if self.rotation else 'unrotated'}"
 
     def check(self, num_blocks: int) -> None:
         """Check that every name to be kept is one of a model's.
@@ -82,10 +84,13 @@ class Quantization:
         return any(fnmatchcase(name, pattern) for pattern in self.keep)
 
 
-SERVED = {"fp8": Quantization("fp8"), "int8": Quantization("int8", rotation=True)}
+SERVED = {"int8": Quantization("int8", rotation=True), "fp8": Quantization("fp8")}
 """What can be asked for, by name. What one of them leaves in the compute dtype unless it is told
 otherwise is its `Quantization.keep`.
 """
+
+SGLANG_NAMES = {"convrot_int8": "int8"}
+"""SGLang's names of those that it calls something else."""
 
 
 def served(name: str) -> Quantization:

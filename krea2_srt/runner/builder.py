@@ -35,7 +35,7 @@ from krea2_srt.runner.attention import AttentionBackend, choose_attention
 from krea2_srt.runner.caches import CacheBytes
 from krea2_srt.runner.config import RunnerConfig
 from krea2_srt.runner.fused_mlp import check_fused_mlp, with_fused_mlp
-from krea2_srt.runner.gpu import Gpu
+from krea2_srt.runner.gpu import Gpu, check_capability
 from krea2_srt.runner.graphs import CudaCapture
 from krea2_srt.runner.memory_choices import MAX_GRAPH_TOKENS, MemoryRequest
 from krea2_srt.runner.memory_plan import MemoryPlan, plan_memory
@@ -51,30 +51,6 @@ logger = logging.getLogger(__name__)
 
 MAX_LOST = 0.2
 """The share of merged adapters that may be lost without a warning."""
-
-CAPABILITIES = {"fp8": ((8, 9), "Ada, Hopper"), "int8": ((8, 0), "Ampere")}
-"""By format, the first GPUs that multiply it: compute capability, and names. Older ones have
-instructions for int8 too, but none for the bfloat16 beside it.
-"""
-
-
-def check_capability(format: str, capability: tuple[int, int]) -> None:
-    """Check that a GPU multiplies a format of 8 bits.
-
-    Args:
-        format: one of `CAPABILITIES`.
-        capability: the GPU's compute capability.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    needed, names = CAPABILITIES[format]
-    if capability < needed:
-        raise ConfigError(
-            f"quantization: {format} needs a GPU of compute capability {needed[0]}.{needed[1]} "
-            f"({names}) or newer, this one has {capability[0]}.{capability[1]}"
-        )
-
 
 HOST_MARGIN = GIB
 """Bytes of host memory that pinned weights leave to all else."""
@@ -307,17 +283,28 @@ class RunnerBuilder:
             dit_config(self.checkpoint.transformer).num_layers, plan.streamed_blocks
         )
 
-    def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
-        """What serves the adapters of the settings' folder; None where there is none.
+    def lora_folder(self) -> Path | None:
+        """The folder of the adapters that requests may name; None where the settings have none.
 
         Raises:
-            ConfigError: the folder is not there.
+            ConfigError: it is not there.
         """
         if not self.config.lora_dir:
             return None
         folder = Path(self.config.lora_dir).expanduser()
         if not is_folder(folder):
             raise ConfigError(f"lora_dir: there is no folder {folder}")
+        return folder
+
+    def adapter_library(self, runner: Krea2Runner) -> AdapterLibrary | None:
+        """What serves the adapters of the settings' folder; None where there is none.
+
+        Raises:
+            ConfigError: the folder is not there.
+        """
+        folder = self.lora_folder()
+        if folder is None:
+            return None
         logger.info("krea2-srt: serves the adapters in %s", folder)
         return AdapterLibrary(folder, runner.adapters, runner.dit)
 

@@ -95,14 +95,14 @@ _VARIANTS = {"D", "LAPTOP", "NVL", "PCIE", "SUPER", "TI"}
 
 
 def known_gpu(name: str) -> KnownGpu:
-    """A GPU by its name, as in "4090", "RTX 4090" or "a100-40gb".
+    """A GPU by its name, as in "4090", "RTX 4090", "rtx4090" or "a100-40gb".
 
     Raises:
         ConfigError: it is not known, and which are.
     """
     plain = "-".join(name.upper().replace("-", " ").split())
-    for maker in ("NVIDIA-", "GEFORCE-", "RTX-"):
-        plain = plain.removeprefix(maker)
+    for maker in ("NVIDIA", "GEFORCE", "RTX"):
+        plain = plain.removeprefix(maker).removeprefix("-")
     plain = _OTHER_NAMES.get(plain, plain)
     for known in KNOWN_GPUS:
         if known.name == plain:

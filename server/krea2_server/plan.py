@@ -1,16 +1,15 @@
 """krea2-serve --plan: what would fit on a GPU, and modelled times. No weights are read."""
 
-import argparse
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from krea2_server.settings import Settings
+from krea2_server.sglang_options import SGLangOptions, parse_sglang_options
 from krea2_srt.environment import read_environment
-from krea2_srt.errors import ConfigError
 from krea2_srt.host_memory import available_memory
 from krea2_srt.model.downloads import download
 from krea2_srt.model.parts import find_parts
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 SIDES = (512, 1024, 2048)
 """Pixels a side of the pictures whose times are told."""
 
-_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _GIB = 2**30
 
 
@@ -45,9 +43,10 @@ def plan_text(settings: Settings) -> str:
             "There is no GPU here: all would run on the CPU, in as much memory as it takes. "
             f"--gpu plans for one of {names}."
         )
-    asked = _sglang_options(settings.sglang_options)
+    asked = parse_sglang_options(settings.sglang_options)
     with tempfile.TemporaryDirectory(prefix="krea2-plan-") as scratch:
         builder = _builder(settings, asked, Path(scratch))
+        builder.lora_folder()  # a start would find out when all is loaded
         if known is not None:
             name, plan = known.name, builder.plan_for(known.gpu)
         else:
@@ -56,71 +55,8 @@ def plan_text(settings: Settings) -> str:
             plan, known = found, known_by_device_name(name)
         lines = [_head(settings, builder, name, plan), plan.report()]
         lines += _short_of_host(settings, plan)
-        lines += [f"  not part of the plan: {option}" for option in asked.others]
+        lines += [f"  not part of the plan: {option} of sglang_args" for option in asked.others]
         return "\n".join([*lines, _times(builder, known, plan)])
-
-
-@dataclass(frozen=True)
-class _SGLangOptions:
-    """What SGLang's options say of memory.
-
-    Attributes:
-        quantization: by name; "" is none.
-        keep: names of matrices that stay as they are.
-        text_encoder: ``offload``, ``resident``, or "" where none says it.
-        dtypes: of the DiT, the text encoder and the VAE, torch's names.
-        context_cache_bytes: of prompts; None is the default.
-        revision: of the checkpoint's repo.
-        others: that are not understood here.
-    """
-
-    quantization: str
-    keep: tuple[str, ...]
-    text_encoder: str
-    dtypes: tuple[str, str, str]
-    context_cache_bytes: int | None
-    revision: str | None
-    others: tuple[str, ...]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"sglang_args: {message}")
-
-
-def _sglang_options(options: Sequence[str]) -> _SGLangOptions:
-    """As SGLang's own parser reads them, which takes a minute to import."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--quantization", default="")
-    parser.add_argument("--quantization-ignored-layers", nargs="+", default=[])
-    parser.add_argument("--text-encoder-cpu-offload", nargs="?", const="true", default="")
-    parser.add_argument("--dit-precision", choices=_PRECISIONS, default="bf16")
-    parser.add_argument(
-        "--text-encoder-precisions", nargs="+", choices=_PRECISIONS, default=["bf16"]
-    )
-    parser.add_argument("--vae-precision", choices=_PRECISIONS, default="bf16")
-    parser.add_argument("--vae-decode-precision", choices=_PRECISIONS)
-    parser.add_argument("--conditioning-cache-max-size-mb", type=float)
-    parser.add_argument("--disable-conditioning-cache", action="store_true")
-    parser.add_argument("--revision")
-    found, others = parser.parse_known_args(options)
-    cache = found.conditioning_cache_max_size_mb
-    offload = found.text_encoder_cpu_offload.lower()
-    dtypes = (
-        found.dit_precision,
-        found.text_encoder_precisions[0],
-        found.vae_decode_precision or found.vae_precision,
-    )
-    dit, text, vae = (_PRECISIONS[dtype] for dtype in dtypes)
-    return _SGLangOptions(
-        found.quantization,
-        tuple(found.quantization_ignored_layers),
-        {"": "", "true": "offload"}.get(offload, "resident"),
-        (dit, text, vae),
-        0 if found.disable_conditioning_cache else None if cache is None else int(cache * 2**20),
-        found.revision,
-        tuple(option for option in others if option.startswith("-")),
-    )
 
 
 @dataclass(frozen=True)
@@ -156,12 +92,12 @@ class _ConfigRepos:
         return folder
 
 
-def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "RunnerBuilder":
+def _builder(settings: Settings, asked: SGLangOptions, scratch: Path) -> "RunnerBuilder":
     """What a scheduler process would load."""
     import torch
 
     from krea2_srt.model.checkpoint import Krea2Checkpoint
-    from krea2_srt.model.quantization import SERVED
+    from krea2_srt.model.quantization import SGLANG_NAMES, served
     from krea2_srt.runner.builder import RunnerBuilder
     from krea2_srt.runner.caches import CacheBytes
 
@@ -177,10 +113,7 @@ def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "Runne
         runner = replace(runner, text_encoder=asked.text_encoder)
     quantization = None
     if asked.quantization:
-        if asked.quantization not in SERVED:
-            known = ", ".join(SERVED)
-            raise ConfigError(f"quantization: must be one of {known}, got {asked.quantization!r}")
-        quantization = SERVED[asked.quantization]
+        quantization = served(SGLANG_NAMES.get(asked.quantization, asked.quantization))
         if asked.keep:
             quantization = replace(quantization, keep=asked.keep)
     caches = CacheBytes()
@@ -211,11 +144,14 @@ def _head(settings: Settings, builder: "RunnerBuilder", name: str, plan: "Memory
 
 def _short_of_host(settings: Settings, plan: "MemoryPlan") -> list[str]:
     """Whether this machine has less host memory than its engines would take."""
-    needed, there = plan.pinned_bytes * settings.replicas / _GIB, available_memory() / _GIB
+    from krea2_srt.runner.builder import HOST_MARGIN
+
+    needed = plan.pinned_bytes * settings.replicas / _GIB
+    there = max(0, available_memory() - HOST_MARGIN) / _GIB
     if needed <= there:
         return []
-    each = f"{settings.replicas} engines take" if settings.replicas > 1 else "the engine takes"
-    return [f"  this machine has {there:.1f} GiB of host memory left, {each} {needed:.1f} of it"]
+    who = f"{settings.replicas} engines need" if settings.replicas > 1 else "the engine needs"
+    return [f"  host memory of this machine: {there:.1f} GiB can be taken, {who} {needed:.1f}"]
 
 
 def _times(builder: "RunnerBuilder", known: KnownGpu | None, plan: "MemoryPlan") -> str:

@@ -46,7 +46,7 @@ def _type(hint: Any, declared: Setting) -> Any:
     if {"on", "off"} <= set(declared.choices):
         return Annotated[hint, BeforeValidator(_on_or_off)]
     if declared.or_count:
-        return Annotated[hint, BeforeValidator(_text_of_count)]
+        return Annotated[hint, BeforeValidator(text_of_number)]
     return hint
 
 
@@ -55,8 +55,8 @@ def _on_or_off(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
-def _text_of_count(value: Any) -> Any:
-    """YAML reads a number as one."""
+def text_of_number(value: Any) -> Any:
+    """For a text that may be a whole number, which YAML reads as one."""
     return str(value) if type(value) is int else value
 
 

@@ -31,7 +31,7 @@ from pydantic_settings import (
 from krea2_server.comma_lists import CommaList
 from krea2_server.json_objects import JsonObject
 from krea2_server.proxies.hosts import checked_host, checked_network
-from krea2_server.scheduler_settings import EngineSettings, RunnerSettings
+from krea2_server.scheduler_settings import EngineSettings, RunnerSettings, text_of_number
 from krea2_server.variables import Variables
 from krea2_srt.cli.errors import add_version
 from krea2_srt.environment import PREFIX as ENGINE_PREFIX
@@ -82,7 +82,7 @@ File = Annotated[Path | None, BeforeValidator(_named)]
 HttpUrl = Annotated[
     str, Field(pattern=r"^(https?://[^\s/?#]+[^\s?#]*)?$"), AfterValidator(_checked_url)
 ]
-KnownGpuName = Annotated[str, AfterValidator(_checked_gpu)]
+KnownGpuName = Annotated[str, BeforeValidator(text_of_number), AfterValidator(_checked_gpu)]
 Network = Annotated[str, AfterValidator(checked_network)]
 HostPattern = Annotated[str, AfterValidator(checked_host)]
 Endpoint = Annotated[str, Field(pattern=r"^tcp://[^\s/:]+:[0-9]{1,5}$|^ipc://.+$")]
@@ -382,12 +382,16 @@ class Settings(BaseSettings):
             self._refuse_with("engine_endpoints", "quantization", "lora_dir", "start_timeout_s")
             self._refuse_with("engine_endpoints", "recipe", "text_encoder", "vae", "tokenizer")
             self._refuse_with("engine_endpoints", "plan")
-        if not self.plan:
-            self._refuse_with("a server; --plan takes it", "gpu")
+        if self.gpu and not self.plan:
+            raise ValueError("gpu: has no effect without plan")
         for name in ("lora_dir", "recipe"):
             # The same setting under two names.
             if getattr(self.runner, name, None) is not None:
                 self._refuse_with(f"runner.{name}", name)
+        if "--quantization" in {
+            option.partition("=")[0] for option in shlex.split(self.sglang_args)
+        }:
+            self._refuse_with("--quantization of sglang_args", "quantization")
         if self.public_url:
             self._refuse_with("public_url", "trusted_proxies", "allowed_hosts")
         if "://" in self.storage or self.storage == NO_STORAGE:

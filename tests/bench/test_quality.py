@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from krea2_bench.eight_bits import FORMATS
 from krea2_bench.quality import generators
 from krea2_bench.quality.cases import Case
 from krea2_bench.quality.generators import DiffusersGenerator, OurGenerator, parse_generator
@@ -192,7 +193,7 @@ def test_what_cannot_be_is_one_line(bench: Bench, capsys, flags: list[str], erro
 
 def test_configurations_are_parsed(tmp_path: Path):
     assert isinstance(parse_generator("diffusers:dtype=float32", tmp_path), DiffusersGenerator)
-    for name in (*SERVED, "int8_unrotated"):
+    for name in FORMATS:
         configuration = f"ours:quantization={name}:pack=4"
         assert isinstance(parse_generator(configuration, tmp_path), OurGenerator)
     assert all(configuration.split("=")[-1] in (*SERVED, "ours") for configuration in DEFAULT)

@@ -57,7 +57,7 @@ def test_steps_in_int8_are_compared_round_by_round(written):
     steps = found["steps"]
     assert [size["size"] for size in steps["sizes"]] == ["32x32", "48x48"]
     for size in steps["sizes"]:
-        assert size["ms"].keys() == {"bf16", "int8_rotated"}
+        assert size["ms"].keys() == {"bf16", "int8"}
         ratios = [b / a for a, b in zip(*size["ms"].values(), strict=True)]
         assert len(ratios) == 3
         assert size["ratio"] == median(ratios)

@@ -60,6 +60,8 @@ def test_steps_are_as_many_as_there_is_time_for():
         CaseError, match=r"--budget-s: one step takes about 30 s, and 20 s are left"
     ):
         steps_within(20.0, 30.0, 8)
+    with pytest.raises(CaseError, match=r"and 0 s are left"):
+        steps_within(-40.0, 30.0, 8)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_a_conclusion_is_what_the_server_takes():
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--sensitivity=int4"], "--sensitivity: must be of fp8, int8, int8_unrotated, got 'int4'"),
+        (["--sensitivity=int4"], "must be of int8, int8_unrotated, fp8, fp8_rotated, got 'int4'"),
         (["ours", "--sensitivity"], "'ours': --sensitivity takes no configurations"),
         (["--sensitivity", "--clip=x"], "--clip: has no effect with --sensitivity"),
         (["--budget-s=5"], "--budget-s: has no effect without --sensitivity"),

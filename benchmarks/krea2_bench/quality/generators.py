@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 SYNTAX = (
-    "ours[:dtype=bfloat16|float32][:quantization=int8|fp8|int8_unrotated][:pack=N], "
+    "ours[:dtype=bfloat16|float32][:quantization=int8|fp8|int8_unrotated|fp8_rotated][:pack=N], "
     "diffusers[:dtype=…], or a server's URL"
 )
 
@@ -73,7 +73,7 @@ class OurGenerator:
     """
 
     def __init__(self, checkpoint: Path, dtype: str, quantization: str, pack: int) -> None:
-        from krea2_bench.quality.formats import FORMATS
+        from krea2_bench.eight_bits import FORMATS
 
         if quantization and quantization not in FORMATS:
             raise GeneratorError(f"quantization {quantization!r} is not known; expected {SYNTAX}")

@@ -33,6 +33,7 @@ def compare(args: argparse.Namespace) -> int:
     cases = cases_of(args, COUNT)
     generators = [parse_generator(name, args.checkpoint) for name in names]
     clip = ClipScorer(args.clip) if args.clip else None
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     *sides, baseline = (
         _generated(generator, cases, name)
         for generator, name in zip(generators, names, strict=True)
@@ -64,7 +65,6 @@ def compare(args: argparse.Namespace) -> int:
             for number, (prompt, score) in enumerate(zip(prompts, scores, strict=True))
         ],
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, ensure_ascii=False)
     args.output.with_name(f"{args.output.name}.json").write_text(f"{text}\n", encoding="utf-8")
     from krea2_bench.quality.sheet import contact_sheet

@@ -78,7 +78,7 @@ def test_the_released_model_needs_nothing_on_disk_and_no_network(planned, monkey
     assert lines[-1].startswith(f"A picture of 8 steps, {MODELLED}512x512 ")
     assert lines[-1].count(" s") >= 3
     assert "2048x2048" in lines[-1]
-    assert "this machine has" not in text
+    assert "of this machine" not in text
 
 
 def test_the_configs_that_are_built_in_are_a_checkpoints(tmp_path):
@@ -141,7 +141,7 @@ def test_the_flags_of_a_server_count(planned, tmp_path):
     assert row(told, "caches").split()[1] == "1.25"
     assert "up to 1024x1024" in row(told, "decodes")
     assert "2048x2048" not in told
-    assert "  not part of the plan: --webui" in told.splitlines()
+    assert "  not part of the plan: --webui of sglang_args" in told.splitlines()
     small = planned("--gpu", "H200", "--engine.max-side=256")
     assert small.endswith("No modelled picture is as small as the limits.\n")
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"runner": {"streamed_blocks": 3}}))
@@ -154,22 +154,25 @@ def test_the_flags_of_a_server_count(planned, tmp_path):
     )
     assert "float16 with fp8" in kept
     fp8 = planned("--gpu", "H200", "--quantization", "fp8")
-    assert row(kept, "transformer").split()[1] > row(fp8, "transformer").split()[1]
+    assert float(row(kept, "transformer").split()[1]) > float(row(fp8, "transformer").split()[1])
+    int8 = planned("--gpu", "H200", "--quantization", "int8")
+    assert planned("--gpu", "H200", "--sglang-args=--quantization convrot_int8") == int8
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--plan", "--gpu", "Voodoo 2"], "gpu: must be one of 3060, 3090, .* got 'Voodoo 2'"),
-        (["--gpu", "4090"], "gpu: has no effect with a server; --plan takes it"),
+        (["--gpu", "4090"], "gpu: has no effect without plan"),
         (["--plan", "--engine-endpoints=tcp://a:1"], "plan: has no effect with engine_endpoints"),
-        (["--plan", "--gpu=A10", "--quantization=fp8"], "quantization: fp8 needs a GPU .* 8.6"),
+        (["--plan", "--gpu=A10", "--quantization=fp8"], "fp8 needs .* 8.6; it can have int8$"),
         (["--plan", "--gpu=A10", "--sglang-args=--revision"], "sglang_args: argument --revision"),
         (
             ["--plan", "--gpu=A10", "--sglang-args=--quantization nvfp4"],
-            "quantization: must be one of fp8.* got 'nvfp4'",
+            "quantization: must be one of int8, fp8, got 'nvfp4'",
         ),
         (["--plan", "--gpu=A10", "--model-path=./nothing"], "checkpoint ./nothing does not exist"),
+        (["--plan", "--gpu=A10", "--lora-dir=./nothing"], "lora_dir: there is no folder nothing"),
         (
             ["--plan", "--gpu=3060", "--runner.streamed-blocks=0"],
             "gpu_memory: .* --quantization int8 halves the transformer; streamed_blocks auto",
@@ -215,7 +218,7 @@ def test_the_gpu_that_is_here_is_planned_with_what_is_free_of_it(
 def test_it_says_where_this_machine_has_too_little_host_memory(planned, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda: 8 * GIB)
     text = planned("--gpu", "3060", "--replicas", "2")
-    assert "this machine has 8.0 GiB of host memory left, 2 engines take 5" in text
+    assert "host memory of this machine: 7.0 GiB can be taken, 2 engines need 5" in text
 
 
 def test_no_file_is_left(planned, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ def test_each_is_found_by_its_name_however_it_is_written():
     for known in KNOWN_GPUS:
         assert known_gpu(known.name) is known
         assert known_gpu(f"NVIDIA {known.name.lower()} ") is known
-    assert known_gpu("GeForce RTX 4090").name == "4090"
+    for written in ("GeForce RTX 4090", "rtx4090", "RTX-4090"):
+        assert known_gpu(written).name == "4090"
     assert known_gpu("a100 40gb").name == "A100-40GB"
     assert known_gpu("A100").name == "A100-80GB"
     assert len({known.name for known in KNOWN_GPUS}) == len(KNOWN_GPUS)

@@ -237,3 +237,11 @@ def test_another_quantization_is_refused():
     endpoints = ["--engine-endpoints", "tcp://127.0.0.1:5555"]
     with pytest.raises(ConfigError, match="quantization: has no effect with engine_endpoints"):
         load_settings([*endpoints, "--quantization", "fp8"])
+    for sglangs in ("--quantization fp8", "--quantization=fp8"):
+        with pytest.raises(ConfigError, match="quantization: has no effect with --quantization of"):
+            load_settings(["--quantization", "int8", f"--sglang-args={sglangs}"])
+
+
+def test_a_gpu_by_its_number_in_a_file(tmp_path):
+    (tmp_path / "some.yaml").write_text("plan: true\ngpu: 4090\n")
+    assert load_settings(["--config", str(tmp_path / "some.yaml")]).gpu == "4090"

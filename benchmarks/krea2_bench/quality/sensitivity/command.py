@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from krea2_bench.eight_bits import FORMATS
 from krea2_bench.provenance import provenance, typed
 from krea2_bench.quality.cases import CaseError, cases_of
-from krea2_bench.quality.formats import FORMATS
 from krea2_bench.quality.sensitivity.measure import Matrices, VelocityErrors, measure, without
 from krea2_bench.quality.sensitivity.page import page
 from krea2_bench.quality.sensitivity.rule import candidates, kept
@@ -47,6 +47,7 @@ def write_sensitivity(args: argparse.Namespace, budget_s: int) -> int:
     cases = cases_of(args, COUNT)
     checkpoint = find_checkpoint(str(args.checkpoint))
     _check_sixteen_bits(checkpoint.transformer)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     runner = Krea2Runner.load(
         checkpoint,
         device_of("auto"),
@@ -68,7 +69,6 @@ def write_sensitivity(args: argparse.Namespace, budget_s: int) -> int:
         "seconds": round(time.perf_counter() - start),
         "formats": found,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=1, ensure_ascii=False)
     args.output.with_name(f"{args.output.name}.json").write_text(f"{text}\n", encoding="utf-8")
     args.output.with_name(f"{args.output.name}.md").write_text(page(result), encoding="utf-8")

@@ -134,7 +134,7 @@ def steps_within(budget_s: float, seconds_per_step: float, steps: int) -> list[i
     """As many of the steps as there is time for, evenly spread.
 
     Args:
-        budget_s: seconds that there are.
+        budget_s: seconds that there are; what came before may have taken more than all.
         seconds_per_step: that all measurements take at one step.
         steps: of a picture.
 
@@ -142,10 +142,11 @@ def steps_within(budget_s: float, seconds_per_step: float, steps: int) -> list[i
         CaseError: there is not even time for one.
     """
     affordable = min(steps, int(budget_s / seconds_per_step))
-    if not affordable:
+    if affordable < 1:
         raise CaseError(
-            f"--budget-s: one step takes about {seconds_per_step:.0f} s, and {budget_s:.0f} s are "
-            f"left; give more, or fewer prompts by --count or --prompts, or a smaller --size"
+            f"--budget-s: one step takes about {seconds_per_step:.2g} s, and "
+            f"{max(0.0, budget_s):.2g} s are left; give more, or fewer prompts by --count or "
+            f"--prompts, or a smaller --size"
         )
     return [int((number + 0.5) * steps / affordable) for number in range(affordable)]
 

@@ -10,7 +10,7 @@ Row = dict[str, Any]
 _PAGE = """\
 # What each matrix loses in 8 bits
 
-`{command}`, {date}, {cpus} cores of {cpu}{gpus}: {prompts} prompts,
+`{command}`, {date}, {cpus} cores of {cpu}{gpus}: {prompts},
 {size}, of a model with {blocks} blocks of width {width}, in {seconds} s.{about}
 
 The error is that of the velocity, |v - v'| / |v|, on the same latents, root mean square over
@@ -42,7 +42,7 @@ def page(result: Row) -> str:
         cpus=run["cpu_count"],
         cpu=run["cpu"],
         gpus="".join(f", {gpu}" for gpu in run["gpus"]),
-        prompts=result["prompts"],
+        prompts=f"{result['prompts']} prompt{'s' if result['prompts'] > 1 else ''}",
         size=result["size"],
         blocks=model["blocks"],
         width=model["width"],
