@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.errors import ConfigError
 from krea2_srt.lora.adapter import Adapter
+from krea2_srt.lora.placed import PlacedAdapter
+from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import load_dit
@@ -389,3 +392,25 @@ def test_adapters_of_streamed_blocks_stay_in_pinned_memory(cuda, quantization):
             generated(executor, "a cat", seed=number, guidance=2.0, adapters=adapters) is State.DONE
         )
     del state
+
+
+def test_the_hosts_memory_for_adapters_is_bounded_where_they_take_none_of_the_gpus(cuda):
+    runner = streaming(*range(BLOCKS))
+    linear = runner.dit.blocks[0].ff.down
+    adapters = [
+        Adapter(name, name, {"blocks.0.ff.down": Factors(seed).of_parts(linear, 3)})
+        for seed, name in enumerate("abcd")
+    ]
+    size = PlacedAdapter.on_host(runner.dit, adapters[0]).nbytes
+    pool = AdapterPool(runner.dit, max_host_bytes=2 * size)
+    held = pool.add(adapters[0])
+    there = [ref(pool.add(adapter).downs[linear]) for adapter in adapters]
+    assert held.nbytes == 0
+    # The one that is held stays beside the last one, and counts.
+    assert [tensor() is not None for tensor in there] == [True, False, False, True]
+    assert pool.on_host.nbytes == 2 * size
+    del held
+    pool.add(adapters[1])
+    pool.add(adapters[2])
+    assert [tensor() is not None for tensor in there] == [False] * 4
+    assert [pool.where(name) for name in "abcd"] == ["disk", "device", "device", "disk"]
