@@ -87,6 +87,9 @@ SERVED = {"fp8": Quantization("fp8"), "int8": Quantization("int8", rotation=True
 otherwise is its `Quantization.keep`.
 """
 
+SGLANGS_WORDS = {"convrot_int8": "int8"}
+"""SGLang's names of quantizations where ours are others."""
+
 
 def served(name: str) -> Quantization:
     """What a name asks for.

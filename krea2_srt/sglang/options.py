@@ -12,7 +12,7 @@ from sglang.multimodal_gen import envs
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.parts import PARTS
-from krea2_srt.model.quantization import SERVED, Quantization
+from krea2_srt.model.quantization import SERVED, SGLANGS_WORDS, Quantization
 from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.sglang.compat import explicit_options
 
@@ -58,9 +58,6 @@ HONOURED = HONOURED_FIELDS | frozenset((_AROUND_THE_PIPELINE + _READ_BY_THE_RUNN
 
 _ENVIRONMENT = {"SGLANG_CACHE_DIT_ENABLED": False, "SGLANG_DIFFUSION_CFG_GATE_STEP": 1.0}
 """Environment variables that change what SGLang's own denoising stage computes, when not this."""
-
-_SGLANGS_WORDS = {"convrot_int8": "int8"}
-"""SGLang's names of quantizations where ours are others."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nnodes": (1,),
@@ -132,7 +129,7 @@ def check_quantization_of_sglang(server_args: Any, options: Sequence[str]) -> No
     Raises:
         ConfigError: it has another.
     """
-    for theirs, ours in _SGLANGS_WORDS.items():
+    for theirs, ours in SGLANGS_WORDS.items():
         if server_args.quantization == ours:
             raise ConfigError(
                 f"--quantization: SGLang's own Krea 2, which {', '.join(options)} would need, "
@@ -143,7 +140,7 @@ def check_quantization_of_sglang(server_args: Any, options: Sequence[str]) -> No
 def _quantization_name(server_args: Any) -> str:
     """Our name of it."""
     name: str = server_args.quantization
-    return _SGLANGS_WORDS.get(name, name)
+    return SGLANGS_WORDS.get(name, name)
 
 
 def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:

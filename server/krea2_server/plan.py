@@ -161,7 +161,7 @@ def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "Runne
     import torch
 
     from krea2_srt.model.checkpoint import Krea2Checkpoint
-    from krea2_srt.model.quantization import SERVED
+    from krea2_srt.model.quantization import SGLANGS_WORDS, served
     from krea2_srt.runner.builder import RunnerBuilder
     from krea2_srt.runner.caches import CacheBytes
 
@@ -177,10 +177,7 @@ def _builder(settings: Settings, asked: _SGLangOptions, scratch: Path) -> "Runne
         runner = replace(runner, text_encoder=asked.text_encoder)
     quantization = None
     if asked.quantization:
-        if asked.quantization not in SERVED:
-            known = ", ".join(SERVED)
-            raise ConfigError(f"quantization: must be one of {known}, got {asked.quantization!r}")
-        quantization = SERVED[asked.quantization]
+        quantization = served(SGLANGS_WORDS.get(asked.quantization, asked.quantization))
         if asked.keep:
             quantization = replace(quantization, keep=asked.keep)
     caches = CacheBytes()
