@@ -21,6 +21,7 @@ from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.pinned_memory import pinned_bytes
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import AdapterUse
+from krea2_srt.runner import builder
 from krea2_srt.runner.block_stream import BlockStream
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import RunnerConfig
@@ -345,18 +346,25 @@ def test_no_graphs_where_a_block_is_streamed(cuda, demo_model, caplog):
 def test_products_are_tried_where_all_blocks_are_streamed(cuda, demo_model, monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "krea2_srt.runner.builder.with_fused_mlp",
+        builder,
+        "with_fused_mlp",
         lambda dit, setting: (
-            tried.append([m.weight.device.type for m in dit.blocks[0].linears]) or dit.operations
+            tried.append([m.weight.device.type for m in dit.blocks[1].linears]) or dit.operations
         ),
+    )
+    use_fastest_product = builder.use_fastest_product
+    monkeypatch.setattr(
+        builder,
+        "use_fastest_product",
+        lambda dit, candidates: tried.append(use_fastest_product(dit, candidates)),
     )
     runner = load(
         demo_model,
         4,
-        quantization=Quantization("fp8"),
+        quantization=Quantization("fp8", keep=("0.*", "2.ff.*")),
         config=RunnerConfig(warm_up_s=0, products="torch"),
     )
-    assert tried == [["cuda"] * 4]
+    assert tried == ["torch", ["cuda"] * 4]
     assert len(runner.dit.host_blocks) == runner.num_blocks == 4
     assert generated(executor_of(runner), "a cat") is State.DONE
 
