@@ -178,6 +178,7 @@ class RunnerBuilder:
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
+            needs_graphs=self.config.cuda_graphs == "on",
             streamed_blocks=streamed,
             host_bytes=host_bytes,
         )

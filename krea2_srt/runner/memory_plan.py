@@ -281,6 +281,8 @@ def _too_small(free: int, needed: int, sizes: PartSizes, request: MemoryRequest)
             "streamed_blocks auto, without cuda_graphs on, leaves blocks of the transformer on the "
             "host"
         )
+    if request.needs_graphs:
+        helps.append("cuda_graphs auto does without graphs")
     if request.adapter_bytes:
         helps.append("a smaller lora_memory_gib leaves more to the model")
     message = f"{free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed"

@@ -192,6 +192,21 @@ def test_what_cannot_be_ends_with_what_would_help(builders, sizes, config, named
         builder.plan_for(known_gpu("3060").gpu, sizes=sizes["int8"])
 
 
+def test_graphs_that_have_to_be_are_not_given_up(builders, sizes):
+    def planned(name: str, graphs: str):
+        builder = replace(builders["none"], config=RunnerConfig(cuda_graphs=graphs))
+        return builder.plan_for(known_gpu(name).gpu, sizes=sizes["none"])
+
+    assert planned("5090", "auto").max_graph_tokens == 0
+    plan = planned("5090", "on")
+    assert plan.max_graph_tokens > 0
+    assert plan.max_image_tokens < 16384  # other things are
+    assert "CUDA graphs" not in plan.given_up
+    assert planned("H200", "on") == planned("H200", "auto")
+    with pytest.raises(ConfigError, match="; cuda_graphs auto does without graphs$"):
+        planned("3090", "on")
+
+
 def test_too_little_host_memory_is_told_before_it_is_taken(builders, sizes):
     gpu = known_gpu("3060").gpu
     whole = builders["int8"].plan_for(gpu, sizes=sizes["int8"])
