@@ -264,7 +264,11 @@ def test_neither_gpu_nor_host_is_asked_for_more_than_it_has(sizes, total, host, 
     assert plan.streamed_blocks == 0 or plan.max_graph_tokens == 0
     assert 1 <= plan.max_encoded_prompts <= 8
     assert min(4, request.max_sequences) <= plan.max_sequences <= request.max_sequences
-    assert plan.max_pack_tokens >= min(request.max_pack_tokens, plan.max_image_tokens + 512)
+    # The engine runs the largest image alone, whatever the budget, with both its branches.
+    largest = request.branches_per_sequence * (plan.max_image_tokens + 512)
+    assert plan.max_pack_tokens >= min(request.max_pack_tokens, largest)
+    (work,) = (size for what, size, _ in plan.rows if what == "steps, encoding")
+    assert work >= largest * sizes[format].step_per_token
     small = any(line.startswith("caches of") for line in plan.given_up)
     assert bool(plan.given_up) >= small
 
