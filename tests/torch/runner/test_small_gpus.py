@@ -203,7 +203,7 @@ def test_graphs_that_have_to_be_are_not_given_up(builders, sizes):
     assert plan.max_image_tokens < 16384  # other things are
     assert "CUDA graphs" not in plan.given_up
     assert planned("H200", "on") == planned("H200", "auto")
-    with pytest.raises(ConfigError, match="; cuda_graphs auto does without graphs$"):
+    with pytest.raises(ConfigError, match=r"; cuda_graphs auto does without graphs$"):
         planned("3090", "on")
 
 
