@@ -32,6 +32,7 @@ class PlacedAdapter:
         touches_time: whether it changes what becomes of a schedule.
         stayed: matrices whose factors have stayed in pinned host memory, and come to the device
             when they are multiplied with.
+        home: the one on the host whose memory these are in; None where nothing has stayed.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PlacedAdapter:
     touches_text: bool
     touches_time: bool
     stayed: frozenset[nn.Module] = frozenset()
+    home: "PlacedAdapter | None" = None
 
     @classmethod
     def on_host(cls, dit: Krea2DiT, adapter: Adapter) -> "PlacedAdapter":
@@ -99,7 +101,8 @@ class PlacedAdapter:
                 down = downs[linear] = self.downs[linear].to(device, non_blocking=True)
                 ups = (factor.up.to(device, non_blocking=True) for factor in some)
                 moved[linear] = _parts(down, zip(ups, some, strict=True))
-        return replace(self, factors=moved, downs=downs, stayed=frozenset(kept))
+        home = self if kept else None
+        return replace(self, factors=moved, downs=downs, stayed=frozenset(kept), home=home)
 
     @cached_property
     def nbytes(self) -> int:

@@ -161,7 +161,20 @@ class AdapterPool:
 
     def _keep(self, adapter: PlacedAdapter) -> None:
         self._sizes[adapter.digest] = adapter.nbytes_without(self._hosted)
+        self._make_room_on_host(adapter.nbytes)
         self.on_host.add(adapter)
+
+    def _make_room_on_host(self, nbytes: int) -> None:
+        """Also of those on the device that have factors on the host, which take little room there:
+        whatever the device has room for, they would fill the host's memory.
+        """
+        self.on_host.make_room(nbytes)
+        for digest in self.on_device.digests if self._hosted else ():
+            if self.on_host.nbytes + nbytes <= self.on_host.max_bytes:
+                return
+            if digest in self.on_host:
+                self.on_device.drop(digest)
+                self.on_host.make_room(nbytes)
 
     def _found(self, use: AdapterUse) -> PlacedAdapter:
         if not self._is_there(use.digest):

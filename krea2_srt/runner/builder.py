@@ -1,7 +1,7 @@
 """From a checkpoint and settings to a runner that serves: what fits, what is fastest, warmed up."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -154,6 +154,7 @@ class RunnerBuilder:
             text_encoder=self.config.text_encoder,
             max_graph_tokens=self.config.max_graph_tokens or self._graph_tokens(),
             graphs=self.config.cuda_graphs != "off",
+            needs_graphs=self.config.cuda_graphs == "on",
             streamed_blocks=streamed,
             host_bytes=host_bytes,
         )
@@ -250,8 +251,8 @@ class RunnerBuilder:
             int(self.config.lora_host_gib * GIB),
         )
         runner.dit.operations = operations
-        # One of a streamed block's is at hand to be tried, should all blocks be streamed.
-        with runner.dit.on_device(next(iter(streamed), 0)):
+        # Should all blocks be streamed, those of one are at hand to be tried.
+        with runner.dit.on_device(_most_quantized(runner.dit, streamed)):
             use_fastest_product(runner.dit, candidates)
             runner.dit.operations = with_fused_mlp(runner.dit, self.config.fused_mlp)
         if plan is None:
@@ -367,3 +368,10 @@ class RunnerBuilder:
         text = "krea2-srt: CUDA graphs with adapters of ranks up to %d, %d at a time, %.2f GiB"
         logger.info(text, rank, NUM_SLOTS, slots.nbytes / GIB)
         return slots
+
+
+def _most_quantized(dit: Krea2DiT, blocks: Sequence[int]) -> int:
+    """The block of some with the most matrices in 8 bits: others may keep theirs as they are."""
+    return max(
+        blocks, default=0, key=lambda i: sum(m.format is not None for m in dit.blocks[i].linears)
+    )

@@ -40,6 +40,7 @@ class MemoryRequest:
         text_encoder: ``auto``, ``resident`` or ``offload``.
         max_graph_tokens: 0 is what fits.
         graphs: whether there may be any.
+        needs_graphs: whether there must be some.
         streamed_blocks: blocks that are streamed; None is as few as possible.
         host_bytes: of host memory that may be taken; None is any.
     """
@@ -57,6 +58,7 @@ class MemoryRequest:
     text_encoder: str = "auto"
     max_graph_tokens: int = 0
     graphs: bool = True
+    needs_graphs: bool = False
     streamed_blocks: int | None = None
     host_bytes: int | None = None
 
@@ -108,8 +110,11 @@ def choices(sizes: PartSizes, request: MemoryRequest) -> Iterator[Choice]:
     some = [graph for graph in graphs if graph[0]]
     with_graphs = list(product((True, False), (2, 1), some))
     without = list(product((True, False), (2, 1), [NO_GRAPHS]))
+    ways: Sequence[bool] = (False, True)
+    if request.needs_graphs:  # where all is given up for the sake of memory, there are none
+        ways, without = (False,), []
     for image, streamed, small, resident in product(
-        images, _streamed(sizes, request), (False, True), places[request.text_encoder]
+        images, _streamed(sizes, request), ways, places[request.text_encoder]
     ):
         # No graph is captured of blocks that move.
         work = without[-1:] if small else without if streamed else with_graphs + without

@@ -145,10 +145,15 @@ def plan_memory(free: int, total: int, sizes: PartSizes, request: MemoryRequest)
 def _least_work(choice: Choice, sizes: PartSizes, request: MemoryRequest) -> int:
     """Bytes that steps and encoding take at least."""
     whole = request.max_pack_tokens if choice.whole_budget else 0
-    tokens = max(whole, choice.image_tokens + MAX_TEXT_TOKENS)
-    step = min(request.max_pack_tokens, tokens) * sizes.step_per_token
+    # The largest image steps alone whatever the budget.
+    step = max(whole, _largest_step(choice, request)) * sizes.step_per_token
     prompts = 1 if choice.small else len(sizes.encodes)
     return max(step, sizes.encode(prompts, choice.resident))
+
+
+def _largest_step(choice: Choice, request: MemoryRequest) -> int:
+    """Tokens of the largest image's step: both of its branches, under guidance."""
+    return request.branches_per_sequence * (choice.image_tokens + MAX_TEXT_TOKENS)
 
 
 def _check(sizes: PartSizes, request: MemoryRequest) -> None:
@@ -164,7 +169,7 @@ def _bytes(
     choice: Choice, free: int, total: int, sizes: PartSizes, request: MemoryRequest
 ) -> _Bytes:
     # Steps of large images alone are sliced.
-    largest = choice.image_tokens + MAX_TEXT_TOKENS
+    largest = _largest_step(choice, request)
     branches = _pack_sequences(choice, request) * request.branches_per_sequence
     # All that have begun, the modulation of a pack, and a schedule while it is built.
     sequences = sizes.sequences(choice.sequences, choice.image_tokens)
@@ -281,6 +286,8 @@ def _too_small(free: int, needed: int, sizes: PartSizes, request: MemoryRequest)
             "streamed_blocks auto, without cuda_graphs on, leaves blocks of the transformer on the "
             "host"
         )
+    if request.needs_graphs:
+        helps.append("cuda_graphs auto does without graphs")
     if request.adapter_bytes:
         helps.append("a smaller lora_memory_gib leaves more to the model")
     message = f"{free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed"

@@ -153,6 +153,8 @@ def test_the_flags_of_a_server_count(planned, tmp_path):
         "--sglang-args=--quantization-ignored-layers '*.down' --dit-precision fp16",
     )
     assert "float16 with fp8" in kept
+    int8 = planned("--gpu", "H200", "--sglang-args=--quantization convrot_int8")  # SGLang's word
+    assert int8 == planned("--gpu", "H200", "--quantization", "int8")
     fp8 = planned("--gpu", "H200", "--quantization", "fp8")
     assert float(row(kept, "transformer").split()[1]) > float(row(fp8, "transformer").split()[1])
     int8 = planned("--gpu", "H200", "--quantization", "int8")

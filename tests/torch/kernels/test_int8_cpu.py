@@ -1,5 +1,8 @@
 """On a CPU, work in pieces that stay in its caches: to the bits of work on the whole."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -25,7 +28,24 @@ def int8(*shape: int, seed=0) -> QuantizedTokens:
     return QuantizedTokens(values, torch.rand(shape[0], 1, generator=generator) + 0.01)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 17, 40])
+def saturating(x, weight, out=None):
+    """As oneDNN multiplies without VNNI: x from 0 on, and pairs of products in 16 bits."""
+    pairs = (x.long() + 128)[:, None] * weight.t().long()
+    sums = pairs.unflatten(-1, (-1, 2)).sum(-1).clamp(-(2**15), 2**15 - 1).sum(-1)
+    found = (sums - 128 * weight.t().long().sum(-1)).int()
+    return found if out is None else out.copy_(found)
+
+
+@pytest.fixture
+def without_vnni(monkeypatch):
+    """A CPU on which torch's product is not exact."""
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    int8_cpu._torch_is_exact.cache_clear()
+    yield
+    int8_cpu._torch_is_exact.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 17, 40])
 @pytest.mark.parametrize(("columns", "width"), [(200, 256), (64, 16), (7, 768)])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_products_are_exact_sums_with_scales(monkeypatch, tokens, columns, width, dtype):
@@ -43,6 +63,38 @@ def test_the_largest_sums_of_the_released_model_fit():
     x = QuantizedTokens(torch.full((2, 16384), -128, dtype=INT8), torch.ones(2, 1))
     got = int8_product_cpu(x, x.values, x.scale, torch.float32)
     assert torch.equal(got, torch.full((2, 2), 16384.0 * 128 * 128))
+
+
+@pytest.mark.usefixtures("without_vnni")
+def test_products_are_exact_where_torchs_are_not(caplog):
+    caplog.set_level("INFO", "krea2_srt")
+    x, weight = int8(17, 3000), int8(200, 3000, seed=1)
+    sums = x.values.long() @ weight.values.long().t()
+    assert not torch.equal(saturating(x.values, weight.values.t()).long(), sums)
+    for _ in range(2):
+        got = int8_product_cpu(x, weight.values, weight.scale, torch.float32)
+        assert torch.equal(got, sums.float() * x.scale * weight.scale.t())
+    test_the_largest_sums_of_the_released_model_fit()
+    (line,) = caplog.messages
+    assert "int8 is multiplied in float32" in line
+
+
+_ON_AN_OLDER_CPU = """
+import torch
+from krea2_srt.kernels.int8_cpu import int8_product_cpu
+from krea2_srt.kernels.quantize import QuantizedTokens
+x = torch.randint(-127, 128, (40, 256), dtype=torch.int8)
+ones = torch.ones(40, 1)
+got = int8_product_cpu(QuantizedTokens(x, ones), x, ones, torch.float32)
+assert torch.equal(got, (x.long() @ x.long().t()).float())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_products_are_exact_whatever_a_cpu_can_do(instructions):
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", _ON_AN_OLDER_CPU], env=environment, check=True)
 
 
 FORMATS = [None, TokenFormat(), TokenFormat(INT8), TokenFormat(INT8, 16)]

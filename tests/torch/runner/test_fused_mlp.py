@@ -23,7 +23,8 @@ from tests.comparisons import CPU
 from tests.torch.cuda_rules import cuda_rules
 
 INT8 = Quantization("int8", rotation=True)
-SETTINGS = [None, Quantization("fp8"), Quantization("fp8", keep=("*.ff.down",)), INT8]
+KEEPING = [Quantization("fp8", keep=keep) for keep in (("*.ff.down",), ("2.*",))]
+SETTINGS = [None, Quantization("fp8"), *KEEPING, INT8]
 
 
 class Clock:

@@ -188,6 +188,21 @@ def test_what_cannot_be_ends_with_what_would_help(builders, sizes, config, named
         builder.plan_for(known_gpu("3060").gpu, sizes=sizes["int8"])
 
 
+def test_graphs_that_have_to_be_are_not_given_up(builders, sizes):
+    def planned(name: str, graphs: str):
+        builder = replace(builders["none"], config=RunnerConfig(cuda_graphs=graphs))
+        return builder.plan_for(known_gpu(name).gpu, sizes=sizes["none"])
+
+    assert planned("5090", "auto").max_graph_tokens == 0
+    plan = planned("5090", "on")
+    assert plan.max_graph_tokens > 0
+    assert plan.max_image_tokens < 16384  # other things are
+    assert "CUDA graphs" not in plan.given_up
+    assert planned("H200", "on") == planned("H200", "auto")
+    with pytest.raises(ConfigError, match=r"; cuda_graphs auto does without graphs$"):
+        planned("3090", "on")
+
+
 def test_too_little_host_memory_is_told_before_it_is_taken(builders, sizes):
     gpu = known_gpu("3060").gpu
     whole = builders["int8"].plan_for(gpu, sizes=sizes["int8"])
@@ -240,7 +255,11 @@ def test_neither_gpu_nor_host_is_asked_for_more_than_it_has(sizes, total, host, 
     assert plan.streamed_blocks == 0 or plan.max_graph_tokens == 0
     assert 1 <= plan.max_encoded_prompts <= 8
     assert min(4, request.max_sequences) <= plan.max_sequences <= request.max_sequences
-    assert plan.max_pack_tokens >= min(request.max_pack_tokens, plan.max_image_tokens + 512)
+    # The engine runs the largest image alone, whatever the budget, with both its branches.
+    largest = request.branches_per_sequence * (plan.max_image_tokens + 512)
+    assert plan.max_pack_tokens >= min(request.max_pack_tokens, largest)
+    (work,) = (size for what, size, _ in plan.rows if what == "steps, encoding")
+    assert work >= largest * sizes[format].step_per_token
 
 
 @given(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from krea2_srt.engine.engine import Engine
 from krea2_srt.engine.lifecycle import State
 from krea2_srt.errors import ConfigError
 from krea2_srt.lora.adapter import Adapter
+from krea2_srt.lora.placed import PlacedAdapter
+from krea2_srt.lora.pool import AdapterPool
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.dit_files import load_dit
 from krea2_srt.model.pinned_memory import pinned_bytes
 from krea2_srt.model.quantization import Quantization
 from krea2_srt.request import AdapterUse
+from krea2_srt.runner import builder
 from krea2_srt.runner.block_stream import BlockStream
 from krea2_srt.runner.builder import RunnerBuilder
 from krea2_srt.runner.config import RunnerConfig
@@ -342,18 +346,25 @@ def test_no_graphs_where_a_block_is_streamed(cuda, demo_model, caplog):
 def test_products_are_tried_where_all_blocks_are_streamed(cuda, demo_model, monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "krea2_srt.runner.builder.with_fused_mlp",
+        builder,
+        "with_fused_mlp",
         lambda dit, setting: (
-            tried.append([m.weight.device.type for m in dit.blocks[0].linears]) or dit.operations
+            tried.append([m.weight.device.type for m in dit.blocks[1].linears]) or dit.operations
         ),
+    )
+    use_fastest_product = builder.use_fastest_product
+    monkeypatch.setattr(
+        builder,
+        "use_fastest_product",
+        lambda dit, candidates: tried.append(use_fastest_product(dit, candidates)),
     )
     runner = load(
         demo_model,
         4,
-        quantization=Quantization("fp8"),
+        quantization=Quantization("fp8", keep=("0.*", "2.ff.*")),
         config=RunnerConfig(warm_up_s=0, products="torch"),
     )
-    assert tried == [["cuda"] * 4]
+    assert tried == ["torch", ["cuda"] * 4]
     assert len(runner.dit.host_blocks) == runner.num_blocks == 4
     assert generated(executor_of(runner), "a cat") is State.DONE
 
@@ -389,3 +400,25 @@ def test_adapters_of_streamed_blocks_stay_in_pinned_memory(cuda, quantization):
             generated(executor, "a cat", seed=number, guidance=2.0, adapters=adapters) is State.DONE
         )
     del state
+
+
+def test_the_hosts_memory_for_adapters_is_bounded_where_they_take_none_of_the_gpus(cuda):
+    runner = streaming(*range(BLOCKS))
+    linear = runner.dit.blocks[0].ff.down
+    adapters = [
+        Adapter(name, name, {"blocks.0.ff.down": Factors(seed).of_parts(linear, 3)})
+        for seed, name in enumerate("abcd")
+    ]
+    size = PlacedAdapter.on_host(runner.dit, adapters[0]).nbytes
+    pool = AdapterPool(runner.dit, max_host_bytes=2 * size)
+    held = pool.add(adapters[0])
+    there = [ref(pool.add(adapter).downs[linear]) for adapter in adapters]
+    assert held.nbytes == 0
+    # The one that is held stays beside the last one, and counts.
+    assert [tensor() is not None for tensor in there] == [True, False, False, True]
+    assert pool.on_host.nbytes == 2 * size
+    del held
+    pool.add(adapters[1])
+    pool.add(adapters[2])
+    assert [tensor() is not None for tensor in there] == [False] * 4
+    assert [pool.where(name) for name in "abcd"] == ["disk", "device", "device", "disk"]
