@@ -290,6 +290,11 @@ def _too_small(free: int, needed: int, sizes: PartSizes, request: MemoryRequest)
         helps.append("cuda_graphs auto does without graphs")
     if request.adapter_bytes:
         helps.append("a smaller lora_memory_gib leaves more to the model")
+    if not helps:
+        helps.append(
+            "what else is on the GPU may be ended, gpu_memory_gib be raised where it is set, or "
+            "another GPU be taken"
+        )
     message = f"{free / GIB:.1f} GiB are free, at least {needed / GIB:.1f} are needed"
     return ConfigError("; ".join([f"gpu_memory: {message}", *helps]))
 

@@ -134,7 +134,7 @@ def test_a_trial_runs_to_its_end(tmp_path, capsys):
         ("fused", "int8 product 24, torch"),
         ("fused", "gated attention 1024x1024, fused"),
         ("plain", "32x32 plain"),
-        ("precision", "int8 velocity, last step"),
+        ("precision", "int8 velocity 32x32, last step"),
         ("compile", "48x48 compiled"),
         ("packs", "3 of 32x32 graph"),
         ("vae 3-D", "64x64 difference"),

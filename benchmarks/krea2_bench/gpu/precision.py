@@ -29,13 +29,19 @@ def run(context: Context) -> None:
             context.findings.add(
                 Row(
                     "precision",
-                    f"{format} velocity, {what} step",
+                    f"{format} velocity {side}x{side}, {what} step",
                     error,
                     "relative error",
                 )
             )
         context.findings.add(
-            Row("precision", f"{format} picture, PSNR to bf16", psnr, "dB", better="more")
+            Row(
+                "precision",
+                f"{format} picture {side}x{side}, PSNR to bf16",
+                psnr,
+                "dB",
+                better="more",
+            )
         )
 
 

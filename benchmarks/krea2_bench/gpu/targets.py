@@ -220,7 +220,7 @@ def _adapter_target(size: str, limit: float) -> Target:
 
 
 def _error(format: str) -> str:
-    return f"{format} velocity, last step"
+    return f"{format} velocity 512x512, last step"
 
 
 _TEXT, _1024, _2048 = cost.encode(), "1024x1024", "2048x2048"
