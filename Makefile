@@ -118,8 +118,8 @@ bench-baseline: $(STAMP) $(DEMO)
 bench-gpu: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py
 
-# Errors of 8-bit matrices, less than a minute on two cores; then the time of a step against bf16,
-# two minutes on cores that nobody else uses.
+# Errors of 8-bit matrices, a minute on two cores; then the time of a step against bf16, four minutes
+# on cores that nobody else uses.
 bench-quantization: $(STAMP) $(DEMO)
 	$(BIN)/python -m krea2_bench.quantization --model $(DEMO)
 
