@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from krea2_srt.model.host_blocks import HostBlock
+from krea2_srt.runner.streamed_blocks import BUFFERS
 from krea2_srt.runner.upload_stream import Moment, UploadStream
-
-NUM_BUFFERS = 2
 
 _RESIDENT = nullcontext()
 
@@ -83,7 +82,7 @@ class BlockStream:
     @property
     def buffer_bytes(self) -> int:
         """Bytes on the device, while there are buffers."""
-        return min(NUM_BUFFERS, len(self)) * max(b.nbytes for b in self._blocks.values())
+        return min(BUFFERS, len(self)) * max(b.nbytes for b in self._blocks.values())
 
     def prepare(self) -> None:
         """Make the buffers, if there are none, and have the first blocks on their way.
@@ -174,7 +173,7 @@ class BlockStream:
         largest = max(block.nbytes for block in self._blocks.values())
         memories = [
             torch.empty(largest, dtype=torch.uint8, device=self._device)
-            for _ in range(min(NUM_BUFFERS, len(self)))
+            for _ in range(min(BUFFERS, len(self)))
         ]
         # What the allocator had lent before may still be in use on the current stream.
         self._buffers = [_Buffer(memory, self._uploads.mark()) for memory in memories]
