@@ -5,8 +5,8 @@ a scale each and are quantised by the kernel that makes them, see `krea2_srt.ker
 Everything outside the blocks' matrices stays as it is.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from types import MappingProxyType
@@ -102,6 +102,21 @@ def served(name: str) -> Quantization:
     if name not in SERVED:
         raise ConfigError(f"quantization: must be one of {', '.join(SERVED)}, got {name!r}")
     return SERVED[name]
+
+
+def our_name(name: str) -> str:
+    """Ours of what SGLang's ``--quantization`` was given."""
+    return SGLANG_NAMES.get(name, name)
+
+
+def sglang_quantization(name: str, keep: Sequence[str]) -> Quantization:
+    """What SGLang's ``--quantization`` and ``--quantization-ignored-layers`` ask for.
+
+    Raises:
+        ConfigError: the first is none of `SERVED`, by either name.
+    """
+    asked = served(our_name(name))
+    return replace(asked, keep=tuple(keep)) if keep else asked
 
 
 class QuantizedLinear(Linear):

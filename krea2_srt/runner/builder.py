@@ -56,6 +56,11 @@ HOST_MARGIN = GIB
 """Bytes of host memory that pinned weights leave to all else."""
 
 
+def host_memory_to_take() -> int:
+    """Bytes of host memory that weights may be pinned in."""
+    return max(0, available_memory() - HOST_MARGIN)
+
+
 @dataclass(frozen=True)
 class RunnerBuilder:
     """What to load, and how.
@@ -97,7 +102,7 @@ class RunnerBuilder:
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         gpu = Gpu(free, total, torch.cuda.get_device_capability(self.device))
-        return self.plan_for(gpu, max(0, available_memory() - HOST_MARGIN))
+        return self.plan_for(gpu, host_memory_to_take())
 
     def plan_for(
         self, gpu: Gpu, host_bytes: int | None = None, sizes: PartSizes | None = None

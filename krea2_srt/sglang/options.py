@@ -12,7 +12,13 @@ from sglang.multimodal_gen import envs
 
 from krea2_srt.errors import ConfigError
 from krea2_srt.model.parts import PARTS
-from krea2_srt.model.quantization import SERVED, SGLANG_NAMES, Quantization
+from krea2_srt.model.quantization import (
+    SERVED,
+    SGLANG_NAMES,
+    Quantization,
+    our_name,
+    sglang_quantization,
+)
 from krea2_srt.model.releases import CLASS_NAME
 from krea2_srt.sglang.compat import explicit_options
 
@@ -89,7 +95,7 @@ def unsupported_options(server_args: Any) -> list[str]:
         found.add("--disagg-role")
     if server_args.comfyui_mode:
         found.add("--comfyui-mode")
-    if server_args.quantization and _quantization_name(server_args) not in SERVED:
+    if server_args.quantization and our_name(server_args.quantization) not in SERVED:
         found.add("--quantization")
     found |= {
         name for name, off in _ENVIRONMENT.items() if getattr(envs, name, None) not in (None, off)
@@ -114,10 +120,9 @@ def quantization_of(server_args: Any) -> Quantization | None:
     """What ``--quantization`` and ``--quantization-ignored-layers`` ask for."""
     if not server_args.quantization:
         return None
-    asked = SERVED[_quantization_name(server_args)]
-    if not server_args.quantization_ignored_layers:
-        return asked
-    return dataclasses.replace(asked, keep=tuple(server_args.quantization_ignored_layers))
+    return sglang_quantization(
+        server_args.quantization, server_args.quantization_ignored_layers or ()
+    )
 
 
 def check_quantization_of_sglang(server_args: Any, options: Sequence[str]) -> None:
@@ -135,12 +140,6 @@ def check_quantization_of_sglang(server_args: Any, options: Sequence[str]) -> No
                 f"--quantization: SGLang's own Krea 2, which {', '.join(options)} would need, "
                 f"does not know {ours}; its own is called {theirs}"
             )
-
-
-def _quantization_name(server_args: Any) -> str:
-    """Our name of it."""
-    name: str = server_args.quantization
-    return SGLANG_NAMES.get(name, name)
 
 
 def _explicit_and_not_neutral(server_args: Any) -> Iterable[str]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from krea2_server.settings import Settings
 from krea2_server.sglang_options import SGLangOptions, parse_sglang_options
 from krea2_srt.environment import read_environment
-from krea2_srt.host_memory import available_memory
 from krea2_srt.model.downloads import download
 from krea2_srt.model.parts import find_parts
-from krea2_srt.model.releases import RELEASES, TEXT_ENCODER_REPO, VAE_REPO
+from krea2_srt.model.releases import RELEASES, TEXT_ENCODER_REPO, VAE_REPO, WEIGHTS
 from krea2_srt.runner.known_gpus import KNOWN_GPUS, KnownGpu, known_by_device_name, known_gpu
+from krea2_srt.runner.memory_sizes import GIB
 
 if TYPE_CHECKING:
     from krea2_srt.runner.builder import RunnerBuilder
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 SIDES = (512, 1024, 2048)
 """Pixels a side of the pictures whose times are told."""
-
-_GIB = 2**30
 
 
 def plan_text(settings: Settings) -> str:
@@ -74,7 +72,7 @@ class _ConfigRepos:
     def layout(self, repo: str, without: Collection[str]) -> Path:
         if repo in RELEASES.values():
             return self._released(distilled=repo == RELEASES["oss_turbo"])
-        parts = [part for part in ("transformer", "text_encoder", "vae") if part not in without]
+        parts = [part for part in WEIGHTS if part not in without]
         configs = [f"{part}/config.json" for part in parts]
         return download(repo, ["model_index.json", "scheduler/*", *configs], self.revision)
 
@@ -97,7 +95,7 @@ def _builder(settings: Settings, asked: SGLangOptions, scratch: Path) -> "Runner
     import torch
 
     from krea2_srt.model.checkpoint import Krea2Checkpoint
-    from krea2_srt.model.quantization import SGLANG_NAMES, served
+    from krea2_srt.model.quantization import sglang_quantization
     from krea2_srt.runner.builder import RunnerBuilder
     from krea2_srt.runner.caches import CacheBytes
 
@@ -113,9 +111,7 @@ def _builder(settings: Settings, asked: SGLangOptions, scratch: Path) -> "Runner
         runner = replace(runner, text_encoder=asked.text_encoder)
     quantization = None
     if asked.quantization:
-        quantization = served(SGLANG_NAMES.get(asked.quantization, asked.quantization))
-        if asked.keep:
-            quantization = replace(quantization, keep=asked.keep)
+        quantization = sglang_quantization(asked.quantization, asked.keep)
     caches = CacheBytes()
     if asked.context_cache_bytes is not None:
         caches = replace(caches, contexts=asked.context_cache_bytes)
@@ -138,16 +134,16 @@ def _head(settings: Settings, builder: "RunnerBuilder", name: str, plan: "Memory
     dtype = str(builder.dtype).removeprefix("torch.")
     if builder.quantization is not None:
         dtype += f" with {builder.quantization.format}"
-    free, total = plan.free / _GIB, plan.total / _GIB
+    free, total = plan.free / GIB, plan.total / GIB
     return f"{settings.model_path} ({kind}, {dtype}) on {name}, {free:.1f} of {total:.1f} GiB free:"
 
 
 def _short_of_host(settings: Settings, plan: "MemoryPlan") -> list[str]:
     """Whether this machine has less host memory than its engines would take."""
-    from krea2_srt.runner.builder import HOST_MARGIN
+    from krea2_srt.runner.builder import host_memory_to_take
 
-    needed = plan.pinned_bytes * settings.replicas / _GIB
-    there = max(0, available_memory() - HOST_MARGIN) / _GIB
+    needed = plan.pinned_bytes * settings.replicas / GIB
+    there = host_memory_to_take() / GIB
     if needed <= there:
         return []
     who = f"{settings.replicas} engines need" if settings.replicas > 1 else "the engine needs"

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from krea2_server import plan as module
 from krea2_server.cli import main
 from krea2_srt.model.checkpoint import Krea2Checkpoint
 from krea2_srt.model.released import write_released_configs
@@ -66,7 +65,7 @@ def refused(capsys):
 
 
 def test_the_released_model_needs_nothing_on_disk_and_no_network(planned, monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 64 * GIB)
+    monkeypatch.setattr(builder, "available_memory", lambda: 64 * GIB)
     text = planned("--gpu", "RTX 4070", "--quantization", "fp8")
     lines = text.splitlines()
     assert lines[0] == (
@@ -201,7 +200,6 @@ def gpu_here(monkeypatch):
     monkeypatch.setattr(cuda, "mem_get_info", lambda device: (22 * GIB, 24 * GIB))
     monkeypatch.setattr(cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(builder, "available_memory", lambda: 64 * GIB)
-    monkeypatch.setattr(module, "available_memory", lambda: 64 * GIB)
 
 
 def test_the_gpu_that_is_here_is_planned_with_what_is_free_of_it(
@@ -218,7 +216,7 @@ def test_the_gpu_that_is_here_is_planned_with_what_is_free_of_it(
 
 
 def test_it_says_where_this_machine_has_too_little_host_memory(planned, monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(builder, "available_memory", lambda: 8 * GIB)
     text = planned("--gpu", "3060", "--replicas", "2")
     assert "host memory of this machine: 7.0 GiB can be taken, 2 engines need 5" in text
 
