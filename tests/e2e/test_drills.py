@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tests.e2e.drills.performance import Drills
 
 @pytest.fixture(scope="module")
 def drills(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drills]:
-    with Drills(demo_model, tmp_path_factory.mktemp("drills")) as drills:
+    with closing(Drills(demo_model, tmp_path_factory.mktemp("drills"))) as drills:
         yield drills
 
 

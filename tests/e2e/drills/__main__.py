@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from tests.e2e.drills import (
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown := set(args.names) - set(DRILLS):
         parser.error(f"{', '.join(sorted(unknown))}: must be of {', '.join(DRILLS)}")
     folder = args.keep or Path(tempfile.mkdtemp(prefix="krea2-drills-"))
-    with Drills(args.model.resolve(), folder.resolve()) as drills:
+    with closing(Drills(args.model.resolve(), folder.resolve())) as drills:
         results = {name: _run(DRILLS[name], drills) for name in args.names or DRILLS}
     print()
     for name, result in results.items():

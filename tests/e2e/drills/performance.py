@@ -2,8 +2,6 @@
 
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from krea2_srt.testing.processes import ProcessError
 from tests.e2e.drills.deployment import Deployment
@@ -11,7 +9,7 @@ from tests.e2e.drills.drill import Drill
 
 
 class Drills:
-    """A context, at whose end the server ends that drills have shared.
+    """Performs them until it is closed.
 
     Args:
         model: folder of a checkpoint.
@@ -24,17 +22,6 @@ class Drills:
         self._started = 0
         self._shared: Deployment | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end_shared()
-
     def perform(self, drill: Drill) -> None:
         """Raises what the drill raises; the next one then gets a new server."""
         if drill.run_alone is not None:
@@ -46,19 +33,20 @@ class Drills:
         except BaseException:
             # Nobody knows what it is still good for.
             with suppress(ProcessError):
-                self._end_shared()
+                self.close()
             raise
 
     def _running(self) -> Deployment:
         if self._shared is not None and self._shared.ended:
-            self._end_shared()
+            self.close()
         if self._shared is None:
             self._started += 1
             shared = Deployment(self._model, self._folder / f"shared-{self._started}")
             self._shared = shared.__enter__()
         return self._shared
 
-    def _end_shared(self) -> None:
+    def close(self) -> None:
+        """End the server that drills have shared."""
         shared, self._shared = self._shared, None
         if shared is not None:
             shared.__exit__(None, None, None)
