@@ -9,6 +9,7 @@ import torch
 from krea2_srt.model.config import Krea2Config
 from krea2_srt.model.dit import Krea2DiT
 from krea2_srt.model.quantization import Quantization
+from krea2_srt.model.released import TEXT_CONFIG, VAE_CONFIG
 from krea2_srt.model.text_encoder import (
     DEFAULT_SELECT_LAYERS,
     PREFIX,
@@ -36,23 +37,7 @@ class Architecture:
     vae_dim: int
 
 
-RELEASED = Architecture(
-    Krea2Config(),
-    {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000,
-            "mrope_interleaved": True,
-            "mrope_section": [24, 20, 20],
-        },
-    },
-    96,
-)
+RELEASED = Architecture(Krea2Config(), TEXT_CONFIG, VAE_CONFIG["base_dim"])
 
 TINY = Architecture(
     Krea2Config(

@@ -14,6 +14,7 @@ from krea2_srt.model.modulation import Modulation
 from krea2_srt.model.pack import Pack, Segments
 from krea2_srt.model.pixels import quantize
 from krea2_srt.model.quantization import Quantization, QuantizedLinear
+from krea2_srt.model.released import TEXT_CONFIG
 from krea2_srt.model.text_encoder import DEFAULT_SELECT_LAYERS, TextEncoder, empty_text_model
 from krea2_srt.model.vae import VAEDecoder
 from krea2_srt.model.vae_config import VAEConfig
@@ -26,14 +27,6 @@ from tests.torch.live_memory import CUDA, LiveBytes, fake_gpu, on_fake_gpu
 
 BF16 = torch.bfloat16
 CONFIG = Krea2Config()
-TEXT = {
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-}
 VAE = VAEConfig(96, 16, (1, 2, 4, 4), 2, (False, True, True), (0.0,) * 16, (1.0,) * 16)
 KINDS = [None, Quantization("fp8"), Quantization("int8", rotation=True)]
 KINDS += [Quantization("fp8", keep=("*.ff.down",)), Quantization("fp8", keep=("3.*",))]
@@ -57,7 +50,7 @@ def dit_of(kind: Quantization | None) -> Krea2DiT:
 
 @pytest.fixture(scope="module")
 def text() -> torch.nn.Module:
-    model, rotary = empty_text_model(TEXT, 35, BF16)
+    model, rotary = empty_text_model(TEXT_CONFIG, 35, BF16)
     model.rotary_emb = rotary
     return model
 
